@@ -1,0 +1,175 @@
+"""What a layer carries from one call to the next."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from tptt_jax.array_typing import Array, Bool, Float, Int
+from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
+
+
+class TokenHistory(NamedTuple):
+    """The last raw tokens, right-aligned, that gates and virtual tokens still need.
+
+    Attributes:
+      keys: projected, before anything else [B, h, K, D].
+      values: likewise [B, h, K, D].
+    """
+
+    keys: Float[Array, "B h K D"]
+    values: Float[Array, "B h K D"]
+
+
+class MemoryState(NamedTuple):
+    """What the linear-attention branch carries.
+
+    Attributes:
+      state: delta-product state [B, K, D, D], float32.
+      history: raw tokens.
+    """
+
+    state: Float[Array, "B K D D"]
+    history: TokenHistory
+
+
+class KeyValueCache(NamedTuple):
+    """What the softmax branch carries: a ring of S slots, and the sinks beside it.
+
+    Attributes:
+      keys: rotated; the token at position p lies in slot p modulo S [B, S, K, D].
+      values: [B, S, K, D].
+      sink_keys: the document's first tokens [B, Z, K, D].
+      sink_values: [B, Z, K, D].
+    """
+
+    keys: Float[Array, "B S K D"]
+    values: Float[Array, "B S K D"]
+    sink_keys: Float[Array, "B Z K D"]
+    sink_values: Float[Array, "B Z K D"]
+
+
+class LayerCache(NamedTuple):
+    """What one layer carries between calls; a branch that is off carries None."""
+
+    softmax: KeyValueCache | None
+    memory: MemoryState | None
+
+
+def softmax_window(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int | None:
+    """Tokens that a layer's softmax attention sees, None: all.
+
+    Sliding layers of the base model were trained with their window and keep it.
+    """
+    if kind == "sliding":
+        return config.sliding_window
+    return None if liza is None else liza.softmax_window
+
+
+def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int:
+    """First tokens a windowed layer goes on seeing; only windows that Liza adds have them."""
+    if kind == "sliding" or softmax_window(config, liza, kind) is None or liza is None:
+        return 0
+    return liza.softmax_sinks
+
+
+def history_length(liza: LizaConfig) -> int:
+    """Raw tokens before the current one that its gates and virtual tokens depend on."""
+    gates = 2 if (liza.beta_gate, liza.alpha_gate) != ("constant", "constant") else 0
+    tokens = 0 if liza.trick == "rotary" else liza.householder - 1
+    return max(gates, tokens)
+
+
+def init_memory_state(
+    liza: LizaConfig, batch: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+) -> MemoryState:
+    """The memory before the first token; the history has the model's `dtype`."""
+    raw = jnp.zeros((batch, history_length(liza), num_kv_heads, head_dim), dtype)
+    state = jnp.zeros((batch, num_kv_heads, head_dim, head_dim), jnp.float32)
+    return MemoryState(state, TokenHistory(raw, raw))
+
+
+def init_layer_cache(
+    config: ModelConfig,
+    liza: LizaConfig | None,
+    kind: LayerKind,
+    *,
+    batch: int,
+    max_tokens: int,
+    dtype: jnp.dtype,
+) -> LayerCache:
+    """The empty cache of one layer.
+
+    Args:
+      config: sizes.
+      liza: None for the plain base model.
+      kind: of the layer.
+      batch: rows.
+      max_tokens: longest context it must hold; a windowed layer holds its window.
+      dtype: of keys, values and raw tokens.
+    """
+    softmax = memory = None
+    if liza is None or liza.softmax:
+        window = softmax_window(config, liza, kind)
+        slots = max_tokens if window is None else min(window, max_tokens)
+        sinks = num_sinks(config, liza, kind)
+        ring = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
+        first = jnp.zeros((batch, sinks, config.num_kv_heads, config.head_dim), dtype)
+        softmax = KeyValueCache(ring, ring, first, first)
+    if liza is not None:
+        memory = init_memory_state(liza, batch, config.num_kv_heads, config.head_dim, dtype)
+    return LayerCache(softmax, memory)
+
+
+def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:
+    """Position of the token in every ring slot after `length` tokens; negative: empty."""
+    newest = length[:, None] - 1
+    return newest - jnp.mod(newest - jnp.arange(slots), slots)
+
+
+def write_ring(
+    ring: Float[Array, "B S K D"],
+    new: Float[Array, "B T K D"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    length: Int[Array, "B"],
+) -> Float[Array, "B S K D"]:
+    """Puts every valid token into slot position modulo S; only the last S are kept.
+
+    Args:
+      ring: before [B, S, K, D].
+      new: tokens of this call [B, T, K, D].
+      positions: theirs [B, T].
+      valid: False for padding, which is not written.
+      length: tokens of each row after this call [B].
+    """
+    slots = ring.shape[1]
+    kept = valid & (positions >= length[:, None] - slots)
+    slot = jnp.where(kept, positions % max(slots, 1), slots)
+    rows = jnp.arange(ring.shape[0])[:, None]
+    return ring.at[rows, slot].set(new.astype(ring.dtype), mode="drop")
+
+
+def write_sinks(
+    sinks: Float[Array, "B Z K D"],
+    new: Float[Array, "B T K D"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Float[Array, "B Z K D"]:
+    """Keeps the tokens at positions below Z."""
+    slot = jnp.where(valid, positions, sinks.shape[1])
+    rows = jnp.arange(sinks.shape[0])[:, None]
+    return sinks.at[rows, slot].set(new.astype(sinks.dtype), mode="drop")
+
+
+def extend_history(
+    history: Float[Array, "B h K D"], new: Float[Array, "B T K D"], valid: Bool[Array, "B T"]
+) -> Float[Array, "B h K D"]:
+    """The last h valid tokens of history and new tokens together, right-aligned."""
+    size = history.shape[1]
+    seen = jnp.concatenate([history, new.astype(history.dtype)], axis=1)
+    ones = jnp.ones((valid.shape[0], size), bool)
+    counts = jnp.concatenate([ones, valid], axis=1)
+    from_end = jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
+    wanted = jnp.arange(size, 0, -1)[None, :, None]
+    picked = (counts[:, None] & (from_end[:, None] == wanted)).astype(history.dtype)
+    return jnp.einsum("bht,bt...->bh...", picked, seen, precision="highest")

@@ -1,0 +1,181 @@
+"""One attention layer: shared projections, softmax and memory, mixed by Memory as Gate."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tptt_jax.array_typing import Array, Float, Hidden
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.layers.cache import LayerCache
+from tptt_jax.layers.linear_attention import DeltaMemory
+from tptt_jax.layers.lora import Projection
+from tptt_jax.layers.norm import RMSNorm
+from tptt_jax.layers.softmax_attention import TokenContext, apply_softmax, softmax_settings
+
+
+class MagParam(nnx.Param):
+    """The logit of the memory's share; it has a learning rate of its own."""
+
+
+class Branches(NamedTuple):
+    """Both branches before they are mixed, for a distillation loss.
+
+    Attributes:
+      softmax: [B, T, H, D], None in a purely linear model.
+      linear: [B, T, H, D], unit RMS over all heads, None without a memory.
+    """
+
+    softmax: Float[Array, "B T H D"] | None
+    linear: Float[Array, "B T H D"] | None
+
+
+class MemoryGate(nnx.Module):
+    """mu = sigmoid(logit), one per head (TPTT's Memory as Gate, learned)."""
+
+    def __init__(self, num_heads: int, init: float) -> None:
+        """Creates the logits [H], float32, such that every share starts at `init`."""
+        logit = jnp.log(init) - jnp.log1p(-init)
+        self.logit = MagParam(jnp.full((num_heads,), logit, jnp.float32), axes=("heads",))
+
+    def __call__(self) -> Float[Array, "H"]:
+        """The share of the memory in each head."""
+        return jax.nn.sigmoid(self.logit[...])
+
+
+class LizaAttention(nnx.Module):
+    """Attention of a pretrained layer, with a memory beside it if `liza` is given."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        liza: LizaConfig | None,
+        lora: LoraConfig | None,
+        kind: LayerKind,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Creates the projections, the q/k norms, and what the memory needs of its own."""
+        self.liza = liza
+        self.head_dim = config.head_dim
+        self.settings = softmax_settings(config, liza, kind)
+        embed, width = config.embed_dim, config.num_heads * config.head_dim
+        kv_width = config.num_kv_heads * config.head_dim
+
+        def projection(
+            name: str, size: tuple[int, int], axes: tuple[str, str], bias: bool
+        ) -> Projection:
+            path = f"self_attn.{name}"
+            return Projection(
+                *size, path=path, axes=axes, bias=bias, lora=lora, dtype=dtype, rngs=rngs
+            )
+
+        bias = config.attention_bias
+        self.q_proj = projection("q_proj", (embed, width), ("embed", "heads"), bias)
+        self.k_proj = projection("k_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
+        self.v_proj = projection("v_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
+        out_bias = config.attention_out_bias
+        self.o_proj = projection("o_proj", (width, embed), ("heads", "embed"), out_bias)
+        self.q_norm = self.k_norm = nnx.data(None)
+        if config.qk_norm:
+            norm = {"eps": config.norm_eps, "offset": config.norm_offset, "dtype": dtype}
+            self.q_norm = RMSNorm(config.head_dim, **norm)
+            self.k_norm = RMSNorm(config.head_dim, **norm)
+        self.memory = self.mag = nnx.data(None)
+        if liza is not None:
+            sizes = (embed, config.num_heads, config.num_kv_heads, config.head_dim)
+            self.memory = DeltaMemory(*sizes, liza, rngs=rngs)
+            if liza.mag == "learned" and liza.softmax:
+                self.mag = MemoryGate(config.num_heads, liza.mag_init)
+
+    def __call__(
+        self,
+        x: Hidden,
+        context: TokenContext,
+        *,
+        share: Float[Array, ""] | None = None,
+        cache: LayerCache | None = None,
+        use_memory: bool = True,
+        dropout_key: Array | None = None,
+    ) -> tuple[Hidden, LayerCache | None, Branches]:
+        """Attends, remembers, mixes, projects.
+
+        Args:
+          x: [B, T, E], normalised.
+          context: positions and segments of these tokens.
+          share: the memory's share mu if it is scheduled, else None.
+          cache: of this layer; None attends within the rows alone.
+          use_memory: False leaves the memory out: the base model's attention.
+          dropout_key: turns dropout on.
+
+        Returns:
+          [B, T, E], the new cache, and both branches.
+        """
+        q, k, v = (
+            self._heads(proj(x, dropout_key)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        soft = linear = None
+        kv_cache = None if cache is None else cache.softmax
+        memory_cache = None if cache is None else cache.memory
+        if self.liza is None or self.liza.softmax:
+            normed = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
+            soft, kv_cache = apply_softmax(self.settings, context, *normed, v, kv_cache)
+        if self.memory is not None and use_memory:
+            linear, memory_cache = self.memory(
+                *(x, q, k, v),
+                segment_ids=context.segment_ids,
+                state=memory_cache,
+                length=context.length,
+                dropout_key=dropout_key,
+            )
+        out = self._mix(soft, linear, share, dropout_key)
+        new_cache = None if cache is None else LayerCache(kv_cache, memory_cache)
+        return out, new_cache, Branches(soft, linear)
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _mix(
+        self, soft: Array | None, linear: Array | None, share: Array | None, key: Array | None
+    ) -> Array:
+        def project(x: Array, *, use_bias: bool = True) -> Array:
+            return self.o_proj(x.reshape(*x.shape[:2], -1), key, use_bias=use_bias)
+
+        if soft is None or linear is None:
+            only = linear if soft is None else soft
+            assert only is not None, "a purely linear model cannot run without its memory"
+            return project(only)
+        assert self.liza is not None
+        mu = (share if self.mag is None else self.mag()[:, None]).astype(soft.dtype)
+        if self.liza.linear_scale == "match":
+            linear = match_rms(linear, soft)
+        projected = self.liza.linear_scale == "projected"
+        if not projected and not self.liza.cross_gate:
+            return project((1 - mu) * soft + mu * linear)
+        soft_term = project((1 - mu) * soft)
+        # The bias belongs to the sum once; with one share for all heads this is the
+        # reference's (1 - mu) P(soft) + mu P(linear).
+        linear_term = project(mu * linear, use_bias=False)
+        if projected:
+            base = project(soft).astype(jnp.float32)
+            rms = jnp.sqrt(jnp.mean(base * base, axis=-1, keepdims=True) + 1e-5)
+            linear_term = linear_term * rms.astype(linear_term.dtype)
+        if self.liza.cross_gate:
+            return soft_term + linear_term + soft_term * linear_term
+        return soft_term + linear_term
+
+
+def match_rms(
+    linear: Float[Array, "B T H D"], soft: Float[Array, "B T H D"]
+) -> Float[Array, "B T H D"]:
+    """Gives every head of `linear` the RMS that it has in `soft`, token by token."""
+    wide = jnp.promote_types(soft.dtype, jnp.float32)
+
+    def mean_square(x: Array) -> Array:
+        return jnp.mean(jnp.square(x.astype(wide)), axis=-1, keepdims=True)
+
+    # Unit RMS over all heads came before, so 1e-6 only guards heads that are silent.
+    ratio = jnp.sqrt((mean_square(soft) + 1e-12) / (mean_square(linear) + 1e-6))
+    return linear * ratio.astype(linear.dtype)

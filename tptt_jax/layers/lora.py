@@ -1,0 +1,107 @@
+"""Projections, and the low-rank adapters that may sit on them."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tptt_jax.array_typing import Array, Float
+from tptt_jax.config import LoraConfig
+
+
+class LowRank(nnx.Module):
+    """scale * (x a) b, a float32 adapter that starts as zero (arXiv:2106.09685)."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        rank: int,
+        scale: float,
+        dropout: float = 0.0,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Creates a [in_dim, rank], uniform as in PEFT, and b [rank, out_dim], zero."""
+        self.scale = scale
+        self.dropout = dropout
+        bound = in_dim**-0.5
+        a = jax.random.uniform(rngs.params(), (in_dim, rank), minval=-bound, maxval=bound)
+        self.a = nnx.LoRAParam(a, axes=(axes[0], "rank"))
+        self.b = nnx.LoRAParam(jnp.zeros((rank, out_dim)), axes=("rank", axes[1]))
+
+    def __call__(
+        self, x: Float[Array, "... I"], dropout_key: Array | None = None
+    ) -> Float[Array, "... O"]:
+        """The update for inputs x, float32; a key turns dropout on."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if dropout_key is not None and self.dropout > 0:
+            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - self.dropout), 0)
+        return ((x @ self.a[...]) @ self.b[...]) * self.scale
+
+    def delta(self) -> Float[Array, "I O"]:
+        """What the adapter adds to the kernel, float32."""
+        return jnp.matmul(self.a[...], self.b[...], precision="highest") * self.scale
+
+
+class Projection(nnx.Module):
+    """y = x W (+ bias), plus the low-rank update if `lora` names this path."""
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        path: str,
+        axes: tuple[str, str],
+        bias: bool = False,
+        lora: LoraConfig | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Creates kernel [in_dim, out_dim] and bias [out_dim] in `dtype`."""
+        self.path = path
+        kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
+        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+        self.bias = nnx.data(None)
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((out_dim,), dtype), axes=axes[1:])
+        self.lora = nnx.data(None)
+        if lora is not None and lora.matches(path):
+            self.lora = LowRank(
+                in_dim,
+                out_dim,
+                rank=lora.rank,
+                scale=lora.scale,
+                dropout=lora.dropout,
+                axes=axes,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self,
+        x: Float[Array, "... I"],
+        dropout_key: Array | None = None,
+        *,
+        use_bias: bool = True,
+    ) -> Float[Array, "... O"]:
+        """Projects the last axis; the result has the kernel's dtype promoted with x's."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.bias is not None and use_bias:
+            y += self.bias[...].astype(y.dtype)
+        if self.lora is not None:
+            y += self.lora(x, fold_path(dropout_key, self.path)).astype(y.dtype)
+        return y
+
+    def merged_kernel(self) -> Float[Array, "I O"]:
+        """Kernel and adapter as one float32 matrix."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        return kernel if self.lora is None else kernel + self.lora.delta()
+
+
+def fold_path(key: Array | None, path: str) -> Array | None:
+    """A key of its own for every place in the layer, None staying None."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -1,0 +1,48 @@
+"""The gated feed-forward sublayer."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tptt_jax.array_typing import Array, Hidden
+from tptt_jax.config import LoraConfig, ModelConfig
+from tptt_jax.layers.lora import Projection
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self, config: ModelConfig, lora: LoraConfig | None, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        """Creates three projections between embed_dim and mlp_dim."""
+
+        def projection(name: str, in_dim: int, out_dim: int, axes: tuple[str, str]) -> Projection:
+            return Projection(
+                in_dim,
+                out_dim,
+                path=f"mlp.{name}",
+                axes=axes,
+                bias=config.mlp_bias,
+                lora=lora,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        embed, width = config.embed_dim, config.mlp_dim
+        self.activation = config.activation
+        self.gate_proj = projection("gate_proj", embed, width, ("embed", "mlp"))
+        self.up_proj = projection("up_proj", embed, width, ("embed", "mlp"))
+        self.down_proj = projection("down_proj", width, embed, ("mlp", "embed"))
+
+    def __call__(self, x: Hidden, dropout_key: Array | None = None) -> Hidden:
+        """[B, T, E] -> [B, T, E]."""
+        gate = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key))
+        return self.down_proj(gate * self.up_proj(x, dropout_key), dropout_key)

@@ -1,0 +1,95 @@
+"""Where parameters live on a mesh: one table from logical axes to mesh axes."""
+
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a parameter -> mesh axis. What is not listed is replicated.
+RULES: dict[str, str] = {
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(layout: str) -> Mesh:
+    """A mesh with the axes data, fsdp and tensor over the first devices.
+
+    Args:
+      layout: such as "data=2,fsdp=2,tensor=2"; an axis that is left out has size 1.
+
+    Returns:
+      A mesh that has all three axes.
+
+    Raises:
+      ValueError: if the layout cannot be read or asks for more devices than there are.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in filter(None, layout.replace(" ", "").split(",")):
+        name, _, size = part.partition("=")
+        if name not in sizes or not size.isdigit() or int(size) < 1:
+            raise ValueError(
+                f"mesh must look like data=2,fsdp=2,tensor=2 with sizes of at least 1, "
+                f"got {layout!r}."
+            )
+        sizes[name] = int(size)
+    wanted = math.prod(sizes.values())
+    devices = jax.devices()
+    if wanted > len(devices):
+        raise ValueError(
+            f"mesh {layout!r} needs {wanted} devices, there are {len(devices)}: use smaller sizes."
+        )
+    return Mesh(np.array(devices[:wanted]).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The spec of a parameter with these logical axes.
+
+    Args:
+      axes: one name per trailing axis; leading axes without a name (stacked
+        layers) are replicated.
+      shape: an axis that the mesh does not divide evenly is replicated.
+      mesh: from `make_mesh`.
+    """
+    names = (None,) * (len(shape) - len(axes)) + tuple(RULES.get(axis) for axis in axes)
+    fits = [
+        name if name is not None and size % mesh.shape[name] == 0 else None
+        for name, size in zip(names, shape, strict=True)
+    ]
+    return PartitionSpec(*fits)
+
+
+def sharding_of(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
+    """The sharding of a parameter, from its `axes` metadata and RULES."""
+    axes = variable.get_metadata().get("axes", ())
+    return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch go to data and fsdp together."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_model(model: nnx.Module, mesh: Mesh) -> None:
+    """Moves every variable of a model to its place on the mesh."""
+    state = nnx.state(model)
+    placed = jax.tree.map(
+        lambda variable: variable.replace(
+            jax.device_put(variable.get_value(), sharding_of(variable, mesh))
+        ),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    nnx.update(model, placed)

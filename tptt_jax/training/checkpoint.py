@@ -1,0 +1,208 @@
+"""Checkpoints: what was trained, never the frozen base, written so that a kill loses nothing.
+
+A run's directory holds `checkpoint.json` (what to load the base from, and how) and
+`checkpoints/<step>/` (orbax; a step appears under its name only once it is complete).
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tptt_jax.config import LizaConfig, LoraConfig
+from tptt_jax.model import CausalLM
+from tptt_jax.training.partition import TrainMode, load_trainable
+from tptt_jax.training.train_step import TrainState
+
+_DESCRIPTION = "checkpoint.json"
+_FORMAT = "tptt_jax checkpoint 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint needs besides its arrays."""
+
+    source: str
+    """Where the base model comes from, as given to `load_pretrained`."""
+    liza: LizaConfig | None
+    lora: LoraConfig | None
+    train: TrainMode
+    dtype: str = "float32"
+
+    def to_json(self) -> str:
+        """One indented JSON object."""
+        values = dataclasses.asdict(self)
+        return json.dumps({"format": _FORMAT} | values, indent=2) + "\n"
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a run's directory with a description in it."""
+    return (Path(path) / _DESCRIPTION).is_file()
+
+
+def write_description(path: str | os.PathLike[str], description: Description) -> None:
+    """Writes `checkpoint.json` into the directory, which is made if it is missing."""
+    target = Path(path) / _DESCRIPTION
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(".json.tmp")
+    beside.write_text(description.to_json())
+    beside.replace(target)
+
+
+def read_description(path: str | os.PathLike[str]) -> Description:
+    """Reads `checkpoint.json`.
+
+    Raises:
+      ValueError: if it is not one of ours.
+    """
+    target = Path(path) / _DESCRIPTION
+    try:
+        values = json.loads(target.read_text())
+        if values.pop("format", None) != _FORMAT:
+            raise ValueError(f'its "format" is not {_FORMAT!r}')
+        for name, kind in (("liza", LizaConfig), ("lora", LoraConfig)):
+            values[name] = None if values[name] is None else kind(**values[name])
+        return Description(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{target} is not the description of a checkpoint ({error}): point to the "
+            "--output directory of a finetune run."
+        ) from None
+
+
+def latest_step(path: str | os.PathLike[str]) -> int | None:
+    """The last complete step of a run, or None."""
+    folder = Path(path) / "checkpoints"
+    if not folder.is_dir():
+        return None
+    with _manager(path, keep=None) as manager:
+        return manager.latest_step()
+
+
+def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
+    """Puts the last checkpoint's trained values into a model, in place.
+
+    Args:
+      path: a run's directory.
+      model: built from the same source and description.
+
+    Returns:
+      The step it was saved at.
+
+    Raises:
+      ValueError: if there is no complete checkpoint, or it does not fit the model.
+    """
+    step = latest_step(path)
+    if step is None:
+        raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
+    with _manager(path, keep=None) as manager:
+        saved = manager.restore(
+            step, args=ocp.args.Composite(weights=ocp.args.StandardRestore())
+        )["weights"]
+    load_trainable(model, saved["trainable"], saved.get("share"))
+    return step
+
+
+class RunCheckpoints:
+    """Saves and resumes the whole state of a run; use as a context manager.
+
+    Leaving the context waits for the write that is under way.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
+        """Opens `path`/checkpoints; the last `keep` steps are kept."""
+        self._manager = _manager(path, keep=keep)
+
+    def __enter__(self) -> Self:
+        """Returns itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Waits for the write that is under way."""
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The last complete step."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing a state under its step; returns once its arrays are copied."""
+        step = int(state.step)
+        if step == self._manager.latest_step():
+            return
+        weights: dict[str, Any] = {"trainable": state.trainable}
+        if state.share is not None:
+            weights["share"] = state.share
+        progress = {
+            "opt_state": state.opt_state,
+            "step": state.step,
+            "key": jax.random.key_data(state.key),
+        }
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardSave(weights),
+                progress=ocp.args.StandardSave(progress),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The last complete state, with the shapes and shardings of `like`.
+
+        Raises:
+          ValueError: if it was saved by a run with other trainable parameters.
+        """
+        weights: dict[str, Any] = {"trainable": like.trainable}
+        if like.share is not None:
+            weights["share"] = like.share
+        progress = {
+            "opt_state": like.opt_state,
+            "step": like.step,
+            "key": jax.random.key_data(like.key),
+        }
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (weights, progress))
+        try:
+            saved: Mapping[str, Any] = self._manager.restore(
+                self._manager.latest_step(),
+                args=ocp.args.Composite(
+                    weights=ocp.args.StandardRestore(abstract[0]),
+                    progress=ocp.args.StandardRestore(abstract[1]),
+                ),
+            )
+        except (ValueError, KeyError) as error:
+            first_line = str(error).splitlines()[0]
+            raise ValueError(
+                f"the checkpoint does not fit this run ({first_line}): use another --output."
+            ) from error
+        key = jax.random.wrap_key_data(saved["progress"]["key"])
+        return TrainState(
+            trainable=saved["weights"]["trainable"],
+            opt_state=saved["progress"]["opt_state"],
+            share=saved["weights"].get("share"),
+            step=saved["progress"]["step"],
+            key=key,
+        )
+
+
+def _manager(path: str | os.PathLike[str], *, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
+    return ocp.CheckpointManager(Path(path).resolve() / "checkpoints", options=options)
+
+
+def to_host(tree: Any) -> Any:
+    """Copies a tree of arrays to numpy."""
+    return jax.tree.map(np.asarray, tree)

@@ -1,0 +1,87 @@
+"""AdamW over the trainable parameters, with a rate of its own for the shares."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import optax
+
+from tptt_jax.training.partition import Trainable
+from tptt_jax.training.schedules import Schedule, learning_rate_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 5e-4
+    """Peak rate of everything but the learned shares."""
+    mag_learning_rate: float = 5e-2
+    """Peak rate of the learned shares' logits; about 100x LoRA's moves them in time."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    """On matrices only: not on norms, biases and shares."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+
+    def __post_init__(self) -> None:
+        """Rejects rates that are negative."""
+        for name in ("learning_rate", "mag_learning_rate", "weight_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.grad_clip <= 0:
+            raise ValueError(f"grad_clip must be positive, got {self.grad_clip}.")
+
+    def schedule(self, steps: int) -> Schedule:
+        """The rate of everything but the shares."""
+        return learning_rate_schedule(
+            self.lr_schedule, self.learning_rate, steps, self.warmup_steps
+        )
+
+
+def is_share(name: str) -> bool:
+    """Whether a dotted parameter path is the logit of a learned share."""
+    return name.endswith(".mag.logit")
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies: matrices only, whatever axis layers are stacked on."""
+    return name.rsplit(".", 1)[-1] in ("kernel", "embedding", "a", "b")
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clips the global norm, then AdamW, with the shares on a rate of their own.
+
+    Args:
+      config: rates.
+      steps: of the whole run, for the schedule.
+
+    Returns:
+      A transformation of dicts of parameters by dotted path.
+    """
+
+    def adamw(peak: float, *, decay: bool) -> optax.GradientTransformation:
+        rate = learning_rate_schedule(config.lr_schedule, peak, steps, config.warmup_steps)
+        return optax.adamw(
+            rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay if decay else 0.0,
+            mask=lambda params: {name: is_decayed(name) for name in params},
+        )
+
+    def labels(params: Trainable) -> dict[str, str]:
+        return {name: "share" if is_share(name) else "weights" for name in params}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.partition(
+            {
+                "weights": adamw(config.learning_rate, decay=True),
+                "share": adamw(config.mag_learning_rate, decay=False),
+            },
+            labels,
+        ),
+    )

@@ -1,0 +1,133 @@
+"""The trainable / frozen split: gradients and optimizer state exist for one side only."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tptt_jax.array_typing import Array
+from tptt_jax.layers.liza import MagParam
+from tptt_jax.model import CausalLM, MagShare
+
+TrainMode = Literal["lora", "projections", "full"]
+Path = tuple[Any, ...]
+
+# Parameters by dotted path, e.g. "stacks.0.layers.0.self_attn.q_proj.lora.a".
+Trainable = dict[str, Array]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def is_trainable(mode: TrainMode, path: Path, variable: nnx.Variable) -> bool:
+    """Whether a parameter is trained.
+
+    Args:
+      mode: "lora": adapters, the memory's own deltas and its learned shares;
+        "projections": those and the q, k, v, o projections themselves (the paper's
+        LoRA-minus); "full": every parameter.
+      path: of the variable in the model.
+      variable: the variable.
+    """
+    if isinstance(variable, (nnx.LoRAParam, MagParam)):
+        return True
+    if not isinstance(variable, nnx.Param):
+        return False
+    if mode == "projections":
+        return "self_attn" in path and any(name in path for name in _PROJECTIONS)
+    return mode == "full"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A model taken apart.
+
+    Attributes:
+      graphdef: its static side.
+      template: abstract variables of the trainable side, by dotted name.
+      frozen: everything else but the scheduled share.
+      has_share: whether the model has a scheduled share.
+    """
+
+    graphdef: nnx.GraphDef
+    template: dict[str, tuple[Path, nnx.Variable]]
+    frozen: nnx.State
+    has_share: bool
+
+    def merge(self, trainable: Trainable, share: Array | None, frozen: nnx.State) -> CausalLM:
+        """The model again, with these values; may be called under jit."""
+        flat = [
+            (path, variable.replace(trainable[name]))
+            for name, (path, variable) in self.template.items()
+        ]
+        states = [nnx.from_flat_state(flat), frozen]
+        if share is not None:
+            states.append(nnx.State({"mag_share": MagShare(share, axes=())}))
+        return nnx.merge(self.graphdef, *states)
+
+
+def split_trainable(
+    model: CausalLM, mode: TrainMode
+) -> tuple[Partition, Trainable, Array | None]:
+    """Takes a model apart.
+
+    Args:
+      model: shares its arrays with the result.
+      mode: see `is_trainable`.
+
+    Returns:
+      The partition, the trainable parameters in float32 (masters, whatever the
+      model's dtype), and the scheduled share or None.
+
+    Raises:
+      ValueError: if nothing is trainable.
+    """
+    graphdef, chosen, share, frozen = nnx.split(
+        model, lambda path, x: is_trainable(mode, path, x), MagShare, ...
+    )
+    flat = nnx.to_flat_state(chosen)
+    if not flat:
+        raise ValueError(
+            f'train="{mode}" finds nothing to train: give LoRA targets, or use "projections" '
+            'or "full".'
+        )
+    trainable = {dotted(path): x.get_value().astype(jnp.float32) for path, x in flat}
+    template = {
+        dotted(path): (path, x.replace(jax.ShapeDtypeStruct(x.get_value().shape, jnp.float32)))
+        for path, x in flat
+    }
+    value = None if model.mag_share is None else model.mag_share.get_value()
+    return Partition(graphdef, template, frozen, value is not None), trainable, value
+
+
+def load_trainable(model: CausalLM, values: dict[str, Any], share: Any | None) -> None:
+    """Puts trained values into a model, in place.
+
+    Args:
+      model: has every parameter that `values` names.
+      values: arrays by dotted path.
+      share: the scheduled share, or None.
+
+    Raises:
+      ValueError: if a parameter is missing in the model or has another shape.
+    """
+    flat = {dotted(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
+    changed = []
+    for name, value in values.items():
+        want = flat[name][1].get_value().shape if name in flat else None
+        if want != value.shape:
+            raise ValueError(
+                f"the checkpoint's {name} has shape {value.shape}, the model wants {want}: "
+                "load it with the model and the settings it was trained with."
+            )
+        path, variable = flat[name]
+        changed.append((path, variable.replace(jnp.asarray(value))))
+    if share is not None and model.mag_share is not None:
+        changed.append((("mag_share",), model.mag_share.replace(jnp.asarray(share))))
+    nnx.update(model, nnx.from_flat_state(changed))
+
+
+def dotted(path: Path) -> str:
+    """("stacks", 0, "layers") -> "stacks.0.layers"."""
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,158 @@
+"""One compiled optimizer step."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
+from tptt_jax.model import CausalLM
+from tptt_jax.training.loss import causal_lm_loss
+from tptt_jax.training.optimizer import is_share
+from tptt_jax.training.partition import Partition, Trainable
+from tptt_jax.training.schedules import MagSchedule
+
+
+class Batch(NamedTuple):
+    """One batch of rows.
+
+    Attributes:
+      tokens: [B, T].
+      segment_ids: [B, T], 0 = padding.
+      loss_mask: True on tokens whose prediction counts [B, T].
+    """
+
+    tokens: Tokens
+    segment_ids: SegmentIds
+    loss_mask: Bool[Array, "B T"]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step, and all that a checkpoint holds.
+
+    Attributes:
+      trainable: parameters by dotted path, float32.
+      opt_state: optax state over them.
+      share: the scheduled share mu, or None.
+      step: optimizer steps done, int32.
+      key: randomness of dropout; every step folds its number in.
+    """
+
+    trainable: Trainable
+    opt_state: optax.OptState
+    share: Float[Array, ""] | None
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """float32 scalars of one step.
+
+    Attributes:
+      loss: mean nats per counted token.
+      tokens: how many tokens counted.
+      grad_norm: global norm before clipping.
+      mu_mean: mean share of the memory; NaN without one.
+      mu_min: smallest share of any head.
+      mu_max: largest share of any head.
+    """
+
+    loss: Array
+    tokens: Array
+    grad_norm: Array
+    mu_mean: Array
+    mu_min: Array
+    mu_max: Array
+
+
+TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepMetrics]]
+
+
+def init_train_state(
+    trainable: Trainable,
+    share: Array | None,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+) -> TrainState:
+    """The state before the first step; the optimizer's arrays lie where the parameters lie."""
+    # The step donates its state; a copy keeps the caller's model alive.
+    trainable = jax.tree.map(jnp.copy, trainable)
+    opt_state = optimizer.init(trainable)
+    return TrainState(trainable, opt_state, share, jnp.zeros((), jnp.int32), key)
+
+
+def make_train_step(
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    *,
+    mag_schedule: MagSchedule | None = None,
+    remat: bool = False,
+    dropout: bool = True,
+) -> TrainStep:
+    """Compiles ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
+
+    Only the trainable side is differentiated. A scheduled share is computed inside,
+    from the step, so that changing it never recompiles.
+
+    Args:
+      partition: from `split_trainable`.
+      optimizer: over dicts of parameters.
+      mag_schedule: for models with a scheduled share; None leaves it as it is.
+      remat: recompute layers in the backward pass.
+      dropout: whether adapters drop inputs.
+    """
+    train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
+
+    def loss_of(
+        trainable: Trainable, share: Array | None, frozen: nnx.State, batch: Batch, key: Array
+    ) -> tuple[Array, Array]:
+        model = partition.merge(trainable, share, frozen)
+        total, count = causal_lm_loss(
+            model,
+            *batch,
+            remat=remat,
+            train_head=train_head,
+            dropout_key=key if dropout else None,
+        )
+        return total / jnp.maximum(count, 1), count
+
+    def step(
+        state: TrainState, frozen: nnx.State, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
+        share = state.share
+        if share is not None and mag_schedule is not None:
+            share = mag_schedule(state.step)
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.trainable, share, frozen, batch, key
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        assert isinstance(trainable, dict)
+        new_state = TrainState(trainable, opt_state, share, state.step + 1, state.key)
+        norm = optax.global_norm(gradient)
+        return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:
+    """Mean, least and largest share of the memory over all heads; NaN without a memory."""
+    logits = [value.ravel() for name, value in trainable.items() if is_share(name)]
+    if logits:
+        values = jax.nn.sigmoid(jnp.concatenate(logits))
+    else:
+        values = jnp.full((1,), jnp.nan) if share is None else jnp.reshape(share, (1,))
+    return jnp.mean(values), jnp.min(values), jnp.max(values)
+
+
+def make_eval_step(*, use_memory: bool = True) -> Callable[[CausalLM, Batch], tuple[Array, Array]]:
+    """Compiles ``(model, batch) -> (summed nats, counted tokens)``."""
+
+    def step(model: CausalLM, batch: Batch) -> tuple[Array, Array]:
+        return causal_lm_loss(model, *batch, use_memory=use_memory)
+
+    return nnx.jit(step)
