@@ -1,6 +1,6 @@
-"""The decoder: embeddings, scanned stacks of layers, the LM head."""
+"""The language model: embeddings, scanned stacks of layers, the LM head."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,29 +8,16 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.layers.cache import LayerCache, init_layer_cache
-from tptt_jax.layers.liza import Branches, LizaAttention
-from tptt_jax.layers.lora import Projection
-from tptt_jax.layers.mlp import GatedMLP
+from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.decoder import Cache, DecoderLayer, StackRun, init_stack_caches, layer_stacks
+from tptt_jax.layers.liza import Branches
+from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import RMSNorm
-from tptt_jax.layers.softmax_attention import TokenContext, token_context
+from tptt_jax.layers.softmax_attention import token_context
 
 
 class MagShare(nnx.Variable):
     """The memory's share mu when it is scheduled: state, not a parameter."""
-
-
-class Cache(NamedTuple):
-    """What a model carries between calls.
-
-    Attributes:
-      layers: one LayerCache per slot of each stack, with a leading axis of repeats.
-      length: tokens of each row so far [B], int32.
-    """
-
-    layers: tuple[tuple[LayerCache, ...], ...]
-    length: Int[Array, "B"]
 
 
 class CausalLMOutput(NamedTuple):
@@ -40,45 +27,14 @@ class CausalLMOutput(NamedTuple):
       logits: [B, T, V].
       hidden: after the last norm [B, T, E].
       cache: the new cache if one was given.
-      branches: both attention branches of every layer if asked for, laid out as
-        `Cache.layers`.
+      branches: both attention branches if asked for, one entry per stack, with a
+        leading axis of layers.
     """
 
     logits: Float[Array, "B T V"]
     hidden: Hidden
     cache: Cache | None
-    branches: tuple[tuple[Branches, ...], ...] | None
-
-
-class LayerStack(NamedTuple):
-    """`repeats` times the same pattern of layers; scanned over, so compiled once."""
-
-    kinds: tuple[LayerKind, ...]
-    repeats: int
-
-
-def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
-    """Splits the layers into the shortest repeating pattern and what is left of it."""
-    kinds = config.layer_kinds
-    for period in range(1, len(kinds) + 1):
-        repeats = len(kinds) // period
-        if all(kind == kinds[i % period] for i, kind in enumerate(kinds)):
-            break
-    stacks = (LayerStack(kinds[:period], repeats),)
-    if rest := kinds[period * repeats :]:
-        same = len(set(rest)) == 1
-        stacks += (LayerStack(rest[:1], len(rest)) if same else LayerStack(rest, 1),)
-    return stacks
-
-
-def layer_location(config: ModelConfig, layer: int) -> tuple[int, int, int]:
-    """Where a layer's parameters lie: (stack, slot in its pattern, index on the leading axis)."""
-    for number, stack in enumerate(layer_stacks(config)):
-        size = len(stack.kinds) * stack.repeats
-        if layer < size:
-            return number, layer % len(stack.kinds), layer // len(stack.kinds)
-        layer -= size
-    raise ValueError(f"the model has {config.num_layers} layers, counted from 0.")
+    branches: tuple[Branches, ...] | None
 
 
 class Embedding(nnx.Module):
@@ -96,56 +52,6 @@ class Embedding(nnx.Module):
         """[B, T] -> [B, T, E] in the model's dtype."""
         x = self.embedding[...][tokens].astype(self.dtype)
         return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
-
-
-class DecoderLayer(nnx.Module):
-    """Attention and MLP around the residual stream."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        liza: LizaConfig | None,
-        lora: LoraConfig | None,
-        kind: LayerKind,
-        *,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
-        """Creates one layer of the given kind."""
-        self.kind = kind
-
-        def norm() -> RMSNorm:
-            return RMSNorm(
-                config.embed_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
-            )
-
-        self.attn_norm = norm()
-        self.self_attn = LizaAttention(config, liza, lora, kind, dtype=dtype, rngs=rngs)
-        self.attn_post_norm = nnx.data(norm() if config.sandwich_norm else None)
-        self.mlp_norm = norm()
-        self.mlp = GatedMLP(config, lora, dtype=dtype, rngs=rngs)
-        self.mlp_post_norm = nnx.data(norm() if config.sandwich_norm else None)
-
-    def __call__(
-        self, x: Hidden, context: TokenContext, *, dropout_key: Array | None = None, **kwargs: Any
-    ) -> tuple[Hidden, LayerCache | None, Branches]:
-        """[B, T, E] -> [B, T, E]; `kwargs` are those of LizaAttention."""
-        out, cache, branches = self.self_attn(
-            self.attn_norm(x), context, dropout_key=dropout_key, **kwargs
-        )
-        x = x + (out if self.attn_post_norm is None else self.attn_post_norm(out))
-        out = self.mlp(self.mlp_norm(x), dropout_key)
-        x = x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out))
-        return x, cache, branches
-
-
-class Stack(nnx.Module):
-    """The layers of one LayerStack; every parameter has a leading axis of repeats."""
-
-    def __init__(self, layers: list[DecoderLayer], repeats: int) -> None:
-        """Takes ownership of layers whose parameters are stacked already."""
-        self.layers = nnx.List(layers)
-        self.repeats = repeats
 
 
 class CausalLM(nnx.Module):
@@ -185,22 +91,15 @@ class CausalLM(nnx.Module):
         self.config, self.liza, self.lora = config, liza, lora
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
-        def make_layers(kinds: tuple[LayerKind, ...], rngs: nnx.Rngs) -> nnx.List:
-            return nnx.List(
-                [DecoderLayer(config, liza, lora, kind, dtype=dtype, rngs=rngs) for kind in kinds]
-            )
+        def make_layer(key: Array) -> DecoderLayer:
+            return DecoderLayer(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(key))
 
-        stacks = []
-        for stack in layer_stacks(config):
-            keys = jax.random.split(rngs.params(), stack.repeats)
-            kinds = stack.kinds
-            state = jax.vmap(lambda key, kinds=kinds: nnx.state(make_layers(kinds, nnx.Rngs(key))))(
-                keys
-            )
-            abstract = nnx.eval_shape(lambda kinds=kinds: make_layers(kinds, nnx.Rngs(0)))
-            layers = nnx.merge(nnx.graphdef(abstract), state)
-            stacks.append(Stack(list(layers), stack.repeats))
-        self.stacks = nnx.List(stacks)
+        graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(jax.random.key(0))))
+        self.stacks = nnx.List()
+        for layers in layer_stacks(config):
+            keys = jax.random.split(rngs.params(), len(layers))
+            state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
+            self.stacks.append(nnx.merge(graphdef, state))
         if lora is not None:
             lora.check_targets(
                 m.path for _, m in nnx.iter_modules(self) if isinstance(m, Projection)
@@ -278,7 +177,7 @@ class CausalLM(nnx.Module):
         return_branches: bool = False,
         remat: bool = False,
         dropout_key: Array | None = None,
-    ) -> tuple[Hidden, Cache | None, tuple[tuple[Branches, ...], ...] | None]:
+    ) -> tuple[Hidden, Cache | None, tuple[Branches, ...] | None]:
         """`__call__` without the LM head: hidden states [B, T, E], cache, branches."""
         if not use_memory and self.liza is not None and not self.liza.softmax:
             raise ValueError("a purely linear model cannot run without its memory.")
@@ -296,21 +195,25 @@ class CausalLM(nnx.Module):
             for kind in dict.fromkeys(self.config.layer_kinds)
         }
         x = self.embed(tokens)
-        new_layers, branches = [], []
-        share = None if self.mag_share is None else self.mag_share[...]
-        for number, stack in enumerate(self.stacks):
-            x, layer_caches, stack_branches = _scan_stack(
-                stack,
-                x,
-                contexts,
-                caches=None if cache is None else cache.layers[number],
-                dropout_key=None if dropout_key is None else jax.random.fold_in(dropout_key, number),
+        stack_caches, branches = [], []
+        for number, layers in enumerate(layer_stacks(self.config)):
+            run = StackRun(
+                config=self.config,
+                liza=self.liza,
+                kinds=tuple(self.config.layer_kinds[i] for i in layers),
+                contexts=contexts,
+                share=None if self.mag_share is None else self.mag_share[...],
+                use_memory=use_memory,
                 return_branches=return_branches,
                 remat=remat,
-                share=share,
-                use_memory=use_memory,
             )
-            new_layers.append(layer_caches)
+            x, stack_cache, stack_branches = run(
+                self.stacks[number],
+                x,
+                cache=None if cache is None else cache.stacks[number],
+                dropout_key=fold_path(dropout_key, f"stacks.{number}"),
+            )
+            stack_caches.append(stack_cache)
             branches.append(stack_branches)
         x = self.final_norm(x)
         if order is not None:
@@ -323,7 +226,7 @@ class CausalLM(nnx.Module):
         new_cache = None
         if cache is not None:
             valid = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1)
-            new_cache = Cache(tuple(new_layers), cache.length + valid)
+            new_cache = Cache(tuple(stack_caches), cache.length + valid)
         return x, new_cache, tuple(branches) if return_branches else None
 
     def project_logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
@@ -351,23 +254,14 @@ def init_cache(
       The empty cache. Its size does not depend on max_tokens where every layer has
       a window or no softmax.
     """
-
-    def stacked(kind: LayerKind, repeats: int) -> LayerCache:
-        layer = init_layer_cache(
-            model.config,
-            model.liza,
-            kind,
-            batch=batch_size,
-            max_tokens=max_tokens,
-            dtype=model.dtype if dtype is None else dtype,
-        )
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (repeats, *x.shape)), layer)
-
-    layers = tuple(
-        tuple(stacked(kind, stack.repeats) for kind in stack.kinds)
-        for stack in layer_stacks(model.config)
+    stacks = init_stack_caches(
+        model.config,
+        model.liza,
+        batch=batch_size,
+        max_tokens=max_tokens,
+        dtype=jnp.dtype(model.dtype if dtype is None else dtype),
     )
-    return Cache(layers, jnp.zeros((batch_size,), jnp.int32))
+    return Cache(stacks, jnp.zeros((batch_size,), jnp.int32))
 
 
 def count_positions(
@@ -389,41 +283,3 @@ def count_positions(
 def _take(x: Array, order: Int[Array, "B T"]) -> Array:
     index = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
     return jnp.take_along_axis(x, index, axis=1)
-
-
-def _scan_stack(
-    stack: Stack,
-    x: Hidden,
-    contexts: dict[LayerKind, TokenContext],
-    *,
-    caches: tuple[LayerCache, ...] | None,
-    dropout_key: Array | None,
-    return_branches: bool,
-    remat: bool,
-    **kwargs: Any,
-) -> tuple[Hidden, tuple[LayerCache, ...] | None, tuple[Branches, ...] | None]:
-    """Runs the pattern of a stack once per repeat, as one scan."""
-    graphdef, state = nnx.split(stack.layers)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, stack.repeats)
-
-    def body(x: Hidden, inputs: tuple) -> tuple[Hidden, tuple]:
-        state, caches, key = inputs
-        new_caches, branches = [], []
-        for slot, layer in enumerate(nnx.merge(graphdef, state)):
-            x, cache, both = layer(
-                x,
-                contexts[layer.kind],
-                cache=None if caches is None else caches[slot],
-                dropout_key=None if key is None else jax.random.fold_in(key, slot),
-                **kwargs,
-            )
-            new_caches.append(cache)
-            branches.append(both)
-        return x, (
-            tuple(new_caches) if caches is not None else None,
-            tuple(branches) if return_branches else None,
-        )
-
-    body = jax.checkpoint(body) if remat else body
-    x, (new_caches, branches) = lax.scan(body, x, (state, caches, keys))
-    return x, new_caches, branches

@@ -48,13 +48,6 @@ class KeyValueCache(NamedTuple):
     sink_values: Float[Array, "B Z K D"]
 
 
-class LayerCache(NamedTuple):
-    """What one layer carries between calls; a branch that is off carries None."""
-
-    softmax: KeyValueCache | None
-    memory: MemoryState | None
-
-
 def softmax_window(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int | None:
     """Tokens that a layer's softmax attention sees, None: all.
 
@@ -88,7 +81,7 @@ def init_memory_state(
     return MemoryState(state, TokenHistory(raw, raw))
 
 
-def init_layer_cache(
+def init_key_value_cache(
     config: ModelConfig,
     liza: LizaConfig | None,
     kind: LayerKind,
@@ -96,7 +89,7 @@ def init_layer_cache(
     batch: int,
     max_tokens: int,
     dtype: jnp.dtype,
-) -> LayerCache:
+) -> KeyValueCache:
     """The empty cache of one layer.
 
     Args:
@@ -105,19 +98,14 @@ def init_layer_cache(
       kind: of the layer.
       batch: rows.
       max_tokens: longest context it must hold; a windowed layer holds its window.
-      dtype: of keys, values and raw tokens.
+      dtype: of keys and values.
     """
-    softmax = memory = None
-    if liza is None or liza.softmax:
-        window = softmax_window(config, liza, kind)
-        slots = max_tokens if window is None else min(window, max_tokens)
-        sinks = num_sinks(config, liza, kind)
-        ring = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
-        first = jnp.zeros((batch, sinks, config.num_kv_heads, config.head_dim), dtype)
-        softmax = KeyValueCache(ring, ring, first, first)
-    if liza is not None:
-        memory = init_memory_state(liza, batch, config.num_kv_heads, config.head_dim, dtype)
-    return LayerCache(softmax, memory)
+    window = softmax_window(config, liza, kind)
+    slots = max_tokens if window is None else min(window, max_tokens)
+    sinks = num_sinks(config, liza, kind)
+    ring = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
+    first = jnp.zeros((batch, sinks, config.num_kv_heads, config.head_dim), dtype)
+    return KeyValueCache(ring, ring, first, first)
 
 
 def slot_positions(length: Int[Array, "B"], slots: int) -> Int[Array, "B S"]:

@@ -1,18 +1,18 @@
 """One attention layer: shared projections, softmax and memory, mixed by Memory as Gate."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tptt_jax.array_typing import Array, Float, Hidden
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.layers.cache import LayerCache
+from tptt_jax.array_typing import Array, Float, Hidden, Int, SegmentIds
+from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.layers.cache import MemoryState
 from tptt_jax.layers.linear_attention import DeltaMemory
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.norm import RMSNorm
-from tptt_jax.layers.softmax_attention import TokenContext, apply_softmax, softmax_settings
 
 
 class MagParam(nnx.Param):
@@ -29,6 +29,40 @@ class Branches(NamedTuple):
 
     softmax: Float[Array, "B T H D"] | None
     linear: Float[Array, "B T H D"] | None
+
+
+class LayerTokens(NamedTuple):
+    """What an attention layer is told about the tokens of a call.
+
+    Attributes:
+      softmax: (q, k, v) -> (attended [B, T, H, D], rotated keys), as layers of this kind do it.
+      segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
+      length: tokens of each row before this call [B]; None without a cache.
+      share: the memory's share mu if it is scheduled, else None.
+    """
+
+    softmax: Callable[[Array, Array, Array], tuple[Array, Array]]
+    segment_ids: SegmentIds | None = None
+    length: Int[Array, "B"] | None = None
+    share: Float[Array, ""] | None = None
+
+
+class LizaOutput(NamedTuple):
+    """What an attention layer gives.
+
+    Attributes:
+      out: [B, T, E].
+      keys: rotated keys of these tokens, for a cache [B, T, K, D]; None without softmax.
+      values: [B, T, K, D].
+      memory: what the memory carries on; None without a state or a memory.
+      branches: softmax and memory before they were mixed.
+    """
+
+    out: Hidden
+    keys: Float[Array, "B T K D"] | None
+    values: Float[Array, "B T K D"]
+    memory: MemoryState | None
+    branches: Branches
 
 
 class MemoryGate(nnx.Module):
@@ -52,7 +86,6 @@ class LizaAttention(nnx.Module):
         config: ModelConfig,
         liza: LizaConfig | None,
         lora: LoraConfig | None,
-        kind: LayerKind,
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -60,7 +93,6 @@ class LizaAttention(nnx.Module):
         """Creates the projections, the q/k norms, and what the memory needs of its own."""
         self.liza = liza
         self.head_dim = config.head_dim
-        self.settings = softmax_settings(config, liza, kind)
         embed, width = config.embed_dim, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
@@ -93,46 +125,38 @@ class LizaAttention(nnx.Module):
     def __call__(
         self,
         x: Hidden,
-        context: TokenContext,
+        tokens: LayerTokens,
         *,
-        share: Float[Array, ""] | None = None,
-        cache: LayerCache | None = None,
+        memory_state: MemoryState | None = None,
         use_memory: bool = True,
         dropout_key: Array | None = None,
-    ) -> tuple[Hidden, LayerCache | None, Branches]:
+    ) -> LizaOutput:
         """Attends, remembers, mixes, projects.
 
         Args:
           x: [B, T, E], normalised.
-          context: positions and segments of these tokens.
-          share: the memory's share mu if it is scheduled, else None.
-          cache: of this layer; None attends within the rows alone.
+          tokens: how softmax attention runs in this layer, segments, scheduled share.
+          memory_state: what the memory carries; None attends within the rows alone.
           use_memory: False leaves the memory out: the base model's attention.
           dropout_key: turns dropout on.
-
-        Returns:
-          [B, T, E], the new cache, and both branches.
         """
         q, k, v = (
             self._heads(proj(x, dropout_key)) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        soft = linear = None
-        kv_cache = None if cache is None else cache.softmax
-        memory_cache = None if cache is None else cache.memory
+        soft = linear = rotated = None
         if self.liza is None or self.liza.softmax:
             normed = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
-            soft, kv_cache = apply_softmax(self.settings, context, *normed, v, kv_cache)
+            soft, rotated = tokens.softmax(*normed, v)
         if self.memory is not None and use_memory:
-            linear, memory_cache = self.memory(
+            linear, memory_state = self.memory(
                 *(x, q, k, v),
-                segment_ids=context.segment_ids,
-                state=memory_cache,
-                length=context.length,
+                segment_ids=tokens.segment_ids,
+                state=memory_state,
+                length=tokens.length,
                 dropout_key=dropout_key,
             )
-        out = self._mix(soft, linear, share, dropout_key)
-        new_cache = None if cache is None else LayerCache(kv_cache, memory_cache)
-        return out, new_cache, Branches(soft, linear)
+        out = self._mix(soft, linear, tokens.share, dropout_key)
+        return LizaOutput(out, rotated, v, memory_state, Branches(soft, linear))
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)

@@ -15,7 +15,7 @@ from tptt_jax.layers.cache import (
     write_sinks,
 )
 from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
-from tptt_jax.ops.softmax_attention import SinkInputs, attend, attend_sequence, segment_starts
+from tptt_jax.ops.softmax_attention import KeyValues, attend, attend_sequence, segment_starts
 
 
 class TokenContext(NamedTuple):
@@ -43,6 +43,27 @@ class TokenContext(NamedTuple):
         return self.segment_ids != 0
 
 
+class SoftmaxSettings(NamedTuple):
+    """The static side of softmax attention in layers of one kind."""
+
+    window: int | None
+    sinks: int
+    scale: float
+    softcap: float | None
+
+
+def softmax_settings(
+    config: ModelConfig, liza: LizaConfig | None, kind: LayerKind
+) -> SoftmaxSettings:
+    """What `config` and `liza` say about layers of this kind."""
+    return SoftmaxSettings(
+        softmax_window(config, liza, kind),
+        num_sinks(config, liza, kind),
+        config.attention_scale,
+        config.attention_softcap,
+    )
+
+
 def token_context(
     config: ModelConfig,
     liza: LizaConfig | None,
@@ -64,27 +85,6 @@ def token_context(
     return TokenContext(positions, segment_ids, length, angles, sink_angles)
 
 
-class SoftmaxSettings(NamedTuple):
-    """The static side of one layer's softmax attention."""
-
-    window: int | None
-    sinks: int
-    scale: float
-    softcap: float | None
-
-
-def softmax_settings(
-    config: ModelConfig, liza: LizaConfig | None, kind: LayerKind
-) -> SoftmaxSettings:
-    """What `config` and `liza` say about layers of this kind."""
-    return SoftmaxSettings(
-        softmax_window(config, liza, kind),
-        num_sinks(config, liza, kind),
-        config.attention_scale,
-        config.attention_softcap,
-    )
-
-
 def apply_softmax(
     settings: SoftmaxSettings,
     context: TokenContext,
@@ -92,8 +92,8 @@ def apply_softmax(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     cache: KeyValueCache | None = None,
-) -> tuple[Float[Array, "B T H D"], KeyValueCache | None]:
-    """Rotates q and k, attends, and extends the cache.
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+    """Rotates q and k, and attends to this call's tokens and to the cache.
 
     Args:
       settings: window and scale of the layer.
@@ -101,90 +101,100 @@ def apply_softmax(
       q: queries [B, T, H, D], after any q norm, not rotated.
       k: keys [B, T, K, D], likewise.
       v: values [B, T, K, D].
-      cache: None attends within the rows alone.
+      cache: of the layer before this call; it is read only, see `extend_cache`.
 
     Returns:
-      [B, T, H, D] in q's dtype, zero on padding; the new cache, or None.
+      [B, T, H, D] in q's dtype, zero on padding; and the rotated keys.
     """
     sink_queries = None if context.sink_angles is None else rotate(q, context.sink_angles)
     q, k = rotate(q, context.angles), rotate(k, context.angles)
-    if cache is None:
-        sinks = None
-        if sink_queries is not None:
-            sinks = _row_sinks(context, sink_queries, k, v, settings.sinks)
-        out = attend_sequence(
-            q,
-            k,
-            v,
-            segment_ids=context.segment_ids,
-            window=settings.window,
-            sinks=sinks,
-            scale=settings.scale,
-            softcap=settings.softcap,
-        )
-        return out, None
-    return _attend_cached(settings, context, q, k, v, cache, sink_queries)
+    if cache is not None:
+        parts = _cached_parts(settings, context, k, v, cache, sink_queries)
+        return attend(q, parts, scale=settings.scale, softcap=settings.softcap), k
+    sinks = None
+    if sink_queries is not None:
+        sinks = _row_sinks(context, sink_queries, k, v, settings.sinks)
+    out = attend_sequence(
+        *(q, k, v),
+        segment_ids=context.segment_ids,
+        window=settings.window,
+        sinks=sinks,
+        scale=settings.scale,
+        softcap=settings.softcap,
+    )
+    return out, k
 
 
-def _row_sinks(context: TokenContext, queries: Array, k: Array, v: Array, count: int) -> SinkInputs:
+def extend_cache(
+    context: TokenContext,
+    cache: KeyValueCache,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+) -> KeyValueCache:
+    """The cache with the tokens of this call in it.
+
+    Args:
+      context: of the tokens.
+      cache: before them.
+      k: rotated keys [B, T, K, D].
+      v: values [B, T, K, D].
+    """
+    assert context.length is not None
+    place = (context.positions, context.valid)
+    length = context.length + jnp.sum(context.valid, axis=1)
+    return KeyValueCache(
+        write_ring(cache.keys, k, *place, length),
+        write_ring(cache.values, v, *place, length),
+        write_sinks(cache.sink_keys, k, *place),
+        write_sinks(cache.sink_values, v, *place),
+    )
+
+
+def _row_sinks(context: TokenContext, queries: Array, k: Array, v: Array, count: int) -> KeyValues:
     """The first `count` tokens of each token's own document."""
     tokens = k.shape[1]
     if context.segment_ids is None:
         visible = jnp.arange(count) <= jnp.arange(tokens)[:, None]
         first = min(count, tokens)
         pad = ((0, 0), (0, count - first), (0, 0), (0, 0))
-        keys, values = (jnp.pad(x[:, :first], pad)[:, None] for x in (k, v))
-        return SinkInputs(
-            queries, keys, values, jnp.broadcast_to(visible, (k.shape[0], *visible.shape))
-        )
-    start = segment_starts(context.segment_ids)
-    index = start[..., None] + jnp.arange(count)  # [B, T, Z]
+        keys, values = (jnp.pad(x[:, :first], pad) for x in (k, v))
+        mask = jnp.broadcast_to(visible, (k.shape[0], *visible.shape))
+        return KeyValues(keys, values, mask, queries)
+    index = segment_starts(context.segment_ids)[..., None] + jnp.arange(count)  # [B, T, Z]
     visible = (index <= jnp.arange(tokens)[:, None]) & context.valid[..., None]
     rows = jnp.arange(k.shape[0])[:, None, None]
     index = jnp.minimum(index, tokens - 1)
-    return SinkInputs(queries, k[rows, index], v[rows, index], visible)
+    return KeyValues(k[rows, index], v[rows, index], visible, queries)
 
 
-def _attend_cached(
+def _cached_parts(
     settings: SoftmaxSettings,
     context: TokenContext,
-    q: Array,
     k: Array,
     v: Array,
     cache: KeyValueCache,
     sink_queries: Array | None,
-) -> tuple[Array, KeyValueCache]:
+) -> list[KeyValues]:
+    """The ring, the tokens of this call, and the sinks from either."""
     assert context.length is not None
     valid, positions = context.valid, context.positions
-    slots, sink_slots = cache.keys.shape[1], cache.sink_keys.shape[1]
-    length = context.length + jnp.sum(valid, axis=1)
-    new_cache = KeyValueCache(
-        write_ring(cache.keys, k, positions, valid, length),
-        write_ring(cache.values, v, positions, valid, length),
-        write_sinks(cache.sink_keys, k, positions, valid),
-        write_sinks(cache.sink_values, v, positions, valid),
-    )
-    if q.shape[1] == 1 or settings.window is None:
-        # Nothing that these queries still see has been overwritten.
-        keys, values = new_cache.keys, new_cache.values
-        key_positions = slot_positions(length, slots)
-    else:
-        keys = jnp.concatenate([cache.keys, k.astype(cache.keys.dtype)], axis=1)
-        values = jnp.concatenate([cache.values, v.astype(cache.values.dtype)], axis=1)
-        fresh = jnp.where(valid, positions, -1)
-        key_positions = jnp.concatenate([slot_positions(context.length, slots), fresh], axis=1)
-    seen = key_positions[:, None]
-    mask = (seen >= 0) & (seen <= positions[..., None]) & valid[..., None]
-    if settings.window is not None:
-        mask &= seen > positions[..., None] - settings.window
-    sinks = None
+
+    def visible(key_positions: Array) -> Array:
+        seen, query = key_positions[:, None], positions[..., None]
+        mask = (seen >= 0) & (seen <= query) & valid[..., None]
+        if settings.window is not None:
+            mask &= seen > query - settings.window
+        return mask if sink_queries is None else mask & (seen >= settings.sinks)
+
+    old = slot_positions(context.length, cache.keys.shape[1])
+    new = jnp.where(valid, positions, -1)
+    parts = [
+        KeyValues(cache.keys, cache.values, visible(old)),
+        KeyValues(k, v, visible(new)),
+    ]
     if sink_queries is not None:
-        mask &= seen >= sink_slots
-        visible = valid[..., None] & (jnp.arange(sink_slots) <= positions[..., None])
-        sinks = SinkInputs(
-            sink_queries, new_cache.sink_keys[:, None], new_cache.sink_values[:, None], visible
-        )
-    out = attend(
-        q, keys, values, mask, scale=settings.scale, softcap=settings.softcap, sinks=sinks
-    )
-    return out, new_cache
+        keys = write_sinks(cache.sink_keys, k, positions, valid)
+        values = write_sinks(cache.sink_values, v, positions, valid)
+        mask = valid[..., None] & (jnp.arange(settings.sinks) <= positions[..., None])
+        parts.append(KeyValues(keys, values, mask, sink_queries))
+    return parts

@@ -1,5 +1,7 @@
 """Softmax attention: grouped queries, windows with sinks, packed documents, ring caches."""
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,89 +13,84 @@ from tptt_jax.array_typing import Array, Bool, Float, Int
 _MASKED = -1e30
 
 
-class SinkInputs(NamedTuple):
-    """What a windowed layer needs to go on seeing a document's first tokens.
+class KeyValues(NamedTuple):
+    """One part of what queries attend to.
 
     Attributes:
-      queries: rotated at the capped position [B, T, H, D].
-      keys: of each query's own document [B, T, Z, K, D], or of the whole row [B, 1, Z, K, D].
+      keys: rotated [B, S, K, D]; or keys of each query's own [B, T, S, K, D], S small.
       values: the same shape.
-      valid: whether the query may look at the sink [B, T, Z].
+      mask: True where the query may see the key [B, T, S].
+      queries: the queries for these keys if they are rotated differently [B, T, H, D].
     """
 
-    queries: Float[Array, "B T H D"]
-    keys: Float[Array, "B TZ Z K D"]
-    values: Float[Array, "B TZ Z K D"]
-    valid: Bool[Array, "B T Z"]
+    keys: Float[Array, "B *T S K D"]
+    values: Float[Array, "B *T S K D"]
+    mask: Bool[Array, "B T S"]
+    queries: Float[Array, "B T H D"] | None = None
 
 
 def attend(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    mask: Bool[Array, "B T S"],
+    parts: Sequence[KeyValues],
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: SinkInputs | None = None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(scale q k^T) v with an explicit mask; the softmax is in float32.
+    """softmax(scale q k^T) v over all parts together; the softmax is in float32.
+
+    Keeping the parts apart saves joining them, which for a cache would copy it.
 
     Args:
       q: queries [B, T, H, D], rotated. H is a multiple of K.
-      k: keys [B, S, K, D], rotated.
-      v: values [B, S, K, D].
-      mask: True where the query may see the key [B, T, S].
+      parts: keys and values, e.g. a cache, the tokens of this call, sinks.
       scale: factor on the logits.
       softcap: logits x become softcap * tanh(x / softcap).
-      sinks: further keys with queries of their own, in the same softmax.
 
     Returns:
       [B, T, H, D] in q's dtype; zero where a query may see nothing.
     """
-    batch, tokens, num_heads, head_dim = q.shape
-    num_kv_heads = k.shape[2]
-    grouped = (batch, tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    num_kv_heads = parts[0].keys.shape[-2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
 
-    def weigh(logits: Array, allowed: Array) -> Array:
-        logits = logits.astype(wide) * scale
+    def grouped(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
+
+    def logits_of(part: KeyValues) -> Array:
+        queries = grouped(q if part.queries is None else part.queries)
+        logits = _dot_keys(queries, part.keys).astype(wide) * scale
         if softcap is not None:
             logits = softcap * jnp.tanh(logits / softcap)
-        return jnp.where(allowed[:, None, None], logits, _MASKED)
+        return jnp.where(part.mask[:, None, None], logits, _MASKED)
 
-    logits = weigh(jnp.einsum("btkgd,bskd->bkgts", q.reshape(grouped), k), mask)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if sinks is not None:
-        sink_logits = weigh(_sink_logits(sinks.queries.reshape(grouped), sinks.keys), sinks.valid)
-        top = jnp.maximum(top, jnp.max(sink_logits, axis=-1, keepdims=True))
-    top = lax.stop_gradient(top)
-    weights = jnp.where(mask[:, None, None], jnp.exp(logits - top), 0)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        sink_weights = jnp.where(sinks.valid[:, None, None], jnp.exp(sink_logits - top), 0)
-        total += jnp.sum(sink_weights, axis=-1, keepdims=True)
-    total = jnp.maximum(total, 1e-30)
-    out = jnp.einsum("bkgts,bskd->btkgd", (weights / total).astype(v.dtype), v)
-    if sinks is not None:
-        out += _weigh_sinks((sink_weights / total).astype(v.dtype), sinks.values)
+    logits = [logits_of(part) for part in parts]
+    tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
+    top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    weights = [
+        jnp.where(part.mask[:, None, None], jnp.exp(x - top), 0)
+        for x, part in zip(logits, parts, strict=True)
+    ]
+    total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights), 1e-30)
+    out = sum(
+        _weigh_values((x / total).astype(part.values.dtype), part.values)
+        for x, part in zip(weights, parts, strict=True)
+    )
     return out.reshape(q.shape).astype(q.dtype)
 
 
-def _sink_logits(q: Array, keys: Array) -> Array:
-    """[B, T, K, G, D] x [B, T or 1, Z, K, D] -> [B, K, G, T, Z]."""
-    if keys.shape[1] == 1:
-        return jnp.einsum("btkgd,bzkd->bkgtz", q, keys[:, 0])
-    # One dot product per token and sink: as a batched product this would be B T K tiny ones.
-    logits = jnp.sum(q[:, :, None] * keys[:, :, :, :, None], axis=-1)  # [B, T, Z, K, G]
+def _dot_keys(q: Array, keys: Array) -> Array:
+    """[B, T, K, G, D] x [B, S, K, D] or [B, T, S, K, D] -> [B, K, G, T, S]."""
+    if keys.ndim == 4:
+        return jnp.einsum("btkgd,bskd->bkgts", q, keys)
+    # One dot product per token and key: as a batched product this would be B T K tiny ones.
+    logits = jnp.sum(q[:, :, None] * keys[:, :, :, :, None], axis=-1)  # [B, T, S, K, G]
     return jnp.transpose(logits, (0, 3, 4, 1, 2))
 
 
-def _weigh_sinks(weights: Array, values: Array) -> Array:
-    """[B, K, G, T, Z] x [B, T or 1, Z, K, D] -> [B, T, K, G, D]."""
-    if values.shape[1] == 1:
-        return jnp.einsum("bkgtz,bzkd->btkgd", weights, values[:, 0])
-    per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, Z, K, G]
+def _weigh_values(weights: Array, values: Array) -> Array:
+    """[B, K, G, T, S] x [B, S, K, D] or [B, T, S, K, D] -> [B, T, K, G, D]."""
+    if values.ndim == 4:
+        return jnp.einsum("bkgts,bskd->btkgd", weights, values)
+    per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.sum(per_token[..., None] * values[:, :, :, :, None], axis=2)
 
 
@@ -104,7 +101,7 @@ def attend_sequence(
     *,
     segment_ids: Int[Array, "B T"] | None = None,
     window: int | None = None,
-    sinks: SinkInputs | None = None,
+    sinks: KeyValues | None = None,
     scale: float,
     softcap: float | None = None,
     block: int = 512,
@@ -131,11 +128,11 @@ def attend_sequence(
     if segment_ids is None:
         segment_ids = jnp.ones((1, tokens), jnp.int32)
     segment_ids = jnp.broadcast_to(segment_ids, q.shape[:2])
-    num_sinks = 0 if sinks is None else sinks.keys.shape[2]
+    num_sinks = 0 if sinks is None else sinks.mask.shape[-1]
     starts = segment_starts(segment_ids)
     if tokens <= block:
         mask = _sequence_mask(segment_ids, segment_ids, starts, 0, 0, window, num_sinks)
-        return attend(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+        return attend(q, _with_sinks(k, v, mask, sinks), scale=scale, softcap=softcap)
 
     num_blocks = -(-tokens // block)
     pad = num_blocks * block - tokens
@@ -145,12 +142,9 @@ def attend_sequence(
     blocks = jax.tree.map(
         lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), (q, segment_ids, starts)
     )
-    sink_blocks = None if sinks is None else jax.tree.map(
-        lambda x: jnp.broadcast_to(x, (num_blocks, *x.shape))
-        if x.shape[1] == 1
-        else _cut(_pad_tokens(x, 0, pad), num_blocks),
-        sinks,
-    )
+    # What belongs to single queries is cut with them; keys of a whole row are not.
+    row_sinks, sink_blocks = _split_sinks(sinks)
+    sink_blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), sink_blocks)
 
     @jax.checkpoint
     def run(index: Array, parts: tuple) -> Array:
@@ -163,7 +157,9 @@ def attend_sequence(
         mask = _sequence_mask(
             ids, seen_ids, start, index * block, first - before, window, num_sinks
         )
-        return attend(q_part, keys, values, mask, scale=scale, softcap=softcap, sinks=sink_part)
+        own = None if sink_part is None else KeyValues(**(row_sinks | sink_part))
+        parts = _with_sinks(keys, values, mask, own)
+        return attend(q_part, parts, scale=scale, softcap=softcap)
 
     _, out = lax.scan(
         lambda _, x: (None, run(*x)), None, (jnp.arange(num_blocks), (blocks, sink_blocks))
@@ -184,6 +180,21 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=0)
     fresh = jnp.where(segment_ids != previous, index, 0)
     return lax.cummax(fresh, axis=1)
+
+
+def _with_sinks(
+    keys: Array, values: Array, mask: Array, sinks: KeyValues | None
+) -> list[KeyValues]:
+    return [KeyValues(keys, values, mask), *([] if sinks is None else [sinks])]
+
+
+def _split_sinks(sinks: KeyValues | None) -> tuple[dict[str, Array], dict[str, Array] | None]:
+    """Fields that are the same for all queries of a row, and fields with a token axis."""
+    if sinks is None:
+        return {}, None
+    fields = {name: x for name, x in sinks._asdict().items() if x is not None}
+    whole = {} if sinks.keys.ndim == 5 else {name: fields.pop(name) for name in ("keys", "values")}
+    return whole, fields
 
 
 def _sequence_mask(

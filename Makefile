@@ -1,0 +1,50 @@
+# make finetune | test | lint | bench: each sets up .venv by itself, with pip only.
+# ARGS="..." is handed to the program: make finetune ARGS="--steps 20".
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: finetune test lint bench FORCE
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+finetune: $(VENV)/.demo
+	$(BIN)/python -m experiments.finetune $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+BENCH ?= op
+bench: $(VENV)/.demo
+	$(BIN)/python -m experiments.bench $(BENCH) $(ARGS)
+
+# Whole: made in this folder, its interpreter runs, and no installation was cut off half-way (pip
+# takes a package with missing files for installed). Anything else is made anew.
+VENV_WHOLE := $(shell grep -qsxF '$(CURDIR)' $(VENV)/.created && test ! -e $(VENV)/.installing \
+	&& $(BIN)/python -c 'import pip' 2>/dev/null && echo yes)
+
+$(VENV)/.created: $(if $(VENV_WHOLE),,FORCE)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	"error: Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + \
+	"; run make PYTHON=/path/to/python3.11.")'
+	$(PYTHON) -m venv --clear $(VENV)
+	@echo '$(CURDIR)' > $@
+
+comma := ,
+EXTRAS_demo := demo
+EXTRAS_test := demo test
+EXTRAS_dev := demo test dev
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
+	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() ,$(comma),$(EXTRAS_$*))]'
+	@rm $(VENV)/.installing
+	@touch $(addprefix $(VENV)/.,$(EXTRAS_$*))

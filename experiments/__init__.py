@@ -1,0 +1,1 @@
+"""Thin command lines: fine-tune, generate, evaluate, bench."""

@@ -1,0 +1,241 @@
+"""Everything that decides a fine-tuning run, and how command lines are read."""
+
+import contextlib
+import inspect
+import io
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tyro
+
+from convert.command_line import run_command
+from experiments.data import DataConfig, check_literals
+from experiments.yaml_defaults import config_path, read_yaml, resolved_yaml, unresolved_defaults
+from tptt_jax.config import LizaConfig, LoraConfig
+from tptt_jax.training.optimizer import OptimizerConfig
+from tptt_jax.training.partition import TrainMode
+from tptt_jax.training.schedules import MagSchedule
+
+__all__ = ["DEMO_STEPS", "FinetuneConfig", "parse_arguments", "resolved_yaml", "run_configured"]
+
+Config = TypeVar("Config")
+
+DEMO_STEPS = 60
+_SHARED_FLAGS = "Also takes --json (one JSON object as the last line of stdout) and --debug."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Gives a pretrained model a linear-attention memory and trains it; without flags, the demo.
+
+    The demo teaches Gemma 3 270M the Python language reference. Both come with the installation,
+    so it needs no network.
+    """
+
+    config: Path | None = None
+    """YAML file whose values are the defaults of this run; flags override it."""
+    model: str = "demo"
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a checkpoint."""
+    output: Path = Path("runs/demo")
+    """Directory for checkpoints, metrics, plot and adapter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    liza: LizaConfig = field(default_factory=LizaConfig)
+    no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave the memory out and train the plain model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainMode = "lora"
+    """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
+    memory's own parameters are trained in any case."""
+    steps: int | None = None
+    """Training steps; None: what epochs says, or 60. With epochs: at most so many."""
+    epochs: float | None = None
+    """Passes over the data; None: what steps says."""
+    batch_size: int = 2
+    """Rows per step, over all devices."""
+    learning_rate: float = 5e-4
+    """Of adapters or weights, at its highest."""
+    mag_learning_rate: float | None = None
+    """Of the memory's learned share, whose logits need long steps; None: 100 x learning_rate."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How both rates fall after the warm-up, to a tenth."""
+    warmup_steps: int = 5
+    """Steps over which both rates rise."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradients."""
+    mag_schedule: Literal["constant", "gradual", "cyclic", "switch"] = "constant"
+    """With --liza.mag scheduled, the memory's share: "constant": mag_start; "gradual": from
+    mag_start to mag_end over mag_steps; "cyclic": one of mag_values after the other; "switch":
+    0 and mag_end in turn."""
+    mag_start: float | None = None
+    """None: --liza.mag-init."""
+    mag_end: float = 0.5
+    """Last share of "gradual", and the one that "switch" turns on."""
+    mag_steps: int = 100
+    """Steps from mag_start to mag_end."""
+    mag_values: tuple[float, ...] = (0.01, 0.5)
+    """Shares of "cyclic"."""
+    mag_period: int = 1
+    """Steps for which "switch" stays off, then on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and the activations; what is trained stays float32."""
+    mesh: str | None = None
+    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
+    seed: int = 0
+    """Of new parameters, dropout, the order of the rows and the rows held out."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; the last step always leaves one."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out part; 0: only before and after."""
+    sample_prompt: str = "The with statement is used to"
+    """Continued before and after training."""
+    sample_tokens: int = 32
+    """Length of that continuation; 0: none."""
+    resume: bool = True
+    """Go on from the last checkpoint in output; False: start again."""
+
+    def __post_init__(self) -> None:
+        """Rejects values that no run can have."""
+        check_literals(self)
+        minima = {"steps": 1, "batch_size": 1, "checkpoint_every": 1}
+        for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if self.mag_schedule != "constant" and self.liza.mag != "scheduled":
+            raise ValueError(
+                f"mag_schedule = {self.mag_schedule!r} needs a share that is not learned: add "
+                "--liza.mag scheduled."
+            )
+        # They check the numbers they are made of.
+        _ = self.optimizer, self.mag
+
+    @property
+    def memory(self) -> LizaConfig | None:
+        """`liza`, or None for the plain model."""
+        return None if self.no_liza else self.liza
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """`lora`, or None if the weights themselves are trained."""
+        return self.lora if self.train == "lora" else None
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW and its schedule."""
+        rate = self.mag_learning_rate
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            mag_learning_rate=100 * self.learning_rate if rate is None else rate,
+            lr_schedule=self.lr_schedule,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+        )
+
+    @property
+    def mag(self) -> MagSchedule | None:
+        """How a scheduled share moves; None where there is none to move."""
+        if self.no_liza or self.liza.mag != "scheduled":
+            return None
+        start = self.liza.mag_init if self.mag_start is None else self.mag_start
+        return MagSchedule(
+            kind=self.mag_schedule,
+            start=start,
+            end=start if self.mag_schedule == "constant" else self.mag_end,
+            steps=self.mag_steps,
+            values=self.mag_values,
+            period=self.mag_period,
+        )
+
+    def total_steps(self, num_rows: int) -> int:
+        """Steps of the whole run on `num_rows` rows of training data."""
+        if self.epochs is None:
+            return self.steps or DEMO_STEPS
+        by_epochs = max(1, math.ceil(self.epochs * num_rows / self.batch_size))
+        return by_epochs if self.steps is None else min(self.steps, by_epochs)
+
+
+def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None = None) -> Config:
+    """Reads a configuration from flags and, if ``--config`` names one, a YAML file.
+
+    The YAML file holds the flags' names with underscores, in blocks where a flag has a dot
+    (``liza: {mag_init: 0.1}``); what it says are the defaults that flags override.
+
+    Args:
+      argv: the arguments after the program's name.
+      cls: a dataclass; for ``--config`` it needs a field ``config: Path | None = None``.
+      prog: the program's name in ``--help``.
+
+    Returns:
+      A validated instance of `cls`.
+
+    Raises:
+      FileNotFoundError: if the YAML file is not there.
+      ValueError: if the YAML file or a flag is wrong, in one sentence.
+      SystemExit: with status 0 after ``--help``.
+    """
+    path = config_path(argv)
+    values = {} if path is None else read_yaml(path)
+    default = unresolved_defaults(cls, None, values, where=str(path))
+    description = f"{inspect.getdoc(cls)}\n\n{_SHARED_FLAGS}"
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                cls, args=list(argv), default=default, prog=prog, description=description
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise ValueError(_one_sentence(complaint.getvalue())) from None
+
+
+def run_configured(
+    function: Callable[[Config], dict[str, Any] | None],
+    cls: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+) -> int:
+    """Runs a command that takes a configuration as `run_command` runs those that take flags.
+
+    Args:
+      function: the command; it returns what --json prints.
+      cls: what `parse_arguments` makes for it.
+      argv: the arguments; None: those of the process.
+      prog: the program's name in ``--help``.
+
+    Returns:
+      The exit status.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    shared = [argument for argument in given if argument in ("--json", "--debug")]
+    own = [argument for argument in given if argument not in shared]
+    return run_command(lambda: function(parse_arguments(own, cls, prog=prog)), shared, prog=prog)
+
+
+def _one_sentence(box: str) -> str:
+    """The message of the box that tyro draws around an error, without title and help text."""
+    sentences: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯ ")
+        if not set(text) <= {"─", "-"}:
+            sentences.append(text)
+        elif sentences:
+            break
+    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(sentences))
+    message = re.sub(
+        r"^Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*)\]",
+        r"\1 expects \2, got \3",
+        message,
+    )
+    return f"{message.rstrip('.')}; --help lists the options." if message else box.strip()

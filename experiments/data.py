@@ -1,0 +1,248 @@
+"""Training data: from a path to rows of tokens, part of them held out."""
+
+from dataclasses import dataclass
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+import numpy as np
+import tyro
+
+from experiments.formats import (
+    Format,
+    FormatChoice,
+    Loss,
+    begin_tokens,
+    chat_examples,
+    cut_document,
+    find_format,
+    instruction_examples,
+    text_cells,
+    text_documents,
+)
+from experiments.packing import Example, TokenBatch, TokenBatchSource, pack_examples
+from experiments.rows import PYTHON_DOCS, Rows, load_rows, python_docs_text
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = [
+    "DataConfig",
+    "TokenBatch",
+    "TokenBatchSource",
+    "TokenData",
+    "load_token_data",
+    "python_docs_text",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how it is laid out in rows of tokens."""
+
+    path: Annotated[str, tyro.conf.arg(name="data", prefix_name=False)] = PYTHON_DOCS
+    """"python-docs" (the Python language reference that comes with every CPython), a JSON Lines,
+    JSON, CSV, TSV, Parquet or text file, or a dataset id on the Hugging Face Hub."""
+    split: str = "train"
+    """Split of a Hub dataset; a slice such as "train[:500]" works everywhere."""
+    format: FormatChoice = "auto"
+    """"text": one column of text; "alpaca": instruction, input (may be empty or missing), output;
+    "chat": messages with role and content; "auto": what the columns say."""
+    text_column: str = "text"
+    """Column of plain text."""
+    max_rows: int | None = None
+    """Reads only so many rows; None: all."""
+    sequence_length: int = 256
+    """Tokens per row; longer text is cut into several rows, other longer examples are cut off."""
+    packing: bool = True
+    """Several short examples share a row, without seeing each other; False: one row each."""
+    loss: Loss = "answers"
+    """"answers": only what the assistant says counts; "all": prompts count too. In plain text
+    everything counts."""
+    eval_tokens: int = 2000
+    """Tokens at the beginning of a whole text (python-docs, a text file) that are held out."""
+    eval_rows: float = 0.05
+    """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
+
+    def __post_init__(self) -> None:
+        """Rejects values that no data can be read with."""
+        check_literals(self)
+        for name, minimum in (("sequence_length", 2), ("max_rows", 1), ("eval_tokens", 0)):
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if self.eval_rows < 0 or (self.eval_rows >= 1 and self.eval_rows % 1):
+            raise ValueError(
+                "eval_rows must be a share in [0, 1) or a whole number of rows, "
+                f"got {self.eval_rows}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData:
+    """Rows of tokens to train on and to evaluate on, and what became of the data on the way."""
+
+    train: TokenBatchSource
+    eval: TokenBatchSource | None
+    """None if nothing is held out."""
+    format: Format
+    """The format that was found."""
+    num_documents: int
+    """Rows of the table that were read; 1 for a whole text."""
+    num_truncated: int
+    """Examples that were cut off at sequence_length."""
+    num_without_targets: int
+    """Examples left out because none of their tokens would count in the loss."""
+
+    def describe(self) -> str:
+        """One line for people."""
+        train = self.train
+        filled = train.num_tokens / train.tokens.size
+        parts = [
+            f"{self.num_documents:,} document{'s' if self.num_documents != 1 else ''} "
+            f"({self.format}): {train.num_rows:,} rows of {train.sequence_length} tokens to train "
+            f"on ({filled:.0%} full, {train.num_targets:,} targets)"
+        ]
+        if self.eval is not None:
+            parts.append(f"{self.eval.num_targets:,} targets held out")
+        if self.num_truncated:
+            parts.append(f"{self.num_truncated:,} examples cut off")
+        if self.num_without_targets:
+            parts.append(f"{self.num_without_targets:,} left out for want of targets")
+        return ", ".join(parts)
+
+
+def load_token_data(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", seed: int = 0
+) -> TokenData:
+    """Reads, tokenises, splits and packs the data that `config` describes.
+
+    Args:
+      config: what to read and how.
+      tokenizer: of the model that will read the tokens.
+      seed: chooses which rows of a table are held out.
+
+    Returns:
+      Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
+
+    Raises:
+      FileNotFoundError: if the data is not there.
+      ValueError: if it cannot be read or leaves nothing to train on.
+    """
+    rows = load_rows(config.path, config.split, config.max_rows)
+    found = find_format(rows, config.format, config.text_column)
+    if rows.is_document:
+        parts = _split_document(rows, config, tokenizer)
+    else:
+        parts = _split_rows(
+            _row_examples(rows, found, config, tokenizer), rows.source, config, seed
+        )
+    kept, held_out = (_fit(part, config.sequence_length) for part in parts)
+    if not kept.examples:
+        raise ValueError(
+            f"No example of {rows.source} has a token left that counts in the loss at "
+            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or take "
+            "--data.loss all."
+        )
+    if kept.num_truncated == len(parts[0]):
+        shortest = min(len(example.tokens) for example in parts[0])
+        raise ValueError(
+            f"Every example of {rows.source} is longer than sequence_length = "
+            f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
+        )
+    train, held_out_rows = (
+        pack_examples(part.examples, config.sequence_length, packing=config.packing)
+        for part in (kept, held_out)
+    )
+    return TokenData(
+        train=train,
+        eval=held_out_rows if held_out_rows.num_rows else None,
+        format=found,
+        num_documents=len(rows.rows),
+        num_truncated=kept.num_truncated + held_out.num_truncated,
+        num_without_targets=kept.num_without_targets + held_out.num_without_targets,
+    )
+
+
+def check_literals(config: Any) -> None:
+    """Raises ValueError if a field of a configuration is none of the choices its type names."""
+    for name, hint in get_type_hints(type(config)).items():
+        choices = get_args(hint)
+        if get_origin(hint) is Literal and getattr(config, name) not in choices:
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, choices))}, "
+                f"got {getattr(config, name)!r}."
+            )
+
+
+class _Fitted(NamedTuple):
+    examples: list[Example]
+    num_truncated: int
+    num_without_targets: int
+
+
+def _fit(examples: list[Example], length: int) -> _Fitted:
+    """Cuts examples off at `length` and leaves out those in which nothing can be learned."""
+    cut = [Example(tokens[:length], targets[:length]) for tokens, targets in examples]
+    useful = [example for example in cut if example.targets.any()]
+    truncated = sum(len(example.tokens) > length for example in examples)
+    return _Fitted(useful, truncated, len(cut) - len(useful))
+
+
+def _split_document(
+    rows: Rows, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[list[Example], list[Example]]:
+    """A text from `eval_tokens` on, and its beginning."""
+    (tokens,) = text_documents(tokenizer, text_cells(rows, "text"))
+    if len(tokens) < config.eval_tokens + 2:
+        raise ValueError(
+            f"{rows.source} has {len(tokens)} tokens and eval_tokens = {config.eval_tokens} are "
+            "held out, which leaves nothing to train on: lower --data.eval-tokens."
+        )
+    prefix, length = begin_tokens(tokenizer), config.sequence_length
+    held_out = tokens[: config.eval_tokens]
+    return (
+        cut_document(tokens[config.eval_tokens :], length, prefix),
+        cut_document(held_out, length, prefix) if len(held_out) else [],
+    )
+
+
+def _row_examples(
+    rows: Rows, found: Format, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> list[list[Example]]:
+    """The examples of each row: one, or the pieces of a long text."""
+    if found == "alpaca":
+        return [[example] for example in instruction_examples(tokenizer, rows, config.loss)]
+    if found == "chat":
+        return [[example] for example in chat_examples(tokenizer, rows, config.loss)]
+    prefix = begin_tokens(tokenizer)
+    return [
+        cut_document(document, config.sequence_length, prefix)
+        for document in text_documents(tokenizer, text_cells(rows, config.text_column))
+    ]
+
+
+def _split_rows(
+    rows: list[list[Example]], source: str, config: DataConfig, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """The examples of a table without the rows that are held out, and those of the rest."""
+    total, count = len(rows), int(config.eval_rows)
+    if 0 < config.eval_rows < 1:
+        count = max(1, round(total * config.eval_rows))
+    if count >= total:
+        raise ValueError(
+            f"{source} has {total} row{'s' if total != 1 else ''} and {count} would be held out, "
+            "which leaves nothing to train on: lower --data.eval-rows (0 holds out nothing)."
+        )
+    held_out = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    return (
+        [example for i, row in enumerate(rows) if i not in held_out for example in row],
+        [example for i, row in enumerate(rows) if i in held_out for example in row],
+    )

@@ -1,0 +1,100 @@
+"""metrics.jsonl: one line of JSON per training step."""
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+from convert.files import atomic_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One training step in numbers."""
+
+    step: int
+    """Steps done, this one included: the first step is 1."""
+    loss: float
+    """Mean over the step's targets, in nats per token."""
+    tokens_per_s: float
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    mu_mean: float | None = None
+    """Share of the memory, over all layers and heads; None without a memory."""
+    mu_min: float | None = None
+    mu_max: float | None = None
+    seconds: float
+    """Wall time of this step."""
+    eval_loss: float | None = None
+    """Held-out loss after this step, where it was measured."""
+
+
+class MetricsWriter:
+    """Appends one JSON line per step to a file, each step exactly once.
+
+    A run that goes on from step s drops what an earlier process wrote about later steps, and a
+    last line that it did not finish. Numbers that are not finite become null.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        """Opens `path`, keeping of an earlier run the steps up to `resume_step`; 0: none."""
+        earlier = read_metrics(path) if resume_step and path.exists() else []
+        kept = [record for record in earlier if record.step <= resume_step]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        self._stream: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: StepRecord) -> None:
+        """Appends a step; it survives the process from then on."""
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        """Does nothing."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Closes the file."""
+        self.close()
+
+
+def _line(record: StepRecord) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in dataclasses.asdict(record).items()
+    }
+    if finite["eval_loss"] is None:
+        del finite["eval_loss"]
+    return json.dumps(finite) + "\n"
+
+
+def read_metrics(path: Path) -> list[StepRecord]:
+    """The steps that a `MetricsWriter` wrote; null is read as NaN, but for the optional fields.
+
+    Raises:
+      ValueError: if a line other than an unfinished last one is damaged.
+    """
+    optional = {f.name for f in dataclasses.fields(StepRecord) if f.default is None}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    steps = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            values: dict[str, Any] = {
+                name: math.nan if value is None and name not in optional else value
+                for name, value in json.loads(line).items()
+            }
+            steps.append(StepRecord(**values))
+        except (json.JSONDecodeError, TypeError, AttributeError):
+            raise ValueError(
+                f"{path}, line {number}, holds no metrics of a step: remove the line or the file."
+            ) from None
+    return steps

@@ -1,0 +1,152 @@
+"""Values of a YAML file become the defaults of a command line, and a configuration YAML."""
+
+import contextlib
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def config_path(argv: Sequence[str]) -> Path | None:
+    """What ``--config`` names; tyro needs the defaults before it reads the flags.
+
+    Raises:
+      ValueError: if it is given twice.
+    """
+    paths = [following for flag, following in pairwise(argv) if flag == "--config"]
+    paths += [flag.removeprefix("--config=") for flag in argv if flag.startswith("--config=")]
+    if len(paths) > 1:
+        raise ValueError(f"--config must be given once, got {' and '.join(paths)}.")
+    return Path(paths[0]) if paths else None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML file.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+      ValueError: if it is no such file, naming the line if there is one.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError):
+        raise FileNotFoundError(
+            f"There is no configuration file {path}: check the path given with --config."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}," if mark else ""
+        problem = getattr(error, "problem", None) or "it is not text"
+        raise ValueError(f"{path}{place} is not valid YAML ({problem}): repair it.") from None
+    if not isinstance(values or {}, dict):
+        raise ValueError(f"{path} must hold names and values, got {type(values).__name__}.")
+    return values or {}
+
+
+def unresolved_defaults(
+    cls: Any, instance: Any, values: Any, *, where: str, prefix: str = ""
+) -> Any:
+    """What tyro takes for defaults: `instance`'s values, or `cls`'s own, overridden by `values`.
+
+    `__post_init__` is left out: what it derives from other fields must not be taken for
+    somebody's choice, or ``--liza.operator`` would be overruled by the default operator's fields.
+
+    Args:
+      cls: a dataclass, whose fields may be dataclasses.
+      instance: of `cls`, or None.
+      values: from a YAML file; a nested dataclass is a block.
+      where: the file's name, for messages.
+      prefix: of the names in messages.
+
+    Returns:
+      An instance of `cls` that nobody has validated.
+
+    Raises:
+      ValueError: if a name or the type of a value is wrong.
+    """
+    if isinstance(values, str) and "path" in cls.__dataclass_fields__:
+        values = {"path": values}  # "data: x.jsonl", as --data x.jsonl
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: {prefix[:-1]} must be a block of names, got {values!r}.")
+    fields = dataclasses.fields(cls)
+    known = [field.name for field in fields if field.name != "config"]
+    for name in values:
+        if name not in known:
+            raise ValueError(
+                f"{where}: there is no option {prefix}{name}; the options here are "
+                f"{', '.join(known)}."
+            )
+    hints = get_type_hints(cls)
+    result = object.__new__(cls)
+    for field in fields:
+        name, hint = field.name, hints[field.name]
+        value = _default_of(field, instance)
+        if dataclasses.is_dataclass(hint):
+            given = values.get(name, {})
+            value = unresolved_defaults(hint, value, given, where=where, prefix=f"{prefix}{name}.")
+        elif name in values:
+            value = _checked(values[name], hint, f"{where}: {prefix}{name}")
+        object.__setattr__(result, name, value)
+    return result
+
+
+def resolved_yaml(config: Any) -> str:
+    """A YAML file that gives this configuration again through ``--config``."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = [f.name for f in dataclasses.fields(value) if f.name != "config"]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:
+    if instance is None or instance is tyro.MISSING:
+        if field.default is not dataclasses.MISSING:
+            return field.default
+        factory = field.default_factory
+        return tyro.MISSING if factory is dataclasses.MISSING else factory()
+    value = getattr(instance, field.name)
+    derived = field.default is None and value is not None
+    if derived and dataclasses.replace(instance, **{field.name: None}) == instance:
+        return None
+    return value
+
+
+def _checked(value: Any, hint: Any, place: str) -> Any:
+    """A value of a YAML file as the type its field has."""
+    origin, choices = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in choices:
+            return None
+        (hint,) = (choice for choice in choices if choice is not type(None))
+        return _checked(value, hint, place)
+    if origin is Literal:
+        if value in choices:
+            return value
+        expected = f"one of {', '.join(map(str, choices))}"
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_checked(item, choices[0], place) for item in value)
+        expected = "a list"
+    elif hint is Path:
+        return Path(_checked(value, str, place))
+    else:
+        if hint is float and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError):
+                return float(value)  # YAML takes "5e-4", which has no dot, for text
+        elif type(value) is hint:
+            return value
+        expected = _EXPECTED[hint]
+    raise ValueError(f"{place} must be {expected}, got {value!r}.")

