@@ -85,6 +85,8 @@ class FinetuneConfig:
     """Steps for which "switch" stays off, then on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and the activations; what is trained stays float32."""
+    remat: bool = False
+    """Recompute layers in the backward pass: a fifth slower, a fraction of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
     seed: int = 0

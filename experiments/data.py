@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 
+_LONGEST_HELD_OUT_ROW = 2048
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train on, and how it is laid out in rows of tokens."""
@@ -144,7 +147,8 @@ def load_token_data(
         parts = _split_rows(
             _row_examples(rows, found, config, tokenizer), rows.source, config, seed
         )
-    kept, held_out = (_fit(part, config.sequence_length) for part in parts)
+    lengths = (config.sequence_length, _held_out_length(rows, config))
+    kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
     if not kept.examples:
         raise ValueError(
             f"No example of {rows.source} has a token left that counts in the loss at "
@@ -158,8 +162,8 @@ def load_token_data(
             f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
         )
     train, held_out_rows = (
-        pack_examples(part.examples, config.sequence_length, packing=config.packing)
-        for part in (kept, held_out)
+        pack_examples(part.examples, length, packing=config.packing)
+        for part, length in zip((kept, held_out), lengths, strict=True)
     )
     return TokenData(
         train=train,
@@ -206,12 +210,20 @@ def _split_document(
             f"{rows.source} has {len(tokens)} tokens and eval_tokens = {config.eval_tokens} are "
             "held out, which leaves nothing to train on: lower --data.eval-tokens."
         )
-    prefix, length = begin_tokens(tokenizer), config.sequence_length
+    prefix = begin_tokens(tokenizer)
     held_out = tokens[: config.eval_tokens]
+    length = _held_out_length(rows, config)
     return (
-        cut_document(tokens[config.eval_tokens :], length, prefix),
+        cut_document(tokens[config.eval_tokens :], config.sequence_length, prefix),
         cut_document(held_out, length, prefix) if len(held_out) else [],
     )
+
+
+def _held_out_length(rows: Rows, config: DataConfig) -> int:
+    """A text is evaluated in long rows, where a memory counts; a table in rows as trained."""
+    if not rows.is_document:
+        return config.sequence_length
+    return max(config.sequence_length, min(config.eval_tokens + 1, _LONGEST_HELD_OUT_ROW))
 
 
 def _row_examples(

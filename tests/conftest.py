@@ -8,6 +8,8 @@ import pytest
 # leave no caches behind and never wait for a network.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Most of the time goes into compiling tiny programs; unoptimised code is ready twice as fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
@@ -49,3 +51,11 @@ def demo_model_path() -> Path:
     from convert.demo import demo_file
 
     return demo_file()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with a real tokenizer, as a Hugging Face directory."""
+    from tests.tiny import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -264,6 +264,20 @@ def init_cache(
     return Cache(stacks, jnp.zeros((batch_size,), jnp.int32))
 
 
+def base_model(model: CausalLM) -> CausalLM:
+    """The plain pretrained model inside a Titan, sharing its arrays.
+
+    Adapters, memory and windows are gone; weights that were trained themselves are as
+    they are now.
+    """
+    abstract = nnx.eval_shape(
+        lambda: CausalLM(model.config, dtype=model.dtype, rngs=nnx.Rngs(0))
+    )
+    values = dict(nnx.to_flat_state(nnx.state(model)))
+    flat = [(path, values[path]) for path, _ in nnx.to_flat_state(nnx.state(abstract))]
+    return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
+
+
 def count_positions(
     shape: tuple[int, ...], segment_ids: SegmentIds | None, length: Int[Array, "B"] | None
 ) -> Positions:

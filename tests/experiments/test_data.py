@@ -5,18 +5,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from experiments.data import DataConfig, TokenBatchSource, load_token_data, python_docs_text
 from experiments.formats import alpaca_prompt
 from experiments.packing import Example, pack_examples
+from tests.tiny import BOS, CHATML, EOS, PAD, TURN, make_tokenizer
 
-PAD, BOS, EOS, TURN = 0, 1, 2, 3
-CHATML = (
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
 # As Qwen3: the last answer is written differently from those before it.
 UNSTABLE = (
     "{% for m in messages %}<|turn|>{{ m['role'] }}\n"
@@ -24,31 +19,6 @@ UNSTABLE = (
     "{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
 )
-
-
-def make_tokenizer(*, begin: bool, template: str | None = None) -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<pad>", "<s>", "</s>", "<|turn|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([python_docs_text()[:50_000]], trainer)
-    if begin:
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", BOS)]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        chat_template=template,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 @pytest.fixture(scope="module")

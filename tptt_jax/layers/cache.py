@@ -67,9 +67,10 @@ def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> 
 
 def history_length(liza: LizaConfig) -> int:
     """Raw tokens before the current one that its gates and virtual tokens depend on."""
-    gates = 2 if (liza.beta_gate, liza.alpha_gate) != ("constant", "constant") else 0
+    alpha, beta = (0 if gate == "constant" else 2 for gate in (liza.alpha_gate, liza.beta_gate))
     tokens = 0 if liza.trick == "rotary" else liza.householder - 1
-    return max(gates, tokens)
+    # An expanded write gate is differenced over gates that look back themselves.
+    return max(alpha, tokens, beta + tokens if liza.expand_gates else beta)
 
 
 def init_memory_state(

@@ -16,7 +16,7 @@ from tptt_jax.layers.cache import (
 from tptt_jax.layers.lora import LowRank, Projection, fold_path
 from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
-from tptt_jax.ops.gates import compute_gate, compute_log_decay
+from tptt_jax.ops.gates import compute_beta, compute_log_decay
 from tptt_jax.ops.naive_delta_product import naive_delta_product
 from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
 
@@ -162,18 +162,19 @@ def _virtual_tokens(
     config: LizaConfig, k: Array, v: Array, segment_ids: Array | None
 ) -> tuple[Array, Array, Array, Array | None]:
     """Keys, values [B, T, N, K, D], write gate [B, T, N, K] or [.., D], log decay [B, T, K]."""
-    assert config.trick is not None and config.beta_gate is not None
+    assert config.trick is not None
+    assert config.beta_gate is not None
     assert config.alpha_gate is not None
 
     def expand(x: Array) -> Array:
         return expand_virtual_tokens(x, config.householder, config.trick, segment_ids)
 
-    if config.expand_gates:
-        beta = expand(compute_gate(config.beta_gate, k, v, segment_ids, vector=True))
-        beta = beta if config.vector_beta else jnp.mean(beta, axis=-1)
-    else:
-        beta = compute_gate(config.beta_gate, k, v, segment_ids, vector=config.vector_beta)
-        beta = jnp.repeat(beta[:, :, None], config.householder, axis=2)
+    beta = compute_beta(
+        *(config.beta_gate, k, v, config.householder),
+        segment_ids=segment_ids,
+        vector=config.vector_beta,
+        trick=config.trick if config.expand_gates else None,
+    )
     log_decay = compute_log_decay(config.alpha_gate, k, v, segment_ids)
     return expand(_activate(k)), expand(v * v.shape[-1] ** -0.5), beta, log_decay
 

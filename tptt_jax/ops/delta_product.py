@@ -15,7 +15,7 @@ from tptt_jax.ops.delta_product_inputs import (
     silence_padding,
 )
 from tptt_jax.ops.token_shift import document_ordinals
-from tptt_jax.ops.triangular import solve_unit_lower
+from tptt_jax.ops.triangular import invert_unit_lower, solve_with_inverse
 
 # Chunks whose M x M matrices exist at the same time; more only cost memory.
 _CHUNKS_PER_BLOCK = 16
@@ -32,14 +32,6 @@ class _Chunks(NamedTuple):
     valid: Array | None  # [...]
     ordinals: Array | None  # [blocks, B, n, C + 1]: before the chunk, then of its tokens
     is_complete: Array | None  # [blocks, n]: whether the state is activated after the chunk
-
-
-class _Factors(NamedTuple):
-    """What decay and document starts multiply; all in [0, 1]."""
-
-    pair: Array  # [n, B, K or 1, C, C] or [C, C]: from token j to token i
-    carry_in: Array | None  # [n, B, K or 1, C]: from the state before the chunk to token i
-    carry_out: Array | None  # [n, B, K or 1, C]: from token j to the state after the chunk
 
 
 def chunk_delta_product(
@@ -80,7 +72,8 @@ def chunk_delta_product(
       chunk_size: tokens per chunk; any T will do.
       state_activation: "gelu" applies `activate_state` after each complete chunk, counted
         from the start of the row: the only option whose result depends on chunk_size.
-      precision: of the matrix products; the default keeps float32 on every backend.
+      precision: of the matrix products outside the triangular solve, which is always exact;
+        the default keeps float32 on every backend.
 
     Returns:
       Output [B, T, H, Dv] in q's dtype, and the final state [B, K, D, Dv] in float32
@@ -135,8 +128,10 @@ def step_delta_product(
     Raises:
       ValueError: if the shapes disagree.
     """
-    with_time = (x if x is None else x[:, None] for x in (q, k, v, beta, log_decay))
-    check_inputs(*with_time, initial_state=state)
+    if q.ndim != 3:
+        raise ValueError(f"one token: q must have 3 axes ([B, H, D]), got shape {q.shape}.")
+    decay = log_decay if log_decay is None else log_decay[:, None]
+    check_inputs(q[:, None], k[:, None], v[:, None], beta[:, None], decay, state)
     dtype = compute_dtype(q, k, v, beta)
     state, k, v, beta = (x.astype(dtype) for x in (state, k, v, beta))
     beta = beta if beta.ndim == 4 else beta[..., None]
@@ -190,10 +185,10 @@ def _arrange_chunks(chunks: _Chunks, dtype) -> _Chunks:
     beta [n, B, K, M, D], log_decay [n, B, K, C] and ordinals [n, B, 1, C + 1].
     """
     batch, n, size, _, kv_heads, _ = chunks.k.shape
-    *to_cast, valid, ordinals, is_complete = chunks
+    *arrays, valid, ordinals, is_complete = chunks
     if valid is not None:
-        to_cast = silence_padding(valid, *to_cast)
-    q, k, v, beta, log_decay = (x if x is None else x.astype(dtype) for x in to_cast)
+        arrays = silence_padding(valid, arrays)
+    q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), arrays)
     q = jnp.transpose(q.reshape(batch, n, size, kv_heads, -1, q.shape[-1]), (1, 0, 3, 4, 2, 5))
     k, v, beta = (jnp.transpose(x, (1, 0, 4, 2, 3, 5)) for x in (k, v, beta))
     q, k, v, beta = (x.reshape(*x.shape[:3], -1, x.shape[-1]) for x in (q, k, v, beta))
@@ -211,42 +206,51 @@ def _run_block(state, chunks: _Chunks, dtype, precision):
     out_dtype = chunks.q.dtype
     chunks = _arrange_chunks(chunks, dtype)
     q, k, v, beta = chunks[:4]
-    factors = _decay_factors(chunks.log_decay, chunks.ordinals, tokens, dtype)
+    pair, carried = _decay_factors(chunks.log_decay, chunks.ordinals, tokens, dtype)
     steps, groups = k.shape[-2] // tokens, q.shape[-2] // tokens
 
-    pair = jnp.repeat(factors.pair, steps, axis=-1)
+    pair = jnp.repeat(pair, steps, axis=-1)
     k_transposed = jnp.swapaxes(k, -1, -2)
     lower = matmul(beta * k, k_transposed) * jnp.repeat(pair, steps, axis=-2)
     scores = matmul(q, k_transposed) * jnp.tile(pair, (groups, 1))
     key_in, query_in, key_out, keep = beta * k, q, k, None
-    if factors.carry_in is not None:
-        key_in = key_in * jnp.repeat(factors.carry_in, steps, axis=-1)[..., None]
-        query_in = q * jnp.tile(factors.carry_in, groups)[..., None]
-        key_out = k * jnp.repeat(factors.carry_out, steps, axis=-1)[..., None]
-        keep = factors.carry_in[..., -1, None, None]
-    solved = solve_unit_lower(lower, jnp.concatenate([key_in, beta * v], axis=-1))
-    w, u = jnp.split(solved, [k.shape[-1]], axis=-1)
+    if carried is not None:
+        carry_in, carry_out = carried
+        key_in = key_in * jnp.repeat(carry_in, steps, axis=-1)[..., None]
+        query_in = q * jnp.tile(carry_in, groups)[..., None]
+        key_out = k * jnp.repeat(carry_out, steps, axis=-1)[..., None]
+        keep = carry_in[..., -1, None, None]
+    # The scan sees L only as the receiver of a gradient.
+    inverse = jax.lax.stop_gradient(invert_unit_lower(lower))
 
     def carry(state, chunk):
-        w, u, key_out, keep, is_complete = chunk
-        residual = u - matmul(w, state)
+        lower, inverse, key_in, key_out, value, keep, is_complete = chunk
+        residual = solve_with_inverse(lower, inverse, value - matmul(key_in, state))
         after = state if keep is None else keep * state
         after = after + matmul(jnp.swapaxes(key_out, -1, -2), residual)
         if is_complete is not None:
             after = jnp.where(is_complete, activate_state(after), after)
         return after, (state, residual)
 
-    xs = (w, u, key_out, keep, chunks.is_complete)
+    xs = (lower, inverse, key_in, key_out, beta * v, keep, chunks.is_complete)
     state, (before, residual) = jax.lax.scan(carry, state, xs)
     out = matmul(query_in, before) + matmul(scores, residual)
     out = out.astype(out_dtype).reshape(n, batch, heads, tokens, -1)
     return state, jnp.transpose(out, (1, 0, 3, 2, 4))
 
 
-def _decay_factors(decay, ordinals, tokens, dtype) -> _Factors:
-    """What decay and document starts multiply; only exponents <= 0 are exponentiated."""
+def _decay_factors(decay, ordinals, tokens, dtype) -> tuple[Array, tuple[Array, Array] | None]:
+    """What decay and document starts multiply; all factors lie in [0, 1].
+
+    Only exponents <= 0 are exponentiated.
+
+    Returns:
+      From token j to token i [n, B, K or 1, C, C], or [C, C] without decay and documents; and,
+      with them, from the state before the chunk to token i and from token j to the state after
+      it, each [n, B, K or 1, C].
+    """
     if decay is None and ordinals is None:
-        return _Factors(jnp.tril(jnp.ones((tokens, tokens), dtype)), None, None)
+        return jnp.tri(tokens, dtype=dtype), None
     # From every token, and in column 0 from before the chunk, to every token at or after it.
     connected = jnp.tril(jnp.ones((tokens, tokens + 1), bool), 1)
     log_factor = jnp.zeros((), dtype)
@@ -260,4 +264,4 @@ def _decay_factors(decay, ordinals, tokens, dtype) -> _Factors:
     if ordinals is not None:
         connected = connected & (ordinals[..., 1:, None] == ordinals[..., None, :])
     factor = jnp.exp(jnp.where(connected, log_factor, -jnp.inf))
-    return _Factors(factor[..., 1:], factor[..., 0], factor[..., -1, 1:])
+    return factor[..., 1:], (factor[..., 0], factor[..., -1, 1:])

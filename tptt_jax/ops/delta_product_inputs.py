@@ -1,9 +1,13 @@
 """What the chunkwise form and the token recurrence of DeltaProduct have in common."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, State
+
+_Tree = TypeVar("_Tree")
 
 
 def check_inputs(
@@ -56,7 +60,7 @@ def check_inputs(
         _check_shape("log_decay", log_decay, (batch, length, kv_heads), "[B, T, K]")
     if initial_state is not None:
         state_shape = (batch, kv_heads, dim, value_dim)
-        _check_shape("initial_state", initial_state, state_shape, "[B, K, D, Dv]")
+        _check_shape("the state", initial_state, state_shape, "[B, K, D, Dv]")
     if segment_ids is not None:
         _check_shape("segment_ids", segment_ids, (batch, length), "[B, T]")
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
@@ -82,16 +86,16 @@ def compute_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
-def silence_padding(valid: Bool[Array, "..."], *arrays: Array | None) -> list[Array | None]:
-    """The arrays, whose leading axes are those of `valid`, with zeros where it is False.
+def silence_padding(valid: Bool[Array, "..."], arrays: _Tree) -> _Tree:
+    """A tree of arrays, whose leading axes are those of `valid`, with zeros where it is False.
 
-    Whatever stood there is gone, NaN included. None stays None.
+    Whatever stood there is gone, NaN included.
     """
 
     def silence(x):
         return jnp.where(valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim)), x, 0)
 
-    return [x if x is None else silence(x) for x in arrays]
+    return jax.tree.map(silence, arrays)
 
 
 def activate_state(state: State) -> Float[Array, "B K D Dv"]:

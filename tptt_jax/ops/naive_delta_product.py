@@ -77,7 +77,7 @@ def naive_delta_product(
     restarts = jnp.zeros((batch, length), bool)
     xs = (q, k, v, beta if beta.ndim == 5 else beta[..., None], log_decay)
     if segment_ids is not None:
-        xs = silence_padding(segment_ids != 0, *xs)
+        xs = silence_padding(segment_ids != 0, xs)
         restarts = jnp.diff(document_ordinals(segment_ids), axis=1, prepend=0) > 0
 
     def advance(state, token):

@@ -78,10 +78,6 @@ def _matmul(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision="highest")
 
 
-def _strictly_lower(x: Array) -> Array:
-    return jnp.tril(x, -1)
-
-
 def _invert_forward(lower):
     inverse = invert_unit_lower(lower)
     return inverse, inverse
@@ -89,13 +85,12 @@ def _invert_forward(lower):
 
 def _invert_backward(inverse, grad):
     transposed = jnp.swapaxes(inverse, -1, -2)
-    return (-_strictly_lower(_matmul(_matmul(transposed, grad), transposed)),)
+    return (-jnp.tril(_matmul(_matmul(transposed, grad), transposed), -1),)
 
 
 invert_unit_lower.defvjp(_invert_forward, _invert_backward)
 
 
-@jax.custom_vjp
 def solve_unit_lower(
     lower: Float[Array, "*batch M M"], rhs: Float[Array, "*batch M X"]
 ) -> Float[Array, "*batch M X"]:
@@ -108,19 +103,40 @@ def solve_unit_lower(
     Returns:
       x [..., M, X] in rhs's dtype.
     """
-    return _matmul(invert_unit_lower(lower), rhs)
+    return solve_with_inverse(lower, jax.lax.stop_gradient(invert_unit_lower(lower)), rhs)
 
 
-def _solve_forward(lower, rhs):
-    inverse = invert_unit_lower(lower)
-    solution = _matmul(inverse, rhs)
+@jax.custom_vjp
+def solve_with_inverse(
+    lower: Float[Array, "*batch M M"],
+    inverse: Float[Array, "*batch M M"],
+    rhs: Float[Array, "*batch M X"],
+) -> Float[Array, "*batch M X"]:
+    """Solves (I + L) x = rhs when the inverse of I + L is there already.
+
+    Args:
+      lower: L [..., M, M], only here to receive its gradient.
+      inverse: (I + L)^-1 [..., M, M]; gets no gradient, so stop it: what depends on L goes
+        through `lower`.
+      rhs: right-hand sides [..., M, X].
+
+    Returns:
+      x [..., M, X].
+    """
+    del lower
+    return _matmul(inverse, rhs)
+
+
+def _solve_forward(lower, inverse, rhs):
+    solution = solve_with_inverse(lower, inverse, rhs)
     return solution, (inverse, solution)
 
 
 def _solve_backward(residuals, grad):
     inverse, solution = residuals
     grad_rhs = _matmul(jnp.swapaxes(inverse, -1, -2), grad)
-    return -_strictly_lower(_matmul(grad_rhs, jnp.swapaxes(solution, -1, -2))), grad_rhs
+    outer = _matmul(grad_rhs, jnp.swapaxes(solution, -1, -2))
+    return -jnp.tril(outer, -1), None, grad_rhs
 
 
-solve_unit_lower.defvjp(_solve_forward, _solve_backward)
+solve_with_inverse.defvjp(_solve_forward, _solve_backward)

@@ -7,6 +7,7 @@ A run's directory holds `checkpoint.json` (what to load the base from, and how) 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from tptt_jax.config import LizaConfig, LoraConfig
@@ -76,6 +76,11 @@ def read_description(path: str | os.PathLike[str]) -> Description:
             f"{target} is not the description of a checkpoint ({error}): point to the "
             "--output directory of a finetune run."
         ) from None
+
+
+def remove_checkpoints(path: str | os.PathLike[str]) -> None:
+    """Removes the saved steps of an earlier run in this directory, if there are any."""
+    shutil.rmtree(Path(path) / "checkpoints", ignore_errors=True)
 
 
 def latest_step(path: str | os.PathLike[str]) -> int | None:
@@ -201,8 +206,3 @@ class RunCheckpoints:
 def _manager(path: str | os.PathLike[str], *, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
     return ocp.CheckpointManager(Path(path).resolve() / "checkpoints", options=options)
-
-
-def to_host(tree: Any) -> Any:
-    """Copies a tree of arrays to numpy."""
-    return jax.tree.map(np.asarray, tree)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
 from tptt_jax.model import CausalLM
+from tptt_jax.sharding import replicated
 from tptt_jax.training.loss import causal_lm_loss
 from tptt_jax.training.optimizer import is_share
 from tptt_jax.training.partition import Partition, Trainable
@@ -84,6 +86,16 @@ def init_train_state(
     return TrainState(trainable, opt_state, share, jnp.zeros((), jnp.int32), key)
 
 
+def place_state(state: TrainState, mesh: Mesh) -> TrainState:
+    """Puts what does not lie on the mesh yet (counters, keys, shares) on all of its devices."""
+
+    def place(x: Array) -> Array:
+        on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
+        return x if on_mesh else jax.device_put(x, replicated(mesh))
+
+    return jax.tree.map(place, state)
+
+
 def make_train_step(
     partition: Partition,
     optimizer: optax.GradientTransformation,
@@ -133,7 +145,7 @@ def make_train_step(
         trainable = optax.apply_updates(state.trainable, updates)
         assert isinstance(trainable, dict)
         new_state = TrainState(trainable, opt_state, share, state.step + 1, state.key)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
 
     return jax.jit(step, donate_argnums=0)

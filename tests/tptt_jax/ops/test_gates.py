@@ -1,5 +1,7 @@
 """Gates against loops over tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +13,10 @@ from tptt_jax.ops import causal_mean, compute_beta, compute_gate, compute_log_de
 # Left padding, padding inside a document, an id that returns, right padding.
 IDS = np.array([[0, 5, 5, 0, 5, 2, 5, 5, 0], [1, 0, 0, 1, 1, 0, 3, 3, 3]])
 VALID = IDS != 0
-mean = jax.jit(causal_mean)
-gate_of = jax.jit(compute_gate, static_argnames=("kind", "vector"))
-beta_of = jax.jit(compute_beta, static_argnames=("kind", "num_householder", "vector", "trick"))
-log_decay_of = jax.jit(compute_log_decay, static_argnames="kind")
+# Here compiling takes the time, not running.
+QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
+mean = jax.jit(causal_mean, **QUICK)
+gate_of = jax.jit(compute_gate, static_argnames=("kind", "vector"), **QUICK)
 
 
 def _keys_and_values():
@@ -44,6 +46,23 @@ def _slow_gate(kind, k, v, segment_ids):
     return {"k": sigmoid["k"], "v": sigmoid["v"], "kv": sigmoid["k"] * sigmoid["v"]}[kind]
 
 
+@functools.partial(jax.jit, static_argnames="trick", **QUICK)
+def all_betas(trick, k, v, segment_ids):
+    repeated = compute_beta("k", k, v, 2, segment_ids=segment_ids)
+    options = {"segment_ids": segment_ids, "trick": trick}
+    return (
+        repeated,
+        compute_beta("k", k, v, 2, vector=True, **options),
+        compute_beta("k", k, v, 2, **options),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="kind", **QUICK)
+def all_gates(kind, *arrays):
+    vector = compute_gate(kind, *arrays, vector=True)
+    return vector, compute_gate(kind, *arrays), compute_log_decay(kind, *arrays)
+
+
 def _jax(*arrays):
     return tuple(jnp.asarray(x, jnp.float32) for x in arrays)
 
@@ -59,9 +78,7 @@ def test_causal_mean_equals_loop():
 def test_gates_equal_loops(kind):
     k, v = _keys_and_values()
     want, ids = _slow_gate(kind, k, v, IDS), jnp.asarray(IDS)
-    vector = np.asarray(gate_of(kind, *_jax(k, v), ids, vector=True))
-    scalar = np.asarray(gate_of(kind, *_jax(k, v), ids))
-    log_decay = np.asarray(log_decay_of(kind, *_jax(k, v), ids))
+    vector, scalar, log_decay = (np.asarray(x) for x in all_gates(kind, *_jax(k, v), ids))
     assert_allclose(vector[VALID], want[VALID], atol=1e-6)
     assert_allclose(scalar[VALID], want.mean(-1)[VALID], atol=1e-6)
     assert_allclose(log_decay[VALID], np.log(want.mean(-1))[VALID], atol=1e-6)
@@ -89,7 +106,7 @@ def test_gates_of_low_precision_inputs_are_float32():
 def test_beta_is_repeated_or_expanded_like_keys(trick):
     k, v = _keys_and_values()
     gate, ids = _slow_gate("k", k, v, IDS), jnp.asarray(IDS)
-    repeated = np.asarray(beta_of("k", *_jax(k, v), 2, segment_ids=ids))
+    repeated, vector, scalar = (np.asarray(x) for x in all_betas(trick, *_jax(k, v), ids))
     assert_allclose(repeated[VALID], np.repeat(gate.mean(-1)[:, :, None], 2, 2)[VALID], atol=1e-6)
 
     lagged = np.zeros_like(gate)
@@ -98,9 +115,6 @@ def test_beta_is_repeated_or_expanded_like_keys(trick):
     second = {"derivative": (gate - lagged) / 2, "rotary": -gate}
     second["combined"] = (second["derivative"] + second["rotary"]) / 2
     want = np.stack([gate, second[trick]], axis=2)
-    options = {"segment_ids": ids, "trick": trick}
-    vector = np.asarray(beta_of("k", *_jax(k, v), 2, vector=True, **options))
-    scalar = np.asarray(beta_of("k", *_jax(k, v), 2, **options))
     assert_allclose(vector[VALID], want[VALID], atol=1e-6)
     assert_allclose(scalar[VALID], want.mean(-1)[VALID], atol=1e-6)
 
@@ -116,7 +130,7 @@ def test_log_decay_is_safe_for_extreme_inputs(value):
     assert bool(jnp.all(jnp.isfinite(grad)))
 
 
-@jax.jit
+@functools.partial(jax.jit, **QUICK)
 def _log_decay_and_gradient(x):
     gradient = jax.grad(lambda x: jnp.sum(compute_log_decay("kv", x, x)))
     return compute_log_decay("kv", x, x), gradient(x)

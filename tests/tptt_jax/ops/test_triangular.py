@@ -1,5 +1,7 @@
 """The triangular inverse and solve against numpy and the library's solve on single matrices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ from numpy.testing import assert_allclose
 
 from tptt_jax.ops import invert_unit_lower, solve_unit_lower
 
-SIZES = [1, 2, 5, 16, 17, 40, 128]
-invert = jax.jit(invert_unit_lower)
-solve = jax.jit(solve_unit_lower)
+SIZES = [1, 2, 5, 16, 17, 128]
+# Here compiling takes the time, not running.
+QUICK = {"compiler_options": {"xla_backend_optimization_level": 0}}
+invert = jax.jit(invert_unit_lower, **QUICK)
+solve = jax.jit(solve_unit_lower, **QUICK)
 
 
 def _lower(size, batch=(2, 3), scale=0.3, seed=0):
@@ -27,7 +31,7 @@ def test_inverse_equals_numpy_in_float64(size):
     assert_allclose(got, np.linalg.inv(np.eye(size) + lower), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", [6, 32, 128])
+@pytest.mark.parametrize("size", [6, 128])
 def test_inverse_survives_strongly_correlated_rows(size):
     """Equal keys and beta near 2: powers of L reach 1e70, the inverse stays below 2."""
     lower = np.tril(np.full((1, size, size), 1.9), -1)
@@ -56,7 +60,7 @@ def test_gradients_equal_the_library_on_a_single_matrix(size):
         unit = jnp.eye(size) + jnp.tril(lower, -1)
         return jax.scipy.linalg.solve_triangular(unit, rhs, lower=True)
 
-    @jax.jit
+    @functools.partial(jax.jit, **QUICK)
     def gradients(lower, rhs):
         def by(solve, invert):
             loss = lambda *a: jnp.sum(solve(*a) * weight) + jnp.sum(invert(a[0]) * square)  # noqa: E731
@@ -76,7 +80,8 @@ def test_vmap_equals_leading_axes():
     lower = jnp.asarray(_lower(20, batch=(4, 2)), jnp.float32)
     rhs = jnp.asarray(np.random.default_rng(2).standard_normal((4, 2, 20, 3)), jnp.float32)
     gradient = jax.grad(lambda *a: jnp.sum(solve_unit_lower(*a) ** 2), (0, 1))
-    by_row, at_once = jax.jit(lambda *a: (jax.vmap(gradient)(*a), gradient(*a)))(lower, rhs)
+    both = jax.jit(lambda *a: (jax.vmap(gradient)(*a), gradient(*a)), **QUICK)
+    by_row, at_once = both(lower, rhs)
     for a, b in zip(by_row, at_once, strict=True):
         assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -1,0 +1,103 @@
+"""Writing a model as a plain Hugging Face directory."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from convert.families import Family, family_of
+from convert.files import read_json, write_json
+from convert.hf_directory import write_weights
+from convert.loading import Variables, plan_for, variables_of
+from convert.plan import Conversion, Slot
+from convert.safetensors_io import TensorSpec
+from convert.sources import Pretrained
+from convert.tokenizer import export_tokenizer
+from tptt_jax import CausalLM, ModelConfig
+from tptt_jax.array_typing import Array
+
+
+def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> None:
+    """Writes the model without its memory, its adapters merged into the weights.
+
+    Args:
+      model: the model.
+      directory: an existing, empty directory.
+      base: what the model was loaded from; its unknown settings, generation settings and
+        tokenizer go along.
+
+    Raises:
+      ConversionError: if the family cannot express the model's configuration.
+    """
+    family = family_of(model.config.family)
+    dtype = np.dtype(model.dtype)
+    content = _config_json(family, model.config, dtype, base)
+    variables = variables_of(model)
+    plan = plan_for(family.rules(model.config), model.config, variables)
+    specs = [
+        TensorSpec(name, shape, dtype)
+        for move in plan
+        for name, shape in zip(move.sources, move.source_shapes, strict=True)
+    ]
+    write_json(directory / "config.json", content)
+    write_json(directory / "generation_config.json", _generation_json(content, base))
+    if base is not None:
+        export_tokenizer(base.path, directory)
+    write_weights(directory, specs, _merged_tensors(model, plan, variables, dtype))
+
+
+def _config_json(
+    family: Family, config: ModelConfig, dtype: np.dtype, base: Pretrained | None
+) -> dict[str, Any]:
+    content = family.config_json(config) | {"dtype": dtype.name}
+    original = None if base is None else base.config_json
+    if original is None or original.get("model_type") != family.model_type:
+        return content
+    replaced = {*family.superseded, "torch_dtype"}
+    kept = {key: value for key, value in original.items() if key not in replaced}
+    return _merge(kept, content)
+
+
+def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+    """Ours over the original, also inside nested objects such as rope_parameters."""
+    result = {**original, **ours}
+    for key in original.keys() & ours.keys():
+        if isinstance(original[key], dict) and isinstance(ours[key], dict):
+            result[key] = _merge(original[key], ours[key])
+    return result
+
+
+def _generation_json(config: Mapping[str, Any], base: Pretrained | None) -> dict[str, Any]:
+    if base is not None:
+        original = base.path / "generation_config.json"
+        if original.is_file():
+            return read_json(original)
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    known = {key: config[key] for key in ids if config.get(key) is not None}
+    return {"_from_model_config": True, **known}
+
+
+def _merged_tensors(
+    model: CausalLM, plan: Sequence[Conversion], variables: Variables, dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    scale = 0.0 if model.lora is None else model.lora.scale
+    for move in plan:
+        ours = [np.asarray(_merged(slot, variables, scale).astype(dtype)) for slot in move.slots]
+        yield from move.transform.backward(ours)
+
+
+def _merged(slot: Slot, variables: Variables, scale: float) -> Array:
+    """One weight with its adapter, if it has one, added in float32."""
+
+    def layer(path: str) -> Array:
+        value = variables[path][1].get_value()
+        return value if slot.index is None else value[slot.index]
+
+    weight = layer(slot.path)
+    adapter = slot.path.removesuffix(".kernel") + ".lora"
+    if f"{adapter}.a" not in variables:
+        return weight
+    delta = jnp.matmul(layer(f"{adapter}.a"), layer(f"{adapter}.b"), precision="highest")
+    return weight.astype(jnp.float32) + scale * delta

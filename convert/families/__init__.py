@@ -1,0 +1,47 @@
+"""The families of models that can be read and written, one file each."""
+
+from convert.errors import ConversionError, listing
+from convert.families import gemma3, llama
+from convert.families.family import Family, GgufTable
+
+_FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gemma3, llama)}
+_BY_ARCHITECTURE = {
+    family.gguf.architecture: family for family in _FAMILIES.values() if family.gguf is not None
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face model type.
+
+    Raises:
+      ConversionError: if the type is unknown.
+    """
+    if model_type == "gemma3":
+        raise ConversionError(
+            'model_type "gemma3" is the multimodal wrapper around Gemma 3; only the text model '
+            '("gemma3_text") is supported: use a text-only checkpoint such as '
+            "google/gemma-3-270m or google/gemma-3-1b-it."
+        )
+    if model_type not in _FAMILIES:
+        raise ConversionError(
+            f"model_type {model_type!r} is not supported; known are {listing(_FAMILIES)}."
+        )
+    return _FAMILIES[model_type]
+
+
+def family_of_architecture(architecture: str) -> tuple[Family, GgufTable]:
+    """The family of a GGUF file's `general.architecture`, and its GGUF table.
+
+    Raises:
+      ConversionError: if the architecture is unknown.
+    """
+    family = _BY_ARCHITECTURE.get(architecture)
+    if family is None or family.gguf is None:
+        raise ConversionError(
+            f"GGUF architecture {architecture!r} is not supported; known are "
+            f"{listing(_BY_ARCHITECTURE)}."
+        )
+    return family, family.gguf
+
+
+__all__ = ["Family", "GgufTable", "family_of", "family_of_architecture"]

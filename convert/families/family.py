@@ -1,0 +1,80 @@
+"""What `convert` knows about one family of models."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from convert.errors import ConversionError, listing
+from convert.families.fields import Fields
+from convert.gguf_io import GgufFile
+from convert.rules import Rule
+from tptt_jax import ModelConfig
+
+Rules = Callable[[ModelConfig], tuple[Rule, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTable:
+    """How llama.cpp stores the family."""
+
+    architecture: str
+    """Its `general.architecture`."""
+    read_config: Callable[[GgufFile], ModelConfig]
+    rules: Rules
+    """GGUF tensor names <-> our paths."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of whole tensor names that are no weights of ours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A Hugging Face model type: its configuration both ways, and its key table."""
+
+    model_type: str
+    architecture: str
+    """The transformers class, e.g. "LlamaForCausalLM"."""
+    read_config: Callable[[Fields], ModelConfig]
+    """config.json, published or transformers-5 form -> ours."""
+    write_config: Callable[[ModelConfig], dict[str, Any]]
+    """Ours -> the keys of config.json, transformers-5 form."""
+    rules: Rules
+    """Safetensors names <-> our paths."""
+    superseded: tuple[str, ...] = ()
+    """Published keys of config.json that the transformers-5 form replaces."""
+    ignored: tuple[str, ...] = ()
+    """Regular expressions of whole tensor names that may be passed over when nothing reads
+    them."""
+    prefix: str = "model."
+    """Prefix that checkpoints of the bare decoder lack."""
+    gguf: GgufTable | None = None
+
+    def config_json(self, config: ModelConfig) -> dict[str, Any]:
+        """The keys of config.json that say what `config` says.
+
+        Raises:
+          ConversionError: if `config` has a setting that the family cannot express.
+        """
+        content = {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            **self.write_config(config),
+        }
+        back = self.read_config(Fields(content, "the exported config.json"))
+        lost = [
+            field.name
+            for field in dataclasses.fields(ModelConfig)
+            if getattr(back, field.name) != getattr(config, field.name)
+        ]
+        if lost:
+            raise ConversionError(
+                f"A {self.model_type} model of transformers cannot express this model's "
+                f"{listing(lost)}; export only models that fit their family."
+            )
+        return content
+
+
+def is_match(patterns: tuple[str, ...], name: str) -> bool:
+    """Whether one of the regular expressions matches the whole name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)

@@ -1,0 +1,127 @@
+"""Typed access to a config.json, and what the configurations of most families share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert.errors import ConversionError
+from tptt_jax import ModelConfig
+
+_REQUIRED = object()
+
+
+class Fields:
+    """A JSON object whose values are checked as they are read.
+
+    `null` counts as absent, as it does in transformers' configurations.
+    """
+
+    def __init__(self, raw: Mapping[str, Any], origin: str):
+        """Wraps `raw`; `origin` names it in error messages."""
+        self.raw = raw
+        self.origin = origin
+
+    def _get(self, key: str, default: Any, kinds: tuple[type, ...], expected: str) -> Any:
+        value = self.raw.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise ConversionError(f"{self.origin} lacks {key}.")
+            return default
+        # JSON's true is no number although Python's True is one.
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise ConversionError(f"{key} in {self.origin} must be {expected}, it is {value!r}.")
+        return value
+
+    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
+        """An integer, or `default` if the key is absent or null."""
+        return self._get(key, default, (int,), "an integer")
+
+    def number(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A float, or `default` if the key is absent or null."""
+        value = self._get(key, default, (int, float), "a number")
+        return value if value is None else float(value)
+
+    def boolean(self, key: str, default: Any = _REQUIRED) -> Any:
+        """True or false, or `default` if the key is absent or null."""
+        return self._get(key, default, (bool,), "true or false")
+
+    def text(self, key: str, default: Any = _REQUIRED) -> Any:
+        """A string, or `default` if the key is absent or null."""
+        return self._get(key, default, (str,), "a string")
+
+    def texts(self, key: str) -> list[str] | None:
+        """A list of strings, or None if the key is absent or null."""
+        value = self._get(key, None, (list,), "a list of strings")
+        if value is not None and not all(isinstance(item, str) for item in value):
+            raise ConversionError(f"{key} in {self.origin} must be a list of strings.")
+        return value
+
+    def object(self, key: str) -> "Fields":
+        """A nested object; empty if the key is absent or null."""
+        value = self._get(key, {}, (dict,), "an object")
+        return Fields(value, f"{key} in {self.origin}")
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One token id or several, as `eos_token_id` has them."""
+        value = self._get(key, (), (int, list), "an integer or a list of integers")
+        ids = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if not all(isinstance(item, int) for item in ids):
+            raise ConversionError(f"{key} in {self.origin} must hold integers, it is {value!r}.")
+        return ids
+
+    def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
+        """Raises unless the key is absent or has one of the values that we implement."""
+        value = self.raw.get(key, default)
+        if value not in allowed:
+            raise ConversionError(
+                f"{key} = {value!r} in {self.origin} is not supported; it must be "
+                f"{' or '.join(repr(each) for each in allowed)}."
+            )
+
+
+def read_sizes(fields: Fields) -> dict[str, Any]:
+    """The arguments of ModelConfig whose keys are the same in nearly every family.
+
+    Args:
+      fields: a config.json.
+
+    Returns:
+      Keyword arguments of `ModelConfig`.
+
+    Raises:
+      ConversionError: if a required key is absent or of the wrong type.
+    """
+    heads = fields.integer("num_attention_heads")
+    return {
+        "family": fields.text("model_type"),
+        "vocab_size": fields.integer("vocab_size"),
+        "embed_dim": fields.integer("hidden_size"),
+        "num_layers": fields.integer("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": fields.integer("num_key_value_heads", heads),
+        "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),
+        "mlp_dim": fields.integer("intermediate_size"),
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "bos_token_id": fields.integer("bos_token_id", None),
+        "eos_token_ids": fields.token_ids("eos_token_id"),
+        "pad_token_id": fields.integer("pad_token_id", None),
+    }
+
+
+def write_sizes(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_sizes`, with what else every family writes the same way."""
+    eos = config.eos_token_ids
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.embed_dim,
+        "intermediate_size": config.mlp_dim,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_positions,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
+    }

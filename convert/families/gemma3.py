@@ -1,0 +1,180 @@
+"""Gemma 3, text only (model type "gemma3_text")."""
+
+from typing import Any
+
+from convert.errors import ConversionError
+from convert.families.family import Family, GgufTable
+from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.gguf_metadata import metadata_reader, read_gguf_sizes
+from convert.families.rotary import read_gguf_rope, read_rope, shortest, write_rope
+from convert.gguf_io import GgufFile
+from convert.rules import MINUS_ONE, TRANSPOSE, Rule, linear
+from tptt_jax import ModelConfig
+from tptt_jax.config import LayerKind, RopeConfig
+
+_SOURCE = "model.layers.{layer}."
+_TARGET = "layers.{layer}."
+_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_COMMON: dict[str, Any] = {
+    "activation": "gelu_tanh",
+    "norm_offset": True,
+    "sandwich_norm": True,
+    "qk_norm": True,
+    "scale_embeddings": True,
+}
+_SLIDING_THETA = 10_000.0
+# llama.cpp has no metadata for it: by the depth it knows the model of 27 billion parameters,
+# the only one whose queries are scaled by another width than head_dim.
+_LAYERS_OF_27B = 62
+
+
+def _pattern(num_layers: int, period: int) -> tuple[LayerKind, ...]:
+    return tuple("sliding" if (i + 1) % period else "full" for i in range(num_layers))
+
+
+def _read_ropes(fields: Fields, positions: int) -> tuple[RopeConfig, RopeConfig]:
+    """The rotary embeddings of full and of sliding layers, from either form."""
+    theta = fields.number("rope_theta", 1_000_000.0)
+    local = fields.number("rope_local_base_freq", _SLIDING_THETA)
+    parameters = fields.object("rope_parameters")
+    full = parameters.object("full_attention")
+    if not full.raw:
+        full = fields.object("rope_scaling")
+    sliding = parameters.object("sliding_attention")
+    return read_rope(full, theta, positions), read_rope(sliding, local, positions)
+
+
+def _read_kinds(fields: Fields, num_layers: int) -> tuple[LayerKind, ...]:
+    names = fields.texts("layer_types")
+    if names is None:
+        return _pattern(num_layers, max(1, fields.integer("sliding_window_pattern", 6)))
+    unknown = sorted(set(names) - _KINDS.keys())
+    if unknown:
+        raise ConversionError(
+            f"layer_types in {fields.origin} has {', '.join(unknown)}; known are "
+            f"{', '.join(_KINDS)}."
+        )
+    return tuple(_KINDS[name] for name in names)
+
+
+def _read_config(fields: Fields) -> ModelConfig:
+    fields.require("hidden_activation", ("gelu_pytorch_tanh", None), None)
+    fields.require("use_bidirectional_attention", (False, None), None)
+    # transformers reads this setting but never applies it; no published model has it.
+    fields.require("attn_logit_softcapping", (None,), None)
+    sizes = read_sizes(fields) | {"head_dim": fields.integer("head_dim", 256)}
+    positions = fields.integer("max_position_embeddings", 131_072)
+    rope, sliding_rope = _read_ropes(fields, positions)
+    bias = fields.boolean("attention_bias", False)
+    return ModelConfig(
+        **sizes,
+        **_COMMON,
+        attention_bias=bias,
+        attention_out_bias=bias,
+        query_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        final_softcap=fields.number("final_logit_softcapping", None),
+        tie_embeddings=fields.boolean("tie_word_embeddings", True),
+        layer_kinds=_read_kinds(fields, sizes["num_layers"]),
+        sliding_window=fields.integer("sliding_window", 4096),
+        rope=rope,
+        sliding_rope=sliding_rope,
+        max_positions=positions,
+    )
+
+
+def _write_config(config: ModelConfig) -> dict[str, Any]:
+    names = {kind: name for name, kind in _KINDS.items()}
+    return {
+        **write_sizes(config),
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": config.attention_bias,
+        "query_pre_attn_scalar": round(config.attention_scale**-2),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": config.final_softcap,
+        "layer_types": [names[kind] for kind in config.layer_kinds],
+        "sliding_window": config.sliding_window,
+        "rope_parameters": {
+            "full_attention": write_rope(config.rope),
+            "sliding_attention": write_rope(config.rope_of("sliding")),
+        },
+    }
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return (
+        Rule("model.embed_tokens.weight", "embed.embedding"),
+        *linear(f"{_SOURCE}self_attn.q_proj", f"{_TARGET}self_attn.q_proj"),
+        *linear(f"{_SOURCE}self_attn.k_proj", f"{_TARGET}self_attn.k_proj"),
+        *linear(f"{_SOURCE}self_attn.v_proj", f"{_TARGET}self_attn.v_proj"),
+        *linear(f"{_SOURCE}self_attn.o_proj", f"{_TARGET}self_attn.o_proj"),
+        Rule(f"{_SOURCE}self_attn.q_norm.weight", f"{_TARGET}self_attn.q_norm.weight"),
+        Rule(f"{_SOURCE}self_attn.k_norm.weight", f"{_TARGET}self_attn.k_norm.weight"),
+        *linear(f"{_SOURCE}mlp.gate_proj", f"{_TARGET}mlp.gate_proj"),
+        *linear(f"{_SOURCE}mlp.up_proj", f"{_TARGET}mlp.up_proj"),
+        *linear(f"{_SOURCE}mlp.down_proj", f"{_TARGET}mlp.down_proj"),
+        Rule(f"{_SOURCE}input_layernorm.weight", f"{_TARGET}attn_norm.weight"),
+        Rule(f"{_SOURCE}post_attention_layernorm.weight", f"{_TARGET}attn_post_norm.weight"),
+        Rule(f"{_SOURCE}pre_feedforward_layernorm.weight", f"{_TARGET}mlp_norm.weight"),
+        Rule(f"{_SOURCE}post_feedforward_layernorm.weight", f"{_TARGET}mlp_post_norm.weight"),
+        Rule("model.norm.weight", "final_norm.weight"),
+        Rule("lm_head.weight", "lm_head.kernel", TRANSPOSE),
+    )
+
+
+def _read_gguf(file: GgufFile) -> ModelConfig:
+    get = metadata_reader(file)
+    sizes = read_gguf_sizes(file)
+    queries = sizes["head_dim"]
+    if sizes["num_layers"] == _LAYERS_OF_27B:
+        queries = sizes["embed_dim"] // sizes["num_heads"]
+    return ModelConfig(
+        **sizes,
+        **_COMMON,
+        family="gemma3_text",
+        norm_eps=shortest(get("attention.layer_norm_rms_epsilon")),
+        query_scale=queries**-0.5,
+        final_softcap=get("final_logit_softcapping", None),
+        layer_kinds=_pattern(sizes["num_layers"], 6),
+        sliding_window=get("attention.sliding_window"),
+        rope=read_gguf_rope(get, 1_000_000.0),
+        sliding_rope=RopeConfig(theta=shortest(get("rope.freq_base_swa", _SLIDING_THETA))),
+    )
+
+
+def _gguf_rules(config: ModelConfig) -> tuple[Rule, ...]:
+    def norm(source: str, target: str) -> Rule:
+        return Rule(f"{source}.weight", f"{target}.weight", MINUS_ONE)
+
+    return (
+        Rule("token_embd.weight", "embed.embedding"),
+        *linear("blk.{layer}.attn_q", f"{_TARGET}self_attn.q_proj"),
+        *linear("blk.{layer}.attn_k", f"{_TARGET}self_attn.k_proj"),
+        *linear("blk.{layer}.attn_v", f"{_TARGET}self_attn.v_proj"),
+        *linear("blk.{layer}.attn_output", f"{_TARGET}self_attn.o_proj"),
+        norm("blk.{layer}.attn_q_norm", f"{_TARGET}self_attn.q_norm"),
+        norm("blk.{layer}.attn_k_norm", f"{_TARGET}self_attn.k_norm"),
+        *linear("blk.{layer}.ffn_gate", f"{_TARGET}mlp.gate_proj"),
+        *linear("blk.{layer}.ffn_up", f"{_TARGET}mlp.up_proj"),
+        *linear("blk.{layer}.ffn_down", f"{_TARGET}mlp.down_proj"),
+        norm("blk.{layer}.attn_norm", f"{_TARGET}attn_norm"),
+        norm("blk.{layer}.post_attention_norm", f"{_TARGET}attn_post_norm"),
+        norm("blk.{layer}.ffn_norm", f"{_TARGET}mlp_norm"),
+        norm("blk.{layer}.post_ffw_norm", f"{_TARGET}mlp_post_norm"),
+        norm("output_norm", "final_norm"),
+        Rule("output.weight", "lm_head.kernel", TRANSPOSE),
+    )
+
+
+FAMILY = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    read_config=_read_config,
+    write_config=_write_config,
+    rules=_rules,
+    superseded=(
+        *("rope_theta", "rope_scaling", "rope_local_base_freq"),
+        *("sliding_window_pattern", "_sliding_window_pattern"),
+    ),
+    ignored=(r"lm_head\.weight",),
+    gguf=GgufTable(architecture="gemma3", read_config=_read_gguf, rules=_gguf_rules),
+)

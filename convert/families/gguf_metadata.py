@@ -1,0 +1,64 @@
+"""What the metadata of GGUF files say in the same words for every architecture."""
+
+from collections.abc import Callable
+from typing import Any
+
+from convert.errors import ConversionError
+from convert.gguf_io import GgufFile
+
+
+def metadata_reader(file: GgufFile) -> Callable[..., Any]:
+    """Looks keys up under the file's architecture, e.g. "gemma3.block_count".
+
+    Args:
+      file: the file.
+
+    Returns:
+      A function of a key and, if the file may lack it, a default.
+    """
+    architecture = file.metadata.get("general.architecture")
+    missing = object()
+
+    def get(key: str, default: Any = missing) -> Any:
+        value = file.metadata.get(f"{architecture}.{key}", default)
+        if value is missing:
+            raise ConversionError(f"{file.path} lacks the metadata key {architecture}.{key}.")
+        return value
+
+    return get
+
+
+def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
+    """The arguments of ModelConfig whose metadata keys are the same in every architecture.
+
+    Args:
+      file: the file.
+
+    Returns:
+      Keyword arguments of `ModelConfig`.
+
+    Raises:
+      ConversionError: if the file lacks a key or the embedding.
+    """
+    get = metadata_reader(file)
+    if "token_embd.weight" not in file.tensors:
+        raise ConversionError(f"{file.path} lacks the tensor token_embd.weight.")
+    heads = get("attention.head_count")
+    kv_heads = get("attention.head_count_kv", heads)
+    if isinstance(heads, list) or isinstance(kv_heads, list):
+        raise ConversionError(f"{file.path} has heads that differ by layer, which is unsupported.")
+    eos = file.metadata.get("tokenizer.ggml.eos_token_id")
+    return {
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "embed_dim": get("embedding_length"),
+        "num_layers": get("block_count"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": get("attention.key_length", get("embedding_length") // max(heads, 1)),
+        "mlp_dim": get("feed_forward_length"),
+        "tie_embeddings": "output.weight" not in file.tensors,
+        "max_positions": get("context_length"),
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_ids": () if eos is None else (eos,),
+        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+    }

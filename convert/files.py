@@ -1,0 +1,167 @@
+"""Writing files and directories so that a reader never sees half of one."""
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from convert.errors import ConversionError, listing
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sibling(target: Path, role: str) -> Path:
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{role}"
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write to, and renames it to `target` on success.
+
+    Args:
+      target: the final name; an existing file is replaced.
+
+    Yields:
+      The path to write to. It is removed if the block raises.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(target, "partial")
+    try:
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(target)
+        _sync_directory(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path, *, overwrite: bool) -> None:
+    """Refuses a target that holds something.
+
+    Args:
+      target: where a directory is to be written.
+      overwrite: whether an earlier model directory may be replaced.
+
+    Raises:
+      ConversionError: if `target` is a file, or a directory that is not empty and either
+        `overwrite` is False or it does not look like a model directory.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConversionError(f"{target} is a file; give the name of a directory to write.")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ConversionError(
+            f"{target} exists and is not empty; choose another directory or ask to overwrite it."
+        )
+    if not (target / "config.json").is_file():
+        raise ConversionError(
+            f"{target} holds other things than a model (it has no config.json), so it is not "
+            "overwritten; remove it yourself or choose another directory."
+        )
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling directory and renames it to `target` on success.
+
+    Args:
+      target: the final name.
+      overwrite: whether an earlier model directory of that name is replaced.
+
+    Yields:
+      An empty directory to fill. It is removed if the block raises.
+
+    Raises:
+      ConversionError: if `target` exists and may not be replaced.
+    """
+    target = target.absolute()
+    check_replaceable(target, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _sibling(target, "partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for entry in temporary.rglob("*"):
+            if entry.is_file():
+                with entry.open("rb") as written:
+                    os.fsync(written.fileno())
+        _sync_directory(temporary)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Puts `temporary` in the place of `target`, keeping the old one until that is done."""
+    if not target.exists():
+        temporary.rename(target)
+    else:
+        old = _sibling(target, "old")
+        target.rename(old)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old)
+    _sync_directory(target.parent)
+
+
+def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """A hook for `json.loads` that refuses objects in which a key comes twice.
+
+    Args:
+      path: the file that the error message names.
+
+    Returns:
+      The `object_pairs_hook`; it raises `ConversionError`.
+    """
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = listing(key for key, count in counts.items() if count > 1)
+            raise ConversionError(f"{path} names {twice} more than once.")
+        return result
+
+    return build
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file that must hold one JSON object.
+
+    Raises:
+      ConversionError: if the file is missing, is not JSON, is not an object, or repeats a key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys(path))
+    except FileNotFoundError:
+        raise ConversionError(f"{path} does not exist.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ConversionError(f"{path} is not valid JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ConversionError(
+            f"{path} must hold a JSON object, it holds a {type(content).__name__}."
+        )
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON object the way Hugging Face does: two spaces, a final newline."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,168 @@
+"""Filling a model's parameters from a checkpoint, one tensor at a time."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+
+from convert.errors import ConversionError, listing
+from convert.plan import Conversion, build_plan, check_tensors, match_names
+from convert.rules import Rule
+from convert.sources import Pretrained
+from tptt_jax import CausalLM, ModelConfig
+from tptt_jax.array_typing import Array
+from tptt_jax.decoder import layer_location
+from tptt_jax.sharding import sharding_of
+
+Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
+"""Path in the model and variable, by dot-joined path."""
+
+
+def variables_of(model: nnx.Module) -> Variables:
+    """Every variable of a model, abstract or not."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): (path, variable) for path, variable in flat}
+
+
+def is_base(variable: nnx.Variable) -> bool:
+    """Whether a variable is a weight of the pretrained model; adapters have types of their own."""
+    return type(variable) is nnx.Param
+
+
+def plan_for(
+    rules: Sequence[Rule], config: ModelConfig, variables: Variables
+) -> tuple[Conversion, ...]:
+    """Applies a key table to the base weights of a model (see `build_plan`)."""
+    shapes = {
+        name: tuple(variable.get_value().shape)
+        for name, (_, variable) in variables.items()
+        if is_base(variable)
+    }
+    locate = functools.partial(layer_location, config)
+    return build_plan(rules, shapes, config.num_layers, locate)
+
+
+def load_model(
+    pretrained: Pretrained, build: Callable[[], CausalLM], mesh: Mesh | None
+) -> CausalLM:
+    """Builds a model with the weights of a checkpoint.
+
+    Beside the result, memory holds one tensor at a time. What no checkpoint of a base model
+    holds (adapters, shares, the memory's own deltas) is as `build` initialises it.
+
+    Args:
+      pretrained: the opened checkpoint.
+      build: creates the model with random weights; it is traced, never run.
+      mesh: where the parameters go; None: the default device.
+
+    Returns:
+      The model.
+
+    Raises:
+      ConversionError: if tensors are missing, unexpected or misshapen, or hold NaN or Inf.
+    """
+    abstract = nnx.eval_shape(build)
+    variables = variables_of(abstract)
+    plan = plan_for(pretrained.rules, pretrained.config, variables)
+    plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
+    check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)
+    _check_tied_head(pretrained)
+    shardings = {
+        name: None if mesh is None else sharding_of(variable, mesh)
+        for name, (_, variable) in variables.items()
+    }
+    values = _read_parameters(pretrained, plan, variables, shardings)
+    values |= _init_others(build, [name for name in variables if name not in values], shardings)
+    flat = [(path, variable.replace(values[name])) for name, (path, variable) in variables.items()]
+    return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
+
+
+def _check_tied_head(pretrained: Pretrained) -> None:
+    """A tied checkpoint may carry a copy of the embedding as its head, and nothing else."""
+    names = {target: rule.sources[0] for rule in pretrained.rules for target in rule.targets}
+    head, embedding = names.get("lm_head.kernel"), names.get("embed.embedding")
+    if head is None or embedding is None or not pretrained.config.tie_embeddings:
+        return
+    tensors = pretrained.tensors
+    if head in tensors.tensors and not np.array_equal(
+        tensors.read(head), tensors.read(embedding), equal_nan=True
+    ):
+        raise ConversionError(
+            f"{pretrained.path} ties the head to the embedding (tie_word_embeddings) but stores "
+            f"another {head}; if the head is right, set tie_word_embeddings to false in "
+            "config.json, otherwise remove the tensor."
+        )
+
+
+def _read_parameters(
+    pretrained: Pretrained,
+    plan: Sequence[Conversion],
+    variables: Variables,
+    shardings: Mapping[str, NamedSharding | None],
+) -> dict[str, Array]:
+    values: dict[str, Array] = {}
+    invalid: list[str] = []
+    for move in plan:
+        stored = [pretrained.tensors.read(name) for name in move.sources]
+        arrays = move.transform.forward(stored, [slot.shape for slot in move.slots])
+        del stored
+        for slot, array in zip(move.slots, arrays, strict=True):
+            template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
+            # A value too large for float16 becomes Inf, which is reported below.
+            with np.errstate(over="ignore"):
+                array = np.ascontiguousarray(array, dtype=template.dtype)
+            if not np.isfinite(array).all():
+                invalid.extend(move.sources)
+            elif slot.index is None:
+                values[slot.path] = jax.device_put(array, sharding)
+            else:
+                if slot.path not in values:
+                    values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
+                layer = jax.device_put(array, _layer_sharding(sharding))
+                update = _layer_update(sharding)
+                values[slot.path] = update(values[slot.path], layer, np.int32(slot.index))
+    if invalid:
+        raise ConversionError(
+            f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
+            f"asked for) in {listing(invalid)}."
+        )
+    return values
+
+
+def _layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
+    """The sharding of one layer of a stacked parameter, whose leading axis is never split."""
+    if sharding is None:
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+@functools.cache
+def _layer_update(sharding: Sharding | None) -> Callable[[Array, Array, np.int32], Array]:
+    """Writes one layer into a stacked parameter in place."""
+
+    def update(stack: Array, layer: Array, index: Array) -> Array:
+        return lax.dynamic_update_index_in_dim(stack, layer, index, axis=0)
+
+    return jax.jit(update, donate_argnums=0, out_shardings=sharding)
+
+
+def _init_others(
+    build: Callable[[], CausalLM],
+    names: Sequence[str],
+    shardings: Mapping[str, NamedSharding | None],
+) -> dict[str, Array]:
+    """Initialises some variables of a model; XLA drops what the others would have cost."""
+    if not names:
+        return {}
+
+    def init() -> dict[str, Array]:
+        variables = variables_of(build())
+        return {name: variables[name][1].get_value() for name in names}
+
+    return jax.jit(init, out_shardings={name: shardings[name] for name in names})()

@@ -1,0 +1,181 @@
+"""From a family's rules to the list of tensor moves for one model."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from convert.errors import ConversionError, listing
+from convert.rules import Rule, Shape, Transform
+from convert.tensors import TensorInfo
+
+_LAYER = "layers.{layer}."
+
+LayerLocation = Callable[[int], tuple[int, int]]
+"""Layer of the checkpoint -> (stack, index on the stacked axis)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one of our arrays lives: a parameter, or one layer of a stacked parameter."""
+
+    path: str
+    """Dot-joined path of the parameter, e.g. "stacks.0.mlp.up_proj.kernel"."""
+    index: int | None
+    """Index on the leading axis of a stacked parameter; None: the whole parameter."""
+    shape: Shape
+    """Shape of the array, without the leading axis."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One rule applied to one layer."""
+
+    sources: tuple[str, ...]
+    slots: tuple[Slot, ...]
+    transform: Transform
+
+    @property
+    def source_shapes(self) -> tuple[Shape, ...]:
+        """The shapes that the stored tensors must have."""
+        shapes = self.transform.stored_shapes([slot.shape for slot in self.slots])
+        return tuple(tuple(shape) for shape in shapes)
+
+
+def build_plan(
+    rules: Iterable[Rule],
+    parameters: Mapping[str, Shape],
+    num_layers: int,
+    locate: LayerLocation,
+) -> tuple[Conversion, ...]:
+    """Applies a family's rules to the parameters of one model.
+
+    Args:
+      rules: the family's key table.
+      parameters: shape of every parameter that a checkpoint must hold, by dot-joined path.
+      num_layers: layers of the model.
+      locate: place of each layer in the model's stacks.
+
+    Returns:
+      The conversions, embedding and layers in the order of the rules. They fill every one of
+      `parameters` exactly once.
+
+    Raises:
+      ConversionError: if a parameter is filled by no rule, or by more than one.
+    """
+    plan: list[Conversion] = []
+    for rule in rules:
+        if any(_LAYER in target for target in rule.targets):
+            for layer in range(num_layers):
+                plan.extend(_apply(rule, parameters, layer, locate(layer)))
+        else:
+            plan.extend(_apply(rule, parameters, None, None))
+    _check_coverage(plan, parameters)
+    return tuple(plan)
+
+
+def _apply(
+    rule: Rule,
+    parameters: Mapping[str, Shape],
+    layer: int | None,
+    location: tuple[int, int] | None,
+) -> list[Conversion]:
+    slots = []
+    for target in rule.targets:
+        path, index = target, None
+        if location is not None:
+            stack, index = location
+            path = target.replace(_LAYER, f"stacks.{stack}.")
+        if path in parameters:
+            shape = parameters[path]
+            slots.append(Slot(path, index, shape if index is None else shape[1:]))
+    if not slots:
+        return []
+    if len(slots) != len(rule.targets):
+        raise ConversionError(
+            f"The rule for {listing(rule.sources)} fits the model only in part: it has "
+            f"{listing(slot.path for slot in slots)} of {listing(rule.targets)}."
+        )
+    sources = tuple(source.replace("{layer}", str(layer)) for source in rule.sources)
+    return [Conversion(sources, tuple(slots), rule.transform)]
+
+
+def _check_coverage(plan: Sequence[Conversion], parameters: Mapping[str, Shape]) -> None:
+    filled = Counter((slot.path, slot.index) for move in plan for slot in move.slots)
+    twice = [f"{path}[{index}]" for (path, index), count in filled.items() if count > 1]
+    if twice:
+        raise ConversionError(f"More than one rule fills {listing(twice)}.")
+    layers = Counter(path for path, _ in filled)
+    stacked = {path for path, index in filled if index is not None}
+    empty = [
+        path
+        for path, shape in parameters.items()
+        if layers[path] != (shape[0] if path in stacked else 1)
+    ]
+    if empty:
+        raise ConversionError(f"No rule of the family fills {listing(empty)}.")
+
+
+def match_names(
+    plan: Sequence[Conversion], tensors: Iterable[str], prefix: str
+) -> tuple[Conversion, ...]:
+    """Adapts a plan to a checkpoint that was saved without its top-level prefix.
+
+    Args:
+      plan: the conversions.
+      tensors: names of the tensors in the checkpoint.
+      prefix: the prefix that may be missing, e.g. "model.".
+
+    Returns:
+      The plan, its sources without the prefix where only that form is in the checkpoint.
+    """
+    present = set(tensors)
+
+    def name(source: str) -> str:
+        bare = source.removeprefix(prefix)
+        return bare if bare in present and source not in present else source
+
+    return tuple(dataclasses.replace(move, sources=tuple(map(name, move.sources))) for move in plan)
+
+
+def check_tensors(
+    plan: Sequence[Conversion],
+    tensors: Mapping[str, TensorInfo],
+    is_ignored: Callable[[str], bool],
+) -> None:
+    """Checks that a checkpoint holds exactly the tensors that a plan reads.
+
+    Args:
+      plan: the conversions.
+      tensors: what the checkpoint holds.
+      is_ignored: whether a tensor that no conversion reads may be passed over.
+
+    Raises:
+      ConversionError: naming every missing, unexpected and misshapen tensor.
+    """
+    wanted = {
+        source: shape
+        for move in plan
+        for source, shape in zip(move.sources, move.source_shapes, strict=True)
+    }
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted and not is_ignored(name)]
+    misshapen = [
+        f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    problems = [
+        f"{kind}: {listing(names)}"
+        for kind, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("misshapen", misshapen),
+        )
+        if names
+    ]
+    if problems:
+        raise ConversionError(
+            "The tensors of the checkpoint do not fit its configuration; check that both belong "
+            f"together. {'; '.join(problems)}."
+        )

@@ -1,0 +1,182 @@
+"""From what a user names to files: directories, hub ids, GGUF files, the demo model."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from convert.demo import DEMO_SOURCES, demo_file
+from convert.errors import ConversionError
+from convert.families import Family, family_of, family_of_architecture
+from convert.families.family import is_match
+from convert.families.fields import Fields
+from convert.files import read_json
+from convert.gguf_io import GgufFile
+from convert.hf_directory import SafetensorsDirectory
+from convert.rules import Rule
+from convert.tensors import TensorSource
+from tptt_jax import ModelConfig
+from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
+
+TOKENIZER_PATTERNS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("chat_template*", "additional_chat_templates/*", "spiece.model"),
+)
+_WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+_CONFIG_PATTERNS = ("config.json", "generation_config.json")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+Source = str | os.PathLike[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """An opened base model: everything but its weights has been read."""
+
+    path: Path
+    """The directory or the GGUF file."""
+    family: Family
+    config: ModelConfig
+    tensors: TensorSource
+    rules: tuple[Rule, ...]
+    ignored: tuple[str, ...]
+    config_json: dict[str, Any] | None
+    """The original config.json, if there is one."""
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a tensor that no rule reads may be passed over."""
+        return is_match(self.ignored, name)
+
+
+def locate(source: Source, *, weights: bool = True) -> Path:
+    """Finds, fetches or assembles what a user named.
+
+    Args:
+      source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", or
+        "demo". What exists on disk comes first.
+      weights: whether the weights of a hub model are needed, or its small files only.
+
+    Returns:
+      A directory or a file that exists.
+
+    Raises:
+      ConversionError: if there is no such thing, or it could not be fetched.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(source)
+    if name in DEMO_SOURCES:
+        return demo_file()
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+        raise ConversionError(
+            f"{name} does not exist; give a model directory, a .gguf file, a hub id or demo."
+        )
+    return _fetch(name, weights=weights)
+
+
+def _fetch(name: str, *, weights: bool) -> Path:
+    # Costs half a second that local sources need not pay.
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConversionError(
+            f"{name} is no directory here and could not be fetched from the Hugging Face hub: "
+            f"{reason}"
+        ) from None
+
+
+def open_pretrained(path: Path) -> Pretrained:
+    """Reads the configuration of a base model and the headers of its weights.
+
+    Args:
+      path: a Hugging Face directory or a GGUF file.
+
+    Returns:
+      The opened model.
+
+    Raises:
+      ConversionError: if it cannot be read or is of no known family.
+    """
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        raise ConversionError(f"{path} is one file of a model; give the directory that holds it.")
+    return open_directory(path) if path.is_dir() else open_gguf(path)
+
+
+def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """Reads the config.json of a Hugging Face directory.
+
+    Args:
+      directory: the directory.
+
+    Returns:
+      The family, our configuration, and the JSON object.
+
+    Raises:
+      ConversionError: if it is absent, malformed, or describes a model we do not have.
+    """
+    path = directory / "config.json"
+    raw = read_json(path)
+    if "quantization_config" in raw:
+        raise ConversionError(
+            f"{path} describes quantised weights (quantization_config); use the original "
+            "checkpoint, or a GGUF file."
+        )
+    fields = Fields(raw, str(path))
+    family = family_of(fields.text("model_type"))
+    try:
+        return family, family.read_config(fields), raw
+    except ConversionError:
+        raise
+    except ValueError as error:
+        raise ConversionError(f"{path} describes an impossible model: {error}") from None
+
+
+def open_directory(directory: Path) -> Pretrained:
+    """Opens a Hugging Face directory (see `open_pretrained`)."""
+    family, config, raw = read_config(directory)
+    return Pretrained(
+        path=directory,
+        family=family,
+        config=config,
+        tensors=SafetensorsDirectory(directory),
+        rules=family.rules(config),
+        ignored=family.ignored,
+        config_json=raw,
+    )
+
+
+def open_gguf(path: Path) -> Pretrained:
+    """Opens a GGUF file (see `open_pretrained`)."""
+    file = GgufFile(path)
+    family, table = family_of_architecture(str(file.metadata.get("general.architecture")))
+    try:
+        config = table.read_config(file)
+    except ConversionError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"{path} describes an impossible model: {error}") from None
+    return Pretrained(
+        path=path,
+        family=family,
+        config=config,
+        tensors=file,
+        rules=table.rules(config),
+        ignored=table.ignored,
+        config_json=None,
+    )
+
+
+def find_checkpoint(source: Source) -> Description | None:
+    """The description of a checkpoint of our own training, None if `source` is something else.
+
+    Raises:
+      ValueError: if it is a checkpoint whose description is damaged.
+    """
+    path = Path(source).expanduser()
+    return read_description(path) if is_checkpoint(path) else None

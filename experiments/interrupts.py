@@ -1,0 +1,32 @@
+"""Ctrl-C and SIGTERM as a request that a loop honours between two steps."""
+
+import signal
+from types import FrameType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """While the context is open, the first signal only asks; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        """Nothing is asked yet."""
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Takes the signals over."""
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,186 @@
+"""The main job as users run it: a process of its own, killed, interrupted, resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from convert import load_pretrained
+from experiments.arguments import FinetuneConfig, run_configured
+from experiments.finetune import finetune
+from experiments.metrics import read_metrics
+from tptt_jax.training.checkpoint import latest_step, read_description
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def command(module, *arguments):
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def run(module, *arguments, check=True, timeout=400):
+    done = subprocess.run(
+        command(module, *arguments),
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        timeout=timeout,
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_model_dir):
+    return [
+        *("--model", tiny_model_dir, "--data", "python-docs", "--data.sequence-length", 64),
+        *("--data.eval-tokens", 300, "--steps", 8, "--checkpoint-every", 2, "--batch-size", 2),
+        *("--sample-tokens", 4, "--learning-rate", 1e-2, "--seed", 3),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(settings, tmp_path_factory):
+    """A run that nobody disturbed, and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = run("experiments.finetune", *settings, "--output", output, "--json")
+    return output, done.stdout
+
+
+def losses(output):
+    return [record.loss for record in read_metrics(output / "metrics.jsonl")]
+
+
+def weights(output, source):
+    described = read_description(output)
+    from flax import nnx
+
+    from tptt_jax.training.checkpoint import restore_trainable
+    from tptt_jax.training.partition import split_trainable
+
+    model = load_pretrained(source, described.liza, described.lora)
+    assert isinstance(model, nnx.Module)
+    assert restore_trainable(output, model) == 8
+    return split_trainable(model, described.train)[1]
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    output, stdout = finished
+    report = json.loads(stdout.splitlines()[-1])
+    assert report["perplexity_after"] < report["perplexity_before"]
+    assert report["perplexity_memory_off"] != report["perplexity_after"]
+    assert latest_step(output) == 8
+    assert len(losses(output)) == 8
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "--- before ---" in stdout
+    assert "--- after ---" in stdout
+    assert "python -m experiments.generate --adapter" in stdout
+
+
+def test_the_same_seed_gives_the_same_run_bit_for_bit(finished, settings, tiny_model_dir, tmp_path):
+    output, _ = finished
+    config = output / "config.yaml"
+    run("experiments.finetune", "--config", config, "--output", tmp_path / "again")
+    assert losses(output) == losses(tmp_path / "again")
+    first, second = weights(output, tiny_model_dir), weights(tmp_path / "again", tiny_model_dir)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def wait_for_step(output, process, step):
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "checkpoints" / str(step)).is_dir():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint {step} appeared")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_a_disturbed_run_resumes_where_it_was(how, finished, settings, tmp_path, tiny_model_dir):
+    whole, _ = finished
+    output = tmp_path / "run"
+    arguments = [*settings, "--output", output]
+    process = subprocess.Popen(
+        command("experiments.finetune", *arguments),
+        cwd=PROJECT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_for_step(output, process, 2)
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=120)
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"Traceback" not in stderr
+    kept = latest_step(output)
+    assert kept is not None
+    assert kept >= 2
+    done = run("experiments.finetune", *arguments)
+    if kept < 8:
+        assert f"resuming after step {kept} of 8" in done.stdout
+    assert losses(output) == losses(whole)
+    resumed, undisturbed = weights(output, tiny_model_dir), weights(whole, tiny_model_dir)
+    assert all(np.array_equal(resumed[name], undisturbed[name]) for name in resumed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--model", "/nowhere/at/all"], "does not exist"),
+        (["--data", "/nowhere/data.jsonl"], "/nowhere/data.jsonl"),
+        (["--mesh", "data=3"], "devices"),
+        (["--lora.targets", "q_prog"], "matches no projection"),
+        (["--liza.operator", "delta_rul"], "operator"),
+        (["--steps", "many"], "steps"),
+        (["--no-such-flag"], "no-such-flag"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else x[0],
+)
+def test_bad_input_is_one_line_and_status_2(changes, message, settings, tmp_path, capsys):
+    output = tmp_path / "run"
+    arguments = [*map(str, settings), "--output", str(output), *changes]
+    assert run_configured(finetune, FinetuneConfig, arguments) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ")
+    assert len(stderr.strip().splitlines()) == 1
+    assert message in stderr
+    assert not output.exists()
+
+
+def test_another_run_s_directory_is_not_overwritten(finished, settings):
+    output, _ = finished
+    arguments = [*settings, "--output", output, "--lora.rank", 3]
+    done = run("experiments.finetune", *arguments, check=False)
+    assert done.returncode == 2
+    assert "another --output" in done.stderr
+    assert latest_step(output) == 8
+
+
+def test_generate_from_the_checkpoint(finished):
+    output, _ = finished
+    arguments = ["--adapter", output, "--prompt", "The with statement", "--max-new-tokens", 24]
+    done = run("experiments.generate", *arguments, "--json", "--compare")
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["new_tokens"] == 24
+    assert "The with statement" + report["text"] in done.stdout
+    assert report["base"]["text"] != report["text"]
+    off = run("experiments.generate", *arguments, "--json", "--no-liza")
+    assert json.loads(off.stdout.splitlines()[-1])["text"] != report["text"]
+
+
+@pytest.mark.slow
+def test_the_demo_learns_on_real_weights(demo_model_path, tmp_path):
+    """Gemma 3 270M, its tokenizer and the Python language reference, for a few steps."""
+    arguments = ["--steps", 6, "--output", tmp_path / "demo", "--sample-tokens", 0, "--json"]
+    small = ["--data.sequence-length", 128, "--warmup-steps", 0, "--data.eval-tokens", 700]
+    done = run("experiments.finetune", *arguments, *small, timeout=580)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["perplexity_before"] < 25
+    assert report["perplexity_after"] < report["perplexity_before"]

@@ -1,0 +1,225 @@
+"""Our models against transformers, in float32 on the CPU."""
+
+import copy
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert import export_pretrained, load_pretrained, load_tokenizer
+from convert.loading import variables_of
+from tptt_jax import LizaConfig, LoraConfig, generate
+
+torch = pytest.importorskip("torch", reason="compares with models in torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    # Random logits of the size that trained ones have.
+    "initializer_range": 0.3,
+}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}
+# With the default period of 6, layers 0-4 and 6 see eight tokens and layer 5 sees all.
+GEMMA = {
+    **SIZES,
+    **{"num_hidden_layers": 7, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 24},
+}
+
+
+def llama(**changes):
+    return transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 3, "head_dim": 10} | changes)
+
+
+CONFIGS = {
+    "llama": llama(),
+    "llama, tied": llama(tie_word_embeddings=True),
+    "llama, head_dim of hidden / heads": llama(head_dim=None),
+    "llama, biases": llama(attention_bias=True, mlp_bias=True),
+    "llama, one head": llama(num_attention_heads=1, num_key_value_heads=1),
+    "llama3": llama(rope_parameters=LLAMA3),
+    "llama, linear": llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "gemma": transformers.Gemma3TextConfig(**GEMMA),
+    "gemma, untied": transformers.Gemma3TextConfig(**GEMMA, tie_word_embeddings=False),
+    "gemma, cap": transformers.Gemma3TextConfig(**GEMMA, final_logit_softcapping=4.0),
+    "gemma, linear": transformers.Gemma3TextConfig(
+        **GEMMA,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+}
+TOKENS = np.random.default_rng(0).integers(3, 101, (2, 77))
+
+
+def build(config, seed=0):
+    """A random model whose norms and biases differ from their initial ones and zeros."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(
+        copy.deepcopy(config), attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def torch_logits(model, tokens) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.as_tensor(np.asarray(tokens))).logits.float().numpy()
+
+
+def relative_error(got, wanted) -> float:
+    return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
+
+
+def reload(path, dtype=None):
+    """transformers' model of an export, which must fit to the last key."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=dtype or torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_of_a_tiny_model(tmp_path, config):
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert relative_error(ours(jnp.asarray(TOKENS)).logits, torch_logits(model, TOKENS)) <= 1e-5
+
+
+SAVES = {
+    "sharded": {"max_shard_size": "20KB"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16, sharded": {"dtype": torch.float16, "max_shard_size": "20KB"},
+}
+
+
+@pytest.mark.parametrize("save", SAVES.values(), ids=SAVES.keys())
+@pytest.mark.parametrize("name", ["llama, biases", "gemma"])
+def test_shards_and_halves(tmp_path, name, save):
+    model = build(CONFIGS[name])
+    size = save.get("max_shard_size", "5GB")
+    model.to(save.get("dtype", torch.float32)).save_pretrained(tmp_path, max_shard_size=size)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 or size == "20KB"
+    # Read again: a model that is cast in place keeps rotary frequencies of 16 bits.
+    wanted = torch_logits(reload(tmp_path), TOKENS)
+    assert relative_error(load_pretrained(tmp_path)(jnp.asarray(TOKENS)).logits, wanted) <= 1e-5
+
+
+def test_bare_decoder(tmp_path):
+    model = build(CONFIGS["llama, tied"])
+    model.model.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert relative_error(ours(jnp.asarray(TOKENS)).logits, torch_logits(model, TOKENS)) <= 1e-5
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_export_loads_in_transformers(tmp_path, config):
+    model = build(config)
+    model.save_pretrained(tmp_path / "a")
+    ours = load_pretrained(tmp_path / "a", LizaConfig(), LoraConfig(rank=2))
+    export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
+    exported = reload(tmp_path / "b")
+    np.testing.assert_array_equal(torch_logits(exported, TOKENS), torch_logits(model, TOKENS))
+    wanted = reload(tmp_path / "a").config.to_dict()
+    assert exported.config.to_dict() | {"_name_or_path": wanted["_name_or_path"]} == wanted
+
+
+def test_export_without_its_source(tmp_path):
+    model = build(CONFIGS["gemma, linear"])
+    model.save_pretrained(tmp_path / "a")
+    export_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "b")
+    exported = reload(tmp_path / "b")
+    np.testing.assert_array_equal(torch_logits(exported, TOKENS), torch_logits(model, TOKENS))
+
+
+def test_sharded_bfloat16_export(tmp_path, monkeypatch):
+    model = build(CONFIGS["llama3"]).bfloat16()
+    model.save_pretrained(tmp_path / "a")
+    ours = load_pretrained(tmp_path / "a", dtype=jnp.bfloat16)
+    monkeypatch.setattr("convert.hf_directory.write_weights.__defaults__", (20_000,))
+    export_pretrained(ours, tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
+    exported = reload(tmp_path / "b", dtype="auto")
+    assert exported.dtype == torch.bfloat16
+    for name, parameter in model.named_parameters():
+        assert torch.equal(exported.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("name", ["llama, biases", "gemma"])
+def test_merged_adapters(tmp_path, name):
+    build(CONFIGS[name]).save_pretrained(tmp_path / "a")
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ours = load_pretrained(tmp_path / "a", lora=LoraConfig(rank=3, alpha=5.0, targets=targets))
+    rng = np.random.default_rng(3)
+    variables = variables_of(ours).values()
+    for _, variable in variables:
+        if isinstance(variable, nnx.LoRAParam):
+            shape = variable.get_value().shape
+            variable.set_value(jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32))
+    nnx.update(ours, nnx.from_flat_state(list(variables)))
+    wanted = np.asarray(ours(jnp.asarray(TOKENS)).logits)
+    export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
+    exported = torch_logits(reload(tmp_path / "b"), TOKENS)
+    assert relative_error(exported, wanted) <= 1e-5
+    plain = load_pretrained(tmp_path / "a")(jnp.asarray(TOKENS)).logits
+    assert relative_error(plain, wanted) > 0.1
+
+
+@pytest.fixture(scope="module")
+def gemma(demo_model_path: Path):
+    return load_pretrained("demo")
+
+
+@pytest.fixture(scope="module")
+def gemma_in_torch(gemma, tmp_path_factory):
+    """Our export of the demo. transformers reads the GGUF file too, but needs minutes."""
+    path = tmp_path_factory.mktemp("demo") / "gemma"
+    export_pretrained(gemma, path, source="demo")
+    return reload(path)
+
+
+@pytest.mark.slow
+def test_demo_logits(gemma, gemma_in_torch, shared_dir):
+    text = (shared_dir / "data" / "moby_dick.txt").read_text(encoding="utf-8")
+    tokens = np.asarray([load_tokenizer("demo")(text[50_000:60_000]).input_ids[:500]])
+    got = nnx.jit(lambda model, tokens: model(tokens).logits)(gemma, jnp.asarray(tokens))
+    assert relative_error(got, torch_logits(gemma_in_torch, tokens)) <= 1e-4
+
+
+@pytest.mark.slow
+def test_demo_continues_greedily(gemma, gemma_in_torch):
+    prompt = load_tokenizer("demo")("The capital of France is").input_ids
+    ours = generate(gemma, jnp.asarray([prompt]), max_new_tokens=48, stop_tokens=())
+    theirs = gemma_in_torch.generate(
+        torch.as_tensor([prompt]),
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+        max_new_tokens=48,
+        do_sample=False,
+        eos_token_id=None,
+    )
+    assert np.asarray(ours.tokens)[0].tolist() == theirs[0, len(prompt) :].tolist()

@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training.loss import (
+    Targets,
+    causal_lm_loss,
+    chunked_cross_entropy,
+    next_token_targets,
+)
+
+
+def plain_loss(hidden, head, targets, softcap):
+    logits = hidden.astype(jnp.float32) @ head.astype(jnp.float32).T
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets.tokens)
+    return jnp.sum(losses * targets.weights)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("train_head", [False, True], ids=["frozen-head", "trained-head"])
+@pytest.mark.parametrize("size", [1, 5, 7, 64])
+def test_slices_give_the_plain_loss_and_gradients(softcap, train_head, size):
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (2, 7, 12))
+    head = jax.random.normal(keys[1], (31, 12))
+    targets = Targets(
+        jax.random.randint(keys[2], (2, 7), 0, 31),
+        jax.random.bernoulli(keys[3], 0.7, (2, 7)).astype(jnp.float32),
+    )
+
+    def sliced(hidden, head):
+        return 3 * chunked_cross_entropy(
+            hidden, head, targets, softcap=softcap, train_head=train_head, tokens_at_a_time=size
+        )
+
+    want, want_grads = jax.value_and_grad(
+        lambda *x: 3 * plain_loss(*x, targets, softcap), argnums=(0, 1)
+    )(hidden, head)
+    np.testing.assert_allclose(sliced(hidden, head), want, rtol=1e-5)
+    grads = jax.grad(sliced, argnums=(0, 1) if train_head else 0)(hidden, head)
+    for got, expected in zip(grads if train_head else (grads,), want_grads, strict=False):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_the_whole_batch_are_never_held():
+    """The largest array of the compiled program is a slice of the logits."""
+    hidden, head = jnp.zeros((2, 512, 8)), jnp.zeros((4096, 8))
+    targets = Targets(jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512)))
+
+    def loss(hidden):
+        return chunked_cross_entropy(hidden, head, targets, tokens_at_a_time=16)
+
+    memory = jax.jit(jax.value_and_grad(loss)).lower(hidden).compile().memory_analysis()
+    whole = 2 * 512 * 4096 * 4
+    assert memory.temp_size_in_bytes < whole / 4
+
+
+def test_targets_stay_inside_documents_and_masks():
+    tokens = jnp.array([[5, 6, 7, 8, 9, 3]])
+    segments = jnp.array([[1, 1, 1, 2, 2, 0]])
+    mask = jnp.array([[True, False, True, True, True, True]])
+    targets = next_token_targets(tokens, segments, mask)
+    # 5 -> 6 is masked, 6 -> 7 counts, 7 -> 8 crosses, 8 -> 9 counts, 9 -> padding.
+    assert targets.weights.tolist() == [[0, 1, 0, 1, 0, 0]]
+    assert targets.tokens.tolist() == [[6, 7, 8, 9, 3, 0]]
+
+
+def test_packed_loss_is_the_sum_of_the_documents():
+    model = CausalLM(ModelConfig.tiny(), LizaConfig(), LoraConfig(), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (1, 23), 0, 97)
+    segments = jnp.array([[1] * 9 + [2] * 11 + [0] * 3])
+    packed, count = causal_lm_loss(model, tokens, segments)
+    first, _ = causal_lm_loss(model, tokens[:, :9])
+    second, _ = causal_lm_loss(model, tokens[:, 9:20])
+    assert count == 8 + 10
+    np.testing.assert_allclose(packed, first + second, rtol=1e-5)
