@@ -179,7 +179,7 @@ class Run:
         return state, total
 
     def perplexity(self, model: CausalLM, *, use_memory: bool = True) -> float | None:
-        """exp of the mean loss on what is held out; None if nothing is."""
+        """Exp of the mean loss on what is held out; None if nothing is."""
         loss = self._held_out_loss(model, use_memory=use_memory)
         return None if loss is None else math.exp(min(loss, 700.0))
 

@@ -220,9 +220,7 @@ class CausalLM(nnx.Module):
             inverse = jnp.argsort(order, axis=1)
             x = _take(x, inverse)
             if return_branches:
-                branches = jax.tree.map(
-                    lambda b: jax.vmap(_take, (0, None))(b, inverse), branches
-                )
+                branches = jax.tree.map(lambda b: jax.vmap(_take, (0, None))(b, inverse), branches)
         new_cache = None
         if cache is not None:
             valid = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1)
@@ -270,9 +268,7 @@ def base_model(model: CausalLM) -> CausalLM:
     Adapters, memory and windows are gone; weights that were trained themselves are as
     they are now.
     """
-    abstract = nnx.eval_shape(
-        lambda: CausalLM(model.config, dtype=model.dtype, rngs=nnx.Rngs(0))
-    )
+    abstract = nnx.eval_shape(lambda: CausalLM(model.config, dtype=model.dtype, rngs=nnx.Rngs(0)))
     values = dict(nnx.to_flat_state(nnx.state(model)))
     flat = [(path, values[path]) for path, _ in nnx.to_flat_state(nnx.state(abstract))]
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from experiments.data import DataConfig, TokenBatchSource, load_token_data, python_docs_text
 from experiments.formats import alpaca_prompt
 from experiments.packing import Example, pack_examples
-from tests.tiny import BOS, CHATML, EOS, PAD, TURN, make_tokenizer
+from tests.tiny import BOS, CHATML, EOS, make_tokenizer
 
 # As Qwen3: the last answer is written differently from those before it.
 UNSTABLE = (

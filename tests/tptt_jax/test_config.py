@@ -109,7 +109,8 @@ def test_the_caller_overrides_the_operator():
 
 
 @pytest.mark.parametrize(
-    ("before", "after"), [("delta_rule_gelu", "delta_product_c"), ("delta_product_c", "delta_rule_gelu")]
+    ("before", "after"),
+    [("delta_rule_gelu", "delta_product_c"), ("delta_product_c", "delta_rule_gelu")],
 )
 def test_with_operator_leaves_nothing_of_the_old_one(before, after):
     config = LizaConfig(operator=before, mag_init=0.3, softmax_window=7)
@@ -134,7 +135,9 @@ def test_the_papers_recipe():
 
 
 @pytest.mark.parametrize(
-    "config", [ModelConfig.tiny(), LizaConfig(), LoraConfig(), RopeConfig()], ids=lambda x: type(x).__name__
+    "config",
+    [ModelConfig.tiny(), LizaConfig(), LoraConfig(), RopeConfig()],
+    ids=lambda x: type(x).__name__,
 )
 def test_configurations_are_frozen_values(config):
     field = dataclasses.fields(config)[0].name
@@ -174,7 +177,9 @@ def test_presets_have_the_published_shapes():
 
 def _parameters(config):
     """Counted by hand, as Hugging Face's cards do."""
-    attention = config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    attention = (
+        config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
+    )
     norms = (4 if config.sandwich_norm else 2) * config.embed_dim
     norms += 2 * config.head_dim if config.qk_norm else 0
     layer = attention + 3 * config.embed_dim * config.mlp_dim + norms

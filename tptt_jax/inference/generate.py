@@ -134,7 +134,9 @@ def stream(
     for start in range(0, prompts.shape[1], PREFILL_TOKENS):
         part = prompts[:, start : start + PREFILL_TOKENS]
         valid = (np.arange(start, start + PREFILL_TOKENS) < counts[:, None]).astype(np.int32)
-        cache, hidden = _prefill(**static, state=state, tokens=part, ids=valid, cache=cache, last=hidden)
+        cache, hidden = _prefill(
+            **static, state=state, tokens=part, ids=valid, cache=cache, last=hidden
+        )
     stop_array = jnp.asarray(stops or (-1,), jnp.int32)
     first, key = _first_token(
         graphdef, state, hidden, sampling, jax.random.key(0) if key is None else key
@@ -158,9 +160,7 @@ def stream(
         left -= count
 
 
-def _left_aligned(
-    tokens: Tokens, segment_ids: SegmentIds | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _left_aligned(tokens: Tokens, segment_ids: SegmentIds | None) -> tuple[np.ndarray, np.ndarray]:
     """Prompts without padding before or inside them, as whole segments, and their lengths."""
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2:

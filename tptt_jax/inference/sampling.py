@@ -31,9 +31,7 @@ class Sampling(NamedTuple):
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
 
 
-def sample(
-    logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]
-) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]) -> Int[Array, "B"]:
     """Draws one token a row.
 
     Args:

@@ -1,0 +1,1 @@
+"""NNX modules: attention with a memory, adapters, norms, caches."""

@@ -271,9 +271,7 @@ class LinearAttention(nnx.Module):
         self.bidirectional = bidirectional
 
         def projection(name: str, size: tuple[int, int], axes: tuple[str, str]) -> Projection:
-            return Projection(
-                *size, path=name, axes=axes, bias=use_bias, dtype=dtype, rngs=rngs
-            )
+            return Projection(*size, path=name, axes=axes, bias=use_bias, dtype=dtype, rngs=rngs)
 
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = projection("q_proj", (embed_dim, width), ("embed", "heads"))
@@ -320,9 +318,7 @@ class LinearAttention(nnx.Module):
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> MemoryState:
         """The memory before the first token, for `extend`."""
-        return init_memory_state(
-            self.memory.config, batch, self.num_kv_heads, self.head_dim, dtype
-        )
+        return init_memory_state(self.memory.config, batch, self.num_kv_heads, self.head_dim, dtype)
 
     def extend(
         self,

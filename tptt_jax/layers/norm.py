@@ -7,7 +7,7 @@ from tptt_jax.array_typing import Array, Float
 
 
 def rms_normalize(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32 or wider."""
+    """Divides by sqrt(mean(x^2) + eps) over the last axis, in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     return wide * jnp.reciprocal(jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps))
 

@@ -52,9 +52,7 @@ def _digit_tables(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def rotary_angles(
-    positions: Int[Array, "B T"], config: RopeConfig, head_dim: int
-) -> RotaryAngles:
+def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) -> RotaryAngles:
     """The rotation of every token, right to 2e-6 rad at any position below 2 ** 24.
 
     ``position * frequency`` in float32 is off by 0.06 rad at a million tokens. Here
@@ -89,7 +87,5 @@ def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles) -> Float[Array, "B 
     """
     cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)

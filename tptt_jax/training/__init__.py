@@ -1,0 +1,1 @@
+"""Partition, loss, optimizer, compiled steps, checkpoints."""

@@ -109,9 +109,9 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
     if step is None:
         raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
     with _manager(path, keep=None) as manager:
-        saved = manager.restore(
-            step, args=ocp.args.Composite(weights=ocp.args.StandardRestore())
-        )["weights"]
+        saved = manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore()))[
+            "weights"
+        ]
     load_trainable(model, saved["trainable"], saved.get("share"))
     return step
 

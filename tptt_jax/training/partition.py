@@ -67,9 +67,7 @@ class Partition:
         return nnx.merge(self.graphdef, *states)
 
 
-def split_trainable(
-    model: CausalLM, mode: TrainMode
-) -> tuple[Partition, Trainable, Array | None]:
+def split_trainable(model: CausalLM, mode: TrainMode) -> tuple[Partition, Trainable, Array | None]:
     """Takes a model apart.
 
     Args:
@@ -83,7 +81,7 @@ def split_trainable(
     Raises:
       ValueError: if nothing is trainable.
     """
-    graphdef, chosen, share, frozen = nnx.split(
+    graphdef, chosen, _, frozen = nnx.split(
         model, lambda path, x: is_trainable(mode, path, x), MagShare, ...
     )
     flat = nnx.to_flat_state(chosen)

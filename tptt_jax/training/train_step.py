@@ -131,9 +131,7 @@ def make_train_step(
         )
         return total / jnp.maximum(count, 1), count
 
-    def step(
-        state: TrainState, frozen: nnx.State, batch: Batch
-    ) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
         share = state.share
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)

@@ -52,8 +52,9 @@ def _rms(x, eps=0.0):
 def _mixture(layer, soft, linear, mu, liza):
     """DESIGN.md section 3, term by term."""
     soft, linear = (np.asarray(x, np.float64) for x in (soft, linear))
-    kernel, bias = (np.asarray(x, np.float64) for x in (layer.o_proj.kernel[...],
-                                                        layer.o_proj.bias[...]))
+    kernel, bias = (
+        np.asarray(x, np.float64) for x in (layer.o_proj.kernel[...], layer.o_proj.bias[...])
+    )
 
     def project(y):
         return y.reshape(ROWS, T, -1) @ kernel

@@ -48,7 +48,10 @@ def test_update_is_alpha_over_rank_times_the_product(rank, alpha):
     projection = _projection(LoraConfig(rank=rank, alpha=alpha))
     x = _inputs()
     inputs, kernel, bias, a, b = _exact(
-        x, projection.kernel[...], projection.bias[...], projection.lora.a[...],
+        x,
+        projection.kernel[...],
+        projection.bias[...],
+        projection.lora.a[...],
         projection.lora.b[...],
     )
     assert a.shape == (IN, rank)
@@ -61,7 +64,12 @@ def test_update_is_alpha_over_rank_times_the_product(rank, alpha):
 def test_a_fresh_adapter_changes_nothing_but_learns():
     lora = LoraConfig(rank=RANK)
     fresh = Projection(
-        IN, OUT, path="q_proj", axes=("embed", "heads"), lora=lora, dtype=jnp.float32,
+        IN,
+        OUT,
+        path="q_proj",
+        axes=("embed", "heads"),
+        lora=lora,
+        dtype=jnp.float32,
         rngs=nnx.Rngs(0),
     )
     x = _inputs()
@@ -124,7 +132,12 @@ def test_dropout_is_unbiased():
 def _inputs_seen(adapter, x):
     """Share of inputs that dropout zeroes, read off with an identity adapter."""
     probe = LowRank(
-        IN, IN, rank=IN, scale=1.0, dropout=adapter.dropout, axes=("embed", "embed"),
+        IN,
+        IN,
+        rank=IN,
+        scale=1.0,
+        dropout=adapter.dropout,
+        axes=("embed", "embed"),
         rngs=nnx.Rngs(0),
     )
     probe.a[...], probe.b[...] = jnp.eye(IN), jnp.eye(IN)
@@ -151,8 +164,10 @@ TARGETS = {
         (r"self_attn\.[qk]_proj",),
         {"self_attn.q_proj", "self_attn.k_proj"},
     ),
-    "both": ((r"mlp\..*", "o_proj"), {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-                                     "self_attn.o_proj"}),
+    "both": (
+        (r"mlp\..*", "o_proj"),
+        {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"},
+    ),
     "default": (LoraConfig().targets, {f"self_attn.{x}_proj" for x in "qkvo"}),
 }
 

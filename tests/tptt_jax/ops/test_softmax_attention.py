@@ -113,8 +113,13 @@ def test_gradients_do_not_depend_on_the_block():
         def loss(q, k, v, sink_q):
             sinks = _sinks(k, v, IDS, 3, sink_q, per_token=True)
             out = attend_sequence(
-                *(q, k, v), segment_ids=jnp.asarray(IDS), window=4, sinks=sinks, scale=SCALE,
-                softcap=2.0, block=block,
+                *(q, k, v),
+                segment_ids=jnp.asarray(IDS),
+                window=4,
+                sinks=sinks,
+                scale=SCALE,
+                softcap=2.0,
+                block=block,
             )
             return jnp.sum(jnp.sin(out + jnp.arange(DIM)))
 

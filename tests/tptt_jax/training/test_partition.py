@@ -33,7 +33,9 @@ def last_names(names):
 
 def test_modes_train_what_they_say():
     model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(), rngs=nnx.Rngs(0))
-    names = {mode: split_trainable(model, mode)[1].keys() for mode in ("lora", "projections", "full")}
+    names = {
+        mode: split_trainable(model, mode)[1].keys() for mode in ("lora", "projections", "full")
+    }
     assert last_names(names["lora"]) == {
         *("lora.a", "lora.b", "mag.logit"),
         *(f"{x}_delta.{y}" for x in "qkv" for y in "ab"),
@@ -51,9 +53,7 @@ def test_modes_train_what_they_say():
 def test_frozen_leaves_are_bit_equal_and_trained_ones_move(mode, dtype):
     lora = LoraConfig() if mode == "lora" else None
     model = CausalLM(ModelConfig.tiny(), LIZA, lora, dtype=dtype, rngs=nnx.Rngs(0))
-    before = {
-        path: np.asarray(x.get_value()) for path, x in nnx.to_flat_state(nnx.state(model))
-    }
+    before = {path: np.asarray(x.get_value()) for path, x in nnx.to_flat_state(nnx.state(model))}
     partition, trainable, state, metrics, _ = train(model, mode)
     assert metrics[-1].loss < metrics[0].loss
     tuned = partition.merge(state.trainable, state.share, partition.frozen)
@@ -110,7 +110,7 @@ def test_scheduled_share_moves_without_recompiling_and_is_kept():
 def test_loading_into_another_model_is_an_error():
     source = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(rank=4), rngs=nnx.Rngs(0))
     target = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(rank=8), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="has shape .* the model wants"):
+    with pytest.raises(ValueError, match=r"has shape .* the model wants"):
         load_trainable(target, split_trainable(source, "lora")[1], None)
 
 

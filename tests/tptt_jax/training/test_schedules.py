@@ -25,7 +25,7 @@ def test_share_by_step(options, want):
     "options", [{"end": 1.5}, {"start": -0.1}, {"steps": 0}, {"period": 0}, {"kind": "jump"}]
 )
 def test_impossible_schedules_are_refused(options):
-    with pytest.raises(ValueError, match="must|needs"):
+    with pytest.raises(ValueError, match=r"must|needs"):
         MagSchedule(**options)
 
 

@@ -1,0 +1,229 @@
+"""Meshes, specs, and training on eight simulated devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from tests.contracts import random_tokens, randomize
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.sharding import (
+    MESH_AXES,
+    batch_sharding,
+    make_mesh,
+    partition_spec,
+    replicated,
+    shard_model,
+    sharding_of,
+)
+
+MESH = AbstractMesh((2, 2, 2), MESH_AXES)
+LAYOUT = "data=2,fsdp=2,tensor=2"
+CONFIG = ModelConfig.tiny(num_layers=2, mlp_dim=16, vocab_size=96)
+LIZA = LizaConfig(chunk_size=8, mag_init=0.3, memory_rank=2)
+STEPS = 4
+
+
+@pytest.mark.parametrize(
+    "layout", ["data=0", "data=-1", "data=two", "data", "model=2", "data=2;fsdp=2", "=2"]
+)
+def test_layouts_that_cannot_be_read_are_refused(layout):
+    with pytest.raises(ValueError, match="mesh must look like data=2,fsdp=2,tensor=2") as error:
+        make_mesh(layout)
+    assert repr(layout) in str(error.value)
+
+
+def test_a_mesh_needs_enough_devices():
+    have = len(jax.devices())
+    with pytest.raises(ValueError, match=f"needs {8 * have} devices, there are {have}"):
+        make_mesh(f"data={2 * have},tensor=4")
+
+
+@pytest.mark.parametrize("layout", ["", "data=1", " tensor = 1, fsdp=1 "])
+def test_axes_that_are_left_out_have_size_one(layout):
+    assert dict(make_mesh(layout).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+SPECS = {
+    "kernel": (("embed", "heads"), (32, 64), P("fsdp", "tensor")),
+    "stacked kernel": (("embed", "heads"), (3, 32, 64), P(None, "fsdp", "tensor")),
+    "output": (("heads", "embed"), (64, 32), P("tensor", "fsdp")),
+    "adapter": (("embed", "rank"), (3, 32, 8), P(None, "fsdp", None)),
+    "norm": (("norm",), (3, 32), P(None, None)),
+    "odd vocabulary": (("vocab", "embed"), (97, 32), P(None, "fsdp")),
+    "scalar": ((), (), P()),
+}
+
+
+@pytest.mark.parametrize(("axes", "shape", "want"), SPECS.values(), ids=SPECS)
+def test_specs(axes, shape, want):
+    assert partition_spec(axes, shape, MESH) == want
+
+
+def test_every_parameter_of_a_titan_has_a_place():
+    model = nnx.eval_shape(lambda: CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
+    places = {
+        ".".join(map(str, path)): sharding_of(variable, MESH).spec
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
+    layer = "stacks.0.self_attn"
+    assert places["embed.embedding"] == P("tensor", "fsdp")
+    assert places[f"{layer}.q_proj.kernel"] == P(None, "fsdp", "tensor")
+    assert places[f"{layer}.o_proj.kernel"] == P(None, "tensor", "fsdp")
+    assert places[f"{layer}.q_proj.lora.a"] == P(None, "fsdp", None)
+    assert places[f"{layer}.q_proj.lora.b"] == P(None, None, "tensor")
+    assert places[f"{layer}.memory.k_delta.b"] == P(None, None, "tensor")
+    assert places[f"{layer}.mag.logit"] == P(None, "tensor")
+    assert places["stacks.0.mlp.down_proj.kernel"] == P(None, "tensor", "fsdp")
+    whole = {name for name, spec in places.items() if not any(spec)}
+    assert whole == {"final_norm.weight", "stacks.0.attn_norm.weight", "stacks.0.mlp_norm.weight"}
+
+
+def test_rows_of_a_batch_are_split_over_data_and_fsdp():
+    mesh = make_mesh("")
+    assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+    assert replicated(mesh).spec == P()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
+    """What `run_on_eight_devices` has measured in a process of its own."""
+    path = tmp_path_factory.mktemp("sharding")
+    flags = (
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+        "--xla_cpu_use_fusion_emitters=false"
+    )
+    command = (
+        f"from tests.tptt_jax.test_sharding import run_on_eight_devices as run; run({str(path)!r})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=project_dir,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads((path / "report.json").read_text())
+
+
+def test_eight_devices_train_as_one_does(report):
+    assert len(report["losses"]["one"]) == STEPS
+    np.testing.assert_allclose(report["losses"]["eight"], report["losses"]["one"], rtol=1e-5)
+    # The adapters did learn something: equal losses are not those of a model that stands still.
+    assert report["losses"]["one"][-1] < report["losses"]["one"][0] - 0.01
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parameters_adapters_and_moments_stay_sharded(report, when):
+    shares = report["shares"][when]
+    layer = "stacks.0.self_attn"
+    want = {
+        f"{layer}.q_proj.lora.a": 1 / 2,
+        f"{layer}.q_proj.lora.b": 1 / 2,
+        f"{layer}.memory.v_delta.a": 1 / 2,
+        f"{layer}.mag.logit": 1 / 2,
+    }
+    for name, share in want.items():
+        assert shares["trainable"][name] == share
+        moments = [value for path, value in shares["optimizer"].items() if name in path]
+        assert moments == [share, share]
+    assert shares["frozen"][f"{layer}.q_proj.kernel"] == 1 / 4
+    assert shares["frozen"]["embed.embedding"] == 1 / 4
+    assert shares["frozen"]["stacks.0.mlp.up_proj.kernel"] == 1 / 4
+
+
+def test_loading_puts_tensors_into_their_shards(report):
+    loaded = report["loaded"]
+    assert loaded["equal"]
+    layer = "stacks.0.self_attn"
+    assert loaded["shares"]["embed.embedding"] == 1 / 4
+    assert loaded["shares"][f"{layer}.q_proj.kernel"] == 1 / 4
+    assert loaded["shares"][f"{layer}.o_proj.kernel"] == 1 / 4
+    assert loaded["shares"][f"{layer}.q_proj.lora.a"] == 1 / 2
+    assert loaded["shares"]["final_norm.weight"] == 1
+    assert loaded["devices"] == [8]
+
+
+def run_on_eight_devices(directory: str) -> None:
+    """Trains on one device and on a mesh, loads onto the mesh, and writes report.json."""
+    from convert import export_pretrained, load_pretrained
+
+    mesh = make_mesh(LAYOUT)
+    losses, shares = {}, {}
+    losses["one"], _ = _train(None)
+    losses["eight"], shares = _train(mesh)
+
+    exported = randomize(CausalLM(CONFIG, rngs=nnx.Rngs(3)))
+    export_pretrained(exported, Path(directory) / "model")
+    model = load_pretrained(Path(directory) / "model", LIZA, LoraConfig(rank=2), mesh=mesh)
+    values = dict(nnx.to_flat_state(nnx.state(model)))
+    loaded = {
+        "shares": _shares({_dotted(path): x.get_value() for path, x in values.items()}),
+        "equal": all(
+            np.array_equal(values[path].get_value(), x.get_value())
+            for path, x in nnx.to_flat_state(nnx.state(exported))
+        ),
+        "devices": sorted({len(x.get_value().sharding.device_set) for x in values.values()}),
+    }
+    report = {"losses": losses, "shares": shares, "loaded": loaded}
+    (Path(directory) / "report.json").write_text(json.dumps(report))
+
+
+def _train(mesh: Any) -> tuple[list[float], dict[str, Any]]:
+    from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
+    from tptt_jax.training.partition import split_trainable
+    from tptt_jax.training.train_step import (
+        Batch,
+        init_train_state,
+        make_train_step,
+        place_state,
+    )
+
+    lora = LoraConfig(rank=2, dropout=0.1)
+    model = randomize(CausalLM(CONFIG, LIZA, lora, rngs=nnx.Rngs(0)))
+    if mesh is not None:
+        shard_model(model, mesh)
+    partition, trainable, share = split_trainable(model, "lora")
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, lr_schedule="constant"), STEPS)
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    tokens = random_tokens((8, 24), vocab_size=CONFIG.vocab_size)
+    batch = Batch(tokens, np.repeat([[1, 2, 0]], [9, 12, 3], axis=1) + 0 * tokens, tokens >= 0)
+    if mesh is not None:
+        state = place_state(state, mesh)
+        batch = jax.device_put(batch, batch_sharding(mesh))
+    step = make_train_step(partition, optimizer)
+    frozen = {_dotted(path): x.get_value() for path, x in nnx.to_flat_state(partition.frozen)}
+    losses, shares = [], {}
+    for when in ("before", "after"):
+        shares[when] = {
+            "trainable": _shares(state.trainable),
+            "frozen": _shares(frozen),
+            "optimizer": _shares(
+                {jax.tree_util.keystr(p): x for p, x in jax.tree.leaves_with_path(state.opt_state)}
+            ),
+        }
+        for _ in range(STEPS if when == "before" else 0):
+            state, metrics = step(state, partition.frozen, batch)
+            losses.append(float(metrics.loss))
+    return losses, shares
+
+
+def _shares(arrays: dict[str, jax.Array]) -> dict[str, float]:
+    """How much of every array one device holds."""
+    return {name: x.addressable_shards[0].data.size / x.size for name, x in arrays.items()}
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
