@@ -161,12 +161,13 @@ class Run:
                 batch = self._put(self.data.train.batch_at(number, config.batch_size, config.seed))
                 with _timed() as seconds:
                     state, metrics = step(state, self.partition.frozen, batch)
-                    metrics = StepMetrics(*(float(value) for value in metrics))
+                    jax.block_until_ready(metrics)
                 total += seconds[0]
-                self._check_loss(metrics.loss, number + 1)
-                held_out = self._evaluate_midway(state, number + 1)
                 tokens = int(np.count_nonzero(batch.segment_ids))
-                record = _record(number + 1, metrics, seconds[0], tokens, float(rate(number)))
+                rate_now = float(jnp.asarray(rate(number)))
+                record = _record(number + 1, metrics, seconds[0], tokens, rate_now)
+                self._check_loss(record.loss, number + 1)
+                held_out = self._evaluate_midway(state, number + 1)
                 record = dataclasses.replace(record, eval_loss=held_out)
                 writer.write(record)
                 progress.update(record)
@@ -262,18 +263,15 @@ class Run:
 def _record(
     step: int, metrics: StepMetrics, seconds: float, tokens: int, rate: float
 ) -> StepRecord:
-    shares = {
-        name: None if math.isnan(getattr(metrics, name)) else getattr(metrics, name)
-        for name in ("mu_mean", "mu_min", "mu_max")
-    }
+    shares = {name: float(getattr(metrics, name)) for name in ("mu_mean", "mu_min", "mu_max")}
     return StepRecord(
         step=step,
-        loss=metrics.loss,
+        loss=float(metrics.loss),
         tokens_per_s=tokens / seconds,
         learning_rate=rate,
-        grad_norm=metrics.grad_norm,
+        grad_norm=float(metrics.grad_norm),
         seconds=seconds,
-        **shares,
+        **{name: None if math.isnan(value) else value for name, value in shares.items()},
     )
 
 

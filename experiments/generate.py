@@ -122,11 +122,11 @@ def _write(
         new += piece
         marks.append((time.perf_counter(), len(new)))
         # Decoding all of it each time keeps characters whole that span several tokens.
-        longer = tokenizer.decode(new, skip_special_tokens=True)
+        longer = str(tokenizer.decode(new, skip_special_tokens=True))
         if not longer.endswith("�"):
             print(longer[len(text) :], end="", flush=True)
             text = longer
-    text = tokenizer.decode(new, skip_special_tokens=True)
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
     print(flush=True)
     return Continuation(text=text, new_tokens=len(new), tokens_per_s=_speed(marks))
 

@@ -18,10 +18,12 @@
 Arrays are time-major: ``[B, T, H, D]``.
 """
 
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int, Key, Shaped
 
 Tokens = Int[Array, "B T"]
+HostTokens = Int[np.ndarray, "B T"]
 SegmentIds = Int[Array, "B T"]
 Positions = Int[Array, "B T"]
 Hidden = Float[Array, "B T E"]
@@ -32,6 +34,7 @@ __all__ = [
     "Bool",
     "Float",
     "Hidden",
+    "HostTokens",
     "Int",
     "Key",
     "Positions",

@@ -239,6 +239,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """A resolved update rule: what an operator's name stands for."""
+
+    num_householder: int
+    trick: Trick
+    beta_gate: Gate
+    alpha_gate: Gate
+    state_activation: Literal["none", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class LizaConfig:
     """The linear-attention memory of every layer, and how it is mixed in (MaG).
 
@@ -316,10 +327,9 @@ class LizaConfig:
             object.__setattr__(self, "linear_scale", "unit")
 
     @property
-    def householder(self) -> int:
-        """`num_householder`, resolved."""
-        assert self.num_householder is not None
-        return self.num_householder
+    def recurrence(self) -> Recurrence:
+        """What `operator` and the five fields below it come to."""
+        return Recurrence(**{name: getattr(self, name) for name in _OPERATOR_DEFAULTS})
 
     def with_operator(self, operator: Operator) -> Self:
         """This configuration with another operator and everything that operator sets."""

@@ -121,14 +121,15 @@ def init_stack_caches(
 
     stacks = []
     for layers in layer_stacks(config):
-        kinds = [config.layer_kinds[i] for i in layers]
+        kinds: list[LayerKind] = [config.layer_kinds[i] for i in layers]
         softmax = memory = None
         if liza is None or liza.softmax:
-            size = {"batch": batch, "max_tokens": max_tokens, "dtype": dtype}
-            softmax = {
-                kind: stacked(init_key_value_cache(config, liza, kind, **size), kinds.count(kind))
-                for kind in dict.fromkeys(kinds)
-            }
+            softmax = {}
+            for kind in dict.fromkeys(kinds):
+                one = init_key_value_cache(
+                    config, liza, kind, batch=batch, max_tokens=max_tokens, dtype=dtype
+                )
+                softmax[kind] = stacked(one, kinds.count(kind))
         if liza is not None:
             sizes = (config.num_kv_heads, config.head_dim, dtype)
             memory = stacked(init_memory_state(liza, batch, *sizes), len(kinds))

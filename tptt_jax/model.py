@@ -8,12 +8,12 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
-from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.decoder import Cache, DecoderLayer, StackRun, init_stack_caches, layer_stacks
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import RMSNorm
-from tptt_jax.layers.softmax_attention import token_context
+from tptt_jax.layers.softmax_attention import TokenContext, token_context
 
 
 class MagShare(nnx.Variable):
@@ -190,7 +190,7 @@ class CausalLM(nnx.Module):
             positions = None if positions is None else _take(positions, order)
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
-        contexts = {
+        contexts: dict[LayerKind, TokenContext] = {
             kind: token_context(self.config, self.liza, kind, positions, segment_ids, length)
             for kind in dict.fromkeys(self.config.layer_kinds)
         }

@@ -105,7 +105,7 @@ def _resolved(config):
 def test_the_caller_overrides_the_operator():
     config = LizaConfig(operator="delta_rule_v", num_householder=3, trick="rotary", alpha_gate="kv")
     assert _resolved(config) == (3, "rotary", "v", "kv", "none")
-    assert config.householder == 3
+    assert config.recurrence.num_householder == 3
 
 
 @pytest.mark.parametrize(

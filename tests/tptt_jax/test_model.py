@@ -271,7 +271,7 @@ def test_branches_do_not_change_the_result():
 
 def test_a_new_scheduled_share_does_not_recompile():
     model = _titan(mag="scheduled", mag_init=0.01, linear_scale="unit")
-    graphdef, state = nnx.split(model)
+    graphdef = nnx.graphdef(model)
     run = quick_jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
     tokens, outputs = random_tokens((2, 9)), []
     for share in (0.01, 0.3, 0.5):

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from tptt_jax.array_typing import Array, Int, Key, SegmentIds, Tokens
+from tptt_jax.array_typing import Array, HostTokens, Int, Key, SegmentIds, Tokens
 from tptt_jax.decoder import Cache
 from tptt_jax.inference.sampling import Sampling, sample
 from tptt_jax.model import CausalLM, init_cache
@@ -43,14 +43,14 @@ class _Decoding(NamedTuple):
 
 def generate(
     model: CausalLM,
-    tokens: Tokens,
+    tokens: Tokens | HostTokens,
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     key: Key[Array, ""] | None = None,
     *,
     top_k: int = 0,
     top_p: float = 1.0,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | HostTokens | None = None,
     stop_tokens: tuple[int, ...] | None = None,
     use_memory: bool = True,
 ) -> GenerateResult:
@@ -103,14 +103,14 @@ def generate(
 
 def stream(
     model: CausalLM,
-    tokens: Tokens,
+    tokens: Tokens | HostTokens,
     max_new_tokens: int = 32,
     temperature: float = 0.0,
     key: Key[Array, ""] | None = None,
     *,
     top_k: int = 0,
     top_p: float = 1.0,
-    segment_ids: SegmentIds | None = None,
+    segment_ids: SegmentIds | HostTokens | None = None,
     stop_tokens: tuple[int, ...] | None = None,
     use_memory: bool = True,
     block: int = DECODE_STEPS,
@@ -138,10 +138,10 @@ def stream(
             **static, state=state, tokens=part, ids=valid, cache=cache, last=hidden
         )
     stop_array = jnp.asarray(stops or (-1,), jnp.int32)
-    first, key = _first_token(
+    first, next_key = _first_token(
         graphdef, state, hidden, sampling, jax.random.key(0) if key is None else key
     )
-    decoding = _Decoding(cache, first, jnp.isin(first, stop_array), key)
+    decoding = _Decoding(cache, first, jnp.isin(first, stop_array), next_key)
     yield np.asarray(first)[:, None]
     left = max_new_tokens - 1
     while left > 0 and not bool(decoding.done.all()):
@@ -160,9 +160,11 @@ def stream(
         left -= count
 
 
-def _left_aligned(tokens: Tokens, segment_ids: SegmentIds | None) -> tuple[np.ndarray, np.ndarray]:
+def _left_aligned(
+    given: Tokens | HostTokens, segment_ids: SegmentIds | HostTokens | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts without padding before or inside them, as whole segments, and their lengths."""
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(given, np.int32)
     if tokens.ndim != 2:
         raise ValueError(f"tokens must have shape [B, T], got {tokens.shape}.")
     valid = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
@@ -246,6 +248,7 @@ def _decode(
         hidden, cache, _ = model.forward_hidden(
             decoding.token[:, None], live, cache=decoding.cache, use_memory=use_memory
         )
+        assert cache is not None
         key, draw = jax.random.split(decoding.key)
         token = sample(model.project_logits(hidden[:, 0]), sampling, draw)
         token = jnp.where(decoding.done, padding, token).astype(jnp.int32)

@@ -67,8 +67,9 @@ def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> 
 
 def history_length(liza: LizaConfig) -> int:
     """Raw tokens before the current one that its gates and virtual tokens depend on."""
-    alpha, beta = (0 if gate == "constant" else 2 for gate in (liza.alpha_gate, liza.beta_gate))
-    tokens = 0 if liza.trick == "rotary" else liza.householder - 1
+    rule = liza.recurrence
+    alpha, beta = (0 if gate == "constant" else 2 for gate in (rule.alpha_gate, rule.beta_gate))
+    tokens = 0 if rule.trick == "rotary" else rule.num_householder - 1
     # An expanded write gate is differenced over gates that look back themselves.
     return max(alpha, tokens, beta + tokens if liza.expand_gates else beta)
 

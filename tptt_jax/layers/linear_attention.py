@@ -13,7 +13,7 @@ from tptt_jax.layers.cache import (
     history_length,
     init_memory_state,
 )
-from tptt_jax.layers.lora import LowRank, Projection, fold_path
+from tptt_jax.layers.lora import LowRank, Projection, path_number
 from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
@@ -40,7 +40,9 @@ class DeltaMemory(nnx.Module):
     ) -> None:
         """Creates the memory's own low-rank deltas if `config.memory_rank` asks for them."""
         self.config = config
-        self.q_delta = self.k_delta = self.v_delta = nnx.data(None)
+        self.q_delta: LowRank | None = nnx.data(None)
+        self.k_delta: LowRank | None = nnx.data(None)
+        self.v_delta: LowRank | None = nnx.data(None)
         if config.memory_rank:
 
             def delta(heads: int, axis: str) -> LowRank:
@@ -85,10 +87,10 @@ class DeltaMemory(nnx.Module):
           Output [B, T, H, D] in q's dtype and the state after the last token.
         """
         dtype, size = q.dtype, q.shape
-        if self.config.memory_rank:
-            q = q + self.q_delta(x).reshape(q.shape).astype(dtype)
-            k = k + self.k_delta(x).reshape(k.shape).astype(dtype)
-            v = v + self.v_delta(x).reshape(v.shape).astype(dtype)
+        q, k, v = (
+            y if delta is None else y + delta(x).reshape(y.shape).astype(dtype)
+            for delta, y in ((self.q_delta, q), (self.k_delta, k), (self.v_delta, v))
+        )
         if state is None:
             out = self._run_rows(q, k, v, segment_ids)
         else:
@@ -97,28 +99,29 @@ class DeltaMemory(nnx.Module):
         out = rms_normalize(out.reshape(*size[:2], -1))
         if dropout_key is not None and self.config.dropout > 0:
             rate = self.config.dropout
-            keep = jax.random.bernoulli(fold_path(dropout_key, "memory"), 1 - rate, out.shape)
+            key = jax.random.fold_in(dropout_key, path_number("memory"))
+            keep = jax.random.bernoulli(key, 1 - rate, out.shape)
             out = jnp.where(keep, out / (1 - rate), 0)
         return out.reshape(size).astype(dtype), state
 
     def _run_rows(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         config = self.config
         keys, values, beta, log_decay = _virtual_tokens(config, k, v, segment_ids)
-        if config.state_activation != "none" and segment_ids is not None:
+        if config.recurrence.state_activation != "none" and segment_ids is not None:
             # Chunks of the row are not chunks of its documents: count tokens one by one.
             starts = _document_lengths(segment_ids)
             after = (starts % config.chunk_size == 0) & (segment_ids != 0)
             return naive_delta_product(
                 *(_activate(q), keys, values, beta, log_decay),
                 segment_ids=segment_ids,
-                state_activation=config.state_activation,
+                state_activation=config.recurrence.state_activation,
                 activate_after=after,
             )[0]
         return chunk_delta_product(
             *(_activate(q), keys, values, beta, log_decay),
             segment_ids=segment_ids,
             chunk_size=config.chunk_size,
-            state_activation=config.state_activation,
+            state_activation=config.recurrence.state_activation,
         )[0]
 
     def _extend(
@@ -142,10 +145,12 @@ class DeltaMemory(nnx.Module):
         keys, values, beta, log_decay = jax.tree.map(lambda x: x[:, size:], inputs)
         ids = valid.astype(jnp.int32)
         args = (_activate(q), keys, values, beta, log_decay, state.state, ids)
-        if config.state_activation != "none":
+        if config.recurrence.state_activation != "none":
             after = (length[:, None] + jnp.cumsum(ids, axis=1)) % config.chunk_size == 0
             out, new_state = naive_delta_product(
-                *args, state_activation=config.state_activation, activate_after=after & valid
+                *args,
+                state_activation=config.recurrence.state_activation,
+                activate_after=after & valid,
             )
         elif q.shape[1] == 1:
             out, new_state = _one_token(*args)
@@ -162,20 +167,18 @@ def _virtual_tokens(
     config: LizaConfig, k: Array, v: Array, segment_ids: Array | None
 ) -> tuple[Array, Array, Array, Array | None]:
     """Keys, values [B, T, N, K, D], write gate [B, T, N, K] or [.., D], log decay [B, T, K]."""
-    assert config.trick is not None
-    assert config.beta_gate is not None
-    assert config.alpha_gate is not None
+    rule = config.recurrence
 
     def expand(x: Array) -> Array:
-        return expand_virtual_tokens(x, config.householder, config.trick, segment_ids)
+        return expand_virtual_tokens(x, rule.num_householder, rule.trick, segment_ids)
 
     beta = compute_beta(
-        *(config.beta_gate, k, v, config.householder),
+        *(rule.beta_gate, k, v, rule.num_householder),
         segment_ids=segment_ids,
         vector=config.vector_beta,
-        trick=config.trick if config.expand_gates else None,
+        trick=rule.trick if config.expand_gates else None,
     )
-    log_decay = compute_log_decay(config.alpha_gate, k, v, segment_ids)
+    log_decay = compute_log_decay(rule.alpha_gate, k, v, segment_ids)
     return expand(_activate(k)), expand(v * v.shape[-1] ** -0.5), beta, log_decay
 
 

@@ -145,8 +145,9 @@ class LizaAttention(nnx.Module):
         )
         soft = linear = rotated = None
         if self.liza is None or self.liza.softmax:
-            normed = (q, k) if self.q_norm is None else (self.q_norm(q), self.k_norm(k))
-            soft, rotated = tokens.softmax(*normed, v)
+            soft_q = q if self.q_norm is None else self.q_norm(q)
+            soft_k = k if self.k_norm is None else self.k_norm(k)
+            soft, rotated = tokens.softmax(soft_q, soft_k, v)
         if self.memory is not None and use_memory:
             linear, memory_state = self.memory(
                 *(x, q, k, v),
@@ -172,7 +173,7 @@ class LizaAttention(nnx.Module):
             assert only is not None, "a purely linear model cannot run without its memory"
             return project(only)
         assert self.liza is not None
-        mu = (share if self.mag is None else self.mag()[:, None]).astype(soft.dtype)
+        mu = jnp.asarray(share if self.mag is None else self.mag()[:, None], soft.dtype)
         if self.liza.linear_scale == "match":
             linear = match_rms(linear, soft)
         projected = self.liza.linear_scale == "projected"

@@ -70,11 +70,11 @@ def attend(
         for x, part in zip(logits, parts, strict=True)
     ]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights), 1e-30)
-    out = sum(
+    outs = [
         _weigh_values((x / total).astype(part.values.dtype), part.values)
         for x, part in zip(weights, parts, strict=True)
-    )
-    return out.reshape(q.shape).astype(q.dtype)
+    ]
+    return functools.reduce(jnp.add, outs).reshape(q.shape).astype(q.dtype)
 
 
 def _dot_keys(q: Array, keys: Array) -> Array:

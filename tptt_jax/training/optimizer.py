@@ -1,12 +1,12 @@
 """AdamW over the trainable parameters, with a rate of its own for the shares."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 
 from tptt_jax.training.partition import Trainable
-from tptt_jax.training.schedules import Schedule, learning_rate_schedule
+from tptt_jax.training.schedules import learning_rate_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class OptimizerConfig:
         if self.grad_clip <= 0:
             raise ValueError(f"grad_clip must be positive, got {self.grad_clip}.")
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(self, steps: int) -> optax.Schedule:
         """The rate of everything but the shares."""
         return learning_rate_schedule(
             self.lr_schedule, self.learning_rate, steps, self.warmup_steps
@@ -69,8 +69,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay if decay else 0.0,
-            mask=lambda params: {name: is_decayed(name) for name in params},
+            mask=decay_mask,
         )
+
+    def decay_mask(params: Any) -> dict[str, bool]:
+        return {name: is_decayed(name) for name in params}
 
     def labels(params: Trainable) -> dict[str, str]:
         return {name: "share" if is_share(name) else "weights" for name in params}

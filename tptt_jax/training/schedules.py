@@ -1,6 +1,5 @@
 """Schedules of the learning rate and of the memory's share."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,8 +7,6 @@ import jax.numpy as jnp
 import optax
 
 from tptt_jax.array_typing import Array
-
-Schedule = Callable[[Array], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ class MagSchedule:
 
 def learning_rate_schedule(
     kind: Literal["constant", "linear", "cosine"], peak: float, steps: int, warmup_steps: int = 0
-) -> Schedule:
+) -> optax.Schedule:
     """A linear warm-up, then constant, or falling to a tenth of the peak.
 
     Args:

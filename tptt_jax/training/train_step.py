@@ -1,7 +1,7 @@
 """One compiled optimizer step."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,8 +141,9 @@ def make_train_step(
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        assert isinstance(trainable, dict)
-        new_state = TrainState(trainable, opt_state, share, state.step + 1, state.key)
+        new_state = TrainState(
+            cast("Trainable", trainable), opt_state, share, state.step + 1, state.key
+        )
         norm = optax.tree.norm(gradient)
         return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
 
