@@ -25,7 +25,7 @@ __all__ = ["DEMO_STEPS", "FinetuneConfig", "parse_arguments", "resolved_yaml", "
 
 Config = TypeVar("Config")
 
-DEMO_STEPS = 60
+DEMO_STEPS = 24
 _SHARED_FLAGS = "Also takes --json (one JSON object as the last line of stdout) and --debug."
 
 
@@ -52,18 +52,18 @@ class FinetuneConfig:
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
     memory's own parameters are trained in any case."""
     steps: int | None = None
-    """Training steps; None: what epochs says, or 60. With epochs: at most so many."""
+    """Training steps; None: what epochs says, or 24. With epochs: at most so many."""
     epochs: float | None = None
     """Passes over the data; None: what steps says."""
     batch_size: int = 2
     """Rows per step, over all devices."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     """Of adapters or weights, at its highest."""
-    mag_learning_rate: float | None = None
+    mag_learning_rate: float | None = 5e-2
     """Of the memory's learned share, whose logits need long steps; None: 100 x learning_rate."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How both rates fall after the warm-up, to a tenth."""
-    warmup_steps: int = 5
+    warmup_steps: int = 2
     """Steps over which both rates rise."""
     weight_decay: float = 0.0
     """Of AdamW, on matrices."""

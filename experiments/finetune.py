@@ -17,10 +17,10 @@ from rich.console import Console
 from convert import load_pretrained, load_tokenizer
 from convert.files import atomic_file
 from experiments.arguments import FinetuneConfig, resolved_yaml, run_configured
-from experiments.compilation import enable_compilation_cache
 from experiments.data import TokenData, load_token_data
 from experiments.interrupts import StopRequest
 from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.process import prepare_process
 from experiments.report import MetricsWriter, StepRecord, TrainingProgress, plot_run
 from tptt_jax import CausalLM, generate
 from tptt_jax.model import base_model
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs a fine-tuning run, or goes on with it, and returns what --json prints."""
-    enable_compilation_cache()
+    prepare_process()
     console = Console(soft_wrap=True, highlight=False)
     run = Run.prepare(config, console)
     report: dict[str, Any] = {"output": str(config.output), "steps": run.steps}

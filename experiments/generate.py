@@ -15,7 +15,7 @@ import tyro
 
 from convert import load_pretrained, load_tokenizer
 from experiments.arguments import run_configured
-from experiments.compilation import enable_compilation_cache
+from experiments.process import prepare_process
 from tptt_jax import CausalLM
 from tptt_jax.inference.generate import stream
 from tptt_jax.model import base_model
@@ -70,7 +70,7 @@ class Continuation:
 
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, generates, prints; returns what --json prints."""
-    enable_compilation_cache()
+    prepare_process()
     model, source = _load(config)
     tokenizer = load_tokenizer(source)
     written: dict[str, Any] = {"prompt": config.prompt}

@@ -80,7 +80,12 @@ class RopeConfig:
             raise ValueError(
                 f"rope scaling must be one of none, linear, llama3, got {self.scaling!r}."
             )
-        if self.theta <= 0 or self.factor <= 0:
+        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                "llama3 rope scaling needs low_freq_factor < high_freq_factor, got "
+                f"{self.low_freq_factor} and {self.high_freq_factor}."
+            )
+        if not (self.theta > 0 and self.factor > 0):
             raise ValueError(
                 f"rope theta and factor must be positive, got {self.theta} and {self.factor}."
             )

@@ -245,7 +245,8 @@ def init_cache(
     Args:
       model: whose layers it is for.
       batch_size: rows B.
-      max_tokens: longest context, in tokens, that layers without a window can hold.
+      max_tokens: longest context, in tokens, that layers without a window can hold;
+        beyond it they forget the oldest tokens.
       dtype: of keys, values and raw tokens; None: the model's. Memories are float32.
 
     Returns:

@@ -158,8 +158,8 @@ def attend_sequence(
             ids, seen_ids, start, index * block, first - before, window, num_sinks
         )
         own = None if sink_part is None else KeyValues(**(row_sinks | sink_part))
-        parts = _with_sinks(keys, values, mask, own)
-        return attend(q_part, parts, scale=scale, softcap=softcap)
+        seen = _with_sinks(keys, values, mask, own)
+        return attend(q_part, seen, scale=scale, softcap=softcap)
 
     _, out = lax.scan(
         lambda _, x: (None, run(*x)), None, (jnp.arange(num_blocks), (blocks, sink_blocks))
@@ -213,9 +213,8 @@ def _sequence_mask(
     mask &= (query_ids != 0)[:, :, None]
     if window is not None:
         mask &= (key > query - window)[None]
-    if num_sinks:
-        mask &= key[None] >= starts[:, :, None] + num_sinks
-    return mask
+    # Not only the same id: an id that comes back later is another document.
+    return mask & (key[None] >= starts[:, :, None] + num_sinks)
 
 
 def _pad_tokens(x: Array, before: int, after: int) -> Array:
