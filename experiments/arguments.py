@@ -59,7 +59,7 @@ class FinetuneConfig:
     """Rows per step, over all devices."""
     learning_rate: float = 1e-3
     """Of adapters or weights, at its highest."""
-    mag_learning_rate: float | None = 5e-2
+    mag_learning_rate: float | None = None
     """Of the memory's learned share, whose logits need long steps; None: 100 x learning_rate."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How both rates fall after the warm-up, to a tenth."""
