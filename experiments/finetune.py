@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -17,6 +16,7 @@ from rich.console import Console
 from convert import load_pretrained, load_tokenizer
 from convert.files import atomic_file
 from experiments.arguments import FinetuneConfig, resolved_yaml, run_configured
+from experiments.checks import check_output, check_rows, describe_run
 from experiments.data import TokenData, load_token_data
 from experiments.interrupts import StopRequest
 from experiments.packing import TokenBatch, TokenBatchSource
@@ -25,14 +25,7 @@ from experiments.report import MetricsWriter, StepRecord, TrainingProgress, plot
 from tptt_jax import CausalLM, generate
 from tptt_jax.model import base_model
 from tptt_jax.sharding import batch_sharding, make_mesh, replicated
-from tptt_jax.training.checkpoint import (
-    Description,
-    RunCheckpoints,
-    is_checkpoint,
-    read_description,
-    remove_checkpoints,
-    write_description,
-)
+from tptt_jax.training.checkpoint import RunCheckpoints, remove_checkpoints, write_description
 from tptt_jax.training.optimizer import make_optimizer
 from tptt_jax.training.partition import Partition, split_trainable
 from tptt_jax.training.train_step import (
@@ -91,9 +84,9 @@ class Run:
     def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
         """Loads everything, and claims the output directory once all of it is right."""
         mesh = None if config.mesh is None else make_mesh(config.mesh)
-        _check_rows(config.batch_size, mesh)
-        description = _describe(config)
-        _check_output(config, description)
+        check_rows(config.batch_size, mesh)
+        description = describe_run(config)
+        check_output(config, description)
         tokenizer = load_tokenizer(config.model)
         data = load_token_data(config.data, tokenizer, config.seed)
         console.print(data.describe())
@@ -283,43 +276,6 @@ def _timed() -> Iterator[list[float]]:
     start = time.perf_counter()
     yield seconds
     seconds[0] = time.perf_counter() - start
-
-
-def _describe(config: FinetuneConfig) -> Description:
-    source = config.model
-    # A relative path means another place from another folder.
-    if Path(source).expanduser().exists():
-        source = str(Path(source).expanduser().resolve())
-    return Description(
-        source=source,
-        liza=config.memory,
-        lora=config.adapters,
-        train=config.train,
-        dtype=config.dtype,
-    )
-
-
-def _check_output(config: FinetuneConfig, description: Description) -> None:
-    """Raises if the output directory holds another run."""
-    output = config.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: name a directory.")
-    if is_checkpoint(output) and config.resume and read_description(output) != description:
-        raise ValueError(
-            f"{output} holds a run with another model or other settings: use another --output, "
-            "or --no-resume to start again."
-        )
-
-
-def _check_rows(batch_size: int, mesh: "Mesh | None") -> None:
-    if mesh is None:
-        return
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
-        raise ValueError(
-            f"--batch-size {batch_size} cannot be split evenly over data x fsdp = {shards} "
-            "devices: use a multiple."
-        )
 
 
 def main() -> None:
