@@ -25,7 +25,7 @@ __all__ = ["DEMO_STEPS", "FinetuneConfig", "parse_arguments", "resolved_yaml", "
 
 Config = TypeVar("Config")
 
-DEMO_STEPS = 24
+DEMO_STEPS = 20
 _SHARED_FLAGS = "Also takes --json (one JSON object as the last line of stdout) and --debug."
 
 
@@ -52,7 +52,7 @@ class FinetuneConfig:
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
     memory's own parameters are trained in any case."""
     steps: int | None = None
-    """Training steps; None: what epochs says, or 24. With epochs: at most so many."""
+    """Training steps; None: what epochs says, or 20. With epochs: at most so many."""
     epochs: float | None = None
     """Passes over the data; None: what steps says."""
     batch_size: int = 2

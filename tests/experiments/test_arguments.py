@@ -267,7 +267,7 @@ def test_a_command_answers_as_all_commands_do(capsys):
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [
-        ({}, 24),
+        ({}, 20),
         ({"steps": 7}, 7),
         ({"epochs": 2}, 14),  # 20 rows, 3 at a time, twice
         ({"epochs": 0.01}, 1),
