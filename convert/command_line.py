@@ -27,6 +27,7 @@ def run_command(
     argv: Sequence[str] | None = None,
     *,
     prog: str | None = None,
+    readable: bool = True,
 ) -> int:
     """Runs a command the way all commands of the project run.
 
@@ -39,6 +40,8 @@ def run_command(
         prints. A mapping makes each entry a subcommand.
       argv: the arguments; None: those of the process.
       prog: the name in the help text, e.g. "python -m convert".
+      readable: whether the result is printed a line each without --json; False for commands
+        that tell a person what they do as they go.
 
     Returns:
       The exit status.
@@ -49,7 +52,7 @@ def run_command(
         # Nothing may follow the JSON line, so it is written when the work is done.
         if "--json" in flags:
             print(json.dumps(_plain(result), allow_nan=False), flush=True)
-        else:
+        elif readable:
             _print_readable(result)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)

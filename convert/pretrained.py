@@ -15,7 +15,6 @@ from convert.files import atomic_directory
 from convert.loading import load_model
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
-from tptt_jax.sharding import shard_model
 from tptt_jax.training.checkpoint import restore_trainable
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -58,8 +57,6 @@ def load_pretrained(
         liza, lora = liza or described.liza, lora or described.lora
         model = load_pretrained(described.source, liza, lora, dtype, mesh=mesh, seed=seed)
         restore_trainable(Path(source).expanduser(), model)
-        if mesh is not None:
-            shard_model(model, mesh)
         return model
     pretrained = open_pretrained(locate(source))
 

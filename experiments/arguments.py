@@ -222,7 +222,9 @@ def run_configured(
     given = list(sys.argv[1:] if argv is None else argv)
     shared = [argument for argument in given if argument in ("--json", "--debug")]
     own = [argument for argument in given if argument not in shared]
-    return run_command(lambda: function(parse_arguments(own, cls, prog=prog)), shared, prog=prog)
+    return run_command(
+        lambda: function(parse_arguments(own, cls, prog=prog)), shared, prog=prog, readable=False
+    )
 
 
 def _one_sentence(box: str) -> str:

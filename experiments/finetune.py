@@ -38,13 +38,13 @@ from tptt_jax.training.train_step import (
     place_state,
 )
 
-# Samples before and after: greedy text of small models goes in circles.
-_WARM = 0.7
-_LIKELY = 0.9
-
 if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
+
+# Samples are not greedy: that sends small models round in circles.
+_TEMPERATURE = 0.7
+_TOP_P = 0.9
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -188,7 +188,7 @@ class Run:
         prompt = self.config.sample_prompt
         tokens = np.array([self.tokenizer(prompt)["input_ids"]], np.int32)
         key = jax.random.key(self.config.seed)
-        result = generate(model, tokens, self.config.sample_tokens, _WARM, key, top_p=_LIKELY)
+        result = generate(model, tokens, self.config.sample_tokens, _TEMPERATURE, key, top_p=_TOP_P)
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)

@@ -65,7 +65,8 @@ class Continuation:
 
     text: str
     new_tokens: int
-    tokens_per_s: float
+    tokens_per_s: float | None
+    """Without prefill and compilation; None: too short to tell."""
 
 
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
@@ -126,9 +127,12 @@ def _write(
         if not longer.endswith("�"):
             print(longer[len(text) :], end="", flush=True)
             text = longer
-    text = str(tokenizer.decode(new, skip_special_tokens=True))
-    print(flush=True)
-    return Continuation(text=text, new_tokens=len(new), tokens_per_s=_speed(marks))
+    longer = str(tokenizer.decode(new, skip_special_tokens=True))
+    print(longer[len(text) :], flush=True)
+    speed = _speed(marks)
+    if speed:
+        print(f"[{len(new)} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
+    return Continuation(text=longer, new_tokens=len(new), tokens_per_s=speed)
 
 
 def _until_stop(blocks: Iterator[np.ndarray], stops: tuple[int, ...]) -> Iterator[list[int]]:
@@ -141,10 +145,10 @@ def _until_stop(blocks: Iterator[np.ndarray], stops: tuple[int, ...]) -> Iterato
             return
 
 
-def _speed(marks: list[tuple[float, int]]) -> float:
+def _speed(marks: list[tuple[float, int]]) -> float | None:
     """Tokens per second after the first two blocks, which wait for prefill and compilation."""
     if len(marks) < 3:
-        return float("nan")
+        return None
     (start, before), (end, after) = marks[1], marks[-1]
     return (after - before) / max(end - start, 1e-9)
 

@@ -25,12 +25,14 @@ from tptt_jax.sharding import (
     shard_model,
     sharding_of,
 )
+from tptt_jax.training.checkpoint import restore_trainable
 
 MESH = AbstractMesh((2, 2, 2), MESH_AXES)
 LAYOUT = "data=2,fsdp=2,tensor=2"
 CONFIG = ModelConfig.tiny(num_layers=2, mlp_dim=16, vocab_size=96)
 LIZA = LizaConfig(chunk_size=8, mag_init=0.3, memory_rank=2)
 STEPS = 4
+ADAPTER = "stacks.0.self_attn.q_proj.lora.b"
 
 
 @pytest.mark.parametrize(
@@ -156,14 +158,23 @@ def test_loading_puts_tensors_into_their_shards(report):
     assert loaded["devices"] == [8]
 
 
+def test_one_device_loads_what_eight_have_saved(report):
+    model = CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(5))
+    assert restore_trainable(Path(report["path"]) / "run", model) == STEPS
+    values = {_dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
+    np.testing.assert_array_equal(values[ADAPTER], np.array(report["adapter"], np.float32))
+    assert len(values[ADAPTER].sharding.device_set) == 1
+
+
 def run_on_eight_devices(directory: str) -> None:
     """Trains on one device and on a mesh, loads onto the mesh, and writes report.json."""
     from convert import export_pretrained, load_pretrained
+    from tptt_jax.training.checkpoint import RunCheckpoints
 
     mesh = make_mesh(LAYOUT)
     losses, shares = {}, {}
-    losses["one"], _ = _train(None)
-    losses["eight"], shares = _train(mesh)
+    losses["one"], _, _ = _train(None)
+    losses["eight"], shares, state = _train(mesh)
 
     exported = randomize(CausalLM(CONFIG, rngs=nnx.Rngs(3)))
     export_pretrained(exported, Path(directory) / "model")
@@ -177,11 +188,15 @@ def run_on_eight_devices(directory: str) -> None:
         ),
         "devices": sorted({len(x.get_value().sharding.device_set) for x in values.values()}),
     }
-    report = {"losses": losses, "shares": shares, "loaded": loaded}
+    with RunCheckpoints(Path(directory) / "run") as checkpoints:
+        checkpoints.save(state)
+    adapter = np.asarray(state.trainable[ADAPTER]).tolist()
+    report = {"losses": losses, "shares": shares, "loaded": loaded, "adapter": adapter}
+    report["path"] = directory
     (Path(directory) / "report.json").write_text(json.dumps(report))
 
 
-def _train(mesh: Any) -> tuple[list[float], dict[str, Any]]:
+def _train(mesh: Any) -> tuple[list[float], dict[str, Any], Any]:
     from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
     from tptt_jax.training.partition import split_trainable
     from tptt_jax.training.train_step import (
@@ -217,7 +232,7 @@ def _train(mesh: Any) -> tuple[list[float], dict[str, Any]]:
         for _ in range(STEPS if when == "before" else 0):
             state, metrics = step(state, partition.frozen, batch)
             losses.append(float(metrics.loss))
-    return losses, shares
+    return losses, shares, state
 
 
 def _shares(arrays: dict[str, jax.Array]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.model import CausalLM
-from tptt_jax.training.partition import TrainMode, load_trainable
+from tptt_jax.training.partition import TrainMode, load_trainable, restore_targets
 from tptt_jax.training.train_step import TrainState
 
 _DESCRIPTION = "checkpoint.json"
@@ -61,9 +61,13 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     """Reads `checkpoint.json`.
 
     Raises:
-      ValueError: if it is not one of ours.
+      ValueError: if there is none, or it is not one of ours.
     """
     target = Path(path) / _DESCRIPTION
+    if not target.is_file():
+        raise ValueError(
+            f"{path} has no {_DESCRIPTION}: point to the --output directory of a finetune run."
+        )
     try:
         values = json.loads(target.read_text())
         if values.pop("format", None) != _FORMAT:
@@ -109,10 +113,15 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
     if step is None:
         raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
     with _manager(path, keep=None) as manager:
-        saved = manager.restore(step, args=ocp.args.Composite(weights=ocp.args.StandardRestore()))[
-            "weights"
-        ]
-    load_trainable(model, saved["trainable"], saved.get("share"))
+        # Named shapes and shardings: the devices that saved it need not be here.
+        saved = manager.item_metadata(step)["weights"]
+        shapes = {name: value.shape for name, value in saved["trainable"].items()}
+        target: dict[str, Any] = {"trainable": restore_targets(model, shapes)}
+        if "share" in saved:
+            target["share"] = jax.ShapeDtypeStruct((), saved["share"].dtype)
+        args = ocp.args.Composite(weights=ocp.args.StandardRestore(target))
+        values = manager.restore(step, args=args)["weights"]
+    load_trainable(model, values["trainable"], values.get("share"))
     return step
 
 
@@ -149,14 +158,7 @@ class RunCheckpoints:
         step = int(state.step)
         if step == self._manager.latest_step():
             return
-        weights: dict[str, Any] = {"trainable": state.trainable}
-        if state.share is not None:
-            weights["share"] = state.share
-        progress = {
-            "opt_state": state.opt_state,
-            "step": state.step,
-            "key": jax.random.key_data(state.key),
-        }
+        weights, progress = _items(state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -169,30 +171,24 @@ class RunCheckpoints:
         """The last complete state, with the shapes and shardings of `like`.
 
         Raises:
-          ValueError: if it was saved by a run with other trainable parameters.
+          ValueError: if there is none, or it was saved by a run with other trainable
+            parameters.
         """
-        weights: dict[str, Any] = {"trainable": like.trainable}
-        if like.share is not None:
-            weights["share"] = like.share
-        progress = {
-            "opt_state": like.opt_state,
-            "step": like.step,
-            "key": jax.random.key_data(like.key),
-        }
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (weights, progress))
-        try:
-            saved: Mapping[str, Any] = self._manager.restore(
-                self._manager.latest_step(),
-                args=ocp.args.Composite(
-                    weights=ocp.args.StandardRestore(abstract[0]),
-                    progress=ocp.args.StandardRestore(abstract[1]),
-                ),
-            )
-        except (ValueError, KeyError) as error:
-            first_line = str(error).splitlines()[0]
-            raise ValueError(
-                f"the checkpoint does not fit this run ({first_line}): use another --output."
-            ) from error
+        weights, progress = _items(like)
+        step = self._manager.latest_step()
+        if step is None:
+            raise ValueError("there is no complete checkpoint to resume from.")
+        metadata = self._manager.item_metadata(step)
+        for name, target in (("weights", weights), ("progress", progress)):
+            _check_fits(metadata[name], target)
+        weights, progress = jax.tree.map(ocp.utils.to_shape_dtype_struct, (weights, progress))
+        saved: Mapping[str, Any] = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                weights=ocp.args.StandardRestore(weights),
+                progress=ocp.args.StandardRestore(progress),
+            ),
+        )
         key = jax.random.wrap_key_data(saved["progress"]["key"])
         return TrainState(
             trainable=saved["weights"]["trainable"],
@@ -203,6 +199,31 @@ class RunCheckpoints:
         )
 
 
+def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The two parts of a checkpoint: what a model needs, and what training needs besides."""
+    weights: dict[str, Any] = {"trainable": state.trainable}
+    if state.share is not None:
+        weights["share"] = state.share
+    key = jax.random.key_data(state.key)
+    return weights, {"opt_state": state.opt_state, "step": state.step, "key": key}
+
+
+def _check_fits(saved: Any, target: Any) -> None:
+    """Compares names and shapes before anything is read: orbax would stop half-way."""
+    have, want = (
+        {name: tuple(x.shape) for name, x in ocp.utils.to_flat_dict(tree, sep=".").items()}
+        for tree in (saved, target)
+    )
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            raise ValueError(
+                f"the checkpoint does not fit this run ({name} has shape {have.get(name)}, wanted "
+                f"is {want.get(name)}): use another --output."
+            )
+
+
 def _manager(path: str | os.PathLike[str], *, keep: int | None) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    return ocp.CheckpointManager(Path(path).resolve() / "checkpoints", options=options)
+    handlers = {name: ocp.StandardCheckpointHandler() for name in ("weights", "progress")}
+    folder = Path(path).resolve() / "checkpoints"
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

@@ -99,7 +99,30 @@ def split_trainable(model: CausalLM, mode: TrainMode) -> tuple[Partition, Traina
     return Partition(graphdef, template, frozen, value is not None), trainable, value
 
 
-def load_trainable(model: CausalLM, values: dict[str, Any], share: Any | None) -> None:
+def restore_targets(
+    model: CausalLM, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Where saved values of these shapes belong: the model's dtypes and shardings.
+
+    Args:
+      model: has every parameter that `shapes` names.
+      shapes: by dotted path.
+
+    Raises:
+      ValueError: if a parameter is missing in the model or has another shape.
+    """
+    flat = {dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
+    for name, shape in shapes.items():
+        want = flat[name].shape if name in flat else None
+        if want != tuple(shape):
+            raise ValueError(
+                f"the checkpoint's {name} has shape {tuple(shape)}, the model wants {want}: "
+                "load it with the model and the settings it was trained with."
+            )
+    return {name: _like(flat[name]) for name in shapes}
+
+
+def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> None:
     """Puts trained values into a model, in place.
 
     Args:
@@ -110,22 +133,18 @@ def load_trainable(model: CausalLM, values: dict[str, Any], share: Any | None) -
     Raises:
       ValueError: if a parameter is missing in the model or has another shape.
     """
+    restore_targets(model, {name: value.shape for name, value in values.items()})
     flat = {dotted(path): (path, x) for path, x in nnx.to_flat_state(nnx.state(model))}
-    changed = []
-    for name, value in values.items():
-        want = flat[name][1].get_value().shape if name in flat else None
-        if want != value.shape:
-            raise ValueError(
-                f"the checkpoint's {name} has shape {value.shape}, the model wants {want}: "
-                "load it with the model and the settings it was trained with."
-            )
-        path, variable = flat[name]
-        changed.append((path, variable.replace(jnp.asarray(value))))
+    changed = [(flat[name][0], flat[name][1].replace(value)) for name, value in values.items()]
     if share is not None and model.mag_share is not None:
-        changed.append((("mag_share",), model.mag_share.replace(jnp.asarray(share))))
+        changed.append((("mag_share",), model.mag_share.replace(share)))
     nnx.update(model, nnx.from_flat_state(changed))
 
 
 def dotted(path: Path) -> str:
     """("stacks", 0, "layers") -> "stacks.0.layers"."""
     return ".".join(str(part) for part in path)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
