@@ -54,7 +54,7 @@ def locate(source: Source, *, weights: bool = True) -> Path:
 
     Args:
       source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", or
-        "demo". What exists on disk comes first.
+        "demo", which never means a directory of that name: write "./demo".
       weights: whether the weights of a hub model are needed, or its small files only.
 
     Returns:
@@ -63,12 +63,12 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     Raises:
       ConversionError: if there is no such thing, or it could not be fetched.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
     name = os.fspath(source)
     if name in DEMO_SOURCES:
         return demo_file()
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
         raise ConversionError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id or demo."
@@ -179,4 +179,5 @@ def find_checkpoint(source: Source) -> Description | None:
       ValueError: if it is a checkpoint whose description is damaged.
     """
     path = Path(source).expanduser()
-    return read_description(path) if is_checkpoint(path) else None
+    is_ours = os.fspath(source) not in DEMO_SOURCES and is_checkpoint(path)
+    return read_description(path) if is_ours else None

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.demo import DEMO_SOURCES
 from experiments.arguments import FinetuneConfig
 from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
 
@@ -14,7 +15,7 @@ def describe_run(config: FinetuneConfig) -> Description:
     """What a checkpoint of this run needs besides its arrays."""
     source = config.model
     # A relative path means another place from another folder.
-    if Path(source).expanduser().exists():
+    if source not in DEMO_SOURCES and Path(source).expanduser().exists():
         source = str(Path(source).expanduser().resolve())
     return Description(
         source=source,
@@ -30,6 +31,8 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
     output = config.output
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: name a directory.")
+    if output.resolve() == Path(description.source):
+        raise ValueError(f"--output {output} is the model itself: name another directory.")
     if is_checkpoint(output) and config.resume and read_description(output) != description:
         raise ValueError(
             f"{output} holds a run with another model or other settings: use another --output, "

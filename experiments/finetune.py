@@ -3,8 +3,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,13 +155,14 @@ class Run:
         with StopRequest() as stop, writer, progress:
             for number in range(first, self.steps):
                 batch = self._put(self.data.train.batch_at(number, config.batch_size, config.seed))
-                with _timed() as seconds:
-                    state, metrics = step(state, self.partition.frozen, batch)
-                    jax.block_until_ready(metrics)
-                total += seconds[0]
+                start = time.perf_counter()
+                state, metrics = step(state, self.partition.frozen, batch)
+                jax.block_until_ready(metrics)
+                seconds = time.perf_counter() - start
+                total += seconds
                 tokens = int(np.count_nonzero(batch.segment_ids))
                 rate_now = float(jnp.asarray(rate(number)))
-                record = _record(number + 1, metrics, seconds[0], tokens, rate_now)
+                record = _record(number + 1, metrics, seconds, tokens, rate_now)
                 self._check_loss(record.loss, number + 1)
                 held_out = self._evaluate_midway(state, number + 1)
                 record = dataclasses.replace(record, eval_loss=held_out)
@@ -271,16 +271,6 @@ def _record(
         seconds=seconds,
         **{name: None if math.isnan(value) else value for name, value in shares.items()},
     )
-
-
-@contextmanager
-def _timed() -> Iterator[list[float]]:
-    import time
-
-    seconds = [0.0]
-    start = time.perf_counter()
-    yield seconds
-    seconds[0] = time.perf_counter() - start
 
 
 def main() -> None:

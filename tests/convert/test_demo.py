@@ -11,6 +11,8 @@ from flax import nnx
 
 from convert import load_pretrained, load_tokenizer
 from convert.demo import demo_file
+from convert.sources import find_checkpoint, locate
+from tptt_jax.training.checkpoint import Description, write_description
 
 
 @nnx.jit
@@ -46,6 +48,15 @@ def test_the_assembled_file_is_repaired(demo_model_path, tmp_path, monkeypatch):
     digest = hashlib.sha256(damaged.read_bytes()).hexdigest()
     assert digest == package.EXPECTED_SHA256
     assert list(damaged.parent.iterdir()) == [damaged]
+
+
+def test_demo_never_means_a_directory_of_that_name(demo_model_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    description = Description(source="demo", liza=None, lora=None, train="full")
+    write_description("demo", description)
+    assert locate("demo") == demo_model_path
+    assert find_checkpoint("demo") is None
+    assert find_checkpoint("./demo") == description
 
 
 MEMORY_SCRIPT = """

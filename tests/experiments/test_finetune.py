@@ -164,6 +164,14 @@ def test_bad_input_is_one_line_and_status_2(changes, message, settings, tmp_path
     assert not output.exists()
 
 
+def test_a_model_is_not_trained_into_its_own_directory(tiny_model_dir, capsys):
+    before = sorted(tiny_model_dir.iterdir())
+    arguments = ["--model", str(tiny_model_dir), "--output", str(tiny_model_dir)]
+    assert run_configured(finetune, FinetuneConfig, arguments) == 2
+    assert "is the model itself" in capsys.readouterr().err
+    assert sorted(tiny_model_dir.iterdir()) == before
+
+
 def test_another_run_s_directory_is_not_overwritten(finished, settings):
     output, _ = finished
     arguments = [*settings, "--output", output, "--lora.rank", 3]
