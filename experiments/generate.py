@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from convert import load_pretrained, load_tokenizer
+from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
 from experiments.process import prepare_process
 from tptt_jax import CausalLM
@@ -72,6 +73,8 @@ class Continuation:
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, generates, prints; returns what --json prints."""
     prepare_process()
+    if config.compare and config.adapter is None and not find_checkpoint(config.model or "demo"):
+        raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     model, source = _load(config)
     tokenizer = load_tokenizer(source)
     written: dict[str, Any] = {"prompt": config.prompt}
