@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 LayerKind = Literal["full", "sliding"]
+Norm = Literal["rms", "layer"]
+NormPlacement = Literal["before", "after", "both"]
+QkNorm = Literal["head", "full"]
+PositionEmbedding = Literal["rotary", "learned"]
+Activation = Literal["silu", "gelu_tanh"]
 Operator = Literal[
     "delta_rule",
     "delta_rule_v",
@@ -104,15 +109,43 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     mlp_dim: int
-    activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Gate of the gated MLP."""
+    num_heads_per_layer: tuple[int, ...] = ()
+    """Query heads of each layer where layers differ, else empty; `num_heads` is then the most."""
+    num_kv_heads_per_layer: tuple[int, ...] = ()
+    """Key/value heads likewise."""
+    mlp_dim_per_layer: tuple[int, ...] = ()
+    """Width of the MLP likewise."""
+    activation: Activation = "silu"
+    """Of the MLP; of its gate if it has one."""
+    gated_mlp: bool = True
+    """down(activation(gate(x)) * up(x)); False: down(activation(up(x)))."""
+    num_experts: int = 0
+    """Experts of the MLP, of which a router chooses some for every token; 0: one plain MLP."""
+    experts_per_token: int = 0
+    """Experts that are chosen."""
+    normalize_expert_weights: bool = False
+    """The chosen experts' weights are divided by their sum."""
+    norm: Norm = "rms"
+    """RMS norm, or LayerNorm (which subtracts the mean)."""
     norm_eps: float = 1e-6
+    norm_weight: bool = True
+    """Norms of the residual stream have a learned weight."""
+    norm_bias: bool = False
+    """And a learned bias."""
     norm_offset: bool = False
-    """Norms multiply by 1 + weight, in float32, instead of by weight in the input's dtype."""
-    sandwich_norm: bool = False
-    """A second norm after each sublayer, before the residual addition."""
-    qk_norm: bool = False
-    """RMS norm over head_dim on queries and keys, before the rotary embedding."""
+    """Norms multiply by 1 + weight, in float32."""
+    norm_float32: bool = False
+    """Norms multiply by the weight in float32, before the cast to the input's dtype."""
+    norm_placement: NormPlacement = "before"
+    """Norm of each sublayer's input, of its output before the residual addition, or both."""
+    qk_norm: QkNorm | None = None
+    """RMS norm on queries and keys before the rotary embedding: over each head, or over the
+    full width of the projection before it is cut into heads."""
+    clip_qkv: float | None = None
+    """Queries, keys and values of softmax attention are clipped to [-clip_qkv, clip_qkv], after
+    any q/k norm."""
+    fused_qkv: bool = False
+    """One projection qkv_proj gives queries, keys and values side by side; adapters sit on it."""
     attention_bias: bool = False
     """Biases on the q, k and v projections."""
     attention_out_bias: bool = False
@@ -128,6 +161,8 @@ class ModelConfig:
     """One per layer; empty means every layer is "full"."""
     sliding_window: int | None = None
     """Tokens that a "sliding" layer sees, the current one included."""
+    position_embedding: PositionEmbedding = "rotary"
+    """"learned": a table of max_positions vectors is added to the embeddings."""
     rope: RopeConfig = RopeConfig()
     sliding_rope: RopeConfig | None = None
     """The rotary embedding of "sliding" layers; None: the same as the others."""
@@ -145,16 +180,24 @@ class ModelConfig:
             *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads"),
             *("head_dim", "mlp_dim", "sliding_window", "max_positions"),
         )
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads ({self.num_heads}) must be a multiple of "
-                f"num_kv_heads ({self.num_kv_heads})."
-            )
-        if self.head_dim % 2:
+        self._check_per_layer()
+        if self.head_dim % 2 and self.position_embedding == "rotary":
             raise ValueError(
                 f"head_dim must be even for the rotary embedding, got {self.head_dim}."
             )
-        _check_choice("activation", self.activation, Literal["silu", "gelu_tanh"])
+        _check_choice("activation", self.activation, Activation)
+        _check_choice("norm", self.norm, Norm)
+        _check_choice("norm_placement", self.norm_placement, NormPlacement)
+        _check_choice("position_embedding", self.position_embedding, PositionEmbedding)
+        if self.qk_norm is not None:
+            _check_choice("qk_norm", self.qk_norm, QkNorm)
+        if self.clip_qkv is not None and not self.clip_qkv > 0:
+            raise ValueError(f"clip_qkv must be positive or None, got {self.clip_qkv}.")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token must lie between 1 and num_experts ({self.num_experts}), got "
+                f"{self.experts_per_token}."
+            )
         kinds = self.layer_kinds or ("full",) * self.num_layers
         object.__setattr__(self, "layer_kinds", tuple(kinds))
         if len(kinds) != self.num_layers:
@@ -167,6 +210,54 @@ class ModelConfig:
             raise ValueError(
                 'layer_kinds has "sliding" layers: sliding_window must say how wide they are.'
             )
+
+    def _check_per_layer(self) -> None:
+        for name in ("num_heads", "num_kv_heads", "mlp_dim"):
+            sizes = tuple(getattr(self, f"{name}_per_layer"))
+            object.__setattr__(self, f"{name}_per_layer", sizes)
+            if not sizes:
+                continue
+            if len(sizes) != self.num_layers:
+                raise ValueError(
+                    f"{name}_per_layer has {len(sizes)} entries for num_layers = {self.num_layers}."
+                )
+            if min(sizes) < 1 or max(sizes) != getattr(self, name):
+                raise ValueError(
+                    f"{name}_per_layer must lie between 1 and {name} ({getattr(self, name)}) and "
+                    f"reach it, got {sizes}."
+                )
+        for layer in range(self.num_layers):
+            heads, kv_heads, _ = self.layer_sizes(layer)
+            if heads % kv_heads:
+                raise ValueError(
+                    f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads}), "
+                    f"in layer {layer} it is not."
+                )
+
+    def layer_sizes(self, layer: int) -> tuple[int, int, int]:
+        """Query heads, key/value heads and MLP width of one layer."""
+        heads, kv_heads, mlp_dim = (
+            sizes[layer] if sizes else common
+            for sizes, common in (
+                (self.num_heads_per_layer, self.num_heads),
+                (self.num_kv_heads_per_layer, self.num_kv_heads),
+                (self.mlp_dim_per_layer, self.mlp_dim),
+            )
+        )
+        return heads, kv_heads, mlp_dim
+
+    def of_layer(self, layer: int) -> Self:
+        """This configuration with the sizes that one layer has."""
+        heads, kv_heads, mlp_dim = self.layer_sizes(layer)
+        return dataclasses.replace(
+            self,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            mlp_dim=mlp_dim,
+            num_heads_per_layer=(),
+            num_kv_heads_per_layer=(),
+            mlp_dim_per_layer=(),
+        )
 
     @property
     def attention_scale(self) -> float:
@@ -228,8 +319,8 @@ class ModelConfig:
             mlp_dim=2048,
             activation="gelu_tanh",
             norm_offset=True,
-            sandwich_norm=True,
-            qk_norm=True,
+            norm_placement="both",
+            qk_norm="head",
             query_scale=256**-0.5,
             scale_embeddings=True,
             layer_kinds=(("sliding",) * 5 + ("full",)) * 3,

@@ -90,10 +90,10 @@ class DecoderLayer(nnx.Module):
 
         self.attn_norm = norm()
         self.self_attn = LizaAttention(config, liza, lora, dtype=dtype, rngs=rngs)
-        self.attn_post_norm = nnx.data(norm() if config.sandwich_norm else None)
+        self.attn_post_norm = nnx.data(norm() if config.norm_placement == "both" else None)
         self.mlp_norm = norm()
         self.mlp = GatedMLP(config, lora, dtype=dtype, rngs=rngs)
-        self.mlp_post_norm = nnx.data(norm() if config.sandwich_norm else None)
+        self.mlp_post_norm = nnx.data(norm() if config.norm_placement == "both" else None)
 
     def __call__(
         self, x: Hidden, tokens: LayerTokens, *, dropout_key: Array | None = None, **kwargs: Any

@@ -18,8 +18,8 @@ _KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "
 _COMMON: dict[str, Any] = {
     "activation": "gelu_tanh",
     "norm_offset": True,
-    "sandwich_norm": True,
-    "qk_norm": True,
+    "norm_placement": "both",
+    "qk_norm": "head",
     "scale_embeddings": True,
 }
 _SLIDING_THETA = 10_000.0

@@ -62,8 +62,8 @@ def test_gemma(tmp_path):
         mlp_dim=40,
         activation="gelu_tanh",
         norm_offset=True,
-        sandwich_norm=True,
-        qk_norm=True,
+        norm_placement="both",
+        qk_norm="head",
         query_scale=0.25,
         scale_embeddings=True,
         layer_kinds=("sliding",) * 5 + ("full", "sliding"),
@@ -172,7 +172,7 @@ def test_written_config_is_read_back_here_and_by_transformers(tmp_path, config):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"qk_norm": True}, "qk_norm"),
+        ({"qk_norm": "head"}, "qk_norm"),
         ({"attention_bias": True}, "attention_out_bias"),
         ({"activation": "gelu_tanh", "final_softcap": 3.0}, "activation, final_softcap"),
     ],

@@ -180,7 +180,7 @@ def _parameters(config):
     attention = (
         config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     )
-    norms = (4 if config.sandwich_norm else 2) * config.embed_dim
+    norms = (4 if config.norm_placement == "both" else 2) * config.embed_dim
     norms += 2 * config.head_dim if config.qk_norm else 0
     layer = attention + 3 * config.embed_dim * config.mlp_dim + norms
     return config.vocab_size * config.embed_dim + config.num_layers * layer + config.embed_dim
