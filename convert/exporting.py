@@ -93,7 +93,7 @@ def _merged(slot: Slot, variables: Variables, scale: float) -> Array:
 
     def layer(path: str) -> Array:
         value = variables[path][1].get_value()
-        return value if slot.index is None else value[slot.index]
+        return value[slot.index]
 
     weight = layer(slot.path)
     adapter = slot.path.removesuffix(".kernel") + ".lora"

@@ -119,14 +119,14 @@ def _read_parameters(
                 array = np.ascontiguousarray(array, dtype=template.dtype)
             if not np.isfinite(array).all():
                 invalid.extend(move.sources)
-            elif slot.index is None:
+            elif not slot.index:
                 values[slot.path] = jax.device_put(array, sharding)
             else:
                 if slot.path not in values:
                     values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
-                layer = jax.device_put(array, _layer_sharding(sharding))
-                update = _layer_update(sharding)
-                values[slot.path] = update(values[slot.path], layer, np.int32(slot.index))
+                part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
+                update = _part_update(sharding)
+                values[slot.path] = update(values[slot.path], part, np.array(slot.index, np.int32))
     if invalid:
         raise ConversionError(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
@@ -135,19 +135,21 @@ def _read_parameters(
     return values
 
 
-def _layer_sharding(sharding: NamedSharding | None) -> NamedSharding | None:
-    """The sharding of one layer of a stacked parameter, whose leading axis is never split."""
+def _part_sharding(sharding: NamedSharding | None, depth: int) -> NamedSharding | None:
+    """The sharding of one layer, or one expert of it, of a stacked parameter."""
     if sharding is None:
         return None
-    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
 
 
 @functools.cache
-def _layer_update(sharding: Sharding | None) -> Callable[[Array, Array, np.int32], Array]:
-    """Writes one layer into a stacked parameter in place."""
+def _part_update(sharding: Sharding | None) -> Callable[[Array, Array, np.ndarray], Array]:
+    """Writes one layer, or one expert of it, into a stacked parameter in place."""
 
-    def update(stack: Array, layer: Array, index: Array) -> Array:
-        return lax.dynamic_update_index_in_dim(stack, layer, index, axis=0)
+    def update(stack: Array, part: Array, index: Array) -> Array:
+        depth = stack.ndim - part.ndim
+        start = [index[axis] for axis in range(depth)] + [0] * part.ndim
+        return lax.dynamic_update_slice(stack, part[(None,) * depth], start)
 
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 

@@ -1,6 +1,7 @@
 """From a family's rules to the list of tensor moves for one model."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from convert.rules import Rule, Shape, Transform
 from convert.tensors import TensorInfo
 
 _LAYER = "layers.{layer}."
+_EXPERT = "{expert}"
 
 LayerLocation = Callable[[int], tuple[int, int]]
 """Layer of the checkpoint -> (stack, index on the stacked axis)."""
@@ -17,14 +19,14 @@ LayerLocation = Callable[[int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one of our arrays lives: a parameter, or one layer of a stacked parameter."""
+    """Where one of our arrays lives: a parameter, or one layer or expert of a stacked one."""
 
     path: str
     """Dot-joined path of the parameter, e.g. "stacks.0.mlp.up_proj.kernel"."""
-    index: int | None
-    """Index on the leading axis of a stacked parameter; None: the whole parameter."""
+    index: tuple[int, ...]
+    """Index on the leading axes of a stacked parameter; empty: the whole parameter."""
     shape: Shape
-    """Shape of the array, without the leading axis."""
+    """Shape of the array, without those axes."""
 
 
 @dataclass(frozen=True)
@@ -80,37 +82,50 @@ def _apply(
     layer: int | None,
     location: tuple[int, int] | None,
 ) -> list[Conversion]:
-    slots = []
-    for target in rule.targets:
-        path, index = target, None
-        if location is not None:
-            stack, index = location
-            path = target.replace(_LAYER, f"stacks.{stack}.")
-        if path in parameters:
-            shape = parameters[path]
-            slots.append(Slot(path, index, shape if index is None else shape[1:]))
-    if not slots:
+    """The conversions of one rule in one layer: one, or one for each expert, or none."""
+    index: tuple[int, ...] = ()
+    paths = rule.targets
+    if location is not None:
+        stack, place = location
+        index = (place,)
+        paths = tuple(path.replace(_LAYER, f"stacks.{stack}.") for path in paths)
+    present = [path for path in paths if path in parameters]
+    if not present:
         return []
-    if len(slots) != len(rule.targets):
+    if len(present) != len(paths):
         raise ConversionError(
             f"The rule for {listing(rule.sources)} fits the model only in part: it has "
-            f"{listing(slot.path for slot in slots)} of {listing(rule.targets)}."
+            f"{listing(present)} of {listing(paths)}."
         )
-    sources = tuple(source.replace("{layer}", str(layer)) for source in rule.sources)
-    return [Conversion(sources, tuple(slots), rule.transform)]
+    indices: list[tuple[int, ...]] = [index]
+    if any(_EXPERT in source for source in rule.sources):
+        count = parameters[paths[0]][len(index)]
+        indices = [(*index, expert) for expert in range(count)]
+    return [
+        Conversion(
+            tuple(_fill(source, layer, place[-1] if place else None) for source in rule.sources),
+            tuple(Slot(path, place, parameters[path][len(place) :]) for path in paths),
+            rule.transform,
+        )
+        for place in indices
+    ]
+
+
+def _fill(source: str, layer: int | None, expert: int | None) -> str:
+    return source.replace("{layer}", str(layer)).replace(_EXPERT, str(expert))
 
 
 def _check_coverage(plan: Sequence[Conversion], parameters: Mapping[str, Shape]) -> None:
     filled = Counter((slot.path, slot.index) for move in plan for slot in move.slots)
-    twice = [f"{path}[{index}]" for (path, index), count in filled.items() if count > 1]
+    twice = [f"{path}{list(index)}" for (path, index), count in filled.items() if count > 1]
     if twice:
         raise ConversionError(f"More than one rule fills {listing(twice)}.")
-    layers = Counter(path for path, _ in filled)
-    stacked = {path for path, index in filled if index is not None}
+    counts = Counter(path for path, _ in filled)
+    depths = {path: len(index) for path, index in filled}
     empty = [
         path
         for path, shape in parameters.items()
-        if layers[path] != (shape[0] if path in stacked else 1)
+        if counts[path] != math.prod(shape[: depths.get(path, 0)])
     ]
     if empty:
         raise ConversionError(f"No rule of the family fills {listing(empty)}.")

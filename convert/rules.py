@@ -134,8 +134,9 @@ def split(axis: int) -> Transform:
 class Rule:
     """One line of a family's key table.
 
-    In both templates ``{layer}`` stands for the number of the layer in the checkpoint. A rule
-    whose target the model does not have (a bias, an untied head) does not apply.
+    In both templates ``{layer}`` stands for the number of the layer in the checkpoint;
+    ``{expert}`` in the source for that of an expert, whose weights we stack. A rule whose target
+    the model does not have (a bias, an untied head) does not apply.
     """
 
     source: str | tuple[str, ...]

@@ -49,6 +49,10 @@ _OPERATOR_DEFAULTS: dict[str, Any] = {
 }
 
 
+# What else a projection is called, in other families.
+_OTHER_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("out_proj",)}
+
+
 def _check_choice(name: str, value: Any, choices: Any) -> None:
     options = get_args(choices)
     if value not in options:
@@ -450,7 +454,8 @@ class LoraConfig:
     """Dropout on the adapter's input while training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of projections, or regular expressions that match a whole path such as
-    "self_attn.q_proj"."""
+    "self_attn.q_proj". Where q, k and v are one projection, each of the three means qkv_proj;
+    out_proj means o_proj."""
 
     def __post_init__(self) -> None:
         """Rejects values no adapter can have."""
@@ -487,4 +492,6 @@ class LoraConfig:
 
 
 def _target_matches(target: str, path: str) -> bool:
-    return path.rsplit(".", 1)[-1] == target or re.fullmatch(target, path) is not None
+    parent, _, name = path.rpartition(".")
+    names = (name, *_OTHER_NAMES.get(name, ()))
+    return target in names or any(re.fullmatch(target, f"{parent}.{each}") for each in names)

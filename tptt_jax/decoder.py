@@ -1,6 +1,7 @@
 """A decoder layer, and how a stack of them is scanned."""
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, NormPlacement
 from tptt_jax.layers.cache import (
     KeyValueCache,
     MemoryState,
@@ -18,8 +19,9 @@ from tptt_jax.layers.cache import (
     init_memory_state,
 )
 from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutput
-from tptt_jax.layers.mlp import GatedMLP
-from tptt_jax.layers.norm import RMSNorm
+from tptt_jax.layers.mlp import MLP
+from tptt_jax.layers.moe import ExpertsMLP
+from tptt_jax.layers.norm import NormLayer, residual_norm
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
     apply_softmax,
@@ -58,7 +60,9 @@ def layer_stacks(config: ModelConfig) -> tuple[range, ...]:
 
     Layers of different kinds (sliding, full) have the same parameters and share a stack.
     """
-    return (range(config.num_layers),)
+    runs = itertools.groupby(range(config.num_layers), key=config.layer_sizes)
+    layers = [list(run) for _, run in runs]
+    return tuple(range(run[0], run[-1] + 1) for run in layers)
 
 
 def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
@@ -81,29 +85,32 @@ class DecoderLayer(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        """Creates one layer."""
+        """Creates one layer; `config` has its sizes (see `ModelConfig.of_layer`)."""
 
-        def norm() -> RMSNorm:
-            return RMSNorm(
-                config.embed_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
-            )
+        def norm(*placements: NormPlacement) -> NormLayer | None:
+            return residual_norm(config, dtype) if config.norm_placement in placements else None
 
-        self.attn_norm = norm()
+        self.attn_norm = nnx.data(norm("before", "both"))
         self.self_attn = LizaAttention(config, liza, lora, dtype=dtype, rngs=rngs)
-        self.attn_post_norm = nnx.data(norm() if config.norm_placement == "both" else None)
-        self.mlp_norm = norm()
-        self.mlp = GatedMLP(config, lora, dtype=dtype, rngs=rngs)
-        self.mlp_post_norm = nnx.data(norm() if config.norm_placement == "both" else None)
+        self.attn_post_norm = nnx.data(norm("after", "both"))
+        self.mlp_norm = nnx.data(norm("before", "both"))
+        feed_forward = ExpertsMLP if config.num_experts else MLP
+        self.mlp = feed_forward(config, lora, dtype=dtype, rngs=rngs)
+        self.mlp_post_norm = nnx.data(norm("after", "both"))
 
     def __call__(
         self, x: Hidden, tokens: LayerTokens, *, dropout_key: Array | None = None, **kwargs: Any
     ) -> tuple[Hidden, LizaOutput]:
         """[B, T, E] -> [B, T, E]; `kwargs` are those of LizaAttention."""
-        attended = self.self_attn(self.attn_norm(x), tokens, dropout_key=dropout_key, **kwargs)
-        out = attended.out
-        x = x + (out if self.attn_post_norm is None else self.attn_post_norm(out))
-        out = self.mlp(self.mlp_norm(x), dropout_key)
-        return x + (out if self.mlp_post_norm is None else self.mlp_post_norm(out)), attended
+        normal = _apply(self.attn_norm, x)
+        attended = self.self_attn(normal, tokens, dropout_key=dropout_key, **kwargs)
+        x = x + _apply(self.attn_post_norm, attended.out)
+        out = self.mlp(_apply(self.mlp_norm, x), dropout_key)
+        return x + _apply(self.mlp_post_norm, out), attended
+
+
+def _apply(norm: NormLayer | None, x: Hidden) -> Hidden:
+    return x if norm is None else norm(x)
 
 
 def init_stack_caches(
@@ -122,17 +129,18 @@ def init_stack_caches(
     stacks = []
     for layers in layer_stacks(config):
         kinds: list[LayerKind] = [config.layer_kinds[i] for i in layers]
+        sizes = config.of_layer(layers[0])
         softmax = memory = None
         if liza is None or liza.softmax:
             softmax = {}
             for kind in dict.fromkeys(kinds):
                 one = init_key_value_cache(
-                    config, liza, kind, batch=batch, max_tokens=max_tokens, dtype=dtype
+                    sizes, liza, kind, batch=batch, max_tokens=max_tokens, dtype=dtype
                 )
                 softmax[kind] = stacked(one, kinds.count(kind))
         if liza is not None:
-            sizes = (config.num_kv_heads, config.head_dim, dtype)
-            memory = stacked(init_memory_state(liza, batch, *sizes), len(kinds))
+            one = init_memory_state(liza, batch, sizes.num_kv_heads, sizes.head_dim, dtype)
+            memory = stacked(one, len(kinds))
         stacks.append(StackCache(softmax, memory))
     return tuple(stacks)
 
@@ -145,7 +153,7 @@ class StackRun:
     compiled once per kind, and chosen by a switch inside the scan.
 
     Attributes:
-      config: sizes.
+      config: sizes of these layers.
       liza: the memory; None: none.
       kinds: of the layers, in order.
       contexts: of the tokens, by kind.
@@ -234,12 +242,17 @@ class StackRun:
         return LayerTokens(softmax, any_context.segment_ids, any_context.length, self.share)
 
     def _extend(
-        self, cache: StackCache, keys: Array | None, values: Array, memory: MemoryState | None
+        self,
+        cache: StackCache,
+        keys: Array | None,
+        values: Array | None,
+        memory: MemoryState | None,
     ) -> StackCache:
         """Writes the tokens of a call into the caches of all layers of each kind at once."""
         if cache.softmax is None:
             return StackCache(None, memory)
         assert keys is not None
+        assert values is not None
         softmax = {}
         for kind, old in cache.softmax.items():
             mine = jnp.array([i for i, other in enumerate(self.kinds) if other == kind])

@@ -1,5 +1,6 @@
 """The language model: embeddings, scanned stacks of layers, the LM head."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.decoder import Cache, DecoderLayer, StackRun, init_stack_caches, layer_stacks
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
-from tptt_jax.layers.norm import RMSNorm
+from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 
 
@@ -38,20 +39,31 @@ class CausalLMOutput(NamedTuple):
 
 
 class Embedding(nnx.Module):
-    """Token embeddings, which a tied head shares."""
+    """Token embeddings, which a tied head shares, and learned positions if there are any."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        """Creates the table [V, E] in `dtype`."""
-        shape = (config.vocab_size, config.embed_dim)
-        table = jax.random.normal(rngs.params(), shape, jnp.float32) * config.embed_dim**-0.5
-        self.embedding = nnx.Param(table.astype(dtype), axes=("vocab", "embed"))
+        """Creates the table [V, E] and, for learned positions, [max_positions, E] in `dtype`."""
+
+        def table(rows: int) -> Array:
+            values = jax.random.normal(rngs.params(), (rows, config.embed_dim), jnp.float32)
+            return (values * config.embed_dim**-0.5).astype(dtype)
+
+        self.embedding = nnx.Param(table(config.vocab_size), axes=("vocab", "embed"))
+        self.positions = nnx.data(None)
+        if config.position_embedding == "learned":
+            self.positions = nnx.Param(table(config.max_positions), axes=("positions", "embed"))
         self.scale = config.embed_dim**0.5 if config.scale_embeddings else None
         self.dtype = jnp.dtype(dtype)
 
-    def __call__(self, tokens: Tokens) -> Hidden:
-        """[B, T] -> [B, T, E] in the model's dtype."""
+    def __call__(self, tokens: Tokens, positions: Positions) -> Hidden:
+        """[B, T] -> [B, T, E] in the model's dtype; learned positions end with the last one."""
         x = self.embedding[...][tokens].astype(self.dtype)
-        return x if self.scale is None else x * jnp.asarray(self.scale, x.dtype)
+        if self.scale is not None:
+            x = x * jnp.asarray(self.scale, x.dtype)
+        if self.positions is not None:
+            table = self.positions[...].astype(self.dtype)
+            x = x + table[jnp.clip(positions, 0, table.shape[0] - 1)]
+        return x
 
 
 class CausalLM(nnx.Module):
@@ -91,22 +103,24 @@ class CausalLM(nnx.Module):
         self.config, self.liza, self.lora = config, liza, lora
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
-        def make_layer(key: Array) -> DecoderLayer:
-            return DecoderLayer(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(key))
+        def make_layer(sizes: ModelConfig, key: Array) -> DecoderLayer:
+            return DecoderLayer(sizes, liza, lora, dtype=dtype, rngs=nnx.Rngs(key))
 
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(jax.random.key(0))))
+        def make_state(sizes: ModelConfig, key: Array) -> nnx.State:
+            return nnx.state(make_layer(sizes, key))
+
         self.stacks = nnx.List()
         for layers in layer_stacks(config):
+            sizes = config.of_layer(layers[0])
             keys = jax.random.split(rngs.params(), len(layers))
-            state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
+            graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(make_layer, sizes, keys[0])))
+            state = jax.vmap(functools.partial(make_state, sizes))(keys)
             self.stacks.append(nnx.merge(graphdef, state))
         if lora is not None:
             lora.check_targets(
                 m.path for _, m in nnx.iter_modules(self) if isinstance(m, Projection)
             )
-        self.final_norm = RMSNorm(
-            config.embed_dim, eps=config.norm_eps, offset=config.norm_offset, dtype=dtype
-        )
+        self.final_norm = residual_norm(config, dtype)
         self.lm_head = nnx.data(None)
         if not config.tie_embeddings:
             size = (config.embed_dim, config.vocab_size)
@@ -194,11 +208,11 @@ class CausalLM(nnx.Module):
             kind: token_context(self.config, self.liza, kind, positions, segment_ids, length)
             for kind in dict.fromkeys(self.config.layer_kinds)
         }
-        x = self.embed(tokens)
+        x = self.embed(tokens, positions)
         stack_caches, branches = [], []
         for number, layers in enumerate(layer_stacks(self.config)):
             run = StackRun(
-                config=self.config,
+                config=self.config.of_layer(layers[0]),
                 liza=self.liza,
                 kinds=tuple(self.config.layer_kinds[i] for i in layers),
                 contexts=contexts,

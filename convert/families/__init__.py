@@ -1,12 +1,24 @@
 """The families of models that can be read and written, one file each."""
 
 from convert.errors import ConversionError, listing
-from convert.families import gemma3, llama
+from convert.families import (
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    olmo,
+    olmo2,
+    olmoe,
+    openelm,
+    qwen2,
+    qwen3,
+)
 from convert.families.family import Family, GgufTable
 
-_FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in (gemma3, llama)}
+_MODULES = (gemma3, gpt2, llama, mistral, olmo, olmo2, olmoe, openelm, qwen2, qwen3)
+FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 _BY_ARCHITECTURE = {
-    family.gguf.architecture: family for family in _FAMILIES.values() if family.gguf is not None
+    family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None
 }
 
 
@@ -22,11 +34,11 @@ def family_of(model_type: str) -> Family:
             '("gemma3_text") is supported: use a text-only checkpoint such as '
             "google/gemma-3-270m or google/gemma-3-1b-it."
         )
-    if model_type not in _FAMILIES:
+    if model_type not in FAMILIES:
         raise ConversionError(
-            f"model_type {model_type!r} is not supported; known are {listing(_FAMILIES)}."
+            f"model_type {model_type!r} is not supported; known are {listing(FAMILIES)}."
         )
-    return _FAMILIES[model_type]
+    return FAMILIES[model_type]
 
 
 def family_of_architecture(architecture: str) -> tuple[Family, GgufTable]:
@@ -44,4 +56,4 @@ def family_of_architecture(architecture: str) -> tuple[Family, GgufTable]:
     return family, family.gguf
 
 
-__all__ = ["Family", "GgufTable", "family_of", "family_of_architecture"]
+__all__ = ["FAMILIES", "Family", "GgufTable", "family_of", "family_of_architecture"]

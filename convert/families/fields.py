@@ -5,6 +5,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from tptt_jax import ModelConfig
+from tptt_jax.config import LayerKind
 
 _REQUIRED = object()
 
@@ -55,6 +56,17 @@ class Fields:
             raise ConversionError(f"{key} in {self.origin} must be a list of strings.")
         return value
 
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers.
+
+        Raises:
+          ConversionError: if the key is absent, or null, or holds something else.
+        """
+        value = self._get(key, _REQUIRED, (list,), "a list of integers")
+        if not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+            raise ConversionError(f"{key} in {self.origin} must be a list of integers.")
+        return tuple(value)
+
     def object(self, key: str) -> "Fields":
         """A nested object; empty if the key is absent or null."""
         value = self._get(key, {}, (dict,), "an object")
@@ -76,6 +88,33 @@ class Fields:
                 f"{key} = {value!r} in {self.origin} is not supported; it must be "
                 f"{' or '.join(repr(each) for each in allowed)}."
             )
+
+
+_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+
+
+def read_layer_kinds(fields: Fields, default: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """`layer_types` as ours, or `default` where a published configuration lacks it.
+
+    Raises:
+      ConversionError: for a kind of layer that is not implemented.
+    """
+    names = fields.texts("layer_types")
+    if names is None:
+        return default
+    unknown = sorted(set(names) - _KINDS.keys())
+    if unknown:
+        raise ConversionError(
+            f"layer_types in {fields.origin} has {', '.join(unknown)}; known are "
+            f"{', '.join(_KINDS)}."
+        )
+    return tuple(_KINDS[name] for name in names)
+
+
+def write_layer_kinds(config: ModelConfig) -> list[str]:
+    """The inverse of `read_layer_kinds`."""
+    names = {kind: name for name, kind in _KINDS.items()}
+    return [names[kind] for kind in config.layer_kinds]
 
 
 def read_sizes(fields: Fields) -> dict[str, Any]:

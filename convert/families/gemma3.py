@@ -2,19 +2,28 @@
 
 from typing import Any
 
-from convert.errors import ConversionError
 from convert.families.family import Family, GgufTable
-from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.fields import (
+    Fields,
+    read_layer_kinds,
+    read_sizes,
+    write_layer_kinds,
+    write_sizes,
+)
 from convert.families.gguf_metadata import metadata_reader, read_gguf_sizes
+from convert.families.key_tables import TARGET, standard_rules
 from convert.families.rotary import read_gguf_rope, read_rope, shortest, write_rope
 from convert.gguf_io import GgufFile
 from convert.rules import MINUS_ONE, TRANSPOSE, Rule, linear
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind, RopeConfig
 
-_SOURCE = "model.layers.{layer}."
-_TARGET = "layers.{layer}."
-_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_NORMS = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "attn_post_norm",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_post_norm",
+}
 _COMMON: dict[str, Any] = {
     "activation": "gelu_tanh",
     "norm_offset": True,
@@ -44,19 +53,6 @@ def _read_ropes(fields: Fields, positions: int) -> tuple[RopeConfig, RopeConfig]
     return read_rope(full, theta, positions), read_rope(sliding, local, positions)
 
 
-def _read_kinds(fields: Fields, num_layers: int) -> tuple[LayerKind, ...]:
-    names = fields.texts("layer_types")
-    if names is None:
-        return _pattern(num_layers, max(1, fields.integer("sliding_window_pattern", 6)))
-    unknown = sorted(set(names) - _KINDS.keys())
-    if unknown:
-        raise ConversionError(
-            f"layer_types in {fields.origin} has {', '.join(unknown)}; known are "
-            f"{', '.join(_KINDS)}."
-        )
-    return tuple(_KINDS[name] for name in names)
-
-
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_activation", ("gelu_pytorch_tanh", None), None)
     fields.require("use_bidirectional_attention", (False, None), None)
@@ -66,6 +62,7 @@ def _read_config(fields: Fields) -> ModelConfig:
     positions = fields.integer("max_position_embeddings", 131_072)
     rope, sliding_rope = _read_ropes(fields, positions)
     bias = fields.boolean("attention_bias", False)
+    period = max(1, fields.integer("sliding_window_pattern", 6))
     return ModelConfig(
         **sizes,
         **_COMMON,
@@ -74,7 +71,7 @@ def _read_config(fields: Fields) -> ModelConfig:
         query_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
         final_softcap=fields.number("final_logit_softcapping", None),
         tie_embeddings=fields.boolean("tie_word_embeddings", True),
-        layer_kinds=_read_kinds(fields, sizes["num_layers"]),
+        layer_kinds=read_layer_kinds(fields, _pattern(sizes["num_layers"], period)),
         sliding_window=fields.integer("sliding_window", 4096),
         rope=rope,
         sliding_rope=sliding_rope,
@@ -83,7 +80,6 @@ def _read_config(fields: Fields) -> ModelConfig:
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    names = {kind: name for name, kind in _KINDS.items()}
     return {
         **write_sizes(config),
         "hidden_activation": "gelu_pytorch_tanh",
@@ -91,34 +87,13 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "query_pre_attn_scalar": round(config.attention_scale**-2),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": config.final_softcap,
-        "layer_types": [names[kind] for kind in config.layer_kinds],
+        "layer_types": write_layer_kinds(config),
         "sliding_window": config.sliding_window,
         "rope_parameters": {
             "full_attention": write_rope(config.rope),
             "sliding_attention": write_rope(config.rope_of("sliding")),
         },
     }
-
-
-def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (
-        Rule("model.embed_tokens.weight", "embed.embedding"),
-        *linear(f"{_SOURCE}self_attn.q_proj", f"{_TARGET}self_attn.q_proj"),
-        *linear(f"{_SOURCE}self_attn.k_proj", f"{_TARGET}self_attn.k_proj"),
-        *linear(f"{_SOURCE}self_attn.v_proj", f"{_TARGET}self_attn.v_proj"),
-        *linear(f"{_SOURCE}self_attn.o_proj", f"{_TARGET}self_attn.o_proj"),
-        Rule(f"{_SOURCE}self_attn.q_norm.weight", f"{_TARGET}self_attn.q_norm.weight"),
-        Rule(f"{_SOURCE}self_attn.k_norm.weight", f"{_TARGET}self_attn.k_norm.weight"),
-        *linear(f"{_SOURCE}mlp.gate_proj", f"{_TARGET}mlp.gate_proj"),
-        *linear(f"{_SOURCE}mlp.up_proj", f"{_TARGET}mlp.up_proj"),
-        *linear(f"{_SOURCE}mlp.down_proj", f"{_TARGET}mlp.down_proj"),
-        Rule(f"{_SOURCE}input_layernorm.weight", f"{_TARGET}attn_norm.weight"),
-        Rule(f"{_SOURCE}post_attention_layernorm.weight", f"{_TARGET}attn_post_norm.weight"),
-        Rule(f"{_SOURCE}pre_feedforward_layernorm.weight", f"{_TARGET}mlp_norm.weight"),
-        Rule(f"{_SOURCE}post_feedforward_layernorm.weight", f"{_TARGET}mlp_post_norm.weight"),
-        Rule("model.norm.weight", "final_norm.weight"),
-        Rule("lm_head.weight", "lm_head.kernel", TRANSPOSE),
-    )
 
 
 def _read_gguf(file: GgufFile) -> ModelConfig:
@@ -147,19 +122,19 @@ def _gguf_rules(config: ModelConfig) -> tuple[Rule, ...]:
 
     return (
         Rule("token_embd.weight", "embed.embedding"),
-        *linear("blk.{layer}.attn_q", f"{_TARGET}self_attn.q_proj"),
-        *linear("blk.{layer}.attn_k", f"{_TARGET}self_attn.k_proj"),
-        *linear("blk.{layer}.attn_v", f"{_TARGET}self_attn.v_proj"),
-        *linear("blk.{layer}.attn_output", f"{_TARGET}self_attn.o_proj"),
-        norm("blk.{layer}.attn_q_norm", f"{_TARGET}self_attn.q_norm"),
-        norm("blk.{layer}.attn_k_norm", f"{_TARGET}self_attn.k_norm"),
-        *linear("blk.{layer}.ffn_gate", f"{_TARGET}mlp.gate_proj"),
-        *linear("blk.{layer}.ffn_up", f"{_TARGET}mlp.up_proj"),
-        *linear("blk.{layer}.ffn_down", f"{_TARGET}mlp.down_proj"),
-        norm("blk.{layer}.attn_norm", f"{_TARGET}attn_norm"),
-        norm("blk.{layer}.post_attention_norm", f"{_TARGET}attn_post_norm"),
-        norm("blk.{layer}.ffn_norm", f"{_TARGET}mlp_norm"),
-        norm("blk.{layer}.post_ffw_norm", f"{_TARGET}mlp_post_norm"),
+        *linear("blk.{layer}.attn_q", f"{TARGET}self_attn.q_proj"),
+        *linear("blk.{layer}.attn_k", f"{TARGET}self_attn.k_proj"),
+        *linear("blk.{layer}.attn_v", f"{TARGET}self_attn.v_proj"),
+        *linear("blk.{layer}.attn_output", f"{TARGET}self_attn.o_proj"),
+        norm("blk.{layer}.attn_q_norm", f"{TARGET}self_attn.q_norm"),
+        norm("blk.{layer}.attn_k_norm", f"{TARGET}self_attn.k_norm"),
+        *linear("blk.{layer}.ffn_gate", f"{TARGET}mlp.gate_proj"),
+        *linear("blk.{layer}.ffn_up", f"{TARGET}mlp.up_proj"),
+        *linear("blk.{layer}.ffn_down", f"{TARGET}mlp.down_proj"),
+        norm("blk.{layer}.attn_norm", f"{TARGET}attn_norm"),
+        norm("blk.{layer}.post_attention_norm", f"{TARGET}attn_post_norm"),
+        norm("blk.{layer}.ffn_norm", f"{TARGET}mlp_norm"),
+        norm("blk.{layer}.post_ffw_norm", f"{TARGET}mlp_post_norm"),
         norm("output_norm", "final_norm"),
         Rule("output.weight", "lm_head.kernel", TRANSPOSE),
     )
@@ -170,7 +145,7 @@ FAMILY = Family(
     architecture="Gemma3ForCausalLM",
     read_config=_read_config,
     write_config=_write_config,
-    rules=_rules,
+    rules=lambda config: standard_rules(_NORMS),
     superseded=(
         *("rope_theta", "rope_scaling", "rope_local_base_freq"),
         *("sliding_window_pattern", "_sliding_window_pattern"),

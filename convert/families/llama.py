@@ -6,6 +6,7 @@ from convert.errors import ConversionError
 from convert.families.family import Family, GgufTable
 from convert.families.fields import Fields, read_sizes, write_sizes
 from convert.families.gguf_metadata import metadata_reader, read_gguf_sizes
+from convert.families.key_tables import TARGET, standard_rules
 from convert.families.rotary import (
     read_flat_rope,
     read_gguf_rope,
@@ -16,9 +17,6 @@ from convert.families.rotary import (
 from convert.gguf_io import GgufFile
 from convert.rules import TRANSPOSE, Rule, interleaved_rotary, linear
 from tptt_jax import ModelConfig
-
-_SOURCE = "model.layers.{layer}."
-_TARGET = "layers.{layer}."
 
 
 def _read_config(fields: Fields) -> ModelConfig:
@@ -46,23 +44,6 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _rules(config: ModelConfig) -> tuple[Rule, ...]:
-    return (
-        Rule("model.embed_tokens.weight", "embed.embedding"),
-        *linear(f"{_SOURCE}self_attn.q_proj", f"{_TARGET}self_attn.q_proj"),
-        *linear(f"{_SOURCE}self_attn.k_proj", f"{_TARGET}self_attn.k_proj"),
-        *linear(f"{_SOURCE}self_attn.v_proj", f"{_TARGET}self_attn.v_proj"),
-        *linear(f"{_SOURCE}self_attn.o_proj", f"{_TARGET}self_attn.o_proj"),
-        *linear(f"{_SOURCE}mlp.gate_proj", f"{_TARGET}mlp.gate_proj"),
-        *linear(f"{_SOURCE}mlp.up_proj", f"{_TARGET}mlp.up_proj"),
-        *linear(f"{_SOURCE}mlp.down_proj", f"{_TARGET}mlp.down_proj"),
-        Rule(f"{_SOURCE}input_layernorm.weight", f"{_TARGET}attn_norm.weight"),
-        Rule(f"{_SOURCE}post_attention_layernorm.weight", f"{_TARGET}mlp_norm.weight"),
-        Rule("model.norm.weight", "final_norm.weight"),
-        Rule("lm_head.weight", "lm_head.kernel", TRANSPOSE),
-    )
-
-
 def _read_gguf(file: GgufFile) -> ModelConfig:
     get = metadata_reader(file)
     sizes = read_gguf_sizes(file)
@@ -87,20 +68,20 @@ def _read_gguf(file: GgufFile) -> ModelConfig:
 def _gguf_rules(config: ModelConfig) -> tuple[Rule, ...]:
     q_order = interleaved_rotary(config.num_heads)
     k_order = interleaved_rotary(config.num_kv_heads)
-    q, k = f"{_TARGET}self_attn.q_proj", f"{_TARGET}self_attn.k_proj"
+    q, k = f"{TARGET}self_attn.q_proj", f"{TARGET}self_attn.k_proj"
     return (
         Rule("token_embd.weight", "embed.embedding"),
         Rule("blk.{layer}.attn_q.weight", f"{q}.kernel", q_order.then(TRANSPOSE)),
         Rule("blk.{layer}.attn_q.bias", f"{q}.bias", q_order),
         Rule("blk.{layer}.attn_k.weight", f"{k}.kernel", k_order.then(TRANSPOSE)),
         Rule("blk.{layer}.attn_k.bias", f"{k}.bias", k_order),
-        *linear("blk.{layer}.attn_v", f"{_TARGET}self_attn.v_proj"),
-        *linear("blk.{layer}.attn_output", f"{_TARGET}self_attn.o_proj"),
-        *linear("blk.{layer}.ffn_gate", f"{_TARGET}mlp.gate_proj"),
-        *linear("blk.{layer}.ffn_up", f"{_TARGET}mlp.up_proj"),
-        *linear("blk.{layer}.ffn_down", f"{_TARGET}mlp.down_proj"),
-        Rule("blk.{layer}.attn_norm.weight", f"{_TARGET}attn_norm.weight"),
-        Rule("blk.{layer}.ffn_norm.weight", f"{_TARGET}mlp_norm.weight"),
+        *linear("blk.{layer}.attn_v", f"{TARGET}self_attn.v_proj"),
+        *linear("blk.{layer}.attn_output", f"{TARGET}self_attn.o_proj"),
+        *linear("blk.{layer}.ffn_gate", f"{TARGET}mlp.gate_proj"),
+        *linear("blk.{layer}.ffn_up", f"{TARGET}mlp.up_proj"),
+        *linear("blk.{layer}.ffn_down", f"{TARGET}mlp.down_proj"),
+        Rule("blk.{layer}.attn_norm.weight", f"{TARGET}attn_norm.weight"),
+        Rule("blk.{layer}.ffn_norm.weight", f"{TARGET}mlp_norm.weight"),
         Rule("output_norm.weight", "final_norm.weight"),
         Rule("output.weight", "lm_head.kernel", TRANSPOSE),
     )
@@ -111,7 +92,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     read_config=_read_config,
     write_config=_write_config,
-    rules=_rules,
+    rules=lambda config: standard_rules(),
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     gguf=GgufTable(

@@ -102,11 +102,11 @@ def test_plan_places_every_layer():
         move.sources[0]: [(slot.path, slot.index, slot.shape) for slot in move.slots]
         for move in plan
     }
-    assert places["embed"] == [("embed.embedding", None, (7, 3))]
-    assert places["h.3.up.weight"] == [("stacks.0.mlp.up_proj.kernel", 3, (3, 5))]
+    assert places["embed"] == [("embed.embedding", (), (7, 3))]
+    assert places["h.3.up.weight"] == [("stacks.0.mlp.up_proj.kernel", (3,), (3, 5))]
     assert places["h.4.qk"] == [
-        ("stacks.1.q.kernel", 0, (3, 4)),
-        ("stacks.1.k.kernel", 0, (3, 2)),
+        ("stacks.1.q.kernel", (0,), (3, 4)),
+        ("stacks.1.k.kernel", (0,), (3, 2)),
     ]
     assert "head" not in places
     assert "h.0.up.bias" not in places

@@ -12,7 +12,7 @@ from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers.cache import MemoryState
 from tptt_jax.layers.linear_attention import DeltaMemory
 from tptt_jax.layers.lora import Projection
-from tptt_jax.layers.norm import RMSNorm
+from tptt_jax.layers.norm import NormLayer, query_key_norm
 
 
 class MagParam(nnx.Param):
@@ -53,14 +53,14 @@ class LizaOutput(NamedTuple):
     Attributes:
       out: [B, T, E].
       keys: rotated keys of these tokens, for a cache [B, T, K, D]; None without softmax.
-      values: [B, T, K, D].
+      values: likewise.
       memory: what the memory carries on; None without a state or a memory.
       branches: softmax and memory before they were mixed.
     """
 
     out: Hidden
     keys: Float[Array, "B T K D"] | None
-    values: Float[Array, "B T K D"]
+    values: Float[Array, "B T K D"] | None
     memory: MemoryState | None
     branches: Branches
 
@@ -93,6 +93,8 @@ class LizaAttention(nnx.Module):
         """Creates the projections, the q/k norms, and what the memory needs of its own."""
         self.liza = liza
         self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.clip_qkv = config.clip_qkv
         embed, width = config.embed_dim, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
@@ -105,16 +107,20 @@ class LizaAttention(nnx.Module):
             )
 
         bias = config.attention_bias
-        self.q_proj = projection("q_proj", (embed, width), ("embed", "heads"), bias)
-        self.k_proj = projection("k_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
-        self.v_proj = projection("v_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
+        self.qkv_proj = self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
+        if config.fused_qkv:
+            size = (embed, width + 2 * kv_width)
+            self.qkv_proj = projection("qkv_proj", size, ("embed", "heads"), bias)
+        else:
+            self.q_proj = projection("q_proj", (embed, width), ("embed", "heads"), bias)
+            self.k_proj = projection("k_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
+            self.v_proj = projection("v_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
         out_bias = config.attention_out_bias
         self.o_proj = projection("o_proj", (width, embed), ("heads", "embed"), out_bias)
         self.q_norm = self.k_norm = nnx.data(None)
-        if config.qk_norm:
-            norm = {"eps": config.norm_eps, "offset": config.norm_offset, "dtype": dtype}
-            self.q_norm = RMSNorm(config.head_dim, **norm)
-            self.k_norm = RMSNorm(config.head_dim, **norm)
+        if config.qk_norm is not None:
+            self.q_norm = query_key_norm(config, config.num_heads, dtype)
+            self.k_norm = query_key_norm(config, config.num_kv_heads, dtype)
         self.memory = self.mag = nnx.data(None)
         if liza is not None:
             sizes = (embed, config.num_heads, config.num_kv_heads, config.head_dim)
@@ -140,14 +146,12 @@ class LizaAttention(nnx.Module):
           use_memory: False leaves the memory out: the base model's attention.
           dropout_key: turns dropout on.
         """
-        q, k, v = (
-            self._heads(proj(x, dropout_key)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        soft = linear = rotated = None
+        q, k, v = self._project(x, dropout_key)
+        soft = linear = rotated = values = None
         if self.liza is None or self.liza.softmax:
-            soft_q = q if self.q_norm is None else self.q_norm(q)
-            soft_k = k if self.k_norm is None else self.k_norm(k)
-            soft, rotated = tokens.softmax(soft_q, soft_k, v)
+            values = self._clip(v)
+            soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
+            soft, rotated = tokens.softmax(soft_q, soft_k, values)
         if self.memory is not None and use_memory:
             linear, memory_state = self.memory(
                 *(x, q, k, v),
@@ -157,10 +161,27 @@ class LizaAttention(nnx.Module):
                 dropout_key=dropout_key,
             )
         out = self._mix(soft, linear, tokens.share, dropout_key)
-        return LizaOutput(out, rotated, v, memory_state, Branches(soft, linear))
+        return LizaOutput(out, rotated, values, memory_state, Branches(soft, linear))
+
+    def _project(self, x: Array, key: Array | None) -> tuple[Array, ...]:
+        """Raw queries [B, T, H, D], keys and values [B, T, K, D]."""
+        if self.qkv_proj is not None:
+            ends = (self.num_heads, self.num_heads + self.num_kv_heads)
+            return tuple(jnp.split(self._heads(self.qkv_proj(x, key)), ends, axis=2))
+        return tuple(self._heads(proj(x, key)) for proj in (self.q_proj, self.k_proj, self.v_proj))
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+    def _normalize(self, x: Array, norm: NormLayer | None) -> Array:
+        """Queries or keys as softmax attention takes them, before the rotary embedding."""
+        if norm is not None:
+            width = norm.weight[...].shape[0]
+            x = norm(x.reshape(*x.shape[:2], -1, width)).reshape(x.shape)
+        return self._clip(x)
+
+    def _clip(self, x: Array) -> Array:
+        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
 
     def _mix(
         self, soft: Array | None, linear: Array | None, share: Array | None, key: Array | None

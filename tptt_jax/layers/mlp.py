@@ -1,4 +1,4 @@
-"""The gated feed-forward sublayer."""
+"""The feed-forward sublayer of one expert."""
 
 from collections.abc import Callable
 
@@ -16,13 +16,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-class GatedMLP(nnx.Module):
-    """down(activation(gate(x)) * up(x))."""
+class MLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
 
     def __init__(
         self, config: ModelConfig, lora: LoraConfig | None, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ) -> None:
-        """Creates three projections between embed_dim and mlp_dim."""
+        """Creates two or three projections between embed_dim and mlp_dim."""
 
         def projection(name: str, in_dim: int, out_dim: int, axes: tuple[str, str]) -> Projection:
             return Projection(
@@ -38,11 +38,15 @@ class GatedMLP(nnx.Module):
 
         embed, width = config.embed_dim, config.mlp_dim
         self.activation = config.activation
-        self.gate_proj = projection("gate_proj", embed, width, ("embed", "mlp"))
+        self.gate_proj = nnx.data(None)
+        if config.gated_mlp:
+            self.gate_proj = projection("gate_proj", embed, width, ("embed", "mlp"))
         self.up_proj = projection("up_proj", embed, width, ("embed", "mlp"))
         self.down_proj = projection("down_proj", width, embed, ("mlp", "embed"))
 
     def __call__(self, x: Hidden, dropout_key: Array | None = None) -> Hidden:
         """[B, T, E] -> [B, T, E]."""
-        gate = ACTIVATIONS[self.activation](self.gate_proj(x, dropout_key))
-        return self.down_proj(gate * self.up_proj(x, dropout_key), dropout_key)
+        activation, up = ACTIVATIONS[self.activation], self.up_proj(x, dropout_key)
+        if self.gate_proj is None:
+            return self.down_proj(activation(up), dropout_key)
+        return self.down_proj(activation(self.gate_proj(x, dropout_key)) * up, dropout_key)

@@ -1,9 +1,10 @@
-"""RMS normalisation as the pretrained families do it."""
+"""RMS norm and LayerNorm as the pretrained families do them."""
 
 import jax.numpy as jnp
 from flax import nnx
 
 from tptt_jax.array_typing import Array, Float
+from tptt_jax.config import ModelConfig, Norm
 
 
 def rms_normalize(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
@@ -12,23 +13,74 @@ def rms_normalize(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "
     return wide * jnp.reciprocal(jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps))
 
 
-class RMSNorm(nnx.Module):
-    """RMS norm with a learned weight over the last axis.
+class NormLayer(nnx.Module):
+    """RMS norm or LayerNorm over the last axis.
 
-    With `offset` the factor is 1 + weight, multiplied in float32 (Gemma); without,
-    the normalised value is cast to the input's dtype first (Llama).
+    The normalised value is cast to the input's dtype before it is multiplied by the weight
+    (Llama), unless `float32` or `offset` (a factor of 1 + weight) asks for float32 (OLMo 2,
+    Gemma) or there is a bias, which torch's layer_norm adds in float32 as well.
     """
 
-    def __init__(self, dim: int, *, eps: float, offset: bool, dtype: jnp.dtype) -> None:
-        """Creates the weight [dim] in `dtype`, such that the norm starts as the identity."""
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float,
+        kind: Norm = "rms",
+        weight: bool = True,
+        bias: bool = False,
+        offset: bool = False,
+        float32: bool = False,
+        dtype: jnp.dtype,
+    ) -> None:
+        """Creates weight and bias [dim] in `dtype`, such that the norm starts without them."""
         self.eps = eps
+        self.kind = kind
         self.offset = offset
-        fill = jnp.zeros if offset else jnp.ones
-        self.weight = nnx.Param(fill((dim,), dtype), axes=("norm",))
+        self.float32 = float32 or offset or bias
+        self.weight = self.bias = nnx.data(None)
+        if weight:
+            fill = jnp.zeros if offset else jnp.ones
+            self.weight = nnx.Param(fill((dim,), dtype), axes=("norm",))
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((dim,), dtype), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; returns x's shape and dtype."""
-        normal = rms_normalize(x, self.eps)
-        if self.offset:
-            return (normal * (1 + self.weight[...].astype(normal.dtype))).astype(x.dtype)
-        return normal.astype(x.dtype) * self.weight[...].astype(x.dtype)
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.kind == "layer":
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normal = rms_normalize(wide, self.eps)
+        normal = normal if self.float32 else normal.astype(x.dtype)
+        if self.weight is not None:
+            weight = self.weight[...].astype(normal.dtype)
+            normal = normal * (1 + weight if self.offset else weight)
+        if self.bias is not None:
+            normal = normal + self.bias[...].astype(normal.dtype)
+        return normal.astype(x.dtype)
+
+
+def residual_norm(config: ModelConfig, dtype: jnp.dtype) -> NormLayer:
+    """A norm of the residual stream, over embed_dim."""
+    return NormLayer(
+        config.embed_dim,
+        eps=config.norm_eps,
+        kind=config.norm,
+        weight=config.norm_weight,
+        bias=config.norm_bias,
+        offset=config.norm_offset,
+        float32=config.norm_float32,
+        dtype=dtype,
+    )
+
+
+def query_key_norm(config: ModelConfig, heads: int, dtype: jnp.dtype) -> NormLayer:
+    """The RMS norm of queries or keys: over each head, or over all of them together."""
+    width = heads * config.head_dim if config.qk_norm == "full" else config.head_dim
+    return NormLayer(
+        width,
+        eps=config.norm_eps,
+        offset=config.norm_offset,
+        float32=config.norm_float32,
+        dtype=dtype,
+    )

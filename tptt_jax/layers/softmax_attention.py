@@ -25,14 +25,14 @@ class TokenContext(NamedTuple):
       positions: within the document [B, T].
       segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
       length: tokens of each row before this call [B]; None without a cache.
-      angles: rotation of every token.
-      sink_angles: rotation of queries that look at the sinks; None without sinks.
+      angles: rotation of every token; None: positions are in the embeddings.
+      sink_angles: rotation of queries that look at the sinks, likewise; None without sinks.
     """
 
     positions: Positions
     segment_ids: SegmentIds | None
     length: Int[Array, "B"] | None
-    angles: RotaryAngles
+    angles: RotaryAngles | None
     sink_angles: RotaryAngles | None
 
     @property
@@ -73,6 +73,8 @@ def token_context(
     length: Int[Array, "B"] | None,
 ) -> TokenContext:
     """Computes the rotations that all layers of a kind share."""
+    if config.position_embedding == "learned":
+        return TokenContext(positions, segment_ids, length, None, None)
     rope = config.rope_of(kind)
     sink_angles = None
     if sinks := num_sinks(config, liza, kind):
@@ -106,7 +108,7 @@ def apply_softmax(
     Returns:
       [B, T, H, D] in q's dtype, zero on padding; and the rotated keys.
     """
-    sink_queries = None if context.sink_angles is None else rotate(q, context.sink_angles)
+    sink_queries = rotate(q, context.sink_angles) if settings.sinks else None
     q, k = rotate(q, context.angles), rotate(k, context.angles)
     if cache is not None:
         parts = _cached_parts(settings, context, k, v, cache, sink_queries)

@@ -75,16 +75,18 @@ def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: in
     return RotaryAngles(jnp.cos(angle), jnp.sin(angle))
 
 
-def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles) -> Float[Array, "B T H D"]:
+def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Array, "B T H D"]:
     """Rotates channel i together with channel i + D / 2, in float32.
 
     Args:
       x: queries or keys [B, T, H, D].
-      angles: of the same tokens.
+      angles: of the same tokens; None leaves x as it is.
 
     Returns:
       [B, T, H, D] in x's dtype.
     """
+    if angles is None:
+        return x
     cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
     first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

@@ -1,0 +1,51 @@
+"""OLMoE: a mixture of experts, q/k norms over the full width of the projection."""
+
+from typing import Any
+
+from convert.families.family import Family
+from convert.families.fields import Fields
+from convert.families.key_tables import (
+    PRE_NORMS,
+    attention_rules,
+    expert_rules,
+    norm_rules,
+    outer_rules,
+)
+from convert.families.olmo import read_olmo_config, write_olmo_config
+from convert.rules import Rule
+from tptt_jax import ModelConfig
+
+
+def _read_config(fields: Fields) -> ModelConfig:
+    return read_olmo_config(
+        fields,
+        norm_eps=fields.number("rms_norm_eps", 1e-5),
+        qk_norm="full",
+        num_experts=fields.integer("num_experts", 64),
+        experts_per_token=fields.integer("num_experts_per_tok", 8),
+        normalize_expert_weights=fields.boolean("norm_topk_prob", False),
+    )
+
+
+def _write_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        **write_olmo_config(config),
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.experts_per_token,
+        "norm_topk_prob": config.normalize_expert_weights,
+    }
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    return (*outer_rules(), *attention_rules(), *expert_rules(), *norm_rules(PRE_NORMS))
+
+
+FAMILY = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    read_config=_read_config,
+    write_config=_write_config,
+    rules=_rules,
+    superseded=("rope_theta", "rope_scaling"),
+    ignored=(r"lm_head\.weight",),
+)
