@@ -23,8 +23,11 @@ def _mlp_dim(multiplier: float, embed_dim: int, divisor: int) -> int:
 
 def _read_mlp_dims(fields: Fields, embed_dim: int, num_layers: int) -> tuple[int, ...]:
     multipliers = fields.raw.get("ffn_multipliers")
-    is_list = isinstance(multipliers, list) and len(multipliers) == num_layers
-    if not is_list or not all(type(x) in (int, float) and 0 < x < 1e6 for x in multipliers):
+    if (
+        not isinstance(multipliers, list)
+        or len(multipliers) != num_layers
+        or not all(type(x) in (int, float) and 0 < x < 1e6 for x in multipliers)
+    ):
         raise ConversionError(
             f"ffn_multipliers in {fields.origin} must be a list of {num_layers} positive numbers, "
             f"it is {multipliers!r:.200}."
@@ -127,6 +130,7 @@ FAMILY = Family(
     write_config=_write_config,
     rules=_rules,
     superseded=("qkv_multipliers",),
-    ignored=(r"lm_head\.weight",),
+    # The original code makes a classifier beside lm_head in untied models and never uses it.
+    ignored=(r"lm_head\.weight", r"transformer\.classifier\.weight"),
     prefix="transformer.",
 )

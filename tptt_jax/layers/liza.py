@@ -94,7 +94,7 @@ class LizaAttention(nnx.Module):
         self.liza = liza
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.clip_qkv = config.clip_qkv
+        self.qk_norm, self.clip_qkv = config.qk_norm, config.clip_qkv
         embed, width = config.embed_dim, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
@@ -168,7 +168,8 @@ class LizaAttention(nnx.Module):
         if self.qkv_proj is not None:
             ends = (self.num_heads, self.num_heads + self.num_kv_heads)
             return tuple(jnp.split(self._heads(self.qkv_proj(x, key)), ends, axis=2))
-        return tuple(self._heads(proj(x, key)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        return tuple(self._heads(proj(x, key)) for proj in projections if proj is not None)
 
     def _heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.head_dim)
@@ -176,8 +177,8 @@ class LizaAttention(nnx.Module):
     def _normalize(self, x: Array, norm: NormLayer | None) -> Array:
         """Queries or keys as softmax attention takes them, before the rotary embedding."""
         if norm is not None:
-            width = norm.weight[...].shape[0]
-            x = norm(x.reshape(*x.shape[:2], -1, width)).reshape(x.shape)
+            wide = x.reshape(*x.shape[:2], -1) if self.qk_norm == "full" else x
+            x = norm(wide).reshape(x.shape)
         return self._clip(x)
 
     def _clip(self, x: Array) -> Array:
