@@ -72,7 +72,7 @@ def load_model(
     plan = plan_for(pretrained.rules, pretrained.config, variables)
     plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
     check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)
-    _check_tied_head(pretrained)
+    _check_tied_head(pretrained, plan)
     shardings = {
         name: None if mesh is None else sharding_of(variable, mesh)
         for name, (_, variable) in variables.items()
@@ -83,12 +83,16 @@ def load_model(
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
 
 
-def _check_tied_head(pretrained: Pretrained) -> None:
+def _check_tied_head(pretrained: Pretrained, plan: Sequence[Conversion]) -> None:
     """A tied checkpoint may carry a copy of the embedding as its head, and nothing else."""
     names = {target: rule.sources[0] for rule in pretrained.rules for target in rule.targets}
-    head, embedding = names.get("lm_head.kernel"), names.get("embed.embedding")
-    if head is None or embedding is None or not pretrained.config.tie_embeddings:
+    head = names.get("lm_head.kernel")
+    if head is None or not pretrained.config.tie_embeddings:
         return
+    # The plan knows whether the checkpoint has its names with or without a prefix.
+    (embedding,) = (
+        move.sources[0] for move in plan for slot in move.slots if slot.path == "embed.embedding"
+    )
     tensors = pretrained.tensors
     if head in tensors.tensors and not np.array_equal(
         tensors.read(head), tensors.read(embedding), equal_nan=True

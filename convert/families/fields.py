@@ -146,10 +146,16 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
     }
 
 
-def write_sizes(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_sizes`, with what else every family writes the same way."""
+def write_sizes(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[str, Any]:
+    """The inverse of `read_sizes`, with what else every family writes the same way.
+
+    Args:
+      config: the model.
+      implied_head_dim: whether head_dim is left out where it is hidden_size / heads, for
+        families whose transformers class has no such field.
+    """
     eos = config.eos_token_ids
-    return {
+    sizes = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
         "intermediate_size": config.mlp_dim,
@@ -164,3 +170,6 @@ def write_sizes(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         "pad_token_id": config.pad_token_id,
     }
+    if implied_head_dim and config.head_dim == config.embed_dim // config.num_heads:
+        del sizes["head_dim"]
+    return sizes

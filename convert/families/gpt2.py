@@ -52,7 +52,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "n_embd": config.embed_dim,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": config.mlp_dim,
+        "n_inner": None if config.mlp_dim == 4 * config.embed_dim else config.mlp_dim,
         "n_positions": config.max_positions,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,

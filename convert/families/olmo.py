@@ -31,15 +31,16 @@ def read_olmo_config(fields: Fields, **differences: Any) -> ModelConfig:
     return ModelConfig(**common | differences)
 
 
-def write_olmo_config(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_olmo_config`."""
-    return {
-        **write_sizes(config),
+def write_olmo_config(config: ModelConfig, *unused: str) -> dict[str, Any]:
+    """The inverse of `read_olmo_config`, without the keys that the family does not have."""
+    content = {
+        **write_sizes(config, implied_head_dim=True),
         "hidden_act": "silu",
         "attention_bias": config.attention_bias,
         "clip_qkv": config.clip_qkv,
         "rope_parameters": write_rope(config.rope),
     }
+    return {key: value for key, value in content.items() if key not in unused}
 
 
 def _read_config(fields: Fields) -> ModelConfig:
@@ -50,7 +51,7 @@ FAMILY = Family(
     model_type="olmo",
     architecture="OlmoForCausalLM",
     read_config=_read_config,
-    write_config=write_olmo_config,
+    write_config=lambda config: write_olmo_config(config, "rms_norm_eps"),
     rules=lambda config: standard_rules(),
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),

@@ -63,7 +63,7 @@ def _read_config(fields: Fields) -> ModelConfig:
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        **write_sizes(config),
+        **write_sizes(config, implied_head_dim=True),
         **write_windows(config),
         "hidden_act": "silu",
         "rope_parameters": write_rope(config.rope),

@@ -1,6 +1,5 @@
 """Our models against transformers, in float32 on the CPU."""
 
-import copy
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +13,8 @@ from tptt_jax import LizaConfig, LoraConfig, generate
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
 transformers = pytest.importorskip("transformers")
+
+from tests.parity.torch_models import build, relative_error, reload, torch_logits  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -67,40 +68,6 @@ CONFIGS = {
     ),
 }
 TOKENS = np.random.default_rng(0).integers(3, 101, (2, 77))
-
-
-def build(config, seed=0):
-    """A random model whose norms and biases differ from their initial ones and zeros."""
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(
-        copy.deepcopy(config), attn_implementation="eager"
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter += 0.3 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def torch_logits(model, tokens) -> np.ndarray:
-    with torch.no_grad():
-        return model(torch.as_tensor(np.asarray(tokens))).logits.float().numpy()
-
-
-def relative_error(got, wanted) -> float:
-    return float(np.abs(np.asarray(got) - wanted).max() / np.abs(wanted).max())
-
-
-def reload(path, dtype=None):
-    """transformers' model of an export, which must fit to the last key."""
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=dtype or torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-    )
-    assert not any(info.values()), info
-    return model.eval()
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -43,3 +43,21 @@ def reload(path: Path, dtype: Any = None) -> Any:
     )
     assert not any(info.values()), info
     return model.eval()
+
+
+def as_stored(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The layout on disk: transformers holds the experts of a layer in two tensors."""
+    stored = {}
+    for name, tensor in tensors.items():
+        base, found, part = name.partition("experts.")
+        if not found:
+            stored[name] = tensor
+            continue
+        for number, expert in enumerate(tensor):
+            if part == "gate_up_proj":
+                gate, up = expert.chunk(2)
+                stored[f"{base}experts.{number}.gate_proj.weight"] = gate
+                stored[f"{base}experts.{number}.up_proj.weight"] = up
+            else:
+                stored[f"{base}experts.{number}.down_proj.weight"] = expert
+    return stored

@@ -6,6 +6,7 @@ import pytest
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import OPERATORS, RopeConfig
+from tptt_jax.decoder import layer_stacks
 
 # (num_householder, trick, beta_gate, alpha_gate, state_activation), from the paper's table.
 PAPER = {
@@ -210,3 +211,56 @@ def test_targets_match_names_or_whole_paths(target, hit):
 
 def test_adapter_scale():
     assert LoraConfig(rank=4, alpha=16.0).scale == 4.0
+
+
+PER_LAYER = {"num_heads_per_layer": (2, 4, 2), "num_kv_heads_per_layer": (1, 2, 2)}
+
+
+def test_sizes_that_differ_by_layer():
+    config = ModelConfig.tiny(**PER_LAYER, mlp_dim_per_layer=(48, 8, 8))
+    assert [config.layer_sizes(i) for i in range(3)] == [(2, 1, 48), (4, 2, 8), (2, 2, 8)]
+    one = config.of_layer(2)
+    assert (one.num_heads, one.num_kv_heads, one.mlp_dim) == (2, 2, 8)
+    assert one.layer_sizes(0) == (2, 2, 8)
+    assert [list(each) for each in layer_stacks(config)] == [[0], [1], [2]]
+    assert [len(each) for each in layer_stacks(ModelConfig.tiny())] == [3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads_per_layer": (2, 4)}, "num_heads_per_layer has 2 entries"),
+        ({"num_heads_per_layer": (2, 2, 2)}, "reach it"),
+        ({"mlp_dim_per_layer": (0, 48, 48)}, "between 1 and mlp_dim"),
+        ({**PER_LAYER, "num_kv_heads_per_layer": (2, 2, 1), "num_heads": 3}, "between 1 and"),
+        ({"num_heads_per_layer": (3, 4, 4)}, "in layer 0 it is not"),
+        ({"num_experts": 4}, "experts_per_token must lie between 1 and num_experts"),
+        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token"),
+        ({"clip_qkv": 0.0}, "clip_qkv must be positive"),
+        ({"qk_norm": "both"}, "qk_norm must be one of head, full"),
+        ({"norm": "batch"}, "norm must be one of rms, layer"),
+        ({"norm_placement": "between"}, "norm_placement must be one of"),
+        ({"position_embedding": "alibi"}, "position_embedding must be one of"),
+    ],
+)
+def test_impossible_descriptions(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.tiny(**changes)
+
+
+@pytest.mark.parametrize(
+    ("target", "paths"),
+    [
+        ("q_proj", {"self_attn.qkv_proj"}),
+        ("v_proj", {"self_attn.qkv_proj"}),
+        ("qkv_proj", {"self_attn.qkv_proj"}),
+        ("out_proj", {"self_attn.o_proj"}),
+        (r"self_attn\.(out|o)_proj", {"self_attn.o_proj"}),
+        (r".*\.up_proj", {"mlp.up_proj"}),
+        ("proj", set()),
+    ],
+)
+def test_targets_by_the_names_that_families_use(target, paths):
+    lora = LoraConfig(targets=(target,))
+    known = {"self_attn.qkv_proj", "self_attn.o_proj", "mlp.up_proj"}
+    assert {path for path in known if lora.matches(path)} == paths

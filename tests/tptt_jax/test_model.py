@@ -51,6 +51,40 @@ GEMMA = ModelConfig.tiny(
     rope=RopeConfig(theta=1e6, scaling="linear", factor=4.0),
     sliding_rope=RopeConfig(theta=1e4),
 )
+# Sizes that differ by layer, one projection for q, k and v: two stacks.
+UNEVEN = ModelConfig.tiny(
+    num_layers=2,
+    fused_qkv=True,
+    qk_norm="head",
+    num_heads_per_layer=(2, 4),
+    num_kv_heads_per_layer=(1, 2),
+    mlp_dim=16,
+    mlp_dim_per_layer=(8, 16),
+)
+LEARNED_POSITIONS = ModelConfig.tiny(
+    num_layers=2,
+    mlp_dim=16,
+    num_kv_heads=4,
+    activation="gelu_tanh",
+    gated_mlp=False,
+    norm="layer",
+    norm_bias=True,
+    fused_qkv=True,
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    position_embedding="learned",
+)
+EXPERTS = ModelConfig.tiny(
+    num_layers=2,
+    mlp_dim=8,
+    num_experts=5,
+    experts_per_token=2,
+    norm_placement="after",
+    norm_float32=True,
+    qk_norm="full",
+    clip_qkv=2.0,
+)
 # Every operator once, and every option with at least one of them.
 STREAMS = {
     "delta_rule, own deltas": (LLAMA, {"operator": "delta_rule", "memory_rank": 2}),
@@ -98,6 +132,12 @@ STREAMS = {
         },
     ),
     "no memory, sliding and full layers": (GEMMA, None),
+    "layers of different sizes": (UNEVEN, {"softmax_window": 4, "softmax_sinks": 2}),
+    "learned positions, window with sinks": (
+        LEARNED_POSITIONS,
+        {"softmax_window": 4, "softmax_sinks": 2, "memory_rank": 2},
+    ),
+    "experts": (EXPERTS, {"operator": "gated_delta_product"}),
 }
 
 
