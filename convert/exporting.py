@@ -1,5 +1,6 @@
 """Writing a model as a plain Hugging Face directory."""
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> N
         for move in plan
         for name, shape in zip(move.sources, move.source_shapes, strict=True)
     ]
+    if base is not None:
+        _copy_code(base.path, directory, content)
+        export_tokenizer(base.path, directory)
     write_json(directory / "config.json", content)
     write_json(directory / "generation_config.json", _generation_json(content, base))
-    if base is not None:
-        export_tokenizer(base.path, directory)
     write_weights(directory, specs, _merged_tensors(model, plan, variables, dtype))
 
 
@@ -58,6 +60,18 @@ def _config_json(
     replaced = {*family.superseded, "torch_dtype"}
     kept = {key: value for key, value in original.items() if key not in replaced}
     return _merge(kept, content)
+
+
+def _copy_code(source: Path, directory: Path, content: dict[str, Any]) -> None:
+    """The code that config.json refers to (OpenELM's) goes along; it is never run here."""
+    if "auto_map" not in content:
+        return
+    files = sorted(source.glob("*.py"))
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+    if not files:
+        # A reference to files that are not there would keep the export from loading at all.
+        del content["auto_map"]
 
 
 def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:

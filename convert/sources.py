@@ -24,7 +24,7 @@ TOKENIZER_PATTERNS = (
     *("chat_template*", "additional_chat_templates/*", "spiece.model"),
 )
 _WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-_CONFIG_PATTERNS = ("config.json", "generation_config.json")
+_CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 Source = str | os.PathLike[str]

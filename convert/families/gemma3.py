@@ -11,10 +11,11 @@ from convert.families.fields import (
     write_sizes,
 )
 from convert.families.gguf_metadata import metadata_reader, read_gguf_sizes
-from convert.families.key_tables import TARGET, standard_rules
+from convert.families.gguf_tables import gguf_rules
+from convert.families.key_tables import standard_rules
 from convert.families.rotary import read_gguf_rope, read_rope, shortest, write_rope
 from convert.gguf_io import GgufFile
-from convert.rules import MINUS_ONE, TRANSPOSE, Rule, linear
+from convert.rules import MINUS_ONE
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind, RopeConfig
 
@@ -116,30 +117,6 @@ def _read_gguf(file: GgufFile) -> ModelConfig:
     )
 
 
-def _gguf_rules(config: ModelConfig) -> tuple[Rule, ...]:
-    def norm(source: str, target: str) -> Rule:
-        return Rule(f"{source}.weight", f"{target}.weight", MINUS_ONE)
-
-    return (
-        Rule("token_embd.weight", "embed.embedding"),
-        *linear("blk.{layer}.attn_q", f"{TARGET}self_attn.q_proj"),
-        *linear("blk.{layer}.attn_k", f"{TARGET}self_attn.k_proj"),
-        *linear("blk.{layer}.attn_v", f"{TARGET}self_attn.v_proj"),
-        *linear("blk.{layer}.attn_output", f"{TARGET}self_attn.o_proj"),
-        norm("blk.{layer}.attn_q_norm", f"{TARGET}self_attn.q_norm"),
-        norm("blk.{layer}.attn_k_norm", f"{TARGET}self_attn.k_norm"),
-        *linear("blk.{layer}.ffn_gate", f"{TARGET}mlp.gate_proj"),
-        *linear("blk.{layer}.ffn_up", f"{TARGET}mlp.up_proj"),
-        *linear("blk.{layer}.ffn_down", f"{TARGET}mlp.down_proj"),
-        norm("blk.{layer}.attn_norm", f"{TARGET}attn_norm"),
-        norm("blk.{layer}.post_attention_norm", f"{TARGET}attn_post_norm"),
-        norm("blk.{layer}.ffn_norm", f"{TARGET}mlp_norm"),
-        norm("blk.{layer}.post_ffw_norm", f"{TARGET}mlp_post_norm"),
-        norm("output_norm", "final_norm"),
-        Rule("output.weight", "lm_head.kernel", TRANSPOSE),
-    )
-
-
 FAMILY = Family(
     model_type="gemma3_text",
     architecture="Gemma3ForCausalLM",
@@ -151,5 +128,9 @@ FAMILY = Family(
         *("sliding_window_pattern", "_sliding_window_pattern"),
     ),
     ignored=(r"lm_head\.weight",),
-    gguf=GgufTable(architecture="gemma3", read_config=_read_gguf, rules=_gguf_rules),
+    gguf=GgufTable(
+        architecture="gemma3",
+        read_config=_read_gguf,
+        rules=lambda config: gguf_rules(config, norm=MINUS_ONE),
+    ),
 )

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.errors import ConversionError
+from convert.families.rotary import read_gguf_rope, shortest
 from convert.gguf_io import GgufFile
 
 
@@ -61,4 +62,28 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_ids": () if eos is None else (eos,),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def read_gguf_common(file: GgufFile) -> dict[str, Any]:
+    """The sizes, and what else an RMS-norm decoder with rotary embeddings says of itself.
+
+    Args:
+      file: the file.
+
+    Returns:
+      Keyword arguments of `ModelConfig`.
+
+    Raises:
+      ConversionError: if the file lacks a key, or rotates only a part of each head.
+    """
+    get, sizes = metadata_reader(file), read_gguf_sizes(file)
+    if get("rope.dimension_count", sizes["head_dim"]) != sizes["head_dim"]:
+        raise ConversionError(
+            f"{file.path} rotates only a part of each head, which is unsupported."
+        )
+    return {
+        **sizes,
+        "norm_eps": shortest(get("attention.layer_norm_rms_epsilon")),
+        "rope": read_gguf_rope(get, 10_000.0),
     }

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from convert.families.family import Family
+from convert.families.family import Family, GgufTable
 from convert.families.fields import Fields
+from convert.families.gguf_metadata import metadata_reader, read_gguf_common
+from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import (
     PRE_NORMS,
     attention_rules,
@@ -12,6 +14,7 @@ from convert.families.key_tables import (
     outer_rules,
 )
 from convert.families.olmo import read_olmo_config, write_olmo_config
+from convert.gguf_io import GgufFile
 from convert.rules import Rule
 from tptt_jax import ModelConfig
 
@@ -40,6 +43,17 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     return (*outer_rules(), *attention_rules(), *expert_rules(), *norm_rules(PRE_NORMS))
 
 
+def _read_gguf(file: GgufFile) -> ModelConfig:
+    get = metadata_reader(file)
+    return ModelConfig(
+        **read_gguf_common(file),
+        family="olmoe",
+        qk_norm="full",
+        num_experts=get("expert_count"),
+        experts_per_token=get("expert_used_count"),
+    )
+
+
 FAMILY = Family(
     model_type="olmoe",
     architecture="OlmoeForCausalLM",
@@ -48,4 +62,5 @@ FAMILY = Family(
     rules=_rules,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
+    gguf=GgufTable(architecture="olmoe", read_config=_read_gguf, rules=gguf_rules),
 )

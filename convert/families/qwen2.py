@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from convert.families.family import Family
+from convert.families.family import Family, GgufTable
 from convert.families.fields import (
     Fields,
     read_layer_kinds,
@@ -10,8 +10,11 @@ from convert.families.fields import (
     write_layer_kinds,
     write_sizes,
 )
+from convert.families.gguf_metadata import read_gguf_common
+from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.rotary import read_flat_rope, write_rope
+from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind
 
@@ -70,6 +73,10 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_gguf(file: GgufFile) -> ModelConfig:
+    return ModelConfig(**read_gguf_common(file), family="qwen2", attention_bias=True)
+
+
 FAMILY = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
@@ -78,4 +85,5 @@ FAMILY = Family(
     rules=lambda config: standard_rules(),
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
+    gguf=GgufTable(architecture="qwen2", read_config=_read_gguf, rules=gguf_rules),
 )

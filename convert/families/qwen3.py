@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from convert.families.family import Family
+from convert.families.family import Family, GgufTable
 from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.gguf_metadata import read_gguf_common
+from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.qwen2 import read_windows, write_windows
 from convert.families.rotary import read_flat_rope, write_rope
+from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 
 
@@ -37,6 +40,10 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_gguf(file: GgufFile) -> ModelConfig:
+    return ModelConfig(**read_gguf_common(file), family="qwen3", qk_norm="head")
+
+
 FAMILY = Family(
     model_type="qwen3",
     architecture="Qwen3ForCausalLM",
@@ -45,4 +52,5 @@ FAMILY = Family(
     rules=lambda config: standard_rules(),
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
+    gguf=GgufTable(architecture="qwen3", read_config=_read_gguf, rules=gguf_rules),
 )

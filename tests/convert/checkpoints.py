@@ -50,44 +50,71 @@ GEMMA: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
+QWEN2: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 40,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+QWEN3: dict[str, Any] = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+OLMO2: dict[str, Any] = LLAMA | {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
+OLMOE: dict[str, Any] = LLAMA | {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+}
+# What each family's layers have beside the four projections, from the transformers sources.
+_NORMS = {
+    "gemma3_text": (
+        *("input_layernorm", "post_attention_layernorm"),
+        *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+_PER_HEAD, _FULL = ("gemma3_text", "qwen3"), ("olmo2", "olmoe")
 
 
 def hf_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama or Gemma 3 checkpoint, from the transformers sources."""
-    embed, mlp = config["hidden_size"], config["intermediate_size"]
+    """Names and shapes of a checkpoint, from the transformers sources."""
+    family, embed, mlp = config["model_type"], config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
-    gemma = config["model_type"] == "gemma3_text"
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], embed),
         "model.norm.weight": (embed,),
     }
+    block = {
+        "self_attn.q_proj.weight": (queries, embed),
+        "self_attn.k_proj.weight": (keys, embed),
+        "self_attn.v_proj.weight": (keys, embed),
+        "self_attn.o_proj.weight": (embed, queries),
+    }
+    for norm in _NORMS.get(family, ("input_layernorm", "post_attention_layernorm")):
+        block[f"{norm}.weight"] = (embed,)
+    if family in _PER_HEAD:
+        block["self_attn.q_norm.weight"] = block["self_attn.k_norm.weight"] = (config["head_dim"],)
+    if family in _FULL:
+        block |= {"self_attn.q_norm.weight": (queries,), "self_attn.k_norm.weight": (keys,)}
+    biased = ("q_proj", "k_proj", "v_proj", "o_proj") if config.get("attention_bias") else ()
+    for name in ("q_proj", "k_proj", "v_proj") if family == "qwen2" else biased:
+        block[f"self_attn.{name}.bias"] = block[f"self_attn.{name}.weight"][:1]
+    mlp_shapes = {"gate_proj": (mlp, embed), "up_proj": (mlp, embed), "down_proj": (embed, mlp)}
+    if "num_experts" in config:
+        block["mlp.gate.weight"] = (config["num_experts"], embed)
+        for expert in range(config["num_experts"]):
+            for name, shape in mlp_shapes.items():
+                block[f"mlp.experts.{expert}.{name}.weight"] = shape
+    else:
+        for name, shape in mlp_shapes.items():
+            block[f"mlp.{name}.weight"] = shape
+            if config.get("mlp_bias"):
+                block[f"mlp.{name}.bias"] = shape[:1]
     for layer in range(config["num_hidden_layers"]):
-        block = {
-            "self_attn.q_proj.weight": (queries, embed),
-            "self_attn.k_proj.weight": (keys, embed),
-            "self_attn.v_proj.weight": (keys, embed),
-            "self_attn.o_proj.weight": (embed, queries),
-            "mlp.gate_proj.weight": (mlp, embed),
-            "mlp.up_proj.weight": (mlp, embed),
-            "mlp.down_proj.weight": (embed, mlp),
-            "input_layernorm.weight": (embed,),
-            "post_attention_layernorm.weight": (embed,),
-        }
-        if gemma:
-            block["self_attn.q_norm.weight"] = block["self_attn.k_norm.weight"] = (
-                config["head_dim"],
-            )
-            block["pre_feedforward_layernorm.weight"] = (embed,)
-            block["post_feedforward_layernorm.weight"] = (embed,)
-        if config.get("attention_bias"):
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                block[f"self_attn.{name}.bias"] = block[f"self_attn.{name}.weight"][:1]
-        if config.get("mlp_bias"):
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                block[f"mlp.{name}.bias"] = block[f"mlp.{name}.weight"][:1]
         shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    if not config.get("tie_word_embeddings", gemma):
+    if not config.get("tie_word_embeddings", family == "gemma3_text"):
         shapes["lm_head.weight"] = (config["vocab_size"], embed)
     return shapes
 

@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import gguf
@@ -12,12 +13,29 @@ from convert.families.rotary import llama3_divisors
 from convert.gguf_io import GgufFile
 from convert.loading import variables_of
 from convert.sources import open_gguf
-from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
+from tests.convert.checkpoints import (
+    GEMMA,
+    LLAMA,
+    OLMO2,
+    OLMOE,
+    QWEN2,
+    QWEN3,
+    hf_shapes,
+    random_tensors,
+    write_directory,
+)
 from tests.convert.test_rules import llama_cpp_permute
 from tptt_jax.config import RopeConfig
 
 # Hugging Face name -> GGUF name, from the gguf package's own table.
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gemma3_text": gguf.MODEL_ARCH.GEMMA3}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "olmoe": gguf.MODEL_ARCH.OLMOE,
+}
 
 
 def write_gguf(
@@ -45,7 +63,10 @@ def write_gguf(
         writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
-    for name, value in tensors.items():
+    if "num_experts" in config:
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+    for name, value in _stack_experts(tensors).items():
         if config["model_type"] == "llama" and ".q_proj." in name:
             value = llama_cpp_permute(value, config["num_attention_heads"])
         if config["model_type"] == "llama" and ".k_proj." in name:
@@ -67,6 +88,21 @@ def write_gguf(
     return path
 
 
+def _stack_experts(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """llama.cpp holds the experts of a layer in one tensor."""
+    result, experts = {}, {}
+    for name, value in tensors.items():
+        base, found, rest = name.partition("mlp.experts.")
+        if found:
+            number, _, part = rest.partition(".")
+            experts.setdefault(f"{base}mlp.experts.{part}", {})[int(number)] = value
+        else:
+            result[name] = value
+    for name, parts in experts.items():
+        result[name] = np.stack([parts[number] for number in sorted(parts)])
+    return result
+
+
 def values_of(model: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(v.get_value()) for name, (_, v) in variables_of(model).items()}
 
@@ -74,7 +110,13 @@ def values_of(model: nnx.Module) -> dict[str, np.ndarray]:
 BIASED = LLAMA | {"attention_bias": True, "mlp_bias": True, "hidden_size": 32}
 
 
-@pytest.mark.parametrize("config", [LLAMA, BIASED, GEMMA], ids=["llama", "biases", "gemma"])
+CONFIGS = {
+    **{"llama": LLAMA, "biases": BIASED, "gemma": GEMMA},
+    **{"qwen2": QWEN2, "qwen3": QWEN3, "olmo2": OLMO2, "olmoe": OLMOE},
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_gguf_and_safetensors_give_the_same_model(tmp_path, config):
     tensors = random_tensors(hf_shapes(config))
     wanted = load_pretrained(write_directory(tmp_path / "hf", config, tensors))
@@ -87,6 +129,10 @@ def test_gguf_and_safetensors_give_the_same_model(tmp_path, config):
         if (config["model_type"], field) != ("gemma3_text", "attention_scale"):
             assert getattr(model.config, field) == getattr(wanted.config, field)
     assert model.config.attention_scale == config["head_dim"] ** -0.5
+    if config["model_type"] not in ("llama", "gemma3_text"):
+        positions = {"max_positions": wanted.config.max_positions}
+        ids = {"bos_token_id": 1, "eos_token_ids": (2, 3)}
+        assert dataclasses.replace(model.config, **ids, **positions) == wanted.config
     assert (model.config.bos_token_id, model.config.eos_token_ids) == (2, (1,))
 
 

@@ -1,6 +1,7 @@
 """OpenELM against what its original code computed, and against its published parameter lists."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +45,18 @@ def test_export_gives_the_same_tensors(shared_dir, tmp_path, name):
     exported = json.loads((tmp_path / "a" / "config.json").read_text())
     # The original code's own reading of both gives the same widths; the rest is unchanged.
     changed = {key for key in original if exported.get(key) != original[key]}
-    assert changed <= {"ffn_multipliers", "ffn_dim_divisor", "qkv_multipliers", "torch_dtype"}
+    changed -= {"ffn_multipliers", "ffn_dim_divisor", "qkv_multipliers", "torch_dtype"}
+    assert changed == {"auto_map"}, "the golden files lack the code that it refers to"
+
+
+def test_code_of_the_model_goes_along(shared_dir, tmp_path):
+    source = shutil.copytree(shared_dir / "golden" / "openelm_tied", tmp_path / "source")
+    (source / "modeling_openelm.py").write_text("raise RuntimeError('never run')\n")
+    export_pretrained(load_pretrained(source), tmp_path / "a", source=source)
+    exported = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert exported["auto_map"] == json.loads((source / "config.json").read_text())["auto_map"]
+    copied = (tmp_path / "a" / "modeling_openelm.py").read_bytes()
+    assert copied == (source / "modeling_openelm.py").read_bytes()
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "o_proj"), ("qkv_proj", "out_proj")])
