@@ -1,0 +1,78 @@
+"""Every family takes a memory and adapters, learns, and goes back without them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert import export_pretrained, load_pretrained
+from convert.families import family_of
+from convert.families.fields import Fields
+from tests.contracts import quick_jit, random_tokens, randomize, relative_error
+from tests.convert.published import openelm
+from tests.convert.tiny_families import CONFIGS
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
+
+OPENELM = openelm("270M") | {
+    **{"vocab_size": 101, "model_dim": 32, "head_dim": 8, "num_transformer_layers": 2},
+    **{"num_query_heads": [2, 4], "num_kv_heads": [1, 2], "ffn_multipliers": [0.5, 1.0]},
+    "ffn_dim_divisor": 8,
+}
+FAMILIES = {
+    name: config.to_dict() | {"model_type": config.model_type}
+    for name, config in CONFIGS.items()
+    if "," not in name
+} | {"openelm": OPENELM}
+
+
+def tiny(content) -> ModelConfig:
+    family = family_of(content["model_type"])
+    return family.read_config(Fields(json.loads(json.dumps(content)), "config.json"))
+
+
+@pytest.mark.parametrize("content", FAMILIES.values(), ids=FAMILIES)
+def test_learns_and_goes_back(tmp_path, content):
+    base = randomize(CausalLM(tiny(content), rngs=nnx.Rngs(0)))
+    export_pretrained(base, tmp_path / "base")
+    model = load_pretrained(tmp_path / "base", LizaConfig(softmax_window=5), LoraConfig(rank=2))
+    partition, trainable, share = split_trainable(model, "lora")
+    kinds = {name.rsplit(".", 2)[-2] for name in trainable}
+    assert kinds == {"lora", "mag"}, "adapters on attention, shares, nothing else"
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 8)
+    step = make_train_step(partition, optimizer, dropout=False)
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    tokens = jnp.asarray(random_tokens((2, 12), vocab_size=101))
+    batch = Batch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+    before = jax.tree.map(np.array, partition.frozen)
+    losses = []
+    for _ in range(8):
+        state, metrics = step(state, partition.frozen, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, partition.frozen, before)
+
+    tuned = partition.merge(state.trainable, state.share, partition.frozen)
+    export_pretrained(tuned, tmp_path / "merged", source=tmp_path / "base")
+    merged = load_pretrained(tmp_path / "merged", LizaConfig(softmax_window=5))
+    got = quick_jit(lambda tokens: merged(tokens, use_memory=False).logits)(tokens)
+    want = quick_jit(lambda tokens: tuned(tokens, use_memory=False).logits)(tokens)
+    assert relative_error(got, want) <= 1e-5
+    plain = quick_jit(lambda tokens: base(tokens).logits)(tokens)
+    assert relative_error(got, plain) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["openelm", "olmoe", "gpt2"])
+def test_decodes_as_it_reads(family):
+    liza = LizaConfig(softmax_window=5)
+    model = randomize(CausalLM(tiny(FAMILIES[family]), liza, rngs=nnx.Rngs(0)))
+    tokens = random_tokens((1, 9), vocab_size=101)
+    new = np.asarray(generate(model, tokens, 6, stop_tokens=()).tokens)
+    row = np.concatenate([tokens, new], axis=1)
+    logits = quick_jit(lambda tokens: model(tokens).logits)(jnp.asarray(row[:, :-1]))
+    np.testing.assert_array_equal(np.argmax(logits[:, 8:], axis=-1), new)
