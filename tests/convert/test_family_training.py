@@ -14,7 +14,7 @@ from convert.families.fields import Fields
 from tests.contracts import quick_jit, random_tokens, randomize, relative_error
 from tests.convert.published import openelm
 from tests.convert.tiny_families import CONFIGS
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
