@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from tests.contracts import random_tokens, randomize
+from tests.contracts import random_tokens, randomize, relative_error
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.sharding import (
     MESH_AXES,
@@ -30,6 +30,15 @@ from tptt_jax.training.checkpoint import restore_trainable
 MESH = AbstractMesh((2, 2, 2), MESH_AXES)
 LAYOUT = "data=2,fsdp=2,tensor=2"
 CONFIG = ModelConfig.tiny(num_layers=2, mlp_dim=16, vocab_size=96)
+EXPERTS = ModelConfig.tiny(
+    family="olmoe",
+    num_layers=2,
+    mlp_dim=16,
+    vocab_size=96,
+    num_experts=5,
+    experts_per_token=2,
+    qk_norm="full",
+)
 LIZA = LizaConfig(chunk_size=8, mag_init=0.3, memory_rank=2)
 STEPS = 4
 ADAPTER = "stacks.0.self_attn.q_proj.lora.b"
@@ -158,6 +167,12 @@ def test_loading_puts_tensors_into_their_shards(report):
     assert loaded["devices"] == [8]
 
 
+def test_experts_on_eight_devices(report):
+    """Each expert's matrices are split, and the tokens still meet the experts they chose."""
+    assert report["experts"]["error"] <= 1e-5
+    assert report["experts"]["share"] == 1 / 4
+
+
 def test_one_device_loads_what_eight_have_saved(report):
     model = CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(5))
     assert restore_trainable(Path(report["path"]) / "run", model) == STEPS
@@ -192,8 +207,26 @@ def run_on_eight_devices(directory: str) -> None:
         checkpoints.save(state)
     adapter = np.asarray(state.trainable[ADAPTER]).tolist()
     report = {"losses": losses, "shares": shares, "loaded": loaded, "adapter": adapter}
-    report["path"] = directory
+    report |= {"path": directory, "experts": _run_experts(Path(directory) / "experts", mesh)}
     (Path(directory) / "report.json").write_text(json.dumps(report))
+
+
+def _run_experts(path: Path, mesh: Any) -> dict[str, float]:
+    """How far the logits of a model with experts are from those on one device."""
+    from convert import export_pretrained, load_pretrained
+
+    one = randomize(CausalLM(EXPERTS, rngs=nnx.Rngs(0)))
+    export_pretrained(one, path)
+    eight = load_pretrained(path, mesh=mesh)
+    tokens = random_tokens((8, 12), vocab_size=EXPERTS.vocab_size)
+    want = nnx.jit(lambda model, tokens: model(tokens).logits)(one, tokens)
+    placed = jax.device_put(tokens, batch_sharding(mesh))
+    got = nnx.jit(lambda model, tokens: model(tokens).logits)(eight, placed)
+    kernel = eight.stacks[0].mlp.up_proj.kernel.get_value()
+    return {
+        "error": relative_error(got, want),
+        "share": kernel.addressable_shards[0].data.size / kernel.size,
+    }
 
 
 def _train(mesh: Any) -> tuple[list[float], dict[str, Any], Any]:
