@@ -1,0 +1,35 @@
+"""What Hugging Face calls the modules behind our projections."""
+
+from collections.abc import Iterable
+
+from convert.rules import Rule
+from tptt_jax import ModelConfig
+
+_KERNEL, _WEIGHT = ".kernel", ".weight"
+
+
+def module_names(rules: Iterable[Rule], config: ModelConfig) -> dict[str, str]:
+    """Pairs every projection that is one module of its own on both sides.
+
+    Left out is what a rule joins or splits: no single module of the checkpoint stands behind it.
+
+    Args:
+      rules: the family's key table for safetensors names.
+      config: of the model.
+
+    Returns:
+      Our dotted path, with the layer's number in the checkpoint, and the name of the module,
+      e.g. "layers.3.self_attn.q_proj": "model.layers.3.self_attn.q_proj". A head that the model
+      ties to its embedding is among them.
+    """
+    names: dict[str, str] = {}
+    for rule in rules:
+        if len(rule.sources) != 1 or len(rule.targets) != 1:
+            continue
+        theirs, ours = rule.sources[0], rule.targets[0]
+        if not (theirs.endswith(_WEIGHT) and ours.endswith(_KERNEL)):
+            continue
+        theirs, ours = theirs.removesuffix(_WEIGHT), ours.removesuffix(_KERNEL)
+        for layer in map(str, range(config.num_layers if "{layer}" in ours else 1)):
+            names[ours.replace("{layer}", layer)] = theirs.replace("{layer}", layer)
+    return names
