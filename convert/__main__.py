@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
+from convert.adapter_config import is_adapter
+from convert.adapters import describe_adapter, open_adapter
 from convert.command_line import run_command
 from convert.files import check_replaceable
 from convert.pretrained import export_pretrained, load_pretrained
@@ -38,7 +40,7 @@ def import_model(
 def export_model(
     checkpoint: tyro.conf.Positional[str],
     output: Path,
-    format: Literal["merged"] = "merged",
+    format: Literal["merged", "peft"] = "merged",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -47,26 +49,35 @@ def export_model(
     Args:
       checkpoint: the directory that the training wrote.
       output: the directory to write.
-      format: merged: a plain Hugging Face model, adapters in the weights, no memory.
-      dtype: of the weights that are written.
+      format: merged: a plain Hugging Face model, adapters in the weights, no memory. peft: the
+        LoRA adapters alone, for peft.
+      dtype: of the weights that are written; those of peft are float32 as they were trained.
       overwrite: replace an earlier model in that directory.
     """
     check_replaceable(output, overwrite=overwrite)
     model = load_pretrained(checkpoint, dtype=np.dtype(dtype))
     export_pretrained(model, output, format, checkpoint, overwrite=overwrite)
-    return {"output": str(output), "format": format, "dtype": dtype}
+    return {
+        "output": str(output),
+        "format": format,
+        "dtype": "float32" if format == "peft" else dtype,
+    }
 
 
 def inspect_model(source: tyro.conf.Positional[str]) -> dict[str, Any]:
     """Says what a model is, from its configuration and headers; reads no weights.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, or a checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT directory, or a
+        checkpoint.
     """
     if described := find_checkpoint(source):
         adapters = {"liza": described.liza is not None, "lora": described.lora is not None}
         return {"checkpoint": source, **adapters, **inspect_model(described.source)}
-    opened = open_pretrained(locate(source))
+    path = locate(source)
+    if is_adapter(path):
+        return describe_adapter(open_adapter(path))
+    opened = open_pretrained(path)
     infos = opened.tensors.tensors.values()
     config = opened.config
     return {

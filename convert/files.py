@@ -68,7 +68,7 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         raise ConversionError(
             f"{target} exists and is not empty; choose another directory or ask to overwrite it."
         )
-    if not (target / "config.json").is_file():
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConversionError(
             f"{target} holds other things than a model (it has no config.json), so it is not "
             "overwritten; remove it yourself or choose another directory."

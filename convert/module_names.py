@@ -33,3 +33,13 @@ def module_names(rules: Iterable[Rule], config: ModelConfig) -> dict[str, str]:
         for layer in map(str, range(config.num_layers if "{layer}" in ours else 1)):
             names[ours.replace("{layer}", layer)] = theirs.replace("{layer}", layer)
     return names
+
+
+def weighted_modules(rules: Iterable[Rule], config: ModelConfig) -> set[str]:
+    """Every module of a Hugging Face model that the family's key table has a tensor of."""
+    sources = {source for rule in rules for source in rule.sources}
+    return {
+        source.replace("{layer}", str(layer)).rsplit(".", 1)[0]
+        for source in sources
+        for layer in range(config.num_layers if "{layer}" in source else 1)
+    }

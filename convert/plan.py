@@ -173,6 +173,19 @@ def check_tensors(
         for move in plan
         for source, shape in zip(move.sources, move.source_shapes, strict=True)
     }
+    if problems := tensor_problems(wanted, tensors, is_ignored):
+        raise ConversionError(
+            "The tensors of the checkpoint do not fit its configuration; check that both belong "
+            f"together. {problems}."
+        )
+
+
+def tensor_problems(
+    wanted: Mapping[str, Shape],
+    tensors: Mapping[str, TensorInfo],
+    is_ignored: Callable[[str], bool],
+) -> str:
+    """Names every missing, unexpected and misshapen tensor; empty if there is none."""
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted and not is_ignored(name)]
     misshapen = [
@@ -189,8 +202,4 @@ def check_tensors(
         )
         if names
     ]
-    if problems:
-        raise ConversionError(
-            "The tensors of the checkpoint do not fit its configuration; check that both belong "
-            f"together. {'; '.join(problems)}."
-        )
+    return "; ".join(problems)

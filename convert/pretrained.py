@@ -9,11 +9,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from convert.adapter_config import is_adapter
+from convert.adapter_export import write_adapter
+from convert.adapters import fit_adapter, open_adapter
+from convert.bases import locate_base, resolve_base
 from convert.errors import ConversionError
 from convert.exporting import write_merged
 from convert.files import atomic_directory
 from convert.loading import load_model
-from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
+from convert.sources import Source, find_checkpoint, locate, open_pretrained
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.training.checkpoint import restore_trainable
 
@@ -27,6 +31,7 @@ def load_pretrained(
     lora: LoraConfig | None = None,
     dtype: DTypeLike = jnp.float32,
     *,
+    adapter: Source | None = None,
     mesh: Mesh | None = None,
     seed: int = 0,
 ) -> CausalLM:
@@ -35,11 +40,15 @@ def load_pretrained(
     Peak memory is the model plus one tensor.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, "demo", or a checkpoint
-        directory of our own, which brings its own `liza` and `lora` unless they are given.
+      source: a Hugging Face directory, a hub id, a .gguf file, "demo", a checkpoint
+        directory of our own, which brings its own `liza` and `lora` unless they are given, or a
+        PEFT directory, which names its base model.
       liza: the memory; None: the plain base model.
-      lora: adapters; None: none.
+      lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16 or float16. Adapters are float32.
+      adapter: a PEFT directory to put on `source`, whatever base model it names. Where it
+        adapts only some of the layers that are stacked together, the others get a = b = 0: they
+        compute what they would without, and training leaves them so.
       mesh: from `tptt_jax.sharding.make_mesh`; every tensor goes straight to its shards.
         None: the default device.
       seed: of what the source does not hold: adapters, shares, the memory's own deltas.
@@ -49,22 +58,43 @@ def load_pretrained(
 
     Raises:
       ConversionError: if the source cannot be read, is of an unknown family, does not fit its
-        configuration, or holds NaN or infinite values.
+        configuration, or holds NaN or infinite values; if the adapter does not fit the source or
+        has settings that we do not have, or its base model cannot be found.
     """
     if np.dtype(dtype).name not in _DTYPES:
         raise ConversionError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     if described := find_checkpoint(source):
+        if adapter is not None:
+            raise ConversionError(
+                f"{source} is a checkpoint of ours, which takes no PEFT adapter: export it as "
+                '"merged" and give that directory.'
+            )
         liza, lora = liza or described.liza, lora or described.lora
         model = load_pretrained(described.source, liza, lora, dtype, mesh=mesh, seed=seed)
         restore_trainable(Path(source).expanduser(), model)
         return model
-    pretrained = open_pretrained(locate(source))
+    path = locate(source)
+    if is_adapter(path):
+        if adapter is not None:
+            raise ConversionError(
+                f"{source} is a PEFT adapter itself; give the base model of {adapter}."
+            )
+        base = locate_base(path)
+        return load_pretrained(base, liza, lora, dtype, adapter=path, mesh=mesh, seed=seed)
+    pretrained = open_pretrained(path)
+    fitted = (
+        None if adapter is None else fit_adapter(open_adapter(locate(adapter)), pretrained.config)
+    )
+    chosen = lora if fitted is None else fitted.agreed(lora)
 
     def build() -> CausalLM:
         rngs = nnx.Rngs(seed)
-        return CausalLM(pretrained.config, liza, lora, dtype=jnp.dtype(dtype), rngs=rngs)
+        return CausalLM(pretrained.config, liza, chosen, dtype=jnp.dtype(dtype), rngs=rngs)
 
-    return load_model(pretrained, build, mesh)
+    model = load_model(pretrained, build, mesh)
+    if fitted is not None:
+        fitted.load_into(model)
+    return model
 
 
 def export_pretrained(
@@ -83,26 +113,26 @@ def export_pretrained(
       model: the model.
       path: the directory to write.
       format: "merged": a plain Hugging Face model; adapters are merged into the weights, the
-        memory is left out.
-      source: what the model was loaded from; its tokenizer, its generation settings and what
-        its config.json says beyond our configuration go along. None: weights and
-        configuration only.
+        memory is left out. "peft": the LoRA adapters alone, without the memory and without base
+        weights that were trained themselves.
+      source: what the model was loaded from. "merged": its tokenizer, its generation settings
+        and what its config.json says beyond our configuration go along; None: weights and
+        configuration only. "peft": it is written down as the base model; None: nothing is, and
+        whoever loads the adapter has to name its base.
       overwrite: whether an earlier model at `path` is replaced.
 
     Raises:
       ConversionError: if the format is unknown or not available yet, `path` may not be
-        replaced, or the family cannot express the model.
+        replaced, the family cannot express the model, or there are no adapters for "peft".
     """
-    if format in ("titan", "peft", "tptt"):
-        raise ConversionError(f'format "{format}" is not available yet; use "merged".')
-    if format != "merged":
-        raise ConversionError(f'format must be "merged", got {format!r}.')
-    base = None if source is None else _open_base(source)
+    if format in ("titan", "tptt"):
+        raise ConversionError(f'format "{format}" is not available yet; use "merged" or "peft".')
+    if format not in ("merged", "peft"):
+        raise ConversionError(f'format must be "merged" or "peft", got {format!r}.')
+    base = None if source is None else resolve_base(source)
+    opened = None if base is None or format == "peft" else open_pretrained(locate(base))
     with atomic_directory(Path(path).expanduser(), overwrite=overwrite) as directory:
-        write_merged(model, directory, base)
-
-
-def _open_base(source: Source) -> Pretrained:
-    while described := find_checkpoint(source):
-        source = described.source
-    return open_pretrained(locate(source))
+        if format == "peft":
+            write_adapter(model, directory, base)
+        else:
+            write_merged(model, directory, opened)

@@ -23,9 +23,13 @@ TOKENIZER_PATTERNS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*", "spiece.model"),
 )
-_WEIGHT_PATTERNS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
-_CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py")
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_WEIGHT_PATTERNS = (
+    *("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
+    "adapter_model.safetensors",
+)
+_CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py", "adapter_config.json")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""What may be the name of a model on the hub."""
 
 Source = str | os.PathLike[str]
 
@@ -69,7 +73,7 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(name):
+    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise ConversionError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id or demo."
         )

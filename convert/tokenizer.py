@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.adapter_config import is_adapter
+from convert.bases import locate_base
 from convert.demo import cache_directory
 from convert.errors import ConversionError
 from convert.files import atomic_directory
@@ -44,7 +46,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
 
     Args:
       source: what `load_pretrained` takes. A checkpoint of our own has the tokenizer of the
-        model it was trained from.
+        model it was trained from, a PEFT directory that of its base model.
 
     Returns:
       A fast tokenizer; special tokens and the chat template are set as the source has them.
@@ -55,6 +57,8 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     if described := find_checkpoint(source):
         return load_tokenizer(described.source)
     path = locate(source, weights=False)
+    if is_adapter(path):
+        path = locate_base(path, weights=False)
     if path.is_dir():
         return _from_directory(path)
     return _cached(path) if path.parent == cache_directory() else _from_gguf(path)

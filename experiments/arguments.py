@@ -40,7 +40,8 @@ class FinetuneConfig:
     config: Path | None = None
     """YAML file whose values are the defaults of this run; flags override it."""
     model: str = "demo"
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a checkpoint."""
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory
+    or a checkpoint; the --lora options must be those that these were trained with."""
     output: Path = Path("runs/demo")
     """Directory for checkpoints, metrics, plot and adapter."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,13 +14,14 @@ import numpy as np
 import tyro
 
 from convert import load_pretrained, load_tokenizer
+from convert.adapter_config import is_adapter
 from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
 from experiments.process import prepare_process
 from tptt_jax import CausalLM
 from tptt_jax.inference.generate import stream
 from tptt_jax.model import base_model
-from tptt_jax.training.checkpoint import read_description, restore_trainable
+from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,10 +32,10 @@ class GenerateConfig:
     """Continues a prompt with a base model, a fine-tuned one, or both."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a run of
-    experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
+    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory."""
+    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     prompt: str = "The capital of France is"
     """Text to continue."""
     max_new_tokens: int = 64
@@ -73,7 +74,7 @@ class Continuation:
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, generates, prints; returns what --json prints."""
     prepare_process()
-    if config.compare and config.adapter is None and not find_checkpoint(config.model or "demo"):
+    if config.compare and config.adapter is None and not _is_tuned(config.model or "demo"):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     model, source = _load(config)
     tokenizer = load_tokenizer(source)
@@ -88,12 +89,20 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     return written | dataclasses.asdict(_write(config, model, tokenizer, use_memory=use_memory))
 
 
+def _is_tuned(source: str) -> bool:
+    return find_checkpoint(source) is not None or is_adapter(Path(source).expanduser())
+
+
 def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
     """The model, and where its tokenizer comes from."""
     dtype = jnp.dtype(config.dtype)
     if config.adapter is None:
         source = config.model or "demo"
         return load_pretrained(source, dtype=dtype), source
+    if is_adapter(config.adapter) and not is_checkpoint(config.adapter):
+        source = config.model or str(config.adapter)
+        over = None if config.model is None else config.adapter
+        return load_pretrained(source, dtype=dtype, adapter=over), source
     described = read_description(config.adapter)
     source = config.model or described.source
     model = load_pretrained(source, described.liza, described.lora, dtype)

@@ -1,6 +1,7 @@
 """What a model is: frozen, validated descriptions without any input or output."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -450,6 +451,8 @@ class LoraConfig:
     rank: int = 8
     alpha: float = 16.0
     """The update is scaled by alpha / rank."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv:2312.03732), so that high ranks learn as well."""
     dropout: float = 0.05
     """Dropout on the adapter's input while training."""
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -474,7 +477,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """Factor on the low-rank product."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def matches(self, path: str) -> bool:
         """Whether the projection at this dotted path, e.g. "self_attn.q_proj", is adapted."""

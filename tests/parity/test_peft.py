@@ -1,0 +1,138 @@
+"""Adapters that `peft` wrote and reads, on tiny models of transformers."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from convert import export_pretrained, load_pretrained
+from tests.parity.test_transformers import (
+    CONFIGS,
+    TOKENS,
+    build,
+    relative_error,
+    reload,
+    torch_logits,
+)
+from tptt_jax import LizaConfig, LoraConfig
+
+torch = pytest.importorskip("torch", reason="compares with models in torch")
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.parity,
+    # Asked by peft of transformers, every time.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+SETTINGS = {
+    "list": {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 6},
+    "rslora": {"target_modules": EVERY, "use_rslora": True, "lora_alpha": 3},
+    "mlp": {"target_modules": ["mlp.up_proj", "down_proj"], "lora_alpha": 2.5},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+    "regex": {"target_modules": r".*\.(self_attn\.[qk]_proj|mlp\.gate_proj)"},
+    "regex, some layers": {
+        "target_modules": r"model\.layers\.(0\.self_attn\.[qv]_proj|[12]\.mlp\.down_proj)"
+    },
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "llama, biases", "gemma"])
+def base(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "model"
+    build(CONFIGS[request.param]).save_pretrained(path)
+    return path
+
+
+def adapted(path, **settings):
+    """PEFT's model on a base model, with random A and B."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, **settings)
+    model = peft.get_peft_model(reload(path), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def ours(*arguments, **named):
+    return np.asarray(load_pretrained(*arguments, **named)(jnp.asarray(TOKENS)).logits)
+
+
+def read(path):
+    return load_file(path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_import_and_export(tmp_path, base, settings):
+    theirs = adapted(base, **settings)
+    theirs.save_pretrained(tmp_path / "a")
+    wanted = torch_logits(theirs, TOKENS)
+    model = load_pretrained(tmp_path / "a")
+    got = np.asarray(model(jnp.asarray(TOKENS)).logits)
+    assert relative_error(got, wanted) <= 1e-5
+    assert relative_error(ours(base), wanted) > 0.01
+
+    export_pretrained(model, tmp_path / "b", "peft", tmp_path / "a")
+    # Missing and unexpected keys are warnings, which are errors here.
+    again = peft.PeftModel.from_pretrained(reload(base), tmp_path / "b").eval()
+    np.testing.assert_array_equal(torch_logits(again, TOKENS), wanted)
+    names = [
+        {name for name, _ in model.named_parameters() if "lora_" in name}
+        for model in (theirs, again)
+    ]
+    assert names[0] == names[1]
+    first, second = read(tmp_path / "a"), read(tmp_path / "b")
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(second[name], value, err_msg=name)
+    config = peft.PeftConfig.from_pretrained(tmp_path / "b")
+    assert config.base_model_name_or_path == str(base)
+    assert config.inference_mode
+
+
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_our_own_adapters(tmp_path, base, rslora):
+    lora = LoraConfig(rank=4, alpha=3.0, targets=("mlp.up_proj", "o_proj"), use_rslora=rslora)
+    model = load_pretrained(base, LizaConfig(), lora)
+    rng = np.random.default_rng(0)
+    for stack in model.stacks:
+        for projection in (stack.mlp.up_proj, stack.self_attn.o_proj):
+            shape = projection.lora.b[...].shape
+            projection.lora.b[...] = jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
+    wanted = np.asarray(model(jnp.asarray(TOKENS), use_memory=False).logits)
+    export_pretrained(model, tmp_path / "b", "peft", base)
+    assert json.loads((tmp_path / "b/adapter_config.json").read_text())["target_modules"] == [
+        *("o_proj", "up_proj")
+    ]
+    theirs = peft.PeftModel.from_pretrained(reload(base), tmp_path / "b").eval()
+    assert relative_error(torch_logits(theirs, TOKENS), wanted) <= 1e-5
+    assert relative_error(ours(tmp_path / "b"), wanted) <= 1e-6
+    assert relative_error(ours(base), wanted) > 0.01
+
+
+def test_an_adapter_on_a_given_base_model(tmp_path, base):
+    theirs = adapted(base, target_modules=ATTENTION)
+    theirs.peft_config["default"].base_model_name_or_path = "/nowhere/model"
+    theirs.save_pretrained(tmp_path / "a")
+    got = ours(base, adapter=tmp_path / "a")
+    assert relative_error(got, torch_logits(theirs, TOKENS)) <= 1e-5
+
+
+def test_half_precision_adapters(tmp_path, base):
+    adapted(base, target_modules=ATTENTION).to(torch.bfloat16).save_pretrained(tmp_path / "a")
+    theirs = peft.PeftModel.from_pretrained(reload(base), tmp_path / "a").eval()
+    assert relative_error(ours(tmp_path / "a"), torch_logits(theirs, TOKENS)) <= 1e-5
+
+
+def test_several_adapters_and_merging(tmp_path, base):
+    """Merging in PEFT gives the model that we import as an adapter."""
+    theirs = adapted(base, target_modules=EVERY)
+    theirs.save_pretrained(tmp_path / "a")
+    theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert relative_error(ours(tmp_path / "a"), ours(tmp_path / "merged")) <= 1e-5
