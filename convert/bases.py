@@ -38,11 +38,15 @@ def base_source(directory: Path) -> str:
         return name
     path = Path(name)
     exists = _exists(path)
-    if not (exists if path.is_absolute() else HUB_ID.fullmatch(name) and not exists):
-        problem = "does not exist here" if path.is_absolute() else "is a path relative to a folder"
+    if not exists if path.is_absolute() else exists or not _is_hub_id(name):
+        problem = (
+            "does not exist here"
+            if path.is_absolute()
+            else "is a path relative to a folder that it does not name"
+        )
         raise ConversionError(
-            f"{directory} names {name!r:.200} as its base model, which {problem}"
-            f"{'' if path.is_absolute() else ' that it does not name'}; {_remedy(directory)}."
+            f"{directory} names {name!r:.200} as its base model, which {problem}; "
+            f"{_remedy(directory)}."
         )
     if exists and (is_adapter(path) or find_checkpoint(path)):
         raise ConversionError(
@@ -57,6 +61,11 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
+
+
+def _is_hub_id(name: str) -> bool:
+    # Longer ones the hub does not give.
+    return len(name) <= 96 and HUB_ID.fullmatch(name) is not None
 
 
 def _remedy(directory: Path) -> str:

@@ -99,10 +99,15 @@ def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
     if config.adapter is None:
         source = config.model or "demo"
         return load_pretrained(source, dtype=dtype), source
-    if is_adapter(config.adapter) and not is_checkpoint(config.adapter):
+    if is_adapter(config.adapter):
         source = config.model or str(config.adapter)
         over = None if config.model is None else config.adapter
         return load_pretrained(source, dtype=dtype, adapter=over), source
+    if not is_checkpoint(config.adapter):
+        raise ValueError(
+            f"--adapter {config.adapter} is neither the --output directory of a finetune run "
+            "(checkpoint.json) nor a PEFT directory (adapter_config.json)."
+        )
     described = read_description(config.adapter)
     source = config.model or described.source
     model = load_pretrained(source, described.liza, described.lora, dtype)

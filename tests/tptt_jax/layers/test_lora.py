@@ -43,9 +43,13 @@ def _exact(*arrays):
     return tuple(np.asarray(x, np.float64) for x in arrays)
 
 
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 16.0), (8, 4.0), (1, 1.0)], ids=str)
-def test_update_is_alpha_over_rank_times_the_product(rank, alpha):
-    projection = _projection(LoraConfig(rank=rank, alpha=alpha))
+@pytest.mark.parametrize(
+    ("rank", "alpha", "rslora", "scale"),
+    [(3, 16.0, False, 16 / 3), (8, 4.0, False, 0.5), (1, 1.0, False, 1.0), (4, 6.0, True, 3.0)],
+    ids=str,
+)
+def test_update_is_the_scaled_product(rank, alpha, rslora, scale):
+    projection = _projection(LoraConfig(rank=rank, alpha=alpha, use_rslora=rslora))
     x = _inputs()
     inputs, kernel, bias, a, b = _exact(
         x,
@@ -55,9 +59,9 @@ def test_update_is_alpha_over_rank_times_the_product(rank, alpha):
         projection.lora.b[...],
     )
     assert a.shape == (IN, rank)
-    want = inputs @ kernel + bias + alpha / rank * (inputs @ a @ b)
+    want = inputs @ kernel + bias + scale * (inputs @ a @ b)
     assert_allclose(projection(x), want, atol=1e-5)
-    without = inputs @ kernel + alpha / rank * (inputs @ a @ b)
+    without = inputs @ kernel + scale * (inputs @ a @ b)
     assert_allclose(projection(x, use_bias=False), without, atol=1e-5)
 
 
