@@ -129,7 +129,7 @@ def _read_modules(fields: Fields, key: str) -> Modules:
         raise ConversionError(
             f"{key} in {fields.origin} is not a valid regular expression: {error}."
         ) from None
-    # An empty expression is no name; as a list it means what it says.
+    # PEFT too takes an empty expression for none.
     return value or ()
 
 

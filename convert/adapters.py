@@ -130,8 +130,8 @@ class FittedAdapter:
     def load_into(self, model: CausalLM) -> None:
         """Puts the adapter's values into a model that was built with `lora`, in place.
 
-        Where only some layers of a stack are adapted, the others get a = b = 0. That adds
-        nothing, and stays so in training, as both gradients are zero.
+        Where only some layers are adapted, the others get a = b = 0. That adds nothing, and
+        stays so in training, as both gradients are zero.
 
         Args:
           model: the model.
@@ -140,9 +140,11 @@ class FittedAdapter:
           ConversionError: if the adapter holds NaN or infinite values.
         """
         variables = variables_of(model)
-        paths = {place.path for place in self.places}
-        names = [f"{path}.lora.{part}" for path in paths for part in "ab"]
-        arrays = {name: variables[name][1].get_value() for name in names}
+        arrays = {
+            name: variable.get_value()
+            for name, (_, variable) in variables.items()
+            if name.endswith((".lora.a", ".lora.b"))
+        }
         values = {name: np.zeros(array.shape, array.dtype) for name, array in arrays.items()}
         invalid = []
         for place in self.places:

@@ -96,10 +96,17 @@ def resolve_base(source: Source) -> str:
 
     Returns:
       What `load_pretrained` takes; paths are absolute, so that they mean the same anywhere.
+
+    Raises:
+      ConversionError: if there is no such model.
     """
     while described := find_checkpoint(source):
         source = described.source
-    name, path = os.fspath(source), Path(source).expanduser()
-    if name in DEMO_SOURCES or not path.exists():
+    name = os.fspath(source)
+    if name in DEMO_SOURCES:
         return name
-    return base_source(path) if is_adapter(path) else str(path.resolve())
+    path = locate(source, weights=False)
+    if is_adapter(path):
+        return base_source(path)
+    given = Path(source).expanduser()
+    return str(given.resolve()) if given.exists() else name

@@ -407,7 +407,10 @@ def test_resolve_base(tmp_path, adapter, llama, monkeypatch):
     assert resolve_base(tmp_path / "run") == resolve_base(adapter) == str(llama)
     monkeypatch.chdir(llama.parent)
     assert resolve_base("llama") == str(llama)
-    assert [resolve_base(name) for name in ("demo", "a/b")] == ["demo", "a/b"]
+    assert resolve_base("demo") == "demo"
+    hub = {"a/model": llama, "a/adapter": adapter}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(hub[name]))
+    assert [resolve_base(name) for name in hub] == ["a/model", str(llama)]
 
 
 MODULES = [
@@ -438,6 +441,28 @@ def test_names_or_one_expression(adapted, wanted):
     assert [module for module in MODULES if matches(found, module)] == sorted(
         adapted, key=MODULES.index
     )
+
+
+def test_layers_of_different_widths(tmp_path, shared_dir):
+    """OpenELM's layers lie in several stacks; layer 0 has no adapter, whatever stack it is in."""
+    base = shared_dir / "golden" / "openelm_tied"
+    lora = LoraConfig(rank=2, targets=("qkv_proj", "o_proj", "down_proj"))
+    model = load_pretrained(base, lora=lora)
+    stacks = {name.split(".")[1] for name in lora_values(model)}
+    assert len(stacks) > 1
+    export_pretrained(model, tmp_path / "a", "peft", base)
+    found = read_settings(tmp_path / "a")
+    assert found["target_modules"] == ["qkv_proj", "out_proj", "proj_2"]
+    name = "base_model.model.transformer.layers.0."
+    tensors = {k: v for k, v in read_tensors(tmp_path / "a").items() if not k.startswith(name)}
+    layers = {k.split(".")[4] for k in tensors}
+    targets = rf"transformer\.layers\.({'|'.join(layers)})\..*(qkv_proj|out_proj|proj_2)"
+    changes = {"target_modules": targets, "r": 2}
+    again = load_pretrained(base, adapter=write_adapter_files(tmp_path / "b", tensors, **changes))
+    export_pretrained(again, tmp_path / "c", "peft", base)
+    assert read_tensors(tmp_path / "c").keys() == tensors.keys()
+    for name, value in read_tensors(tmp_path / "c").items():
+        np.testing.assert_array_equal(value, tensors[name])
 
 
 @pytest.mark.parametrize("transform", [IDENTITY, TRANSPOSE], ids=["conv1d", "linear"])

@@ -10,14 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import export_pretrained, load_pretrained
-from tests.parity.test_transformers import (
-    CONFIGS,
-    TOKENS,
-    build,
-    relative_error,
-    reload,
-    torch_logits,
-)
+from tests.parity import test_families, test_transformers
+from tests.parity.test_transformers import TOKENS
+from tests.parity.torch_models import build, relative_error, reload, torch_logits
 from tptt_jax import LizaConfig, LoraConfig
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
@@ -29,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 
+CONFIGS = test_transformers.CONFIGS | test_families.CONFIGS
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EVERY = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 SETTINGS = {
@@ -48,6 +44,13 @@ CASES = [
     *(pytest.param("llama, biases", settings, id=name) for name, settings in SETTINGS.items()),
     pytest.param("gemma", SETTINGS["rslora"], id="gemma, rslora"),
     pytest.param("gemma", SETTINGS["regex, some layers"], id="gemma, regex, some layers"),
+    # With "all-linear", peft would adapt the experts of OLMoE too, which we refuse.
+    pytest.param(
+        "olmoe", {"target_modules": r"model\.layers\.[02]\.self_attn\.[qo]_proj"}, id="olmoe"
+    ),
+    pytest.param(
+        "gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}, id="gpt2"
+    ),
 ]
 
 
@@ -59,7 +62,7 @@ class Base(NamedTuple):
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Base]:
     found = {}
-    for name in ("llama, biases", "gemma"):
+    for name in ("llama, biases", "gemma", "olmoe", "gpt2"):
         path = tmp_path_factory.mktemp("base") / "model"
         build(CONFIGS[name]).save_pretrained(path)
         found[name] = Base(path, ours(path))
