@@ -3,25 +3,21 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from convert import export_pretrained, load_pretrained
-from convert.families import FAMILIES, family_of
-from convert.loading import plan_for, variables_of
+from convert.families import FAMILIES
 from tests.contracts import quick_jit
 from tests.convert.tiny_families import CONFIGS
 from tptt_jax import LizaConfig, LoraConfig
-from tptt_jax.training.loss import causal_lm_loss
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
 transformers = pytest.importorskip("transformers")
 
+from tests.parity.family_checks import TOKENS, gradient_errors, plain_logits  # noqa: E402
 from tests.parity.torch_models import (  # noqa: E402
-    as_stored,
     build,
     relative_error,
     reload,
@@ -31,7 +27,6 @@ from tests.parity.torch_models import (  # noqa: E402
 pytestmark = pytest.mark.parity
 
 ALL = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-TOKENS = np.random.default_rng(0).integers(3, 101, (2, 77))
 
 
 def test_every_family_is_here():
@@ -45,8 +40,7 @@ def test_logits_and_export(tmp_path, config):
     model.save_pretrained(tmp_path / "a")
     wanted = torch_logits(model, TOKENS)
     ours = load_pretrained(tmp_path / "a", LizaConfig(), LoraConfig(rank=2))
-    plain = quick_jit(lambda tokens: ours(tokens, use_memory=False).logits)
-    assert relative_error(plain(jnp.asarray(TOKENS)), wanted) <= 1e-5
+    assert relative_error(plain_logits(ours), wanted) <= 1e-5
     export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
     exported = reload(tmp_path / "b")
     np.testing.assert_array_equal(torch_logits(exported, TOKENS), wanted)
@@ -61,41 +55,8 @@ def test_logits_and_export(tmp_path, config):
 def test_gradients(tmp_path, config):
     model = build(config)
     model.save_pretrained(tmp_path)
-    logits = model(torch.as_tensor(TOKENS)).logits[:, :-1].flatten(0, 1)
-    torch.nn.functional.cross_entropy(logits, torch.as_tensor(TOKENS[:, 1:]).flatten()).backward()
-    wanted = as_stored({name: p.grad for name, p in model.named_parameters()})
-    ours = load_pretrained(tmp_path)
-    gradients = loss_gradients(ours)
-    rules = family_of(config.model_type).rules(ours.config)
-    plan = plan_for(rules, ours.config, variables_of(ours))
-    assert {name for move in plan for name in move.sources} == wanted.keys()
-    for move in plan:
-        stored = [wanted[name].numpy() for name in move.sources]
-        arrays = move.transform.forward(stored, [slot.shape for slot in move.slots])
-        for slot, array in zip(move.slots, arrays, strict=True):
-            got = gradients[slot.path][slot.index]
-            # A key bias moves all logits of a query alike: its gradient is zero but for rounding.
-            scale = max(np.abs(array).max(), 1e-3 * np.abs(gradients[slot.path]).max(), 1e-6)
-            assert np.abs(got - array).max() <= 1e-4 * scale, move.sources
-
-
-def loss_gradients(model):
-    """Gradient of the mean loss with respect to every parameter, by dotted path."""
-    graphdef, state = nnx.split(model)
-    tokens = jnp.asarray(TOKENS)
-
-    @quick_jit
-    def gradient(state):
-        def loss(state):
-            ones = jnp.ones_like(tokens)
-            merged = nnx.merge(graphdef, state)
-            total, count = causal_lm_loss(merged, tokens, ones, ones == 1, train_head=True)
-            return total / count
-
-        return jax.grad(loss)(state)
-
-    flat = nnx.to_flat_state(gradient(state))
-    return {".".join(map(str, path)): np.asarray(x.get_value()) for path, x in flat}
+    errors = gradient_errors(model, load_pretrained(tmp_path))
+    assert max(errors.values()) <= 1e-4, {k: v for k, v in errors.items() if v > 1e-4}
 
 
 PUBLISHED_KEYS = {
