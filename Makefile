@@ -1,4 +1,4 @@
-# make finetune | test | lint | bench: each sets up .venv by itself, with pip only.
+# make finetune | test | lint | bench | families: each sets up .venv by itself, with pip only.
 # ARGS="..." is handed to the program: make finetune ARGS="--steps 20".
 PYTHON ?= python3
 ARGS ?=
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: finetune test lint bench FORCE
+.PHONY: finetune test lint bench families FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
+
+# docs/families.md: every family against transformers.
+families: $(VENV)/.test
+	$(BIN)/python -m tests.parity.families_table
 
 BENCH ?= op
 bench: $(VENV)/.demo

@@ -14,7 +14,7 @@ from convert.families import family_of
 from convert.loading import plan_for, variables_of
 from tests.contracts import quick_jit
 from tests.parity.torch_models import as_stored, relative_error, reload, torch_logits
-from tptt_jax import CausalLM
+from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.training.loss import causal_lm_loss
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
@@ -93,3 +93,14 @@ def adapter_error(source: Path, directory: Path, targets: list[str]) -> float:
         relative_error(plain_logits(ours), wanted),
         relative_error(torch_logits(again, TOKENS), wanted),
     )
+
+
+def titan_error(source: Path, target: Path) -> float:
+    """Of the exported Titan in torch, its memory on."""
+    transformers = pytest.importorskip("transformers")
+    liza = LizaConfig(softmax_window=16, mag_init=0.3)
+    ours = load_pretrained(source, liza)
+    export_pretrained(ours, target, "titan", source)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
+    wanted = quick_jit(lambda tokens: ours(tokens).logits)(jnp.asarray(TOKENS))
+    return relative_error(torch_logits(theirs.eval(), TOKENS), np.asarray(wanted))
