@@ -55,6 +55,15 @@ class Pretrained:
     config_json: dict[str, Any] | None
     """The original config.json, if there is one."""
 
+    def __post_init__(self) -> None:
+        """Refuses a depth that the weights cannot have, before work is done for every layer."""
+        layers, count = self.config.num_layers, len(self.tensors.tensors)
+        if layers > count:
+            raise ConversionError(
+                f"The tensors of {self.path} do not fit its configuration: {count} tensors cannot "
+                f"be {layers} layers; check that both belong together."
+            )
+
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor that no rule reads may be passed over."""
         return is_match(self.ignored, name)

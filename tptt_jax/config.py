@@ -31,8 +31,9 @@ LinearScale = Literal["unit", "match", "projected"]
 
 MAX_LAYERS = 10_000
 """More than this is a mistake or an attack: lists of this length are made to describe layers."""
-# No weight is wider; arrays of this size are made before anything can disagree with it.
+# No weight is wider, no model has more; work is done for each before anything can disagree.
 _MAX_RANK = 1 << 16
+_MAX_EXPERTS = 1 << 12
 
 # What each of the paper's operators sets, unless the caller says otherwise.
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -227,6 +228,8 @@ class ModelConfig:
                 raise ValueError(f"{name} must be positive or None, got {value}.")
         if not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps must lie in [0, 1), got {self.norm_eps}.")
+        _check_at_least(self, 0, "num_experts", "experts_per_token")
+        _check_at_most(self, _MAX_EXPERTS, "num_experts")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token must lie between 1 and num_experts ({self.num_experts}), got "

@@ -98,7 +98,8 @@ def mutate(data: st.DataObject, content: Any, depth: int = 0) -> Any:
 def folder(tmp_path_factory):
     """A directory without weights of use, so that whatever is accepted must be refused later."""
     path = tmp_path_factory.mktemp("model")
-    save_file({"x": np.zeros(2, np.float32)}, path / "model.safetensors")
+    useless = {f"x{number}": np.zeros(2, np.float32) for number in range(100)}
+    save_file(useless, path / "model.safetensors")
     return path
 
 
