@@ -1,26 +1,26 @@
-"""`python -m convert`: import, export and inspect pretrained models."""
+"""`python -m convert`: import, export, inspect and verify pretrained models."""
 
 import sys
-from collections import Counter
-from math import prod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import tyro
 
-from convert.adapter_config import is_adapter
-from convert.adapters import describe_adapter, open_adapter
 from convert.command_line import run_command
 from convert.files import check_replaceable
+from convert.inspection import describe
 from convert.pretrained import export_pretrained, load_pretrained
-from convert.sources import find_checkpoint, locate, open_pretrained
+from convert.progress import progress_bars
+from convert.verify import verify_pretrained
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def import_model(
     source: tyro.conf.Positional[str],
     output: Path,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a model, e.g. a GGUF file, as a Hugging Face directory.
@@ -28,20 +28,21 @@ def import_model(
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file, or demo.
       output: the directory to write.
-      dtype: of the weights that are written.
+      dtype: of the weights that are written; auto: what the source is stored in (float32 for
+        float64 and quantised weights).
       overwrite: replace an earlier model in that directory.
     """
     check_replaceable(output, overwrite=overwrite)
-    model = load_pretrained(source, dtype=np.dtype(dtype))
+    model = load_pretrained(source, dtype=dtype)
     export_pretrained(model, output, "merged", source, overwrite=overwrite)
-    return {"output": str(output), "format": "merged", "dtype": dtype}
+    return {"output": str(output), "format": "merged", "dtype": model.dtype.name}
 
 
 def export_model(
     checkpoint: tyro.conf.Positional[str],
     output: Path,
     format: Literal["merged", "peft"] = "merged",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Writes a checkpoint of our own training for others to load.
@@ -51,58 +52,75 @@ def export_model(
       output: the directory to write.
       format: merged: a plain Hugging Face model, adapters in the weights, no memory. peft: the
         LoRA adapters alone, for peft.
-      dtype: of the weights that are written; those of peft are float32 as they were trained.
+      dtype: of the weights that are written; auto: what the source is stored in (float32 for
+        float64 and quantised weights). Those of peft are float32 as they were trained.
       overwrite: replace an earlier model in that directory.
     """
     check_replaceable(output, overwrite=overwrite)
-    model = load_pretrained(checkpoint, dtype=np.dtype(dtype))
+    model = load_pretrained(checkpoint, dtype=dtype)
     export_pretrained(model, output, format, checkpoint, overwrite=overwrite)
     return {
         "output": str(output),
         "format": format,
-        "dtype": "float32" if format == "peft" else dtype,
+        "dtype": "float32" if format == "peft" else model.dtype.name,
     }
 
 
-def inspect_model(source: tyro.conf.Positional[str]) -> dict[str, Any]:
-    """Says what a model is, from its configuration and headers; reads no weights.
+def inspect_model(
+    source: tyro.conf.Positional[str],
+    context: tuple[int, ...] = (1024, 65_536, 1_048_576),
+    window: int = 512,
+) -> dict[str, Any]:
+    """Says what a model is and what a Titan of it would hold in memory; reads no weights.
 
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT directory, or a
         checkpoint.
+      context: lengths in tokens at which the state of one row is counted.
+      window: tokens that softmax attention sees in the windowed Titan.
     """
-    if described := find_checkpoint(source):
-        adapters = {"liza": described.liza is not None, "lora": described.lora is not None}
-        return {"checkpoint": source, **adapters, **inspect_model(described.source)}
-    path = locate(source)
-    if is_adapter(path):
-        return describe_adapter(open_adapter(path))
-    opened = open_pretrained(path)
-    infos = opened.tensors.tensors.values()
-    config = opened.config
+    return describe(source, context, window)
+
+
+def verify_model(
+    source: tyro.conf.Positional[str],
+    tokens: int = 40,
+    dtype: Dtype = "float32",
+    tolerance: float | None = None,
+) -> dict[str, Any]:
+    """Checks a model: against transformers if torch is installed, and against itself.
+
+    The whole text must give the logits that segments, single tokens, padded and packed rows
+    give, without a memory and with one. The exit status is 1 if a check fails.
+
+    Args:
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT directory, or a
+        checkpoint.
+      tokens: length of the text.
+      dtype: of weights and computation; auto: what the source is stored in.
+      tolerance: of every check, relative to the largest logit; None: 1e-4 for float32, 1e-2
+        for float16, 5e-2 for bfloat16.
+    """
+    checks, text = verify_pretrained(source, num_tokens=tokens, dtype=dtype, tolerance=tolerance)
     return {
-        "source": str(opened.path),
-        "family": opened.family.model_type,
-        "parameters": sum(prod(info.shape) for info in infos),
-        "tensors": len(infos),
-        "bytes": sum(info.nbytes for info in infos),
-        "dtypes": dict(Counter(info.dtype for info in infos)),
-        "num_layers": config.num_layers,
-        "embed_dim": config.embed_dim,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "mlp_dim": config.mlp_dim,
-        "vocab_size": config.vocab_size,
-        "max_positions": config.max_positions,
-        "tie_embeddings": config.tie_embeddings,
+        "source": source,
+        "text": text,
+        "tokens": tokens,
+        "checks": [asdict(check) | {"result": check.result} for check in checks],
+        "passed": all(check.result != "FAIL" for check in checks),
     }
 
 
 def main() -> int:
     """Runs the command line and returns its exit status."""
-    commands = {"import": import_model, "export": export_model, "inspect": inspect_model}
-    return run_command(commands, prog="python -m convert")
+    commands = {
+        "import": import_model,
+        "export": export_model,
+        "inspect": inspect_model,
+        "verify": verify_model,
+    }
+    with progress_bars(enabled="--json" not in sys.argv):
+        return run_command(commands, prog="python -m convert")
 
 
 if __name__ == "__main__":

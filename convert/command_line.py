@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import tyro
 
+from convert.readable import print_readable
+
 Command = Callable[..., dict[str, Any] | None]
 
 _EPILOG = "Also takes --json (one JSON object as the last line of stdout) and --debug (tracebacks)."
 _INTERRUPTED = 130
 _BAD_INPUT = 2
+_FAILED = 1
 
 
 def run_command(
@@ -31,7 +34,8 @@ def run_command(
 ) -> int:
     """Runs a command the way all commands of the project run.
 
-    Bad input (ValueError, OSError, or arguments that do not parse) becomes one line
+    A result whose "passed" is False makes the exit status 1: the command worked, and found what
+    it looked for. Bad input (ValueError, OSError, or arguments that do not parse) becomes one line
     ``error: ...`` on stderr and exit status 2. Any other exception is a bug of ours and
     passes through.
 
@@ -53,7 +57,8 @@ def run_command(
         if "--json" in flags:
             print(json.dumps(_plain(result), allow_nan=False), flush=True)
         elif readable:
-            _print_readable(result)
+            print_readable(result)
+        return _FAILED if result.get("passed") is False else 0
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
@@ -65,7 +70,6 @@ def run_command(
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         return _BAD_INPUT
-    return 0
 
 
 def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
@@ -120,8 +124,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _print_readable(result: Mapping[str, Any]) -> None:
-    for key, value in result.items():
-        print(f"{key}: {value}")

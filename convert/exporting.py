@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from convert.files import read_json, write_json
 from convert.hf_directory import write_weights
 from convert.loading import Variables, plan_for, variables_of
 from convert.plan import Conversion, Slot
+from convert.progress import track
 from convert.safetensors_io import TensorSpec
 from convert.sources import Pretrained
 from convert.tokenizer import export_tokenizer
@@ -97,7 +99,8 @@ def _merged_tensors(
     model: CausalLM, plan: Sequence[Conversion], variables: Variables, dtype: np.dtype
 ) -> Iterator[np.ndarray]:
     scale = 0.0 if model.lora is None else model.lora.scale
-    for move in plan:
+    sizes = [sum(prod(slot.shape) for slot in move.slots) for move in plan]
+    for move in track(plan, "Writing weights", sizes):
         ours = [np.asarray(_merged(slot, variables, scale).astype(dtype)) for slot in move.slots]
         yield from move.transform.backward(ours)
 

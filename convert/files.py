@@ -153,7 +153,10 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys(path))
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except ConversionError:
+        raise
+    # ValueError: UTF-8, syntax, and integers of more than 4,300 digits.
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise ConversionError(

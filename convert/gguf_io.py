@@ -17,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.errors import ConversionError
-from convert.tensors import TensorInfo
+from convert.tensors import TensorInfo, empty_aligned, read_bytes
 
 _SCALARS: Mapping[GGUFValueType, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("u1"),
@@ -34,7 +34,7 @@ _SCALARS: Mapping[GGUFValueType, np.dtype] = {
 }
 _MAX_DIMENSIONS = 4
 # Bounds the scratch memory of dequantisation, which needs several times its result.
-_ELEMENTS_AT_ONCE = 1 << 22
+_ELEMENTS_AT_ONCE = 1 << 20
 
 
 class _Cursor:
@@ -130,12 +130,10 @@ class GgufFile:
           ConversionError: if the `gguf` package cannot dequantise its type.
         """
         info, kind, offset = self._stored[name]
-        raw = np.fromfile(self.path, np.uint8, count=info.nbytes, offset=offset)
-        if raw.size != info.nbytes:
-            raise ConversionError(f"{self.path} ends inside {name}; fetch the file again.")
+        raw = read_bytes(self.path, offset, info.nbytes, name)
         width = info.shape[-1] if info.shape else 1
         blocks = raw.reshape(prod(info.shape) // width, -1)
-        result = np.empty((len(blocks), width), np.float32)
+        result = empty_aligned((len(blocks), width), np.dtype(np.float32))
         step = max(1, _ELEMENTS_AT_ONCE // width)
         try:
             for begin in range(0, len(blocks), step):

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import ConversionError, listing
 from convert.plan import Conversion, build_plan, check_tensors, match_names
+from convert.progress import track
 from convert.rules import Rule
 from convert.sources import Pretrained
+from convert.tensors import empty_aligned
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import layer_location
@@ -22,6 +25,9 @@ from tptt_jax.sharding import sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
 """Path in the model and variable, by dot-joined path."""
+
+_ELEMENTS_AT_ONCE = 1 << 20
+_ROWS_AT_ONCE = 64
 
 
 def variables_of(model: nnx.Module) -> Variables:
@@ -112,31 +118,56 @@ def _read_parameters(
 ) -> dict[str, Array]:
     values: dict[str, Array] = {}
     invalid: list[str] = []
-    for move in plan:
+    sizes = [sum(pretrained.tensors.tensors[name].nbytes for name in move.sources) for move in plan]
+    for move in track(plan, "Reading weights", sizes):
         stored = [pretrained.tensors.read(name) for name in move.sources]
-        arrays = move.transform.forward(stored, [slot.shape for slot in move.slots])
+        arrays = list(move.transform.forward(stored, [slot.shape for slot in move.slots]))
         del stored
-        for slot, array in zip(move.slots, arrays, strict=True):
+        for slot in move.slots:
             template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
-            # A value too large for float16 becomes Inf, which is reported below.
-            with np.errstate(over="ignore"):
-                array = np.ascontiguousarray(array, dtype=template.dtype)
-            if not np.isfinite(array).all():
+            # What was read has to go before the device gets its copy: hence pop, and the wait.
+            array, is_finite = _cast(arrays.pop(0), template.dtype)
+            if not is_finite:
                 invalid.extend(move.sources)
             elif not slot.index:
-                values[slot.path] = jax.device_put(array, sharding)
+                values[slot.path] = jax.device_put(array, sharding).block_until_ready()
             else:
                 if slot.path not in values:
                     values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
                 part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
-                update = _part_update(sharding)
-                values[slot.path] = update(values[slot.path], part, np.array(slot.index, np.int32))
+                update, index = _part_update(sharding), np.array(slot.index, np.int32)
+                values[slot.path] = update(values[slot.path], part, index).block_until_ready()
     if invalid:
         raise ConversionError(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
-            f"asked for) in {listing(invalid)}."
+            f"asked for) in {listing(set(invalid))}."
         )
     return values
+
+
+def _cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+    """The array in the model's dtype and memory order, and whether all of it is finite.
+
+    Numpy would make temporary arrays of the whole size; a part at a time needs none.
+    """
+    result = array
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        result = empty_aligned(array.shape, dtype)
+        # A transposed array is copied twice as fast when its own rows stay in the cache.
+        into, source = (result.T, array.T) if array.flags.f_contiguous else (result, array)
+        step = _ROWS_AT_ONCE if array.flags.f_contiguous else _rows_at_once(source)
+        for begin in range(0, len(source), step):
+            # A value too large for float16 becomes Inf, which is reported.
+            with np.errstate(over="ignore"):
+                part = slice(begin, begin + step)
+                np.copyto(into[part], source[part], casting="unsafe")
+    step = _rows_at_once(result)
+    parts = (result[begin : begin + step] for begin in range(0, len(result), step))
+    return result, all(bool(np.isfinite(part).all()) for part in parts)
+
+
+def _rows_at_once(array: np.ndarray) -> int:
+    return max(1, _ELEMENTS_AT_ONCE // max(1, prod(array.shape[1:])))
 
 
 def _part_sharding(sharding: NamedSharding | None, depth: int) -> NamedSharding | None:

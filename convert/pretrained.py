@@ -29,7 +29,7 @@ def load_pretrained(
     source: Source,
     liza: LizaConfig | None = None,
     lora: LoraConfig | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | Literal["auto"] = jnp.float32,
     *,
     adapter: Source | None = None,
     mesh: Mesh | None = None,
@@ -45,7 +45,8 @@ def load_pretrained(
         PEFT directory, which names its base model.
       liza: the memory; None: the plain base model.
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
-      dtype: of the base weights: float32, bfloat16 or float16. Adapters are float32.
+      dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
+        stores them in (float32 for float64 and quantised weights). Adapters are float32.
       adapter: a PEFT directory to put on `source`, whatever base model it names. Where it
         adapts only some of the layers that are stacked together, the others get a = b = 0: they
         compute what they would without, and training leaves them so.
@@ -61,8 +62,8 @@ def load_pretrained(
         configuration, or holds NaN or infinite values; if the adapter does not fit the source or
         has settings that we do not have, or its base model cannot be found.
     """
-    if np.dtype(dtype).name not in _DTYPES:
-        raise ConversionError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+    if dtype != "auto" and not _is_supported(dtype):
+        raise ConversionError(f"dtype must be auto, {' or '.join(_DTYPES)}, got {dtype!r}.")
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(
@@ -86,15 +87,22 @@ def load_pretrained(
         None if adapter is None else fit_adapter(open_adapter(locate(adapter)), pretrained.config)
     )
     chosen = lora if fitted is None else fitted.agreed(lora)
+    weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
 
     def build() -> CausalLM:
-        rngs = nnx.Rngs(seed)
-        return CausalLM(pretrained.config, liza, chosen, dtype=jnp.dtype(dtype), rngs=rngs)
+        return CausalLM(pretrained.config, liza, chosen, dtype=weights, rngs=nnx.Rngs(seed))
 
     model = load_model(pretrained, build, mesh)
     if fitted is not None:
         fitted.load_into(model)
     return model
+
+
+def _is_supported(dtype: DTypeLike) -> bool:
+    try:
+        return np.dtype(dtype).name in _DTYPES
+    except TypeError:
+        return False
 
 
 def export_pretrained(

@@ -17,9 +17,11 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.files import atomic_file, unique_keys
-from convert.tensors import TensorInfo
+from convert.tensors import TensorInfo, read_bytes
 
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_AXES = 16
+_ELEMENTS_AT_ONCE = 1 << 20
 
 FLOAT_TYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -98,9 +100,7 @@ class SafetensorsFile:
                 f"{name} in {self.path} has type {info.dtype}; weights must be one of "
                 f"{', '.join(FLOAT_TYPES)}, so use the checkpoint that was not quantised."
             )
-        raw = np.fromfile(self.path, np.uint8, count=info.nbytes, offset=self._offsets[name])
-        if raw.size != info.nbytes:
-            raise ConversionError(f"{self.path} ends inside {name}; fetch the file again.")
+        raw = read_bytes(self.path, self._offsets[name], info.nbytes, name)
         return raw.view(FLOAT_TYPES[info.dtype]).reshape(info.shape)
 
 
@@ -133,7 +133,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def _check_entry(path: Path, name: str, value: Any) -> _Entry:
@@ -146,7 +146,7 @@ def _check_entry(path: Path, name: str, value: Any) -> _Entry:
     width = _bytes_per_element(dtype) if isinstance(dtype, str) else None
     if width is None:
         raise ConversionError(f"{name} in {path} has an unknown type {dtype!r:.100}.")
-    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+    if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(map(_is_size, shape)):
         raise ConversionError(f"{name} in {path} has an impossible shape {shape!r:.100}.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise ConversionError(f"{name} in {path} has impossible offsets {offsets!r:.100}.")
@@ -226,6 +226,15 @@ def write_safetensors(
                     f"{spec.name} was announced as {spec.dtype} {spec.shape}, "
                     f"got {array.dtype} {array.shape}."
                 )
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            _write_array(file, array)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes a part at a time: what is not contiguous, a transposed head say, needs no copy."""
+    rows = array.reshape(1) if array.ndim == 0 else array
+    step = max(1, _ELEMENTS_AT_ONCE // max(1, prod(rows.shape[1:])))
+    for begin in range(0, len(rows), step):
+        part = np.ascontiguousarray(rows[begin : begin + step])
+        file.write(part.reshape(-1).view(np.uint8).data)

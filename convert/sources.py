@@ -2,9 +2,13 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from convert.demo import DEMO_SOURCES, demo_file
 from convert.errors import ConversionError
@@ -15,6 +19,7 @@ from convert.files import read_json
 from convert.gguf_io import GgufFile
 from convert.hf_directory import SafetensorsDirectory
 from convert.rules import Rule
+from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
 from tptt_jax import ModelConfig
 from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
@@ -28,6 +33,8 @@ _WEIGHT_PATTERNS = (
     "adapter_model.safetensors",
 )
 _CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py", "adapter_config.json")
+# Trained on top of one another.
+_MAX_CHECKPOINTS = 50
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """What may be the name of a model on the hub."""
 
@@ -48,9 +55,31 @@ class Pretrained:
     config_json: dict[str, Any] | None
     """The original config.json, if there is one."""
 
+    def __post_init__(self) -> None:
+        """Refuses a depth that the weights cannot have, before work is done for every layer."""
+        layers, count = self.config.num_layers, len(self.tensors.tensors)
+        if layers > count:
+            raise ConversionError(
+                f"The tensors of {self.path} do not fit its configuration: {count} tensors cannot "
+                f"be {layers} layers; check that both belong together."
+            )
+
     def is_ignored(self, name: str) -> bool:
         """Whether a tensor that no rule reads may be passed over."""
         return is_match(self.ignored, name)
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """What dtype="auto" means: bfloat16 or float16 if most of the numbers are stored so.
+
+        Otherwise float32: also for float64, and for quantised weights, whose values only
+        float32 holds exactly.
+        """
+        numbers: Counter[str] = Counter()
+        for info in self.tensors.tensors.values():
+            numbers[info.dtype] += prod(info.shape)
+        most = max(numbers, key=numbers.__getitem__, default="")
+        return FLOAT_TYPES[most] if most in ("BF16", "F16") else np.dtype(np.float32)
 
 
 def locate(source: Source, *, weights: bool = True) -> Path:
@@ -137,7 +166,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
         return family, family.read_config(fields), raw
     except ConversionError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
 
 
@@ -163,7 +192,7 @@ def open_gguf(path: Path) -> Pretrained:
         config = table.read_config(file)
     except ConversionError:
         raise
-    except (TypeError, ValueError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
     return Pretrained(
         path=path,
@@ -180,8 +209,22 @@ def find_checkpoint(source: Source) -> Description | None:
     """The description of a checkpoint of our own training, None if `source` is something else.
 
     Raises:
-      ValueError: if it is a checkpoint whose description is damaged.
+      ValueError: if it is a checkpoint whose description is damaged, or one of checkpoints that
+        name each other as their base.
     """
+    found = _description(source)
+    base, seen = found, 0
+    while base is not None:
+        base, seen = _description(base.source), seen + 1
+        if seen > _MAX_CHECKPOINTS:
+            raise ConversionError(
+                f"{os.fspath(source)} is a checkpoint whose base leads back to itself; correct "
+                '"source" in its checkpoint.json.'
+            )
+    return found
+
+
+def _description(source: Source) -> Description | None:
     path = Path(source).expanduser()
     is_ours = os.fspath(source) not in DEMO_SOURCES and is_checkpoint(path)
     return read_description(path) if is_ours else None

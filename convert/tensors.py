@@ -1,9 +1,15 @@
 """What every checkpoint format looks like to the rest of the package."""
 
 from collections.abc import Mapping
+from math import prod
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+
+from convert.errors import ConversionError
+
+_ALIGNMENT = 64
 
 
 class TensorInfo(NamedTuple):
@@ -27,3 +33,37 @@ class TensorSource(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor into memory of its own, as a floating-point array."""
         ...
+
+
+def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An uninitialised array whose memory JAX on a CPU adopts instead of copying it.
+
+    Numpy aligns to 16 bytes, XLA wants 64.
+    """
+    nbytes = prod(shape) * dtype.itemsize
+    memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + nbytes].view(dtype).reshape(shape)
+
+
+def read_bytes(path: Path, offset: int, nbytes: int, name: str) -> np.ndarray:
+    """Reads a part of a file into aligned memory of its own, without a memory map.
+
+    Args:
+      path: the file.
+      offset: where the part begins.
+      nbytes: its length.
+      name: the tensor that it is, for the error message.
+
+    Returns:
+      uint8 [nbytes].
+
+    Raises:
+      ConversionError: if the file ends before the part does.
+    """
+    raw = empty_aligned((nbytes,), np.dtype(np.uint8))
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.readinto(raw.data) != nbytes:
+            raise ConversionError(f"{path} ends inside {name}; fetch the file again.")
+    return raw

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +80,9 @@ def export_tokenizer(source: Source, path: Path) -> None:
         return
     place = locate(source, weights=False)
     if not place.is_dir():
-        load_tokenizer(place).save_pretrained(path)
+        tokenizer = load_tokenizer(place)
+        with _refusing(f"the tokenizer cannot be written to {path}", "see that it has room"):
+            tokenizer.save_pretrained(path)
         return
     for pattern in TOKENIZER_PATTERNS:
         for file in place.glob(pattern):
@@ -92,11 +94,24 @@ def export_tokenizer(source: Source, path: Path) -> None:
 
 def _from_directory(path: Path) -> "PreTrainedTokenizerFast":
     transformers = _transformers()
+    with _refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
+        # False: a repository's own code is never run, and nobody is asked whether it may be.
+        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+
+
+@contextlib.contextmanager
+def _refusing(problem: str, remedy: str) -> Iterator[None]:
+    """Turns what transformers and tokenizers raise into one sentence.
+
+    They meet damaged files with whatever error comes first, and Rust's is a bare Exception.
+    """
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConversionError(f"{path} has no tokenizer that can be read: {reason}") from None
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConversionError(
+            f"{problem} ({type(error).__name__}: {reason:.300}); {remedy}."
+        ) from None
 
 
 def _transformers() -> Any:
@@ -131,16 +146,12 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
         for key, name in _METADATA.items()
         if f"tokenizer.ggml.{key}" in metadata
     }
-    try:
+    remedy = "give a Hugging Face directory of the same model"
+    with _refusing(f"{path} has no tokenizer that can be read", remedy):
         backend, _ = convert_gguf_tokenizer(str(metadata.get("general.architecture")), described)
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, **_settings(metadata, described)
         )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConversionError(
-            f"{path} has no tokenizer that can be read ({type(error).__name__}: {error}); give a "
-            "Hugging Face directory of the same model."
-        ) from None
 
 
 def _settings(metadata: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,12 @@ Gate = Literal["k", "v", "kv", "constant"]
 Mag = Literal["learned", "scheduled"]
 LinearScale = Literal["unit", "match", "projected"]
 
+MAX_LAYERS = 10_000
+"""More than this is a mistake or an attack: lists of this length are made to describe layers."""
+# No weight is wider, no model has more; work is done for each before anything can disagree.
+_MAX_RANK = 1 << 16
+_MAX_EXPERTS = 1 << 12
+
 # What each of the paper's operators sets, unless the caller says otherwise.
 OPERATORS: dict[str, dict[str, Any]] = {
     "delta_rule": {"num_householder": 1},
@@ -60,11 +66,25 @@ def _check_choice(name: str, value: Any, choices: Any) -> None:
         raise ValueError(f"{name} must be one of {', '.join(options)}, got {value!r}.")
 
 
-def _check_at_least(config: Any, minimum: float, *names: str) -> None:
+def _is_int32(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31
+
+
+def _check_at_least(config: Any, minimum: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is None:
+            continue
+        if not _is_int32(value):
+            raise ValueError(f"{name} must be an integer below 2**31, got {value!r:.99}.")
+        if value < minimum:
             raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def _check_at_most(config: Any, maximum: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) > maximum:
+            raise ValueError(f"{name} must be at most {maximum}, got {getattr(config, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +115,7 @@ class RopeConfig:
                 "llama3 rope scaling needs low_freq_factor < high_freq_factor, got "
                 f"{self.low_freq_factor} and {self.high_freq_factor}."
             )
-        if not (self.theta > 0 and self.factor > 0):
+        if not (0 < self.theta < math.inf and 0 < self.factor < math.inf):
             raise ValueError(
                 f"rope theta and factor must be positive, got {self.theta} and {self.factor}."
             )
@@ -185,7 +205,12 @@ class ModelConfig:
             *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads"),
             *("head_dim", "mlp_dim", "sliding_window", "max_positions"),
         )
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
         self._check_per_layer()
+        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
+            if token is not None and not _is_int32(token):
+                raise ValueError(f"token ids must be integers, got {token!r:.99}.")
         if self.head_dim % 2 and self.position_embedding == "rotary":
             raise ValueError(
                 f"head_dim must be even for the rotary embedding, got {self.head_dim}."
@@ -196,8 +221,15 @@ class ModelConfig:
         _check_choice("position_embedding", self.position_embedding, PositionEmbedding)
         if self.qk_norm is not None:
             _check_choice("qk_norm", self.qk_norm, QkNorm)
-        if self.clip_qkv is not None and not self.clip_qkv > 0:
-            raise ValueError(f"clip_qkv must be positive or None, got {self.clip_qkv}.")
+        for name in ("clip_qkv", "query_scale", "attention_softcap", "final_softcap"):
+            value = getattr(self, name)
+            # A negative width under the root of a query's scale makes a complex one.
+            if value is not None and (isinstance(value, complex) or not 0 < value < math.inf):
+                raise ValueError(f"{name} must be positive or None, got {value}.")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps must lie in [0, 1), got {self.norm_eps}.")
+        _check_at_least(self, 0, "num_experts", "experts_per_token")
+        _check_at_most(self, _MAX_EXPERTS, "num_experts")
         if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token must lie between 1 and num_experts ({self.num_experts}), got "
@@ -418,6 +450,7 @@ class LizaConfig:
         _check_choice("state_activation", self.state_activation, Literal["none", "gelu"])
         _check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window")
         _check_at_least(self, 0, "softmax_sinks", "memory_rank")
+        _check_at_most(self, _MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")
         if not 0 < self.mag_init < 1:
             raise ValueError(f"mag_init must lie strictly between 0 and 1, got {self.mag_init}.")
         if not 0 <= self.dropout < 1:
@@ -464,6 +497,7 @@ class LoraConfig:
         """Rejects values no adapter can have."""
         object.__setattr__(self, "targets", tuple(self.targets))
         _check_at_least(self, 1, "rank")
+        _check_at_most(self, _MAX_RANK, "rank")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         for target in self.targets:

@@ -1,13 +1,16 @@
 """Typed access to a config.json, and what the configurations of most families share."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from convert.errors import ConversionError
 from tptt_jax import ModelConfig
-from tptt_jax.config import LayerKind
+from tptt_jax.config import MAX_LAYERS, LayerKind
 
 _REQUIRED = object()
+# Sizes and positions are int32 on every device.
+_MAX_INTEGER = 2**31 - 1
 
 
 class Fields:
@@ -29,16 +32,25 @@ class Fields:
             return default
         # JSON's true is no number although Python's True is one.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise ConversionError(f"{key} in {self.origin} must be {expected}, it is {value!r}.")
+            raise ConversionError(
+                f"{key} in {self.origin} must be {expected}, it is {value!r:.200}."
+            )
         return value
 
-    def integer(self, key: str, default: Any = _REQUIRED) -> Any:
-        """An integer, or `default` if the key is absent or null."""
-        return self._get(key, default, (int,), "an integer")
+    def integer(self, key: str, default: Any = _REQUIRED, most: int = _MAX_INTEGER) -> Any:
+        """An integer up to `most` in size, or `default` if the key is absent or null."""
+        value = self._get(key, default, (int,), "an integer")
+        if value is not None and abs(value) > most:
+            raise ConversionError(
+                f"{key} in {self.origin} must be at most {most}, it is {value!r:.200}."
+            )
+        return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> Any:
-        """A float, or `default` if the key is absent or null."""
+        """A finite float, or `default` if the key is absent or null."""
         value = self._get(key, default, (int, float), "a number")
+        if value is not None and not abs(value) <= sys.float_info.max:
+            raise ConversionError(f"{key} in {self.origin} must be a finite number.")
         return value if value is None else float(value)
 
     def boolean(self, key: str, default: Any = _REQUIRED) -> Any:
@@ -76,8 +88,11 @@ class Fields:
         """One token id or several, as `eos_token_id` has them."""
         value = self._get(key, (), (int, list), "an integer or a list of integers")
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if not all(isinstance(item, int) for item in ids):
-            raise ConversionError(f"{key} in {self.origin} must hold integers, it is {value!r}.")
+        if not all(isinstance(item, int) and abs(item) <= _MAX_INTEGER for item in ids):
+            raise ConversionError(
+                f"{key} in {self.origin} must hold integers up to {_MAX_INTEGER}, it is "
+                f"{value!r:.200}."
+            )
         return ids
 
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
@@ -85,7 +100,7 @@ class Fields:
         value = self.raw.get(key, default)
         if value not in allowed:
             raise ConversionError(
-                f"{key} = {value!r} in {self.origin} is not supported; it must be "
+                f"{key} = {value!r:.200} in {self.origin} is not supported; it must be "
                 f"{' or '.join(repr(each) for each in allowed)}."
             )
 
@@ -134,7 +149,7 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
         "family": fields.text("model_type"),
         "vocab_size": fields.integer("vocab_size"),
         "embed_dim": fields.integer("hidden_size"),
-        "num_layers": fields.integer("num_hidden_layers"),
+        "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),

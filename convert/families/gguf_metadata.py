@@ -6,6 +6,7 @@ from typing import Any
 from convert.errors import ConversionError
 from convert.families.rotary import read_gguf_rope, shortest
 from convert.gguf_io import GgufFile
+from tptt_jax.config import MAX_LAYERS
 
 
 def metadata_reader(file: GgufFile) -> Callable[..., Any]:
@@ -48,11 +49,17 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
     kv_heads = get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
         raise ConversionError(f"{file.path} has heads that differ by layer, which is unsupported.")
+    layers = get("block_count")
+    if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
+        raise ConversionError(
+            f"{file.path} must have from 1 to {MAX_LAYERS} layers (block_count), it has "
+            f"{layers!r:.99}."
+        )
     eos = file.metadata.get("tokenizer.ggml.eos_token_id")
     return {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "embed_dim": get("embedding_length"),
-        "num_layers": get("block_count"),
+        "num_layers": layers,
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": get("attention.key_length", get("embedding_length") // max(heads, 1)),

@@ -110,7 +110,8 @@ def read_gguf_rope(get: Callable[..., Any], theta: float) -> RopeConfig:
 
 def shortest(value: float) -> float:
     """The shortest decimal that is the same float32: GGUF stores 1e-6 as 9.99999997e-07."""
-    return float(str(np.float32(value)))
+    with np.errstate(over="ignore"):
+        return float(str(np.float32(value)))
 
 
 def llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from convert.__main__ import main
 from convert.hf_directory import SafetensorsDirectory
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_pretrained import fill_adapters, values_of
-from tptt_jax import LizaConfig, LoraConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.training.checkpoint import Description, RunCheckpoints, write_description
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import TrainState
@@ -21,19 +21,25 @@ LIZA = LizaConfig(mag="scheduled", mag_init=0.1)
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
 
 
+def save_run(path, base, liza, lora) -> CausalLM:
+    """Writes a run's directory after one step; returns the model that it trained."""
+    model = load_pretrained(base, liza, lora)
+    fill_adapters(model)
+    _, trainable, _ = split_trainable(model, "lora")
+    share = None if model.mag_share is None else jnp.float32(0.4)
+    state = TrainState(trainable, (), share, jnp.int32(1), jax.random.key(0))
+    write_description(path, Description(source=str(base), liza=liza, lora=lora, train="lora"))
+    with RunCheckpoints(path) as checkpoints:
+        checkpoints.save(state)
+    return model
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run's directory after one step, and the values that it trained."""
     base = write_directory(tmp_path_factory.mktemp("base") / "llama", LLAMA)
     path = tmp_path_factory.mktemp("run") / "out"
-    model = load_pretrained(base, LIZA, LORA)
-    fill_adapters(model)
-    _, trainable, _ = split_trainable(model, "lora")
-    state = TrainState(trainable, (), jnp.float32(0.4), jnp.int32(1), jax.random.key(0))
-    write_description(path, Description(source=str(base), liza=LIZA, lora=LORA, train="lora"))
-    with RunCheckpoints(path) as checkpoints:
-        checkpoints.save(state)
-    return path, model
+    return path, save_run(path, base, LIZA, LORA)
 
 
 def test_load(run):

@@ -3,13 +3,17 @@ import math
 from pathlib import Path
 from typing import Literal
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
+from convert import load_pretrained
 from convert.__main__ import main
 from convert.command_line import run_command
 from convert.hf_directory import SafetensorsDirectory
-from tests.convert.checkpoints import LLAMA, hf_shapes, write_directory
+from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
+from tptt_jax import LizaConfig, init_cache
 
 
 def command(count: int, name: Literal["a", "b"] = "a", fail: str = "") -> dict[str, object]:
@@ -145,3 +149,101 @@ def test_unknown_source(monkeypatch, capsys):
     status, captured = run_main(monkeypatch, capsys, "inspect", "./nowhere")
     assert status == 2
     assert captured.err.startswith("error: ./nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    ("stored", "name", "expected"),
+    [
+        (np.float64, "F64", "F32"),
+        (np.float32, "F32", "F32"),
+        (np.float16, "F16", "F16"),
+        (ml_dtypes.bfloat16, "BF16", "BF16"),
+    ],
+    ids=["float64", "float32", "float16", "bfloat16"],
+)
+def test_import_keeps_the_dtype_and_every_bit(
+    tmp_path, monkeypatch, capsys, stored, name, expected
+):
+    tensors = random_tensors(hf_shapes(LLAMA), stored)
+    path, output = write_directory(tmp_path / "m", LLAMA, tensors), tmp_path / "out"
+    assert {info.dtype for info in SafetensorsDirectory(path).tensors.values()} == {name}
+    assert run_main(monkeypatch, capsys, "import", path, "--output", output)[0] == 0
+    written = SafetensorsDirectory(output)
+    assert {info.dtype for info in written.tensors.values()} == {expected}
+    for key, value in tensors.items():
+        got = written.read(key)
+        np.testing.assert_array_equal(got.view(np.uint8), value.astype(got.dtype).view(np.uint8))
+
+
+def test_auto_is_what_most_numbers_are_stored_in(tmp_path):
+    tensors = random_tensors(hf_shapes(LLAMA), ml_dtypes.bfloat16)
+    tensors |= {key: x.astype(np.float32) for key, x in tensors.items() if x.ndim == 1}
+    path = write_directory(tmp_path / "m", LLAMA, tensors)
+    assert load_pretrained(path, dtype="auto").dtype == ml_dtypes.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [
+        (np.float64, 1e39, "float32"),
+        (np.float32, 1e5, "float16"),
+        (np.float32, np.finfo(np.float32).max, "bfloat16"),
+        (np.float16, np.inf, "bfloat16"),
+        (ml_dtypes.bfloat16, np.nan, "auto"),
+        (np.float64, np.nan, "auto"),
+    ],
+)
+def test_what_is_not_finite_is_named(tmp_path, monkeypatch, capsys, stored, value, dtype):
+    tensors = random_tensors(hf_shapes(LLAMA), stored)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    path = write_directory(tmp_path / "m", LLAMA, tensors)
+    arguments = ("import", path, "--output", tmp_path / "out", "--dtype", dtype)
+    status, captured = run_main(monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert captured.err.endswith("in model.layers.1.mlp.up_proj.weight.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_counts_what_a_cache_takes(tmp_path, monkeypatch, capsys):
+    path = write_directory(tmp_path / "m", GEMMA)
+    arguments = ("inspect", path, "--context", 3, 40, "--window", 6, "--json")
+    status, output = run_main(monkeypatch, capsys, *arguments)
+    found = json.loads(output.out.splitlines()[-1])
+    assert status == 0
+    variants = {
+        "base": None,
+        "Titan": LizaConfig(),
+        "Titan, window 6": LizaConfig(softmax_window=6),
+    }
+    for row in found["state"]:
+        model = load_pretrained(path, variants[row["model"]])
+        real = init_cache(model, 1, row["tokens"])
+        assert row["bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(real))
+    assert len(found["state"]) == 6
+    # 2 KV heads of width 8 in float32: keys and values; a state of 8 x 8; 2 raw tokens.
+    slot, memory = 2 * 2 * 8 * 4, 2 * 8 * 8 * 4 + 2 * 2 * 2 * 8 * 4
+    assert [tuple(row.values()) for row in found["layer_state"]] == [
+        ("base", "full", slot, None, 0, 1),
+        ("base", "sliding", slot, 5 * slot, 0, 6),
+        ("Titan", "full", slot, None, memory, 1),
+        ("Titan", "sliding", slot, 5 * slot, memory, 6),
+        ("Titan, window 6", "full", slot, (6 + 4) * slot, memory, 1),
+        ("Titan, window 6", "sliding", slot, 5 * slot, memory, 6),
+    ]
+
+
+def test_inspect_is_readable(tmp_path, monkeypatch, capsys):
+    path = write_directory(tmp_path / "m", GEMMA)
+    status, output = run_main(monkeypatch, capsys, "inspect", path, "--context", 1_048_576)
+    assert status == 0
+    assert "dtypes: F32 93\n" in output.out
+    # One full layer, six that hold five tokens, and the length of the row.
+    nbytes = 128 * 1_048_576 + 6 * 5 * 128 + 4
+    assert f"  base              1048576  {nbytes} (128.0 MiB)\n" in output.out
+
+
+def test_bad_context(tmp_path, monkeypatch, capsys):
+    path = write_directory(tmp_path / "m", LLAMA)
+    status, output = run_main(monkeypatch, capsys, "inspect", path, "--context", 0)
+    assert status == 2
+    assert "at least 1 token" in output.err

@@ -8,11 +8,12 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 import jax
 import orbax.checkpoint as ocp
@@ -73,13 +74,37 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         if values.pop("format", None) != _FORMAT:
             raise ValueError(f'its "format" is not {_FORMAT!r}')
         for name, kind in (("liza", LizaConfig), ("lora", LoraConfig)):
-            values[name] = None if values[name] is None else kind(**values[name])
+            if values[name] is not None:
+                _check_types(kind, values[name])
+                values[name] = kind(**values[name])
+        _check_types(Description, values)
         return Description(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{target} is not the description of a checkpoint ({error}): point to the "
             "--output directory of a finetune run."
         ) from None
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where JSON holds another type than the dataclass declares."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(f"{name} cannot be {values[name]!r:.100}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, options = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(value is not True and value == option for option in options)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, options[0]) for each in value)
+    if options:
+        return any(_fits(value, each) for each in options)
+    if hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def remove_checkpoints(path: str | os.PathLike[str]) -> None:
