@@ -23,6 +23,7 @@ Operator = Literal[
     "delta_product_r",
     "delta_product_c",
     "gated_delta_product",
+    "tptt_reference",
 ]
 Trick = Literal["derivative", "rotary", "combined"]
 Gate = Literal["k", "v", "kv", "constant"]
@@ -394,7 +395,8 @@ class LizaConfig:
     """
 
     operator: Operator = "delta_product"
-    """Named update rule of the paper; sets the five fields below it."""
+    """Named update rule of the paper; sets the five fields below it. "tptt_reference" computes what
+    the package tptt 0.12.1 does, for adapters that were trained with it (see `tptt_reference`)."""
     num_householder: int | None = None
     """Householder steps per token (the paper's order n); delta_product: 2."""
     trick: Trick | None = None
@@ -414,7 +416,7 @@ class LizaConfig:
     mag: Mag = "learned"
     """"learned": one logit per head; "scheduled": one value for the model, set from outside."""
     mag_init: float = 0.05
-    """Share of the memory in the mixture at the start, in (0, 1)."""
+    """Share of the memory in the mixture at the start, in (0, 1); "scheduled": in [0, 1]."""
     linear_scale: LinearScale = "match"
     """"match": each head's memory output gets the RMS of its softmax output; "unit": the
     paper's unit RMS; "projected": the reference's base_scale_attn, after the projection."""
@@ -438,7 +440,7 @@ class LizaConfig:
     def __post_init__(self) -> None:
         """Resolves what the operator sets and rejects impossible combinations."""
         _check_choice("operator", self.operator, Operator)
-        resolved = _OPERATOR_DEFAULTS | OPERATORS[self.operator]
+        resolved = _OPERATOR_DEFAULTS | OPERATORS.get(self.operator, {})
         for name, value in resolved.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -451,14 +453,27 @@ class LizaConfig:
         _check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window")
         _check_at_least(self, 0, "softmax_sinks", "memory_rank")
         _check_at_most(self, _MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")
-        if not 0 < self.mag_init < 1:
-            raise ValueError(f"mag_init must lie strictly between 0 and 1, got {self.mag_init}.")
+        self._check_share()
+        if self.operator == "tptt_reference" and (self.vector_beta or self.expand_gates):
+            raise ValueError(
+                'operator "tptt_reference" has gates of its own kind: leave vector_beta and '
+                "expand_gates False."
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if not self.softmax:
             if self.cross_gate:
                 raise ValueError("softmax=False leaves nothing to mix with: use cross_gate=False.")
             object.__setattr__(self, "linear_scale", "unit")
+
+    def _check_share(self) -> None:
+        if self.mag == "learned" and not 0 < self.mag_init < 1:
+            raise ValueError(
+                f'mag_init must lie strictly between 0 and 1 with mag="learned", got '
+                f"{self.mag_init}."
+            )
+        if not 0 <= self.mag_init <= 1:
+            raise ValueError(f"mag_init must lie between 0 and 1, got {self.mag_init}.")
 
     @property
     def recurrence(self) -> Recurrence:
@@ -475,6 +490,21 @@ class LizaConfig:
     def paper(cls, **changes: Any) -> Self:
         """The paper's own setting: unit scale, one scheduled share (0.01, rising to 0.5)."""
         return cls(**{"mag": "scheduled", "mag_init": 0.01, "linear_scale": "unit"} | changes)
+
+    @classmethod
+    def tptt_reference(cls, mode: str = "delta_product", **changes: Any) -> Self:
+        """What the package tptt 0.12.1 computes by default in one of its nine operator modes.
+
+        Its settings are called `chunk_size` (max_chunk_size), `mag_init` (mag_weight), `cross_gate`
+        and `linear_scale="projected"` (base_scale_attn) here.
+
+        Raises:
+          ValueError: if there is no such mode.
+        """
+        if mode not in OPERATORS:
+            raise ValueError(f"mode must be one of {', '.join(OPERATORS)}, got {mode!r}.")
+        package: dict[str, Any] = {"mag": "scheduled", "mag_init": 0.5, "linear_scale": "unit"}
+        return cls(**package | OPERATORS[mode] | changes, operator="tptt_reference")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,8 @@ def init_stack_caches(
                 )
                 softmax[kind] = stacked(one, kinds.count(kind))
         if liza is not None:
-            one = init_memory_state(liza, batch, sizes.num_kv_heads, sizes.head_dim, dtype)
+            heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
+            one = init_memory_state(liza, batch, *heads, dtype)
             memory = stacked(one, len(kinds))
         stacks.append(StackCache(softmax, memory))
     return tuple(stacks)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
+from tptt_jax.ops import tptt_reference
 
 
 class TokenHistory(NamedTuple):
@@ -26,10 +27,13 @@ class MemoryState(NamedTuple):
     Attributes:
       state: delta-product state [B, K, D, D], float32.
       history: raw tokens.
+      queries: the last raw queries [B, h, H, D] where operator "tptt_reference" looks back at
+        them, else None.
     """
 
     state: Float[Array, "B K D D"]
     history: TokenHistory
+    queries: Float[Array, "B h H D"] | None = None
 
 
 class KeyValueCache(NamedTuple):
@@ -68,6 +72,8 @@ def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> 
 def history_length(liza: LizaConfig) -> int:
     """Raw tokens before the current one that its gates and virtual tokens depend on."""
     rule = liza.recurrence
+    if liza.operator == "tptt_reference":
+        return tptt_reference.history_length(rule, liza.chunk_size)
     alpha, beta = (0 if gate == "constant" else 2 for gate in (rule.alpha_gate, rule.beta_gate))
     tokens = 0 if rule.trick == "rotary" else rule.num_householder - 1
     # An expanded write gate is differenced over gates that look back themselves.
@@ -75,11 +81,21 @@ def history_length(liza: LizaConfig) -> int:
 
 
 def init_memory_state(
-    liza: LizaConfig, batch: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    liza: LizaConfig,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
 ) -> MemoryState:
     """The memory before the first token; the history has the model's `dtype`."""
-    raw = jnp.zeros((batch, history_length(liza), num_kv_heads, head_dim), dtype)
+    size = (batch, history_length(liza))
+    raw = jnp.zeros((*size, num_kv_heads, head_dim), dtype)
     state = jnp.zeros((batch, num_kv_heads, head_dim, head_dim), jnp.float32)
+    if liza.operator == "tptt_reference":
+        queries = jnp.zeros((*size, num_heads, head_dim), dtype)
+        state = jnp.full_like(state, tptt_reference.INITIAL_STATE)
+        return MemoryState(state, TokenHistory(raw, raw), queries)
     return MemoryState(state, TokenHistory(raw, raw))
 
 

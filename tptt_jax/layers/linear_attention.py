@@ -18,6 +18,11 @@ from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
 from tptt_jax.ops.naive_delta_product import naive_delta_product
+from tptt_jax.ops.tptt_reference import (
+    RawTokens,
+    attend_tptt_reference,
+    extend_tptt_reference,
+)
 from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
 
 
@@ -36,10 +41,16 @@ class DeltaMemory(nnx.Module):
         head_dim: int,
         config: LizaConfig,
         *,
+        bidirectional: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        """Creates the memory's own low-rank deltas if `config.memory_rank` asks for them."""
+        """Creates the memory's own low-rank deltas if `config.memory_rank` asks for them.
+
+        `bidirectional` is for operator "tptt_reference", which turns virtual tokens around and not
+        tokens; with the others two passes over the tokens do it.
+        """
         self.config = config
+        self.bidirectional = bidirectional
         self.q_delta: LowRank | None = nnx.data(None)
         self.k_delta: LowRank | None = nnx.data(None)
         self.v_delta: LowRank | None = nnx.data(None)
@@ -91,7 +102,9 @@ class DeltaMemory(nnx.Module):
             y if delta is None else y + delta(x).reshape(y.shape).astype(dtype)
             for delta, y in ((self.q_delta, q), (self.k_delta, k), (self.v_delta, v))
         )
-        if state is None:
+        if self.config.operator == "tptt_reference":
+            out, state = self._run_reference(RawTokens(q, k, v), segment_ids, state, length)
+        elif state is None:
             out = self._run_rows(q, k, v, segment_ids)
         else:
             assert length is not None, "a state comes with the number of tokens it has seen"
@@ -123,6 +136,37 @@ class DeltaMemory(nnx.Module):
             chunk_size=config.chunk_size,
             state_activation=config.recurrence.state_activation,
         )[0]
+
+    def _run_reference(
+        self,
+        raw: RawTokens,
+        segment_ids: Array | None,
+        state: MemoryState | None,
+        length: Array | None,
+    ) -> tuple[Array, MemoryState | None]:
+        rule, chunk_size = self.config.recurrence, self.config.chunk_size
+        if state is None:
+            out = attend_tptt_reference(
+                raw,
+                rule,
+                chunk_size=chunk_size,
+                segment_ids=segment_ids,
+                bidirectional=self.bidirectional,
+            )
+            return out, None
+        assert length is not None, "a state comes with the number of tokens it has seen"
+        assert state.queries is not None
+        valid = jnp.ones(raw.keys.shape[:2], bool) if segment_ids is None else segment_ids != 0
+        history = RawTokens(state.queries, *state.history)
+        out, history, new_state = extend_tptt_reference(
+            *(raw, valid, rule),
+            chunk_size=chunk_size,
+            history=history,
+            state=state.state,
+            length=length,
+        )
+        past = TokenHistory(history.keys, history.values)
+        return out, MemoryState(new_state, past, history.queries)
 
     def _extend(
         self,
@@ -270,7 +314,7 @@ class LinearAttention(nnx.Module):
                 f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})."
             )
         self.head_dim = head_dim or embed_dim // num_heads
-        self.num_kv_heads = num_kv_heads
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.bidirectional = bidirectional
 
         def projection(name: str, size: tuple[int, int], axes: tuple[str, str]) -> Projection:
@@ -284,6 +328,7 @@ class LinearAttention(nnx.Module):
         self.memory = DeltaMemory(
             *(embed_dim, num_heads, num_kv_heads, self.head_dim),
             config or LizaConfig(),
+            bidirectional=bidirectional,
             rngs=rngs,
         )
 
@@ -312,7 +357,7 @@ class LinearAttention(nnx.Module):
         """
         args = (x, *self._project(x))
         out, _ = self.memory(*args, segment_ids=segment_ids, dropout_key=dropout_key)
-        if self.bidirectional:
+        if self.bidirectional and self.memory.config.operator != "tptt_reference":
             flipped = [jnp.flip(y, axis=1) for y in args]
             ids = None if segment_ids is None else jnp.flip(segment_ids, axis=1)
             back, _ = self.memory(*flipped, segment_ids=ids, dropout_key=dropout_key)
@@ -321,7 +366,8 @@ class LinearAttention(nnx.Module):
 
     def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> MemoryState:
         """The memory before the first token, for `extend`."""
-        return init_memory_state(self.memory.config, batch, self.num_kv_heads, self.head_dim, dtype)
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return init_memory_state(self.memory.config, batch, *sizes, dtype)
 
     def extend(
         self,

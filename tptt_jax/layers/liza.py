@@ -201,17 +201,31 @@ class LizaAttention(nnx.Module):
         projected = self.liza.linear_scale == "projected"
         if not projected and not self.liza.cross_gate:
             return project((1 - mu) * soft + mu * linear)
+        if self.liza.operator == "tptt_reference" and self.mag is None:
+            return mix_projected(project(soft), project(linear), mu, self.liza)
         soft_term = project((1 - mu) * soft)
         # The bias belongs to the sum once; with one share for all heads this is the
         # reference's (1 - mu) P(soft) + mu P(linear).
         linear_term = project(mu * linear, use_bias=False)
         if projected:
-            base = project(soft).astype(jnp.float32)
-            rms = jnp.sqrt(jnp.mean(base * base, axis=-1, keepdims=True) + 1e-5)
-            linear_term = linear_term * rms.astype(linear_term.dtype)
+            linear_term = linear_term * root_mean_square(project(soft))
         if self.liza.cross_gate:
             return soft_term + linear_term + soft_term * linear_term
         return soft_term + linear_term
+
+
+def mix_projected(soft: Hidden, linear: Hidden, share: Array, liza: LizaConfig) -> Hidden:
+    """How tptt 0.12.1 mixes: both branches with the output projection's bias [B, T, E]."""
+    if liza.linear_scale == "projected":
+        linear = linear * root_mean_square(soft)
+    soft, linear = (1 - share) * soft, share * linear
+    return soft + linear + soft * linear if liza.cross_gate else soft + linear
+
+
+def root_mean_square(x: Hidden) -> Float[Array, "B T 1"]:
+    """sqrt(mean(x^2) + 1e-5) over the last axis, in float32, then x's dtype."""
+    wide = x.astype(jnp.float32)
+    return jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5).astype(x.dtype)
 
 
 def match_rms(
