@@ -41,7 +41,7 @@ def import_model(
 def export_model(
     checkpoint: tyro.conf.Positional[str],
     output: Path,
-    format: Literal["merged", "peft"] = "merged",
+    format: Literal["merged", "peft", "tptt"] = "merged",
     dtype: Dtype = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -51,7 +51,8 @@ def export_model(
       checkpoint: the directory that the training wrote.
       output: the directory to write.
       format: merged: a plain Hugging Face model, adapters in the weights, no memory. peft: the
-        LoRA adapters alone, for peft.
+        LoRA adapters alone, for peft. tptt: for the package tptt 0.12.1, if the operator is
+        tptt_reference.
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights). Those of peft are float32 as they were trained.
       overwrite: replace an earlier model in that directory.
@@ -74,8 +75,8 @@ def inspect_model(
     """Says what a model is and what a Titan of it would hold in memory; reads no weights.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT directory, or a
-        checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a directory of PEFT's or of
+        tptt's, or a checkpoint.
       context: lengths in tokens at which the state of one row is counted.
       window: tokens that softmax attention sees in the windowed Titan.
     """
@@ -94,8 +95,8 @@ def verify_model(
     give, without a memory and with one. The exit status is 1 if a check fails.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT directory, or a
-        checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a directory of PEFT's or of
+        tptt's, or a checkpoint.
       tokens: length of the text.
       dtype: of weights and computation; auto: what the source is stored in.
       tolerance: of every check, relative to the largest logit; None: 1e-4 for float32, 1e-2

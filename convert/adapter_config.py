@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,19 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         something that we do not have; all such settings are named.
     """
     path = directory / CONFIG_FILE
-    raw = read_json(path)
-    fields = Fields(raw, str(path))
+    return parse_adapter_config(Fields(read_json(path), str(path)))
+
+
+def parse_adapter_config(fields: Fields) -> AdapterConfig:
+    """`read_adapter_config` for settings that were read already."""
+    path = fields.origin
     kind = fields.text("peft_type")
     if kind != "LORA":
         raise ConversionError(
             f'{path} describes an adapter of peft_type {kind!r}, only "LORA" is supported; '
             f"{MERGE_REMEDY}."
         )
-    _check_settings(path, raw)
+    _check_settings(path, fields.raw)
     targets = _read_modules(fields, "target_modules")
     if not targets:
         raise ConversionError(
@@ -105,7 +110,7 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
     )
 
 
-def _check_settings(path: Path, raw: dict[str, Any]) -> None:
+def _check_settings(path: str, raw: Mapping[str, Any]) -> None:
     """Refuses every setting that we do not know to be without effect, unless it is off."""
     asked = {key for key, value in raw.items() if value} - _READ - _WITHOUT_EFFECT
     if raw.get("bias") not in (None, "none"):

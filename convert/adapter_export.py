@@ -46,7 +46,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
             f"{listing(lost)} have adapters but are no modules of their own in Hugging Face's "
             'model, so peft cannot hold them; use format "merged".'
         )
-    tensors = {place: _stored_pair(place, variables) for place in places}
+    tensors = {place: stored_pair(place, variables) for place in places}
     tensors = {place: pair for place, pair in tensors.items() if any(x.any() for x in pair)}
     if not tensors:
         raise ConversionError("the model's LoRA adapters are all zero; there is nothing to write.")
@@ -57,7 +57,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
         model.lora,
         target_modules(modules, others),
         base=base,
-        fan_in_fan_out=_is_conv1d(rules, tensors),
+        fan_in_fan_out=is_conv1d(rules, tensors),
     )
     write_json(directory / CONFIG_FILE, config)
     named = [
@@ -69,13 +69,13 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
     write_safetensors(directory / WEIGHTS_FILE, specs, arrays)
 
 
-def _stored_pair(place: Place, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
+def stored_pair(place: Place, variables: Variables) -> tuple[np.ndarray, np.ndarray]:
     """lora_A [rank, in] and lora_B [out, rank]."""
     a, b = (variables[f"{place.path}.lora.{part}"][1].get_value()[place.index] for part in "ab")
     return np.asarray(a).T, np.asarray(b).T
 
 
-def _is_conv1d(rules: Iterable[Rule], places: Iterable[Place]) -> bool:
+def is_conv1d(rules: Iterable[Rule], places: Iterable[Place]) -> bool:
     """Whether the adapted weights are stored [in, out], as GPT-2 has them."""
     kernels = {f"layers.{{layer}}.{place.target}.kernel" for place in places}
     found = [rule for rule in rules if kernels.intersection(rule.targets)]

@@ -7,13 +7,14 @@ from convert.adapter_config import is_adapter, read_adapter_config
 from convert.demo import DEMO_SOURCES
 from convert.errors import ConversionError
 from convert.sources import HUB_ID, Source, find_checkpoint, locate
+from convert.tptt_config import is_tptt, read_tptt_config
 
 
 def base_source(directory: Path) -> str:
-    """The base model that a PEFT directory names, as `load_pretrained` takes it.
+    """The base model that a directory of PEFT's or tptt's names, as `load_pretrained` takes it.
 
     Args:
-      directory: a PEFT directory.
+      directory: such a directory.
 
     Returns:
       "demo", an absolute path that exists, or a hub id.
@@ -22,6 +23,8 @@ def base_source(directory: Path) -> str:
       ConversionError: if it names none, a revision, a path that means nothing here, or a model
         that has adapters itself.
     """
+    if is_tptt(directory):
+        return _checked_name(directory, _tptt_base(directory))
     config = read_adapter_config(directory)
     name = config.base
     if name is None:
@@ -34,6 +37,22 @@ def base_source(directory: Path) -> str:
             f"{directory} belongs to revision {config.revision!r:.80} of {name}; fetch that, and "
             f"{_remedy(directory)}."
         )
+    return _checked_name(directory, name)
+
+
+def _tptt_base(directory: Path) -> str:
+    config = read_tptt_config(directory)
+    if config.subfolder is None:
+        return config.base
+    if not _exists(Path(config.base)):
+        raise ConversionError(
+            f"{directory} has its base model in folder {config.subfolder!r:.200} of {config.base}; "
+            f"fetch that, and {_remedy(directory)}."
+        )
+    return str(Path(config.base) / config.subfolder)
+
+
+def _checked_name(directory: Path, name: str) -> str:
     if name in DEMO_SOURCES:
         return name
     path = Path(name)
@@ -48,7 +67,7 @@ def base_source(directory: Path) -> str:
             f"{directory} names {name!r:.200} as its base model, which {problem}; "
             f"{_remedy(directory)}."
         )
-    if exists and (is_adapter(path) or find_checkpoint(path)):
+    if exists and (has_base(path) or find_checkpoint(path)):
         raise ConversionError(
             f"{directory} names {name} as its base model, which has adapters itself; export that "
             f'as "merged", and {_remedy(directory)}.'
@@ -75,8 +94,13 @@ def _remedy(directory: Path) -> str:
     )
 
 
+def has_base(path: Path) -> bool:
+    """Whether a path is a directory of PEFT's or tptt's, which names its base model."""
+    return is_adapter(path) or is_tptt(path)
+
+
 def locate_base(directory: Path, *, weights: bool = True) -> Path:
-    """Finds, fetches or assembles the base model of a PEFT directory (see `locate`).
+    """Finds, fetches or assembles the base model of such a directory (see `locate`).
 
     Raises:
       ConversionError: if there is no such thing, with what to do about it.
@@ -92,7 +116,7 @@ def locate_base(directory: Path, *, weights: bool = True) -> Path:
 
 
 def resolve_base(source: Source) -> str:
-    """The base model beneath checkpoints of ours and PEFT directories.
+    """The base model beneath checkpoints of ours and directories of PEFT's and tptt's.
 
     Returns:
       What `load_pretrained` takes; paths are absolute, so that they mean the same anywhere.
@@ -106,7 +130,7 @@ def resolve_base(source: Source) -> str:
     if name in DEMO_SOURCES:
         return name
     path = locate(source, weights=False)
-    if is_adapter(path):
+    if has_base(path):
         return base_source(path)
     given = Path(source).expanduser()
     return str(given.resolve()) if given.exists() else name

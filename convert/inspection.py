@@ -12,6 +12,8 @@ from flax import nnx
 from convert.adapter_config import is_adapter
 from convert.adapters import describe_adapter, open_adapter
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
+from convert.tptt_checkpoint import describe_tptt, open_tptt
+from convert.tptt_config import is_tptt
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, init_cache
 from tptt_jax.decoder import Cache
 
@@ -35,8 +37,8 @@ def describe(source: Source, contexts: Sequence[int], window: int) -> dict[str, 
 
     Returns:
       Family, sizes, dtypes, and under "layer_state" and "state" what each variant of the model
-      carries for one row of a batch; a checkpoint of our own adds its own variant. Of a PEFT
-      directory, which has no state, its settings.
+      carries for one row of a batch; a checkpoint of our own adds its own variant. Of a directory
+      of PEFT's or of tptt's, which has no state, its settings.
 
     Raises:
       ConversionError: if the source cannot be read.
@@ -60,6 +62,8 @@ def describe(source: Source, contexts: Sequence[int], window: int) -> dict[str, 
             variants["this checkpoint"] = described.liza
         source = described.source
     path = locate(source)
+    if is_tptt(path):
+        return report | describe_tptt(open_tptt(path))
     if is_adapter(path):
         return report | describe_adapter(open_adapter(path))
     opened = open_pretrained(path)

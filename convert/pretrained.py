@@ -9,16 +9,18 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from convert.adapter_config import is_adapter
 from convert.adapter_export import write_adapter
-from convert.adapters import fit_adapter, open_adapter
-from convert.bases import locate_base, resolve_base
+from convert.adapters import FittedAdapter, fit_adapter, open_adapter
+from convert.bases import has_base, locate_base, resolve_base
 from convert.errors import ConversionError
 from convert.exporting import write_merged
 from convert.files import atomic_directory
 from convert.loading import load_model
 from convert.sources import Source, find_checkpoint, locate, open_pretrained
-from tptt_jax import CausalLM, LizaConfig, LoraConfig
+from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
+from convert.tptt_config import is_tptt
+from convert.tptt_export import write_tptt
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.training.checkpoint import restore_trainable
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -42,12 +44,13 @@ def load_pretrained(
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file, "demo", a checkpoint
         directory of our own, which brings its own `liza` and `lora` unless they are given, or a
-        PEFT directory, which names its base model.
-      liza: the memory; None: the plain base model.
+        directory of PEFT's or of tptt's, which names its base model.
+      liza: the memory; None: the plain base model, or what a directory of tptt's says.
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
         stores them in (float32 for float64 and quantised weights). Adapters are float32.
-      adapter: a PEFT directory to put on `source`, whatever base model it names. Where it
+      adapter: a directory of PEFT's or of tptt's (its LoRA adapters, or the weights it trained
+        themselves) to put on `source`, whatever base model it names. Where it
         adapts only some of the layers that are stacked together, the others get a = b = 0: they
         compute what they would without, and training leaves them so.
       mesh: from `tptt_jax.sharding.make_mesh`; every tensor goes straight to its shards.
@@ -75,22 +78,21 @@ def load_pretrained(
         restore_trainable(Path(source).expanduser(), model)
         return model
     path = locate(source)
-    if is_adapter(path):
+    if has_base(path):
         if adapter is not None:
             raise ConversionError(
-                f"{source} is a PEFT adapter itself; give the base model of {adapter}."
+                f"{source} is an adapter itself; give the base model of {adapter}."
             )
         base = locate_base(path)
         return load_pretrained(base, liza, lora, dtype, adapter=path, mesh=mesh, seed=seed)
     pretrained = open_pretrained(path)
-    fitted = (
-        None if adapter is None else fit_adapter(open_adapter(locate(adapter)), pretrained.config)
-    )
+    fitted = None if adapter is None else _fit(locate(adapter), pretrained.config)
     chosen = lora if fitted is None else fitted.agreed(lora)
+    memory = fitted.liza if liza is None and isinstance(fitted, FittedTptt) else liza
     weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
 
     def build() -> CausalLM:
-        return CausalLM(pretrained.config, liza, chosen, dtype=weights, rngs=nnx.Rngs(seed))
+        return CausalLM(pretrained.config, memory, chosen, dtype=weights, rngs=nnx.Rngs(seed))
 
     model = load_model(pretrained, build, mesh)
     if fitted is not None:
@@ -103,6 +105,12 @@ def _is_supported(dtype: DTypeLike) -> bool:
         return np.dtype(dtype).name in _DTYPES
     except TypeError:
         return False
+
+
+def _fit(adapter: Path, config: ModelConfig) -> FittedAdapter | FittedTptt:
+    if is_tptt(adapter):
+        return fit_tptt(open_tptt(adapter), config)
+    return fit_adapter(open_adapter(adapter), config)
 
 
 def export_pretrained(
@@ -122,25 +130,30 @@ def export_pretrained(
       path: the directory to write.
       format: "merged": a plain Hugging Face model; adapters are merged into the weights, the
         memory is left out. "peft": the LoRA adapters alone, without the memory and without base
-        weights that were trained themselves.
+        weights that were trained themselves. "tptt": what the package tptt 0.12.1 loads, adapters
+        and changed weights around the base model; only for operator "tptt_reference".
       source: what the model was loaded from. "merged": its tokenizer, its generation settings
         and what its config.json says beyond our configuration go along; None: weights and
         configuration only. "peft": it is written down as the base model; None: nothing is, and
-        whoever loads the adapter has to name its base.
+        whoever loads the adapter has to name its base. "tptt": its base model is needed, a
+        Hugging Face directory or a hub id, as tptt reads it again.
       overwrite: whether an earlier model at `path` is replaced.
 
     Raises:
       ConversionError: if the format is unknown or not available yet, `path` may not be
-        replaced, the family cannot express the model, or there are no adapters for "peft".
+        replaced, the family cannot express the model, there are no adapters for "peft",
+        or tptt cannot express the memory.
     """
-    if format in ("titan", "tptt"):
+    if format == "titan":
         raise ConversionError(f'format "{format}" is not available yet; use "merged" or "peft".')
-    if format not in ("merged", "peft"):
-        raise ConversionError(f'format must be "merged" or "peft", got {format!r}.')
+    if format not in ("merged", "peft", "tptt"):
+        raise ConversionError(f'format must be "merged", "peft" or "tptt", got {format!r}.')
     base = None if source is None else resolve_base(source)
     opened = None if base is None or format == "peft" else open_pretrained(locate(base))
     with atomic_directory(Path(path).expanduser(), overwrite=overwrite) as directory:
         if format == "peft":
             write_adapter(model, directory, base)
+        elif format == "tptt":
+            write_tptt(model, directory, base, opened)
         else:
             write_merged(model, directory, opened)
