@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.__main__ import inspect_model
+from convert.__main__ import inspect_model, main
 from convert.loading import variables_of
 from convert.tptt_config import read_tptt_config
 from tests.contracts import quick_jit, relative_error
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training.checkpoint import Description, RunCheckpoints, write_description
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import TrainState
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
 transformers = pytest.importorskip("transformers")
@@ -313,3 +317,25 @@ def test_an_export_needs_a_base_model(tmp_path):
     model = CausalLM(ModelConfig.tiny(), REFERENCE, rngs=nnx.Rngs(0))
     with pytest.raises(ConversionError, match="holds no base model: give what the model was"):
         export_pretrained(model, tmp_path / "a", "tptt")
+
+
+def test_the_command_exports_a_run_that_started_from_such_a_directory(
+    saved, tmp_path, monkeypatch, capsys
+):
+    path = saved[0]
+    model = randomized(load_pretrained(path))
+    _, trainable, _ = split_trainable(model, "lora")
+    state = TrainState(trainable, (), jnp.float32(0.25), jnp.int32(1), jax.random.key(0))
+    run = tmp_path / "run"
+    described = Description(source=str(path), liza=model.liza, lora=model.lora, train="lora")
+    write_description(run, described)
+    with RunCheckpoints(run) as checkpoints:
+        checkpoints.save(state)
+    out = tmp_path / "out"
+    arguments = ["export", str(run), "--output", str(out), "--format", "tptt", "--json"]
+    monkeypatch.setattr("sys.argv", ["convert", *arguments])
+    assert main() == 0, capsys.readouterr().err
+    ours, package = load_pretrained(out), load_theirs(out, monkeypatch, tmp_path)
+    assert ours.liza.mag_init == 0.25
+    assert relative_error(torch_logits(package), logits(ours)) <= 1e-4
+    assert relative_error(logits(load_pretrained(run)), logits(ours)) <= 1e-6
