@@ -9,8 +9,14 @@ import pytest
 from flax import nnx
 
 from convert import load_pretrained
-from tests.contracts import quick_jit, relative_error
-from tptt_jax import LinearAttention, LizaConfig, generate, init_cache
+from tests.contracts import (
+    quick_jit,
+    random_tokens,
+    randomize,
+    relative_error,
+    verify_streaming_contract,
+)
+from tptt_jax import CausalLM, LinearAttention, LizaConfig, ModelConfig, generate, init_cache
 from tptt_jax.config import OPERATORS
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
@@ -196,3 +202,33 @@ def test_decoding_continues_the_memory(base):
     prompt, new = TOKENS[:, :12], generate(model, TOKENS[:, :12], 1, stop_tokens=()).tokens
     wanted = torch_logits(inject(base[0], "delta_product", max_chunk_size=12), prompt)
     assert np.asarray(new)[:, 0].tolist() == wanted[:, -1].argmax(-1).tolist()
+
+
+SIZES = {
+    **{"vocab_size": 101, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 24},
+    **{"max_position_embeddings": 128, "initializer_range": 0.3},
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 28, "head_dim": 8}
+FAMILIES = {
+    "gpt2": transformers.GPT2Config(**SIZES),
+    "qwen3": transformers.Qwen3Config(**GROUPED),
+    "gemma3": transformers.Gemma3TextConfig(**GROUPED, sliding_window=8),
+    "olmo2": transformers.Olmo2Config(**SIZES, num_key_value_heads=2, intermediate_size=28),
+}
+
+
+@pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
+def test_other_families(tmp_path, config):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.eval().save_pretrained(tmp_path)
+    wanted = torch_logits(inject(model, "delta_product", max_chunk_size=16), TOKENS)
+    ours = load_pretrained(tmp_path, LizaConfig.tptt_reference(chunk_size=16))
+    assert relative_error(call(ours, TOKENS), wanted) <= 1e-4
+
+
+def test_streaming():
+    """Where a row is no longer than a chunk, neither splits nor padding nor packing matter."""
+    liza = LizaConfig.tptt_reference("gated_delta_product", linear_scale="projected")
+    model = randomize(CausalLM(ModelConfig.tiny(num_layers=2), liza, rngs=nnx.Rngs(0)))
+    verify_streaming_contract(model, random_tokens((2, 13)), tolerance=1e-4)
