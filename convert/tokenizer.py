@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.adapter_config import is_adapter
-from convert.bases import locate_base
+from convert.bases import has_base, locate_base
 from convert.demo import cache_directory
 from convert.errors import ConversionError
 from convert.files import atomic_directory
@@ -46,7 +45,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
 
     Args:
       source: what `load_pretrained` takes. A checkpoint of our own has the tokenizer of the
-        model it was trained from, a PEFT directory that of its base model.
+        model it was trained from, a directory of PEFT's or tptt's that of its base model.
 
     Returns:
       A fast tokenizer; special tokens and the chat template are set as the source has them.
@@ -57,7 +56,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     if described := find_checkpoint(source):
         return load_tokenizer(described.source)
     path = locate(source, weights=False)
-    if is_adapter(path):
+    if has_base(path):
         path = locate_base(path, weights=False)
     if path.is_dir():
         return _from_directory(path)

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from convert import load_pretrained, load_tokenizer
-from convert.adapter_config import is_adapter
+from convert.bases import has_base
 from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
 from experiments.process import prepare_process
@@ -90,7 +90,7 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
 
 
 def _is_tuned(source: str) -> bool:
-    return find_checkpoint(source) is not None or is_adapter(Path(source).expanduser())
+    return find_checkpoint(source) is not None or has_base(Path(source).expanduser())
 
 
 def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
@@ -99,14 +99,14 @@ def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
     if config.adapter is None:
         source = config.model or "demo"
         return load_pretrained(source, dtype=dtype), source
-    if is_adapter(config.adapter):
+    if has_base(config.adapter):
         source = config.model or str(config.adapter)
         over = None if config.model is None else config.adapter
         return load_pretrained(source, dtype=dtype, adapter=over), source
     if not is_checkpoint(config.adapter):
         raise ValueError(
             f"--adapter {config.adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a PEFT directory (adapter_config.json)."
+            "(checkpoint.json) nor a directory of PEFT's or tptt's."
         )
     described = read_description(config.adapter)
     source = config.model or described.source
