@@ -59,6 +59,11 @@ BAD_MEMORIES = {
         f"dropout = {value}": ({"dropout": value}, r"dropout must lie in \[0, 1\)")
         for value in (1.0, -0.1, float("nan"))
     },
+    "scheduled share": ({"mag": "scheduled", "mag_init": 1.1}, "between 0 and 1, got 1.1"),
+    "gates of the reference": (
+        {"operator": "tptt_reference", "vector_beta": True},
+        "has gates of its own kind",
+    ),
     "nothing to cross": ({"softmax": False, "cross_gate": True}, "use cross_gate=False"),
 }
 BAD_ADAPTERS = {
@@ -119,6 +124,20 @@ def test_with_operator_leaves_nothing_of_the_old_one(before, after):
     assert changed == LizaConfig(operator=after, mag_init=0.3, softmax_window=7)
     assert _resolved(changed) == PAPER[after]
     assert config.operator == before
+
+
+@pytest.mark.parametrize("mode", PAPER)
+def test_modes_of_the_reference_operator(mode):
+    config = LizaConfig.tptt_reference(mode, mag_init=1.0)
+    assert config.operator == "tptt_reference"
+    assert (config.mag, config.mag_init, config.linear_scale) == ("scheduled", 1.0, "unit")
+    assert _resolved(config) == PAPER[mode]
+    assert _resolved(LizaConfig.tptt_reference(mode, num_householder=3)) == (3, *PAPER[mode][1:])
+
+
+def test_an_unknown_mode_of_the_reference_operator():
+    with pytest.raises(ValueError, match=r"mode must be one of delta_rule, .*, got 'tptt'"):
+        LizaConfig.tptt_reference("tptt")
 
 
 def test_a_linear_model_has_unit_scale():
