@@ -468,10 +468,7 @@ class LizaConfig:
 
     def _check_share(self) -> None:
         if self.mag == "learned" and not 0 < self.mag_init < 1:
-            raise ValueError(
-                f'mag_init must lie strictly between 0 and 1 with mag="learned", got '
-                f"{self.mag_init}."
-            )
+            raise ValueError(f"mag_init must lie strictly between 0 and 1, got {self.mag_init}.")
         if not 0 <= self.mag_init <= 1:
             raise ValueError(f"mag_init must lie between 0 and 1, got {self.mag_init}.")
 
