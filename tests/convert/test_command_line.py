@@ -239,7 +239,7 @@ def test_inspect_is_readable(tmp_path, monkeypatch, capsys):
     assert "dtypes: F32 93\n" in output.out
     # One full layer, six that hold five tokens, and the length of the row.
     nbytes = 128 * 1_048_576 + 6 * 5 * 128 + 4
-    assert f"  base              1048576  {nbytes} (128.0 MiB)\n" in output.out
+    assert f"  base               1048576  {nbytes} (128.0 MiB)\n" in output.out
 
 
 def test_bad_context(tmp_path, monkeypatch, capsys):
