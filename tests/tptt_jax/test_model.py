@@ -282,8 +282,8 @@ def test_branches_are_what_the_mixture_is_made_of():
     attention, mlp = layer["self_attn"], layer["mlp"]
     mu = 1 / (1 + np.exp(-attention["mag"]["logit"]))[:, None]
     root = {
-        name: np.sqrt((x**2).mean(-1, keepdims=True))
-        for name, x in (("soft", soft), ("linear", np.where(linear == 0, 1, linear)))
+        name: np.sqrt((x**2).mean(-1, keepdims=True) + guard)
+        for name, x, guard in (("soft", soft, 0), ("linear", linear, 1e-6))
     }
     mixed = (1 - mu) * soft + mu * linear * root["soft"] / root["linear"]
     x = np.asarray(model.embed.embedding[...], np.float64)[tokens]
