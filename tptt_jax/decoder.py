@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,7 +176,7 @@ class StackRun:
 
     def __call__(
         self,
-        layers: DecoderLayer,
+        layers: DecoderLayer | Sequence[DecoderLayer],
         x: Hidden,
         *,
         cache: StackCache | None,
@@ -184,7 +185,8 @@ class StackRun:
         """Runs every layer.
 
         Args:
-          layers: one module whose parameters have a leading axis of layers.
+          layers: one module whose parameters have a leading axis of layers, or an nnx.List
+            with a module for each layer.
           x: [B, T, E].
           cache: of this stack, or None.
           dropout_key: turns dropout on.
@@ -192,6 +194,8 @@ class StackRun:
         Returns:
           [B, T, E]; the new cache; both branches with a leading axis of layers.
         """
+        if isinstance(layers, nnx.List):
+            return self._run_unstacked(layers, x, cache)
         graphdef, parameters = nnx.split(layers)
         count = len(self.kinds)
         kinds = tuple(dict.fromkeys(self.kinds))
@@ -217,6 +221,35 @@ class StackRun:
         inputs = (parameters, kind_number, rank, keys, memory)
         x, (new, branches) = lax.scan(body, x, inputs)
         return x, None if cache is None else self._extend(cache, *new), branches
+
+    def _run_unstacked(
+        self, layers: Sequence[DecoderLayer], x: Hidden, cache: StackCache | None
+    ) -> tuple[Hidden, StackCache | None, Branches | None]:
+        """The same layers as modules of their own, see `tptt_jax.inference.unstack`."""
+        new, branches = [], []
+        for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
+            rank = jnp.asarray(self.kinds[:i].count(kind))
+            memory = None if cache is None else jax.tree.map(lambda m, i=i: m[i], cache.memory)
+            x, attended = layer(
+                x,
+                self._layer_tokens((kind,), jnp.asarray(0), rank, cache),
+                memory_state=memory,
+                use_memory=self.use_memory,
+            )
+            new.append((attended.keys, attended.values, attended.memory))
+            branches.append(attended.branches)
+        keys, values, memory = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+        joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *branches)
+        new_cache = None
+        if cache is not None:
+            # What is written must depend on the last layer's result: XLA then sees that every
+            # cache has been read before, and writes in place instead of copying it.
+            spoiled = jnp.isnan(x[..., :1, None])
+            keys, values = (
+                y if y is None else jnp.where(spoiled, jnp.nan, y) for y in (keys, values)
+            )
+            new_cache = self._extend(cache, keys, values, memory)
+        return x, new_cache, joined if self.return_branches else None
 
     def _layer_tokens(
         self,

@@ -1,8 +1,9 @@
-"""Generation: prefill in segments and decoding in blocks, each compiled once."""
+"""Generation: a prompt is read once, then tokens come in blocks from one compiled loop."""
 
 import functools
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,34 +12,63 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, HostTokens, Int, Key, SegmentIds, Tokens
-from tptt_jax.decoder import Cache
+from tptt_jax.inference.prefill import (
+    align_prompts,
+    check_positions,
+    check_state,
+    extend_state,
+)
 from tptt_jax.inference.sampling import Sampling, sample
-from tptt_jax.model import CausalLM, init_cache
+from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.inference.text import Decode, TextStream
+from tptt_jax.inference.unstack import unstack_layers
+from tptt_jax.model import CausalLM
 
-PREFILL_TOKENS = 256
-DECODE_STEPS = 16
-_SMALLEST_CACHE = 512
+# Steps between two looks of the host: it sees whether rows are done and makes room in caches.
+LONGEST_BLOCK = 64
+STREAM_BLOCK = 16
+# Room that caches without a window have for new tokens from the start.
+_ROOM = 512
+_STOPS_AT_A_TIME = 8
 
 
 class GenerateResult(NamedTuple):
     """What was generated.
 
     Attributes:
-      tokens: [B, max_new_tokens] int32; after a row's stop token, padding.
-      lengths: tokens of each row, the stop token included [B].
+      tokens: [B, max_new_tokens] int32; after a row's end, padding.
+      lengths: tokens of each row, the one that ended it included [B].
+      state: after the new tokens, to go on from. A row that a stop string has ended may
+        have read up to 63 tokens more.
     """
 
     tokens: Int[Array, "B T"]
     lengths: Int[Array, "B"]
+    state: ReadState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops:
+    """What ends a row before `max_new_tokens`."""
+
+    tokens: tuple[int, ...] | None = None
+    """None: the model's end-of-text tokens."""
+    strings: tuple[str, ...] = ()
+    decode: Decode | None = None
+    """From tokens to text; needed with `strings`."""
+
+    def __post_init__(self) -> None:
+        """Rejects strings that nothing can be compared with."""
+        if self.strings and self.decode is None:
+            raise ValueError("stop_strings need decode, e.g. decode=tokenizer.decode.")
 
 
 class _Decoding(NamedTuple):
     """What decoding carries from token to token."""
 
-    cache: Cache
-    token: Array  # [B]: chosen, not yet in the cache
-    done: Array  # [B]: whether the row has had its stop token
-    key: Array
+    state: ReadState
+    done: Array  # [B]: whether the row has ended
+    keys: Array  # [B]
 
 
 def generate(
@@ -46,144 +76,206 @@ def generate(
     tokens: Tokens | HostTokens,
     max_new_tokens: int = 32,
     temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*B"] | None = None,
     *,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     segment_ids: SegmentIds | HostTokens | None = None,
     stop_tokens: tuple[int, ...] | None = None,
+    stop_strings: tuple[str, ...] = (),
+    decode: Callable[[list[int]], str] | None = None,
+    state: ReadState | None = None,
     use_memory: bool = True,
 ) -> GenerateResult:
     """Continues prompts.
 
-    Compiled once for prefill and once for decoding, whatever the lengths: prompts are
-    read in segments of 256 tokens, caches grow in powers of two.
+    Compiled once for reading and once for decoding, whatever the lengths; where layers
+    have no window, once more whenever their cache doubles.
 
     Args:
       model: a base model or a Titan.
-      tokens: prompts [B, T] int32.
+      tokens: prompts [B, T] int32; with a `state` they may be empty.
       max_new_tokens: how many to add at most.
       temperature: 0 is greedy.
-      key: randomness for temperature > 0; None: jax.random.key(0).
-      top_k: only the k most likely tokens; 0: all.
-      top_p: only the most likely tokens with this probability together.
+      key: randomness for temperature > 0, or one key for each row; None: jax.random.key(0).
+      top_k: see `Sampling`, as the next three.
+      top_p: .
+      min_p: .
+      repetition_penalty: .
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
       stop_tokens: end a row; None: the model's end-of-text tokens.
+      stop_strings: end a row with the token that completes one of them.
+      decode: from tokens to text, e.g. tokenizer.decode; needed with stop_strings.
+      state: what the rows hold before these tokens, from `read`, `load_state` or an earlier
+        result; it stays as it is.
       use_memory: False leaves the memory out.
 
     Returns:
-      The new tokens, without the prompt.
+      The new tokens, without the prompt, and the state after them.
 
     Raises:
       ValueError: if a prompt is empty or an argument is out of range.
     """
-    blocks = list(
-        stream(
-            model,
-            tokens,
-            max_new_tokens,
-            temperature,
-            key,
-            top_k=top_k,
-            top_p=top_p,
-            segment_ids=segment_ids,
-            stop_tokens=stop_tokens,
-            use_memory=use_memory,
-        )
+    blocks = stream(
+        model,
+        tokens,
+        max_new_tokens,
+        key,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
+        stops=Stops(tokens=stop_tokens, strings=tuple(stop_strings), decode=decode),
+        segment_ids=segment_ids,
+        state=state,
+        use_memory=use_memory,
+        block=LONGEST_BLOCK,
     )
-    stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
-    new = np.concatenate(blocks, axis=1)
-    filled = np.full((new.shape[0], max_new_tokens), _padding_token(model), np.int32)
+    new = np.concatenate(list(blocks), axis=1)
+    filled = np.full((len(new), max_new_tokens), _padding_token(model), np.int32)
     filled[:, : new.shape[1]] = new
-    ended = np.isin(filled, stops)
-    lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, max_new_tokens)
-    filled[np.arange(max_new_tokens) >= lengths[:, None]] = _padding_token(model)
-    return GenerateResult(jnp.asarray(filled), jnp.asarray(lengths, jnp.int32))
+    lengths = jnp.asarray(blocks.lengths, jnp.int32)
+    return GenerateResult(jnp.asarray(filled), lengths, blocks.state)
 
 
 def stream(
     model: CausalLM,
     tokens: Tokens | HostTokens,
     max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    key: Key[Array, ""] | None = None,
+    key: Key[Array, "*B"] | None = None,
     *,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling | None = None,
+    stops: Stops | None = None,
     segment_ids: SegmentIds | HostTokens | None = None,
-    stop_tokens: tuple[int, ...] | None = None,
+    state: ReadState | None = None,
     use_memory: bool = True,
-    block: int = DECODE_STEPS,
-) -> Iterator[np.ndarray]:
-    """`generate`, block by block: yields new tokens [B, n], n at most `block`.
+    block: int = STREAM_BLOCK,
+) -> "TokenStream":
+    """`generate`, block by block; the prompts are read before it returns.
 
-    Ends early once every row has had its stop token; what follows a stop token in a
-    row is padding.
+    Args:
+      model: see `generate`, as all that is not below.
+      tokens: .
+      max_new_tokens: .
+      key: .
+      sampling: how tokens are drawn; None: the most likely ones.
+      stops: what ends a row; None: the model's end-of-text tokens.
+      segment_ids: .
+      state: .
+      use_memory: .
+      block: tokens at a time, 1 to 64; the first token comes alone if that is not 64.
     """
-    prompts, counts = _left_aligned(tokens, segment_ids)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    sampling = Sampling(temperature, top_k, top_p)
+    if not 1 <= block <= LONGEST_BLOCK:
+        raise ValueError(f"block must lie between 1 and {LONGEST_BLOCK}, got {block}.")
+    sampling = Sampling() if sampling is None else sampling
     sampling.check()
-    stops = model.config.eos_token_ids if stop_tokens is None else stop_tokens
-    graphdef, state = nnx.split(model)
-    static = {"graphdef": graphdef, "use_memory": use_memory}
-    capacity = _cache_size(int(counts.max()) + max_new_tokens)
-    cache = init_cache(model, prompts.shape[0], capacity)
-    hidden = jnp.zeros((prompts.shape[0], model.config.embed_dim), model.dtype)
-    for start in range(0, prompts.shape[1], PREFILL_TOKENS):
-        part = prompts[:, start : start + PREFILL_TOKENS]
-        valid = (np.arange(start, start + PREFILL_TOKENS) < counts[:, None]).astype(np.int32)
-        cache, hidden = _prefill(
-            **static, state=state, tokens=part, ids=valid, cache=cache, last=hidden
-        )
-    stop_array = jnp.asarray(stops or (-1,), jnp.int32)
-    first, next_key = _first_token(
-        graphdef, state, hidden, sampling, jax.random.key(0) if key is None else key
+    prompts = align_prompts(tokens, segment_ids, may_be_empty=state is not None)
+    rows = len(prompts.counts)
+    if state is None:
+        room = int(prompts.counts.max()) + min(max_new_tokens, _ROOM)
+        state = init_state(model, rows, room, use_memory=use_memory)
+    else:
+        check_state(model, state, rows, use_memory=use_memory)
+        if (np.asarray(state.cache.length) + prompts.counts == 0).any():
+            raise ValueError("every row needs at least one token, in the state or in the prompt.")
+        state = fork_state(state)
+    longest = int(np.max(np.asarray(state.cache.length) + prompts.counts))
+    check_positions(model, longest + max_new_tokens)
+    state = extend_state(model, prompts, state)
+    decoding = _Decoding(state, jnp.zeros((rows,), bool), _row_keys(key, rows))
+    return TokenStream(
+        model, decoding, sampling, stops or Stops(), max_new_tokens, longest, block
     )
-    decoding = _Decoding(cache, first, jnp.isin(first, stop_array), next_key)
-    yield np.asarray(first)[:, None]
-    left = max_new_tokens - 1
-    while left > 0 and not bool(decoding.done.all()):
-        count = min(block, left)
-        decoding, new = _decode(
-            **static,
-            size=block,
-            state=state,
-            decoding=decoding,
-            sampling=sampling,
-            stops=stop_array,
-            padding=_padding_token(model),
-            count=count,
+
+
+class TokenStream:
+    """An iterator over blocks of new tokens [B, n]; what follows a row's end is padding.
+
+    Attributes:
+      state: after the tokens so far, until the next block is taken.
+      lengths: tokens of each row so far, the one that ended it included [B].
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        decoding: _Decoding,
+        sampling: Sampling,
+        stops: Stops,
+        max_new_tokens: int,
+        longest: int,
+        block: int,
+    ) -> None:
+        """See `stream`."""
+        self._model = model
+        # A few tokens are not worth a longer compilation.
+        long = max_new_tokens >= LONGEST_BLOCK
+        self._split = nnx.split(unstack_layers(model) if long else model)
+        self._decoding, self._sampling = decoding, sampling
+        self._left, self._longest, self._block = max_new_tokens, longest, block
+        self._count = LONGEST_BLOCK if block == LONGEST_BLOCK else 1
+        ends = model.config.eos_token_ids if stops.tokens is None else tuple(stops.tokens)
+        # Rounded up, as their number is part of the compiled program.
+        self._stops = np.full(-(-max(len(ends), 1) // _STOPS_AT_A_TIME) * _STOPS_AT_A_TIME, -1)
+        self._stops[: len(ends)] = ends
+        rows = decoding.done.shape[0]
+        self.lengths = np.zeros(rows, int)
+        self._done = np.zeros(rows, bool)
+        self._texts: list[TextStream] = []
+        if stops.strings and stops.decode is not None:
+            self._texts = [TextStream(stops.decode, stops.strings) for _ in range(rows)]
+
+    @property
+    def state(self) -> ReadState:
+        """After the tokens so far."""
+        return self._decoding.state
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """The next tokens."""
+        if self._left == 0 or self._done.all():
+            raise StopIteration
+        count = min(self._count, self._left)
+        grown = grow_state(self._model, self._decoding.state, self._longest + count)
+        padding = _padding_token(self._model)
+        graphdef, weights = self._split
+        self._decoding, new = _decode(
+            graphdef,
+            weights,
+            self._decoding._replace(state=grown),
+            self._sampling,
+            jnp.asarray(self._stops, jnp.int32),
+            padding,
+            count,
         )
-        yield np.asarray(new)[:, :count]
-        left -= count
+        block = np.array(new)[:, :count]
+        for row in np.flatnonzero(~self._done):
+            kept = self._end_row(row, block[row].tolist())
+            self.lengths[row] += kept
+            block[row, kept:] = padding
+        if self._texts:
+            self._decoding = self._decoding._replace(done=jnp.asarray(self._done))
+        self._left -= count
+        self._longest += count
+        self._count = self._block
+        return block
 
-
-def _left_aligned(
-    given: Tokens | HostTokens, segment_ids: SegmentIds | HostTokens | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts without padding before or inside them, as whole segments, and their lengths."""
-    tokens = np.asarray(given, np.int32)
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must have shape [B, T], got {tokens.shape}.")
-    valid = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
-    counts = valid.sum(axis=1)
-    if tokens.shape[0] == 0 or not counts.all():
-        raise ValueError("every prompt needs at least one token: start it with the BOS token.")
-    order = np.argsort(~valid, axis=1, kind="stable")
-    width = -(-int(counts.max()) // PREFILL_TOKENS) * PREFILL_TOKENS
-    aligned = np.zeros((tokens.shape[0], width), np.int32)
-    kept = min(width, tokens.shape[1])
-    aligned[:, :kept] = np.take_along_axis(tokens, order, axis=1)[:, :kept]
-    return aligned, counts
-
-
-def _cache_size(tokens: int) -> int:
-    size = _SMALLEST_CACHE
-    while size < tokens:
-        size *= 2
-    return size
+    def _end_row(self, row: int, new: list[int]) -> int:
+        """How many of its new tokens a row keeps."""
+        kept = next((i + 1 for i, token in enumerate(new) if token in self._stops), len(new))
+        self._done[row] = len(new) > 0 and new[kept - 1] in self._stops
+        if self._texts:
+            text = self._texts[row]
+            before = text.num_tokens
+            text.push(new[:kept])
+            if text.stopped:
+                self._done[row] = True
+                return text.num_tokens - before
+        return kept
 
 
 def _padding_token(model: CausalLM) -> int:
@@ -193,69 +285,57 @@ def _padding_token(model: CausalLM) -> int:
     return config.eos_token_ids[0] if config.eos_token_ids else 0
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "use_memory"), donate_argnames="cache")
-def _prefill(
-    graphdef: nnx.GraphDef,
-    use_memory: bool,
-    state: nnx.State,
-    tokens: Array,
-    ids: Array,
-    cache: Cache,
-    last: Array,
-) -> tuple[Cache, Array]:
-    """One segment; `last` is replaced in rows whose prompt has tokens in it."""
-    model: CausalLM = nnx.merge(graphdef, state)
-    hidden, new_cache, _ = model.forward_hidden(tokens, ids, cache=cache, use_memory=use_memory)
-    assert new_cache is not None
-    count = jnp.sum(ids, axis=1)
-    final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return new_cache, jnp.where(count[:, None] > 0, final, last)
+def _row_keys(key: Array | None, rows: int) -> Array:
+    key = jax.random.key(0) if key is None else key
+    if key.ndim == 0:
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
+    if key.shape != (rows,):
+        raise ValueError(f"key must be one key or one for each of {rows} rows, got {key.shape}.")
+    # A copy, because decoding writes into its arguments.
+    return jnp.copy(key)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def _first_token(
-    graphdef: nnx.GraphDef, state: nnx.State, hidden: Array, sampling: Sampling, key: Array
-) -> tuple[Array, Array]:
-    model: CausalLM = nnx.merge(graphdef, state)
-    key, draw = jax.random.split(key)
-    return sample(model.project_logits(hidden), sampling, draw), key
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "use_memory", "size"), donate_argnames="decoding"
-)
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="decoding")
 def _decode(
     graphdef: nnx.GraphDef,
-    use_memory: bool,
-    size: int,
-    state: nnx.State,
+    weights: nnx.State,
     decoding: _Decoding,
     sampling: Sampling,
     stops: Array,
     padding: Array,
     count: Array,
 ) -> tuple[_Decoding, Array]:
-    """Up to `size` tokens, `count` of them asked for; stops when every row is done."""
-    model: CausalLM = nnx.merge(graphdef, state)
+    """`count` tokens, LONGEST_BLOCK at most; stops when every row is done."""
+    model: CausalLM = nnx.merge(graphdef, weights)
+    use_memory = decoding.state.has_memory
 
     def unfinished(carry: tuple) -> Array:
         decoding, _, step = carry
         return (step < count) & ~decoding.done.all()
 
     def body(carry: tuple) -> tuple:
-        decoding, out, step = carry
-        live = (~decoding.done).astype(jnp.int32)[:, None]
+        (state, done, keys), out, step = carry
+        split = jax.vmap(jax.random.split)(keys)
+        logits = model.project_logits(state.hidden)
+        token = sample(logits, sampling, split[:, 1], state.seen)
+        token = jnp.where(done, padding, token).astype(jnp.int32)
+        live = ~done
         hidden, cache, _ = model.forward_hidden(
-            decoding.token[:, None], live, cache=decoding.cache, use_memory=use_memory
+            token[:, None],
+            live.astype(jnp.int32)[:, None],
+            cache=state.cache,
+            use_memory=use_memory,
         )
         assert cache is not None
-        key, draw = jax.random.split(decoding.key)
-        token = sample(model.project_logits(hidden[:, 0]), sampling, draw)
-        token = jnp.where(decoding.done, padding, token).astype(jnp.int32)
-        done = decoding.done | jnp.isin(token, stops)
+        fresh = jnp.arange(state.seen.shape[1]) == token[:, None]
+        state = ReadState(
+            cache,
+            jnp.where(live[:, None], hidden[:, 0], state.hidden),
+            state.seen | (fresh & live[:, None]),
+        )
         out = lax.dynamic_update_index_in_dim(out, token, step, axis=1)
-        return _Decoding(cache, token, done, key), out, step + 1
+        return _Decoding(state, done | jnp.isin(token, stops), split[:, 0]), out, step + 1
 
-    out = jnp.full((decoding.token.shape[0], size), padding, jnp.int32)
+    out = jnp.full((decoding.done.shape[0], LONGEST_BLOCK), padding, jnp.int32)
     decoding, out, _ = lax.while_loop(unfinished, body, (decoding, out, jnp.zeros((), jnp.int32)))
     return decoding, out

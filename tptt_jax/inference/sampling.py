@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tptt_jax.array_typing import Array, Float, Int, Key
+from tptt_jax.array_typing import Array, Bool, Float, Int, Key
 
 
 class Sampling(NamedTuple):
@@ -14,43 +14,66 @@ class Sampling(NamedTuple):
     Attributes:
       temperature: 0 is greedy, 1 the model's own distribution.
       top_k: only the k most likely tokens; 0: all.
-      top_p: only the most likely tokens that together have this probability; 1: all.
+      top_p: only the most likely of these that together have this probability; 1: all.
+      min_p: only tokens at least this times as likely as the most likely one; 0: all.
+      repetition_penalty: positive logits of tokens that the row already holds, prompt
+        included, are divided by it, negative ones multiplied (arXiv:1909.05858); 1: none.
     """
 
     temperature: Float[Array, ""] | float = 0.0
     top_k: Int[Array, ""] | int = 0
     top_p: Float[Array, ""] | float = 1.0
+    min_p: Float[Array, ""] | float = 0.0
+    repetition_penalty: Float[Array, ""] | float = 1.0
 
     def check(self) -> None:
         """Raises ValueError for values that no distribution has."""
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}.")
+        if not self.repetition_penalty > 0:
+            raise ValueError(
+                f"repetition_penalty must be positive, got {self.repetition_penalty}: above 1 "
+                "discourages repetition, 1 leaves logits alone."
+            )
 
 
-def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""]) -> Int[Array, "B"]:
+def sample(
+    logits: Float[Array, "B V"],
+    sampling: Sampling,
+    keys: Key[Array, "B"],
+    seen: Bool[Array, "B V"] | None = None,
+) -> Int[Array, "B"]:
     """Draws one token a row.
 
     Args:
       logits: [B, V].
       sampling: how.
-      key: randomness; not used when greedy.
+      keys: randomness of each row, so that a row draws what it would draw alone; not used
+        when greedy.
+      seen: tokens that the repetition penalty is for; None: none.
 
     Returns:
       int32 [B].
     """
     logits = logits.astype(jnp.float32)
+    if seen is not None:
+        penalty = sampling.repetition_penalty
+        repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(seen, repeated, logits)
 
     def draw() -> Array:
         scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-        restricted = (sampling.top_k > 0) | (sampling.top_p < 1)
+        restricted = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
         scaled = jax.lax.cond(
             jnp.asarray(restricted), lambda: _restrict(scaled, sampling), lambda: scaled
         )
-        return jax.random.categorical(key, scaled, axis=-1)
+        return jax.vmap(jax.random.categorical)(keys, scaled)
 
     greedy = jnp.asarray(sampling.temperature) == 0
     token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw)
@@ -58,12 +81,17 @@ def sample(logits: Float[Array, "B V"], sampling: Sampling, key: Key[Array, ""])
 
 
 def _restrict(logits: Array, sampling: Sampling) -> Array:
-    """Masks out what top_k and top_p leave no room for; the most likely token always stays."""
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    """Masks out what top_k, top_p and min_p leave no room for; the most likely always stays.
+
+    The kept tokens are those from some logit upwards, so values are sorted and nothing is
+    sorted back; tokens exactly as likely as the last one kept stay too.
+    """
+    ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
+    ranked = jnp.where((rank < sampling.top_k) | (sampling.top_k == 0), ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    keep = (before < sampling.top_p) & ((rank < sampling.top_k) | (sampling.top_k == 0))
-    ranked = jnp.where(keep | (rank == 0), ranked, -jnp.inf)
-    return jnp.take_along_axis(ranked, jnp.argsort(order, axis=-1), axis=-1)
+    keep = (before < sampling.top_p) & (probability >= sampling.min_p * probability[:, :1])
+    kept = keep & jnp.isfinite(ranked) | (rank == 0)
+    lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= lowest, logits, -jnp.inf)

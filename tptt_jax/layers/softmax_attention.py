@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Positions, SegmentIds
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
@@ -16,6 +18,9 @@ from tptt_jax.layers.cache import (
 )
 from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
 from tptt_jax.ops.softmax_attention import KeyValues, attend, attend_sequence, segment_starts
+
+# Logits that cached attention holds at a time: 128 MiB in float32.
+_LOGITS_AT_A_TIME = 1 << 25
 
 
 class TokenContext(NamedTuple):
@@ -111,8 +116,7 @@ def apply_softmax(
     sink_queries = rotate(q, context.sink_angles) if settings.sinks else None
     q, k = rotate(q, context.angles), rotate(k, context.angles)
     if cache is not None:
-        parts = _cached_parts(settings, context, k, v, cache, sink_queries)
-        return attend(q, parts, scale=settings.scale, softcap=settings.softcap), k
+        return _attend_cached(settings, context, q, k, v, cache, sink_queries), k
     sinks = None
     if sink_queries is not None:
         sinks = _row_sinks(context, sink_queries, k, v, settings.sinks)
@@ -169,34 +173,68 @@ def _row_sinks(context: TokenContext, queries: Array, k: Array, v: Array, count:
     return KeyValues(k[rows, index], v[rows, index], visible, queries)
 
 
-def _cached_parts(
+class _Queries(NamedTuple):
+    """What belongs to single queries, cut together when there are too many for one product."""
+
+    q: Array
+    positions: Array
+    valid: Array
+    sink_queries: Array | None
+
+
+def _attend_cached(
     settings: SoftmaxSettings,
     context: TokenContext,
+    q: Array,
     k: Array,
     v: Array,
     cache: KeyValueCache,
     sink_queries: Array | None,
-) -> list[KeyValues]:
-    """The ring, the tokens of this call, and the sinks from either."""
+) -> Array:
+    """Attends to the ring, the tokens of this call and the sinks from either.
+
+    Queries are taken so many at a time that their logits fit a fixed space, however long
+    the cache is.
+    """
     assert context.length is not None
-    valid, positions = context.valid, context.positions
-
-    def visible(key_positions: Array) -> Array:
-        seen, query = key_positions[:, None], positions[..., None]
-        mask = (seen >= 0) & (seen <= query) & valid[..., None]
-        if settings.window is not None:
-            mask &= seen > query - settings.window
-        return mask if sink_queries is None else mask & (seen >= settings.sinks)
-
+    place = (context.positions, context.valid)
     old = slot_positions(context.length, cache.keys.shape[1])
-    new = jnp.where(valid, positions, -1)
-    parts = [
-        KeyValues(cache.keys, cache.values, visible(old)),
-        KeyValues(k, v, visible(new)),
-    ]
+    new = jnp.where(context.valid, context.positions, -1)
+    sinks = None
     if sink_queries is not None:
-        keys = write_sinks(cache.sink_keys, k, positions, valid)
-        values = write_sinks(cache.sink_values, v, positions, valid)
-        mask = valid[..., None] & (jnp.arange(settings.sinks) <= positions[..., None])
-        parts.append(KeyValues(keys, values, mask, sink_queries))
-    return parts
+        sinks = (write_sinks(cache.sink_keys, k, *place), write_sinks(cache.sink_values, v, *place))
+
+    def attend_block(queries: _Queries) -> Array:
+        parts = [
+            KeyValues(cache.keys, cache.values, _visible(settings, queries, old)),
+            KeyValues(k, v, _visible(settings, queries, new)),
+        ]
+        if sinks is not None:
+            reached = jnp.arange(settings.sinks) <= queries.positions[..., None]
+            mask = queries.valid[..., None] & reached
+            parts.append(KeyValues(*sinks, mask, queries.sink_queries))
+        return attend(queries.q, parts, scale=settings.scale, softcap=settings.softcap)
+
+    queries = _Queries(q, *place, sink_queries)
+    batch, tokens, heads, _ = q.shape
+    block = max(1, _LOGITS_AT_A_TIME // (batch * heads * (cache.keys.shape[1] + tokens)))
+    if tokens <= block:
+        return attend_block(queries)
+    pad = -tokens % block
+    out = lax.map(attend_block, jax.tree.map(lambda x: _cut(x, block, pad), queries))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :tokens]
+
+
+def _visible(settings: SoftmaxSettings, queries: _Queries, key_positions: Array) -> Array:
+    """[B, T, S]: filled, not later, inside the window, and not a sink."""
+    seen, query = key_positions[:, None], queries.positions[..., None]
+    mask = (seen >= 0) & (seen <= query) & queries.valid[..., None]
+    if settings.window is not None:
+        mask &= seen > query - settings.window
+    return mask if queries.sink_queries is None else mask & (seen >= settings.sinks)
+
+
+def _cut(x: Array, size: int, pad: int) -> Array:
+    """[B, n * size - pad, ...] -> [n, B, size, ...]; what is padded is not valid."""
+    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)

@@ -11,7 +11,7 @@ from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.config import RopeConfig
 
 _DIGIT_BITS = 8
-_NUM_DIGITS = 3
+_NUM_DIGITS = 4
 
 
 class RotaryAngles(NamedTuple):
@@ -53,7 +53,7 @@ def _digit_tables(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, ...]:
 
 
 def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) -> RotaryAngles:
-    """The rotation of every token, right to 2e-6 rad at any position below 2 ** 24.
+    """The rotation of every token, right to 4e-6 rad at any position an int32 can hold.
 
     ``position * frequency`` in float32 is off by 0.06 rad at a million tokens. Here
     the position is cut into base-256 digits, and the angle of each digit comes from

@@ -6,6 +6,7 @@ from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
 from tptt_jax.inference import generate as module
+from tptt_jax.inference import prefill
 from tptt_jax.inference.generate import stream
 from tptt_jax.inference.sampling import Sampling, sample
 
@@ -54,8 +55,11 @@ def test_padding_anywhere_gives_each_row_what_it_gets_alone(model):
 
 def test_prompts_longer_than_a_segment(model, monkeypatch):
     want = generate(model, TOKENS, 8).tokens
-    monkeypatch.setattr(module, "PREFILL_TOKENS", 8)
+    for name, size in (("SEGMENT_TOKENS", 8), ("TAIL_TOKENS", 4), ("CALL_TOKENS", 16)):
+        monkeypatch.setattr(prefill, name, size)
+    jax.clear_caches()
     assert np.array_equal(generate(model, TOKENS, 8).tokens, want)
+    jax.clear_caches()
 
 
 def test_a_stop_token_ends_its_row_only(model):
@@ -77,10 +81,10 @@ def test_stream_gives_the_same_in_blocks(model):
 
 def test_lengths_do_not_recompile(model):
     generate(model, TOKENS, 20)
-    sizes = module._prefill._cache_size(), module._decode._cache_size()
+    sizes = prefill._read._cache_size(), module._decode._cache_size()
     generate(model, TOKENS[:, :5], 3)
     generate(model, np.tile(TOKENS, (1, 15)), 31, temperature=0.7, top_k=3, top_p=0.9)
-    assert (module._prefill._cache_size(), module._decode._cache_size()) == sizes
+    assert (prefill._read._cache_size(), module._decode._cache_size()) == sizes
 
 
 def test_sampling_is_reproducible_and_depends_on_the_key(model):
@@ -131,7 +135,7 @@ def test_bad_arguments_are_refused(options, message):
 )
 def test_sampling_draws_from_what_it_should(sampling, allowed):
     logits = jnp.log(jnp.array([[0.05, 0.3, 0.15, 0.5]]))
-    draw = jax.jit(jax.vmap(lambda key: sample(logits, sampling, key)[0]))
+    draw = jax.jit(jax.vmap(lambda key: sample(logits, sampling, key[None])[0]))
     drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 500)))
     assert set(drawn.tolist()) == allowed
     if allowed == {0, 1, 2, 3}:

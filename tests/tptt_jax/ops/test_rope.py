@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
@@ -82,10 +82,10 @@ def test_llama3_frequencies(config, head_dim):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_angles_are_exact_at_sixteen_million_tokens(name):
+def test_angles_are_exact_at_any_position(name):
     config = CONFIGS[name]
-    spread = np.random.default_rng(0).integers(0, 16_000_001, 500)
-    edges = [0, 1, 255, 256, 257, 65_535, 65_536, 65_537, 999_999, 2**20, 16_000_000, 2**24 - 1]
+    spread = np.random.default_rng(0).integers(0, 2**31, 500)
+    edges = [0, 1, 255, 256, 257, 65_535, 65_536, 65_537, 999_999, 1_000_000, 2**24 - 1, 2**24, 2**31 - 1]
     positions = np.concatenate([edges, spread])[None]
     frequencies = {
         "llama": _plain_frequencies(config.theta, HEAD_DIM),
@@ -111,8 +111,9 @@ def test_rotation_is_half_split_complex_multiplication():
     assert_allclose(got, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)
 
 
-@given(st.integers(0, 15_999_000), st.integers(0, 1000))
-@example(15_999_000, 1000)
+@settings(deadline=None)  # the first example compiles
+@given(st.integers(0, 2**31 - 1001), st.integers(0, 1000))
+@example(2**31 - 1001, 1000)
 def test_logits_depend_on_the_distance_only(start, distance):
     q, k = _heads(1)[:, :1], _heads(2)[:, :1]
 

@@ -1,0 +1,184 @@
+"""Reading prompts of any length: segments in a loop, compiled once."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
+from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.model import CausalLM
+
+# A prompt is read in long segments, CALL_TOKENS in one call of the device, and what is left of
+# it in short ones, so that a few words do not cost a whole segment.
+SEGMENT_TOKENS = 1024
+TAIL_TOKENS = 64
+CALL_TOKENS = 32 * SEGMENT_TOKENS
+
+
+class Prompts(NamedTuple):
+    """Prompts without the padding before and inside them.
+
+    Attributes:
+      tokens: left-aligned [B, T], on the host.
+      counts: tokens of each row [B].
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    counts: Int[np.ndarray, "B"]
+
+
+def read(
+    model: CausalLM,
+    tokens: Tokens | HostTokens,
+    segment_ids: SegmentIds | HostTokens | None = None,
+    *,
+    state: ReadState | None = None,
+    use_memory: bool = True,
+) -> ReadState:
+    """Reads prompts; what it returns can be generated from, forked, saved and read on.
+
+    Device memory does not depend on the length where every layer has a window.
+
+    Args:
+      model: a base model or a Titan.
+      tokens: the next tokens of each row [B, T].
+      segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
+      state: of the tokens before these; it stays as it is. None: there are none.
+      use_memory: False leaves the memory out; with a state it must be as before.
+
+    Returns:
+      The state after the last token of each row.
+
+    Raises:
+      ValueError: if a row has no token at all, or the state does not fit.
+    """
+    prompts = align_prompts(tokens, segment_ids, may_be_empty=state is not None)
+    if state is None:
+        state = init_state(model, len(prompts.counts), use_memory=use_memory)
+    else:
+        check_state(model, state, len(prompts.counts), use_memory=use_memory)
+        # What reading starts from is given to XLA to write into.
+        state = fork_state(state)
+    return extend_state(model, prompts, state)
+
+
+def align_prompts(
+    given: Tokens | HostTokens,
+    segment_ids: SegmentIds | HostTokens | None,
+    *,
+    may_be_empty: bool = False,
+) -> Prompts:
+    """Moves padding to the end of its row.
+
+    Raises:
+      ValueError: if shapes are wrong, or a prompt is empty that must not be.
+    """
+    tokens = np.asarray(given, np.int32)
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens must have shape [B, T], got {tokens.shape}.")
+    valid = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
+    if valid.shape != tokens.shape:
+        raise ValueError(f"segment_ids must have shape {tokens.shape} ([B, T]), got {valid.shape}.")
+    counts = valid.sum(axis=1)
+    if tokens.shape[0] == 0 or not (may_be_empty or counts.all()):
+        raise ValueError("every prompt needs at least one token: start it with the BOS token.")
+    if not valid.all():
+        order = np.argsort(~valid, axis=1, kind="stable")
+        tokens = np.take_along_axis(tokens, order, axis=1)
+    return Prompts(tokens[:, : counts.max(initial=0)], counts)
+
+
+def check_state(
+    model: CausalLM, state: ReadState, batch_size: int, *, use_memory: bool = True
+) -> None:
+    """Raises ValueError if a state is not for this model and so many rows."""
+    want = jax.eval_shape(functools.partial(init_state, model, state.batch_size))
+    sizes = [(x.hidden.shape, x.hidden.dtype, x.seen.shape) for x in (state, want)]
+    if sizes[0] != sizes[1] or len(state.cache.stacks) != len(want.cache.stacks):
+        raise ValueError("the state comes from a model of another shape: read the document again.")
+    if state.batch_size != batch_size:
+        raise ValueError(
+            f"the state has {state.batch_size} rows, the prompts have {batch_size}: "
+            "fork_state(state, copies) gives every row copies."
+        )
+    if (use_memory and model.liza is not None) != state.has_memory:
+        raise ValueError(
+            f"the state was read {'with' if state.has_memory else 'without'} the memory: go on the "
+            f"same way, with use_memory={state.has_memory}."
+        )
+
+
+def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadState:
+    """`read` for prompts in order; the arrays of `state` are used up."""
+    seen = int(np.max(state.cache.length, initial=0))
+    check_positions(model, int(np.max(np.asarray(state.cache.length) + prompts.counts)))
+    graphdef, weights = nnx.split(model)
+    width = prompts.tokens.shape[1]
+    whole = width - width % SEGMENT_TOKENS
+    calls = [(start, SEGMENT_TOKENS, CALL_TOKENS) for start in range(0, whole, CALL_TOKENS)]
+    if whole < width:
+        calls.append((whole, TAIL_TOKENS, SEGMENT_TOKENS))
+    for start, size, room in calls:
+        end = min(start + room, whole if size == SEGMENT_TOKENS else width)
+        buffer = np.zeros((len(prompts.counts), room), np.int32)
+        buffer[:, : end - start] = prompts.tokens[:, start:end]
+        counts = np.clip(prompts.counts - start, 0, end - start).astype(np.int32)
+        state = grow_state(model, state, seen + end)
+        state = _read(graphdef, size, weights, buffer, counts, state)
+    return state
+
+
+def check_positions(model: CausalLM, tokens: int) -> None:
+    """Raises ValueError if so many tokens are more than learned positions can number."""
+    config = model.config
+    if config.position_embedding == "learned" and tokens > config.max_positions:
+        raise ValueError(
+            f"{tokens} tokens are more than the {config.max_positions} positions that this model "
+            "has learned: shorten the prompt or max_new_tokens."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "size"), donate_argnames="state")
+def _read(
+    graphdef: nnx.GraphDef,
+    size: int,
+    weights: nnx.State,
+    tokens: Array,
+    counts: Array,
+    state: ReadState,
+) -> ReadState:
+    """Reads the first `counts` of `tokens` [B, T] in segments of `size`, which divides T.
+
+    `lax.scan` fixes the number of segments when it is compiled; a loop that is told the
+    number when it runs is the same with one program for every length.
+    """
+    model: CausalLM = nnx.merge(graphdef, weights)
+
+    def read_segment(index: Array, state: ReadState) -> ReadState:
+        part = lax.dynamic_slice_in_dim(tokens, index * size, size, axis=1)
+        valid = index * size + jnp.arange(size) < counts[:, None]
+        return _read_segment(model, part, valid, state)
+
+    return lax.fori_loop(0, -(-jnp.max(counts) // size), read_segment, state)
+
+
+def _read_segment(model: CausalLM, tokens: Array, valid: Array, state: ReadState) -> ReadState:
+    """One segment [B, T]; the last hidden state stays in rows that have no token in it."""
+    hidden, cache, _ = model.forward_hidden(
+        tokens, valid.astype(jnp.int32), cache=state.cache, use_memory=state.has_memory
+    )
+    assert cache is not None
+    count = jnp.sum(valid, axis=1)
+    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    place = jnp.where(valid, tokens, state.seen.shape[1])
+    return ReadState(
+        cache,
+        jnp.where(count[:, None] > 0, last, state.hidden),
+        state.seen.at[rows, place].set(True, mode="drop"),
+    )

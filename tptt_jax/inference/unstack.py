@@ -1,0 +1,60 @@
+"""Decoding on CPU: one module per layer instead of a scan over stacked ones."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from tptt_jax.model import CausalLM
+
+# Below this, weights stay in the processor's own caches and copies of them are cheap.
+_WORTHWHILE_BYTES = 1 << 25
+
+
+def unstack_layers(model: CausalLM) -> CausalLM:
+    """The same model with its layers apart, sharing its arrays; for single tokens on CPU.
+
+    A scan copies each layer's weights out of the stack before it multiplies by them. For
+    a row of tokens that is nothing; for one token it is three times the traffic, and
+    decoding is nothing but traffic. On a CPU a layer of a stack can be handed to XLA
+    where it lies, so the copy costs no memory either.
+
+    Args:
+      model: any model; it is not changed.
+
+    Returns:
+      A model that computes the same, and takes longer to compile; or `model` itself where it
+      is small or its arrays are not on one CPU.
+    """
+    leaves = jax.tree.leaves(nnx.state(model.stacks))
+    if not all(_is_on_one_cpu(leaf) for leaf in leaves):
+        return model
+    if sum(leaf.nbytes for leaf in leaves) < _WORTHWHILE_BYTES:
+        return model
+    apart = nnx.merge(*nnx.split(model))
+    apart.stacks = nnx.List([nnx.List(_layers(stack)) for stack in model.stacks])
+    return apart
+
+
+def _layers(stack: Any) -> list[Any]:
+    graphdef, state = nnx.split(stack)
+    leaves, treedef = jax.tree.flatten(state)
+    parts = [_views(leaf) for leaf in leaves]
+    return [
+        nnx.merge(graphdef, jax.tree.unflatten(treedef, layer))
+        for layer in zip(*parts, strict=True)
+    ]
+
+
+def _views(stacked: jax.Array) -> list[jax.Array]:
+    """Every layer's array; it shares memory unless it is too small to be aligned."""
+    device = next(iter(stacked.devices()))
+    return [jax.device_put(part, device, may_alias=True) for part in np.asarray(stacked)]
+
+
+def _is_on_one_cpu(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    devices = leaf.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
