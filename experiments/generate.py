@@ -1,12 +1,12 @@
-"""``python -m experiments.generate``: continues a prompt, streaming."""
+"""``python -m experiments.generate``: continues a prompt of any length, streaming."""
 
 import dataclasses
+import resource
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +14,19 @@ import numpy as np
 import tyro
 
 from convert import load_pretrained, load_tokenizer
-from convert.bases import has_base
 from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
 from experiments.process import prepare_process
-from tptt_jax import CausalLM
-from tptt_jax.inference.generate import stream
+from experiments.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
+from experiments.writer import Writer, report
+from tptt_jax import CausalLM, LizaConfig
+from tptt_jax.inference.generate import Stops
+from tptt_jax.inference.sampling import Sampling
+from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.model import base_model
-from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
+from tptt_jax.training.checkpoint import read_description, restore_trainable
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+_PROMPT = "The capital of France is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,22 +34,42 @@ class GenerateConfig:
     """Continues a prompt with a base model, a fine-tuned one, or both."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
-    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a run of
+    experiments.finetune; None: what the adapter was trained on, or the demo."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
-    prompt: str = "The capital of France is"
-    """Text to continue."""
+    """Output directory of a finetune run: its adapters and its memory."""
+    prompt: str | None = None
+    """Text to continue, after the file or the state if there is one; with --chat, the only
+    message. None: "The capital of France is" if there is neither."""
+    prompt_file: Path | None = None
+    """UTF-8 text of any length to read first."""
+    chat: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Answer messages, one a line of stdin, in the tokenizer's chat template."""
+    save_state: Path | None = None
+    """File for what was read, before anything is generated."""
+    load_state: Path | None = None
+    """Such a file, instead of reading it again; the model must be the same."""
     max_new_tokens: int = 64
-    """Tokens to add at most; the model's end-of-text token ends it earlier."""
+    """Tokens to add at most; the model's end-of-text token ends it earlier. 0: only read."""
     temperature: float = 0.0
     """0 takes the most likely token; 1 samples from the model's own distribution."""
     top_k: int = 0
     """Sample from the k most likely tokens only; 0: all."""
     top_p: float = 1.0
     """Sample from the most likely tokens with this probability together; 1: all."""
+    min_p: float = 0.0
+    """Sample from tokens at least this times as likely as the most likely one; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that are there already less likely."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; they are not part of it."""
     seed: int = 0
     """Of sampling."""
+    stream: bool = True
+    """Print text as it comes, or once it is complete."""
+    window: int | None = None
+    """Softmax attention sees so many tokens, and the first few; the memory sees all. None: what
+    the model was trained with."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the memory out."""
     compare: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -57,117 +79,152 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         """Rejects values that nothing can be generated with."""
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        least = 0 if self.save_state is not None else 1
+        if self.max_new_tokens < least:
+            raise ValueError(
+                f"max_new_tokens must be at least {least}, got {self.max_new_tokens}; 0 needs "
+                "--save-state."
+            )
+        if self.compare and (self.chat or self.load_state is not None):
+            raise ValueError("--compare reads the prompt twice: leave out --chat and --load-state.")
+        self.sampling.check()
 
-
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
-    """What one model wrote."""
-
-    text: str
-    new_tokens: int
-    tokens_per_s: float | None
-    """Without prefill and compilation; None: too short to tell."""
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn."""
+        return Sampling(
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
+        )
 
 
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
-    """Loads, generates, prints; returns what --json prints."""
+    """Loads, reads, generates, prints; returns what --json prints."""
     prepare_process()
-    if config.compare and config.adapter is None and not _is_tuned(config.model or "demo"):
+    if config.compare and config.adapter is None and not find_checkpoint(config.model or "demo"):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     model, source = _load(config)
-    tokenizer = load_tokenizer(source)
-    written: dict[str, Any] = {"prompt": config.prompt}
+    written: dict[str, Any] = {"prompt": _prompt(config)}
     if config.compare:
         print("--- base model ---")
-        written["base"] = dataclasses.asdict(
-            _write(config, base_model(model), tokenizer, use_memory=False)
-        )
+        base = _writer(config, base_model(model), source, use_memory=False)
+        written["base"] = _continue(config, base)
         print("--- fine-tuned ---")
     use_memory = model.liza is not None and not config.no_liza
-    return written | dataclasses.asdict(_write(config, model, tokenizer, use_memory=use_memory))
-
-
-def _is_tuned(source: str) -> bool:
-    return find_checkpoint(source) is not None or has_base(Path(source).expanduser())
+    writer = _writer(config, model, source, use_memory=use_memory)
+    if config.load_state is not None:
+        writer.state = load_state(config.load_state, model)
+    written |= _chat(config, writer) if config.chat else _continue(config, writer)
+    return written | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
 def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
     """The model, and where its tokenizer comes from."""
     dtype = jnp.dtype(config.dtype)
-    if config.adapter is None:
-        source = config.model or "demo"
-        return load_pretrained(source, dtype=dtype), source
-    if has_base(config.adapter):
-        source = config.model or str(config.adapter)
-        over = None if config.model is None else config.adapter
-        return load_pretrained(source, dtype=dtype, adapter=over), source
-    if not is_checkpoint(config.adapter):
-        raise ValueError(
-            f"--adapter {config.adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a directory of PEFT's or tptt's."
-        )
-    described = read_description(config.adapter)
-    source = config.model or described.source
-    model = load_pretrained(source, described.liza, described.lora, dtype)
+    described = read_description(config.adapter) if config.adapter is not None else None
+    source = config.model or ("demo" if described is None else described.source)
+    if described is None:
+        described = find_checkpoint(source)
+        own = None if described is None else described.liza
+        return load_pretrained(source, _windowed(config, own), dtype=dtype), source
+    liza = _windowed(config, described.liza)
+    model = load_pretrained(source, liza, described.lora, dtype)
+    assert config.adapter is not None
     restore_trainable(config.adapter, model)
     return model, source
 
 
-def _write(
-    config: GenerateConfig,
-    model: CausalLM,
-    tokenizer: "PreTrainedTokenizerFast",
-    *,
-    use_memory: bool,
-) -> Continuation:
-    tokens = np.array([tokenizer(config.prompt)["input_ids"]], np.int32)
-    blocks = stream(
-        model,
-        tokens,
-        config.max_new_tokens,
-        config.temperature,
-        jax.random.key(config.seed),
-        top_k=config.top_k,
-        top_p=config.top_p,
+def _windowed(config: GenerateConfig, liza: LizaConfig | None) -> LizaConfig | None:
+    if config.window is None:
+        return liza
+    return dataclasses.replace(liza or LizaConfig(), softmax_window=config.window)
+
+
+def _writer(config: GenerateConfig, model: CausalLM, source: str, *, use_memory: bool) -> Writer:
+    tokenizer = load_tokenizer(source)
+    stops = model.config.eos_token_ids
+    if config.chat:
+        stops = chat_stops(tokenizer, stops)
+    return Writer(
+        model=model,
+        tokenizer=tokenizer,
+        sampling=config.sampling,
+        stops=Stops(tokens=stops, strings=config.stop, decode=tokenizer.decode),
+        max_new_tokens=config.max_new_tokens,
         use_memory=use_memory,
+        show=config.stream,
+        key=jax.random.key(config.seed),
     )
-    print(config.prompt, end="", flush=True)
-    new, text = [], ""
-    marks: list[tuple[float, int]] = []
-    for piece in _until_stop(blocks, model.config.eos_token_ids):
-        new += piece
-        marks.append((time.perf_counter(), len(new)))
-        # Decoding all of it each time keeps characters whole that span several tokens.
-        longer = str(tokenizer.decode(new, skip_special_tokens=True))
-        if not longer.endswith("�"):
-            print(longer[len(text) :], end="", flush=True)
-            text = longer
-    longer = str(tokenizer.decode(new, skip_special_tokens=True))
-    print(longer[len(text) :], flush=True)
-    speed = _speed(marks)
-    if speed:
-        print(f"[{len(new)} tokens, {speed:.1f} tokens/s]", file=sys.stderr)
-    return Continuation(text=longer, new_tokens=len(new), tokens_per_s=speed)
 
 
-def _until_stop(blocks: Iterator[np.ndarray], stops: tuple[int, ...]) -> Iterator[list[int]]:
-    """The tokens of the only row, up to its stop token."""
-    for block in blocks:
-        row = block[0].tolist()
-        ended = [i for i, token in enumerate(row) if token in stops]
-        yield row[: ended[0]] if ended else row
-        if ended:
+def _prompt(config: GenerateConfig) -> str | None:
+    if config.prompt is None and not (config.chat or config.prompt_file or config.load_state):
+        return _PROMPT
+    return config.prompt
+
+
+def _continue(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
+    prompt = _prompt(config)
+
+    def pieces() -> Iterator[np.ndarray]:
+        yield from _document(config, writer)
+        if prompt:
+            begin = config.prompt_file is None and writer.state is None
+            yield text_tokens(writer.tokenizer, prompt, begin=begin)
+
+    reading = writer.read(pieces())
+    _save(config, writer)
+    if not config.max_new_tokens:
+        return report(reading, None)
+    print(prompt or "", end="" if config.stream else "\n" * bool(prompt), flush=True)
+    return report(reading, writer.write()[0])
+
+
+def _chat(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
+    """Reads messages and answers them; only what is new is read."""
+    reading = writer.read(_document(config, writer))
+    _save(config, writer)
+    document, begin = writer.state, writer.state is None
+    messages: list[dict[str, str]] = []
+    known: list[int] = []
+    turns = []
+    for message in [config.prompt] if config.prompt else _lines():
+        messages.append({"role": "user", "content": message})
+        tokens = chat_tokens(writer.tokenizer, messages, begin=begin)
+        if tokens[: len(known)] != known:
+            # The template writes earlier turns differently now.
+            writer.state, known = document, []
+        turn = writer.read([np.asarray(tokens[len(known) :], np.int32)])
+        written, new = writer.write()
+        known = tokens + new
+        messages.append({"role": "assistant", "content": written.text.strip()})
+        turns.append({"message": message} | report(turn, written))
+    return report(reading, None) | {"turns": turns}
+
+
+def _lines() -> Iterator[str]:
+    """Messages of a person or a pipe."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
             return
+        if line.strip():
+            yield line.strip()
 
 
-def _speed(marks: list[tuple[float, int]]) -> float | None:
-    """Tokens per second after the first two blocks, which wait for prefill and compilation."""
-    if len(marks) < 3:
-        return None
-    (start, before), (end, after) = marks[1], marks[-1]
-    return (after - before) / max(end - start, 1e-9)
+def _document(config: GenerateConfig, writer: Writer) -> Iterator[np.ndarray]:
+    if config.prompt_file is not None:
+        begin = writer.state is None
+        yield from document_tokens(writer.tokenizer, config.prompt_file, begin=begin)
+
+
+def _save(config: GenerateConfig, writer: Writer) -> None:
+    if config.save_state is None:
+        return
+    if writer.state is None:
+        raise ValueError("--save-state has nothing to save: give --prompt-file or --prompt.")
+    save_state(config.save_state, writer.model, writer.state)
 
 
 def main() -> None:
