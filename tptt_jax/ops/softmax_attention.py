@@ -80,7 +80,8 @@ def attend(
 def _dot_keys(q: Array, keys: Array) -> Array:
     """[B, T, K, G, D] x [B, S, K, D] or [B, T, S, K, D] -> [B, K, G, T, S]."""
     if keys.ndim == 4:
-        return jnp.einsum("btkgd,bskd->bkgts", q, keys)
+        # What is transposed is q and the result, never the far larger logits and weights.
+        return jnp.einsum("bkgtd,bskd->bkgts", jnp.transpose(q, (0, 2, 3, 1, 4)), keys)
     # One dot product per token and key: as a batched product this would be B T K tiny ones.
     logits = jnp.sum(q[:, :, None] * keys[:, :, :, :, None], axis=-1)  # [B, T, S, K, G]
     return jnp.transpose(logits, (0, 3, 4, 1, 2))
@@ -89,7 +90,8 @@ def _dot_keys(q: Array, keys: Array) -> Array:
 def _weigh_values(weights: Array, values: Array) -> Array:
     """[B, K, G, T, S] x [B, S, K, D] or [B, T, S, K, D] -> [B, T, K, G, D]."""
     if values.ndim == 4:
-        return jnp.einsum("bkgts,bskd->btkgd", weights, values)
+        out = jnp.einsum("bkgts,bskd->bkgtd", weights, values)
+        return jnp.transpose(out, (0, 3, 1, 2, 4))
     per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.sum(per_token[..., None] * values[:, :, :, :, None], axis=2)
 
