@@ -1,19 +1,22 @@
-"""``python -m experiments.bench``: times the operator, a training step, or decoding."""
+"""``python -m experiments.bench``: times the operator, a training step, decoding, long contexts."""
 
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert import load_pretrained
+from convert import load_pretrained, load_tokenizer
 from convert.command_line import run_command
+from experiments.context import measure_contexts, read_peer, write_context_report
 from experiments.process import prepare_process
+from experiments.prompts import document_tokens
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, generate
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -120,6 +123,72 @@ def bench_decode(
     )
 
 
+def bench_context(
+    model: str = "demo",
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144),
+    data: Path | None = None,
+    window: int = 1024,
+    new_tokens: int = 96,
+    full_read_limit: int = 16384,
+    no_full: bool = False,
+    no_liza: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    peer_json: tuple[Path, ...] = (),
+    output: Path = Path("runs/context"),
+) -> dict[str, Any]:
+    """Measures a Titan with a window against full softmax as the context grows.
+
+    Writes context.json and context.png.
+
+    Args:
+      model: what `load_pretrained` takes.
+      contexts: tokens, those decoded at the end included, ascending.
+      data: UTF-8 text to read, repeated as often as needed; None: random tokens.
+      window: of the Titan's softmax attention.
+      new_tokens: decoded at the end of each context.
+      full_read_limit: longest context that full softmax, whose prefill is quadratic, reads.
+      no_full: only the Titan.
+      no_liza: a window without memory.
+      dtype: of the base weights.
+      peer_json: what other programs have measured, to be drawn with it; see
+        tests/parity/transformers_context.py.
+      output: directory.
+    """
+    prepare_process()
+    if new_tokens < 64:
+        raise ValueError(f"new_tokens must be at least 64, got {new_tokens}.")
+    if list(contexts) != sorted(set(contexts)) or not contexts or contexts[0] <= new_tokens:
+        raise ValueError(f"contexts must ascend from more than {new_tokens}, got {contexts}.")
+    peers = [read_peer(path) for path in peer_json]
+    tokens, runs = _context_tokens(model, data, contexts[-1]), {}
+    kinds = [(f"Titan, window {window}", LizaConfig(softmax_window=window), contexts[-1])]
+    if no_liza:
+        kinds[0] = (f"window {window}, no memory", kinds[0][1], contexts[-1])
+    if not no_full:
+        kinds.append(("full softmax", None, full_read_limit))
+    for name, liza, limit in kinds:
+        loaded = load_pretrained(model, liza, None, jnp.dtype(dtype))
+        runs[name] = measure_contexts(
+            loaded,
+            tokens % loaded.config.vocab_size,
+            contexts,
+            new_tokens=new_tokens,
+            read_limit=limit,
+            use_memory=liza is not None and not no_liza,
+        )
+    for peer in peers:
+        runs |= peer
+    about = {"device": jax.devices()[0].device_kind, "model": model, "dtype": dtype}
+    return write_context_report(output, runs, about)
+
+
+def _context_tokens(model: str, data: Path | None, count: int) -> np.ndarray:
+    if data is None:
+        return np.random.default_rng(0).integers(10, 5000, count)
+    pieces = document_tokens(load_tokenizer(model), data)
+    return np.resize(np.concatenate(list(pieces)), count)
+
+
 def _load(model: str, no_liza: bool, dtype: str, lora: LoraConfig | None) -> CausalLM:
     return load_pretrained(model, None if no_liza else LizaConfig(), lora, jnp.dtype(dtype))
 
@@ -147,7 +216,12 @@ def _measure(run: Callable[[], object], tokens: int, repeats: int) -> dict[str, 
 
 def main() -> None:
     """The command."""
-    commands = {"op": bench_op, "train": bench_train, "decode": bench_decode}
+    commands = {
+        "op": bench_op,
+        "train": bench_train,
+        "decode": bench_decode,
+        "context": bench_context,
+    }
     sys.exit(run_command(commands, prog="python -m experiments.bench"))
 
 

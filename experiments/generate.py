@@ -1,6 +1,5 @@
 """``python -m experiments.generate``: continues a prompt of any length, streaming."""
 
-import dataclasses
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert import load_pretrained, load_tokenizer
+from convert import load_tokenizer
 from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
+from experiments.models import load_model
 from experiments.process import prepare_process
 from experiments.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
 from experiments.writer import Writer, report
-from tptt_jax import CausalLM, LizaConfig
+from tptt_jax import CausalLM
 from tptt_jax.inference.generate import Stops
 from tptt_jax.inference.sampling import Sampling
 from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.model import base_model
-from tptt_jax.training.checkpoint import read_description, restore_trainable
 
 _PROMPT = "The capital of France is"
 
@@ -102,7 +101,9 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     prepare_process()
     if config.compare and config.adapter is None and not find_checkpoint(config.model or "demo"):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
-    model, source = _load(config)
+    model, source = load_model(
+        config.model, config.adapter, window=config.window, dtype=jnp.dtype(config.dtype)
+    )
     written: dict[str, Any] = {"prompt": _prompt(config)}
     if config.compare:
         print("--- base model ---")
@@ -115,28 +116,6 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
         writer.state = load_state(config.load_state, model)
     written |= _chat(config, writer) if config.chat else _continue(config, writer)
     return written | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
-
-
-def _load(config: GenerateConfig) -> tuple[CausalLM, str]:
-    """The model, and where its tokenizer comes from."""
-    dtype = jnp.dtype(config.dtype)
-    described = read_description(config.adapter) if config.adapter is not None else None
-    source = config.model or ("demo" if described is None else described.source)
-    if described is None:
-        described = find_checkpoint(source)
-        own = None if described is None else described.liza
-        return load_pretrained(source, _windowed(config, own), dtype=dtype), source
-    liza = _windowed(config, described.liza)
-    model = load_pretrained(source, liza, described.lora, dtype)
-    assert config.adapter is not None
-    restore_trainable(config.adapter, model)
-    return model, source
-
-
-def _windowed(config: GenerateConfig, liza: LizaConfig | None) -> LizaConfig | None:
-    if config.window is None:
-        return liza
-    return dataclasses.replace(liza or LizaConfig(), softmax_window=config.window)
 
 
 def _writer(config: GenerateConfig, model: CausalLM, source: str, *, use_memory: bool) -> Writer:

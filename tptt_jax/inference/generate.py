@@ -184,9 +184,7 @@ def stream(
     check_positions(model, longest + max_new_tokens)
     state = extend_state(model, prompts, state)
     decoding = _Decoding(state, jnp.zeros((rows,), bool), _row_keys(key, rows))
-    return TokenStream(
-        model, decoding, sampling, stops or Stops(), max_new_tokens, longest, block
-    )
+    return TokenStream(model, decoding, sampling, stops or Stops(), max_new_tokens, longest, block)
 
 
 class TokenStream:

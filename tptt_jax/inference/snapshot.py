@@ -98,8 +98,8 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
                 raise ValueError(f'its "format" is not {_FORMAT!r}')
             if metadata.get("model") != model_fingerprint(model):
                 raise ValueError(
-                    "another model has read it: load the weights, adapter, dtype, memory and window "
-                    "it was saved with"
+                    "another model has read it: load the weights, adapter, dtype, memory and "
+                    "window it was saved with"
                 )
             arrays = {name: file.get_tensor(name) for name in names}
         return _rebuild(arrays, model)

@@ -146,9 +146,7 @@ def fork_state(state: ReadState, copies: int = 1) -> ReadState:
 
     # Caches have their layers on the first axis.
     stacks = jax.tree.map(functools.partial(repeat, axis=1), state.cache.stacks)
-    length, hidden, seen = (
-        repeat(x, 0) for x in (state.cache.length, state.hidden, state.seen)
-    )
+    length, hidden, seen = (repeat(x, 0) for x in (state.cache.length, state.hidden, state.seen))
     return ReadState(Cache(stacks, length), hidden, seen)
 
 

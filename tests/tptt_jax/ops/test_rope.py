@@ -85,7 +85,21 @@ def test_llama3_frequencies(config, head_dim):
 def test_angles_are_exact_at_any_position(name):
     config = CONFIGS[name]
     spread = np.random.default_rng(0).integers(0, 2**31, 500)
-    edges = [0, 1, 255, 256, 257, 65_535, 65_536, 65_537, 999_999, 1_000_000, 2**24 - 1, 2**24, 2**31 - 1]
+    edges = [
+        0,
+        1,
+        255,
+        256,
+        257,
+        65_535,
+        65_536,
+        65_537,
+        999_999,
+        1_000_000,
+        2**24 - 1,
+        2**24,
+        2**31 - 1,
+    ]
     positions = np.concatenate([edges, spread])[None]
     frequencies = {
         "llama": _plain_frequencies(config.theta, HEAD_DIM),

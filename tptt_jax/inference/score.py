@@ -1,0 +1,93 @@
+"""How well a model predicts a text of any length, token by token, in bounded memory."""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.inference.prefill import SEGMENT_TOKENS, check_positions
+from tptt_jax.inference.state import ReadState, grow_state, init_state
+from tptt_jax.model import CausalLM
+
+# Logits held at a time: 128 MiB in float32.
+_LOGITS_AT_A_TIME = 1 << 25
+
+
+def token_losses(
+    model: CausalLM, pieces: Iterable[Int[np.ndarray, " L"]], *, use_memory: bool = True
+) -> Iterator[Float[np.ndarray, " L"]]:
+    """Negative log-likelihood of every token after the first, given all before it.
+
+    Args:
+      model: a base model or a Titan.
+      pieces: consecutive parts of one text, of any length.
+      use_memory: False leaves the memory out.
+
+    Yields:
+      Nats, float32, as many as the text has tokens, less one; a segment at a time.
+
+    Raises:
+      ValueError: if the text is longer than learned positions can number.
+    """
+    split = nnx.split(model)
+    state = init_state(model, 1, use_memory=use_memory)
+    read, left = 0, np.zeros(0, np.int32)
+    for piece in pieces:
+        left = np.concatenate([left, piece])
+        # The last token of a segment is predicted from the one before it, so it stays.
+        while len(left) > SEGMENT_TOKENS:
+            state, losses = _score(model, split, state, read, left, SEGMENT_TOKENS)
+            yield losses
+            read, left = read + SEGMENT_TOKENS, left[SEGMENT_TOKENS:]
+    if len(left) > 1:
+        yield _score(model, split, state, read, left, len(left) - 1)[1]
+
+
+def _score(
+    model: CausalLM,
+    split: tuple[nnx.GraphDef, nnx.State],
+    state: ReadState,
+    read: int,
+    tokens: np.ndarray,
+    count: int,
+) -> tuple[ReadState, np.ndarray]:
+    """Losses of `count` tokens after the first of `tokens`."""
+    check_positions(model, read + count)
+    state = grow_state(model, state, read + count)
+    inputs, targets = np.zeros((2, 1, SEGMENT_TOKENS), np.int32)
+    inputs[0, :count], targets[0, :count] = tokens[:count], tokens[1 : count + 1]
+    state, losses = _score_segment(*split, state, inputs, targets, count)
+    return state, np.asarray(losses)[0, :count]
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="state")
+def _score_segment(
+    graphdef: nnx.GraphDef,
+    weights: nnx.State,
+    state: ReadState,
+    inputs: Array,
+    targets: Array,
+    count: Array,
+) -> tuple[ReadState, Array]:
+    model: CausalLM = nnx.merge(graphdef, weights)
+    valid = (jnp.arange(inputs.shape[1]) < count)[None].astype(jnp.int32)
+    hidden, cache, _ = model.forward_hidden(
+        inputs, valid, cache=state.cache, use_memory=state.has_memory
+    )
+    assert cache is not None
+    size = max(1, min(inputs.shape[1], _LOGITS_AT_A_TIME // model.config.vocab_size))
+    size = 1 << (size.bit_length() - 1)
+
+    def losses(part: tuple[Array, Array]) -> Array:
+        hidden, targets = part
+        logits = model.project_logits(hidden).astype(jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+    parts = (hidden[0].reshape(-1, size, hidden.shape[-1]), targets[0].reshape(-1, size))
+    return state._replace(cache=cache), lax.map(losses, parts).reshape(1, -1)
