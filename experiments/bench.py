@@ -161,9 +161,10 @@ def bench_context(
         raise ValueError(f"contexts must ascend from more than {new_tokens}, got {contexts}.")
     peers = [read_peer(path) for path in peer_json]
     tokens, runs = _context_tokens(model, data, contexts[-1]), {}
-    kinds = [(f"Titan, window {window}", LizaConfig(softmax_window=window), contexts[-1])]
-    if no_liza:
-        kinds[0] = (f"window {window}, no memory", kinds[0][1], contexts[-1])
+    name = f"window {window}, no memory" if no_liza else f"Titan, window {window}"
+    kinds: list[tuple[str, LizaConfig | None, int]] = [
+        (name, LizaConfig(softmax_window=window), contexts[-1])
+    ]
     if not no_full:
         kinds.append(("full softmax", None, full_read_limit))
     for name, liza, limit in kinds:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -176,7 +175,7 @@ class StackRun:
 
     def __call__(
         self,
-        layers: DecoderLayer | Sequence[DecoderLayer],
+        layers: DecoderLayer | nnx.List,
         x: Hidden,
         *,
         cache: StackCache | None,
@@ -223,7 +222,7 @@ class StackRun:
         return x, None if cache is None else self._extend(cache, *new), branches
 
     def _run_unstacked(
-        self, layers: Sequence[DecoderLayer], x: Hidden, cache: StackCache | None
+        self, layers: nnx.List, x: Hidden, cache: StackCache | None
     ) -> tuple[Hidden, StackCache | None, Branches | None]:
         """The same layers as modules of their own, see `tptt_jax.inference.unstack`."""
         new, branches = [], []

@@ -1,7 +1,6 @@
 """Generation: a prompt is read once, then tokens come in blocks from one compiled loop."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -85,7 +84,7 @@ def generate(
     segment_ids: SegmentIds | HostTokens | None = None,
     stop_tokens: tuple[int, ...] | None = None,
     stop_strings: tuple[str, ...] = (),
-    decode: Callable[[list[int]], str] | None = None,
+    decode: Decode | None = None,
     state: ReadState | None = None,
     use_memory: bool = True,
 ) -> GenerateResult:
@@ -251,7 +250,7 @@ class TokenStream:
             count,
         )
         block = np.array(new)[:, :count]
-        for row in np.flatnonzero(~self._done):
+        for row in np.flatnonzero(~self._done).tolist():
             kept = self._end_row(row, block[row].tolist())
             self.lengths[row] += kept
             block[row, kept:] = padding

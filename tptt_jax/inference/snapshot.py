@@ -43,7 +43,7 @@ def model_fingerprint(model: CausalLM) -> str:
         name, variable = item
         value = np.ascontiguousarray(variable.get_value())
         # hashlib lets other threads run while it works.
-        content = hashlib.sha256(value.reshape(-1).view(np.uint8)).hexdigest()
+        content = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
         return f"{name} {value.dtype} {value.shape} {content}"
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

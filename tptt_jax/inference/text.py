@@ -1,8 +1,10 @@
 """Turning new tokens into text as they come."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-Decode = Callable[[list[int]], str]
+# Any, because a tokenizer's own decode claims to give lists of texts as well.
+Decode = Callable[[list[int]], Any]
 
 
 class TextStream:
@@ -63,8 +65,8 @@ class TextStream:
         return self.text[before:]
 
     def _take(self, *, final: bool) -> None:
-        known = self._decode(self._tokens[self._first : self._next])
-        longer = self._decode(self._tokens[self._first :])
+        known = str(self._decode(self._tokens[self._first : self._next]))
+        longer = str(self._decode(self._tokens[self._first :]))
         if not final and (longer.endswith("\ufffd") or len(longer) <= len(known)):
             return  # the rest of a character is still to come
         self._held += longer[len(known) :]

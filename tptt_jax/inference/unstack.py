@@ -54,7 +54,5 @@ def _views(stacked: jax.Array) -> list[jax.Array]:
 
 
 def _is_on_one_cpu(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
-        return False
-    devices = leaf.devices()
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else ()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
