@@ -63,21 +63,30 @@ def sample(
     """
     logits = logits.astype(jnp.float32)
     if seen is not None:
-        penalty = sampling.repetition_penalty
-        repeated = jnp.where(logits > 0, logits / penalty, logits * penalty)
-        logits = jnp.where(seen, repeated, logits)
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
 
     def draw() -> Array:
-        scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
-        restricted = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-        scaled = jax.lax.cond(
-            jnp.asarray(restricted), lambda: _restrict(scaled, sampling), lambda: scaled
-        )
-        return jax.vmap(jax.random.categorical)(keys, scaled)
+        return jax.vmap(jax.random.categorical)(keys, distribution_logits(logits, sampling))
 
     greedy = jnp.asarray(sampling.temperature) == 0
     token = jax.lax.cond(greedy, lambda: jnp.argmax(logits, axis=-1), draw)
     return token.astype(jnp.int32)
+
+
+def penalize_repetition(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, ""] | float
+) -> Float[Array, "B V"]:
+    """Divides positive logits of seen tokens by the penalty, and multiplies negative ones."""
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def distribution_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """What tokens are drawn from: temperature, then top_k, top_p and min_p; -inf is left out."""
+    scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
+    restricted = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    return jax.lax.cond(
+        jnp.asarray(restricted), lambda: _restrict(scaled, sampling), lambda: scaled
+    )
 
 
 def _restrict(logits: Array, sampling: Sampling) -> Array:

@@ -8,7 +8,12 @@ from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
 from tptt_jax.inference import generate as module
 from tptt_jax.inference import prefill
 from tptt_jax.inference.generate import stream
-from tptt_jax.inference.sampling import Sampling, sample
+from tptt_jax.inference.sampling import (
+    Sampling,
+    distribution_logits,
+    penalize_repetition,
+    sample,
+)
 
 GEMMA_LIKE = ModelConfig.tiny(
     num_layers=4, layer_kinds=("sliding", "sliding", "full", "sliding"), sliding_window=5
@@ -16,6 +21,7 @@ GEMMA_LIKE = ModelConfig.tiny(
 MODELS = {
     "base": (ModelConfig.tiny(), None),
     "titan": (GEMMA_LIKE, LizaConfig(softmax_window=7, mag_init=0.5)),
+    "no softmax": (ModelConfig.tiny(num_layers=2), LizaConfig(softmax=False)),
 }
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, 23))
 
@@ -112,6 +118,11 @@ def test_without_memory_it_is_the_base_model():
         ({"temperature": -1.0}, "temperature"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"stop_strings": ("a",)}, "need decode"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, "each of 2 rows"),
         ({"segment_ids": np.zeros((2, 23), int)}, "at least one token"),
     ],
 )
@@ -128,10 +139,16 @@ def test_bad_arguments_are_refused(options, message):
         (Sampling(1.0, top_k=2), {1, 3}),
         (Sampling(1.0, top_p=0.55), {1, 3}),
         (Sampling(1.0, top_p=0.4), {3}),
+        (Sampling(1.0, min_p=0.5), {1, 3}),
+        (Sampling(1.0, min_p=0.25), {1, 2, 3}),
+        (Sampling(1.0, top_k=2, top_p=0.6), {3}),
         (Sampling(0.0), {3}),
         (Sampling(1e-4), {3}),
     ],
-    ids=["all", "top-k", "top-p", "top-p-one", "greedy", "cold"],
+    ids=[
+        *("all", "top-k", "top-p", "top-p-one", "min-p", "lower min-p", "top-p of top-k"),
+        *("greedy", "cold"),
+    ],
 )
 def test_sampling_draws_from_what_it_should(sampling, allowed):
     logits = jnp.log(jnp.array([[0.05, 0.3, 0.15, 0.5]]))
@@ -140,3 +157,92 @@ def test_sampling_draws_from_what_it_should(sampling, allowed):
     assert set(drawn.tolist()) == allowed
     if allowed == {0, 1, 2, 3}:
         np.testing.assert_allclose(np.bincount(drawn) / 500, [0.05, 0.3, 0.15, 0.5], atol=0.07)
+
+
+WARPERS = {
+    "top-k": ({"top_k": 7}, [("TopKLogitsWarper", {"top_k": 7})]),
+    "top-p": ({"top_p": 0.8}, [("TopPLogitsWarper", {"top_p": 0.8})]),
+    "min-p": ({"min_p": 0.1}, [("MinPLogitsWarper", {"min_p": 0.1})]),
+    "all": (
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
+        [
+            ("RepetitionPenaltyLogitsProcessor", {"penalty": 1.3}),
+            ("TemperatureLogitsWarper", {"temperature": 0.7}),
+            ("TopKLogitsWarper", {"top_k": 20}),
+            ("TopPLogitsWarper", {"top_p": 0.9}),
+            ("MinPLogitsWarper", {"min_p": 0.02}),
+        ],
+    ),
+    "penalty below 1": (
+        {"repetition_penalty": 0.6},
+        [("RepetitionPenaltyLogitsProcessor", {"penalty": 0.6})],
+    ),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("options", "warpers"), WARPERS.values(), ids=WARPERS)
+def test_distributions_are_those_of_transformers(options, warpers):
+    import torch
+    from transformers.generation import logits_process
+
+    rng = np.random.default_rng(1)
+    logits = (3 * rng.standard_normal((3, 50))).astype(np.float32)
+    held = rng.integers(0, 50, (3, 9))
+    scores = torch.tensor(logits)
+    for name, arguments in warpers:
+        scores = getattr(logits_process, name)(**arguments)(torch.tensor(held), scores)
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, held, True, axis=1)
+    sampling = Sampling(**{"temperature": 1.0} | options)
+    penalized = penalize_repetition(jnp.asarray(logits), seen, sampling.repetition_penalty)
+    got = np.asarray(distribution_logits(penalized, sampling))
+    assert np.array_equal(np.isinf(got), np.isinf(scores.numpy()))
+    np.testing.assert_allclose(got, scores.numpy(), rtol=1e-5)
+
+
+def test_repetition_penalty_counts_prompt_and_output(model):
+    free = generate(model, TOKENS, 20).tokens
+    got = np.asarray(generate(model, TOKENS, 20, repetition_penalty=1e6).tokens)
+    assert not np.array_equal(free, got)
+    for row, prompt in zip(got, TOKENS, strict=True):
+        # With so large a penalty nothing comes twice while there is something new.
+        assert len({*row, *prompt}) == len(row) + len(set(prompt))
+
+
+def test_a_row_draws_what_it_draws_alone(model):
+    keys = jax.random.split(jax.random.key(5), 2)
+    options = {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}
+    together = generate(model, TOKENS, 12, key=keys, **options).tokens
+    for row in range(2):
+        alone = generate(model, TOKENS[row : row + 1], 12, key=keys[row : row + 1], **options)
+        assert np.array_equal(together[row], alone.tokens[0])
+
+
+def test_a_stop_string_ends_its_row_only(model):
+    def decode(tokens):
+        return "".join(f"<{token}>" for token in tokens)
+
+    free = np.asarray(generate(model, TOKENS, 12).tokens)
+    stop = decode(free[0, 3:6])[2:-1]  # cut inside its first and last token
+    want = next(n for n in range(13) if stop in decode(free[0, :n]))
+    got = generate(model, TOKENS, 12, stop_strings=("never", stop), decode=decode)
+    assert got.lengths[0] == want
+    assert np.array_equal(got.tokens[0, :want], free[0, :want])
+    assert not got.tokens[0, want:].any()
+    if stop not in decode(free[1]):
+        assert np.array_equal(got.tokens[1], free[1])
+
+
+def test_decoding_writes_its_state_in_place(model):
+    blocks = stream(model, TOKENS, 20, block=8)
+    before = blocks.state
+    next(blocks)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.cache.stacks))
+
+
+def test_the_prompt_s_state_is_not_used_up(model):
+    state = prefill.read(model, TOKENS)
+    first, again = (generate(model, TOKENS[:, :0], 8, state=state).tokens for _ in range(2))
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, generate(model, TOKENS, 8).tokens)
