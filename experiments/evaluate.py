@@ -29,10 +29,10 @@ class EvaluateConfig:
     """Measures a base model or a fine-tuned one."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a run of
-    experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
+    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory."""
+    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     task: Literal["perplexity-by-position"] = "perplexity-by-position"
     """"perplexity-by-position": of one long text, for tokens up to 1,024, 2,048, 4,096, ...;
     whatever the model was trained on, it is read from the first token to the last."""

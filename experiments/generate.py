@@ -13,9 +13,8 @@ import numpy as np
 import tyro
 
 from convert import load_tokenizer
-from convert.sources import find_checkpoint
 from experiments.arguments import run_configured
-from experiments.models import load_model
+from experiments.models import is_tuned, load_model
 from experiments.process import prepare_process
 from experiments.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
 from experiments.writer import Writer, report
@@ -33,10 +32,10 @@ class GenerateConfig:
     """Continues a prompt with a base model, a fine-tuned one, or both."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, or a run of
-    experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
+    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory."""
+    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     prompt: str | None = None
     """Text to continue, after the file or the state if there is one; with --chat, the only
     message. None: "The capital of France is" if there is neither."""
@@ -99,7 +98,7 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, reads, generates, prints; returns what --json prints."""
     prepare_process()
-    if config.compare and config.adapter is None and not find_checkpoint(config.model or "demo"):
+    if config.compare and config.adapter is None and not is_tuned(config.model or "demo"):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     model, source = load_model(
         config.model, config.adapter, window=config.window, dtype=jnp.dtype(config.dtype)

@@ -6,9 +6,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from convert import load_pretrained
+from convert.adapter_config import is_adapter
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
-from tptt_jax.training.checkpoint import read_description, restore_trainable
+from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
 
 
 def load_model(
@@ -23,26 +24,44 @@ def load_model(
 
     Args:
       model: what `load_pretrained` takes; None: what the adapter was trained on, or "demo".
-      adapter: output directory of a finetune run.
+      adapter: output directory of a finetune run, or a PEFT directory.
       window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
         the model was trained with.
       sinks: first tokens that a window goes on seeing; None: what the model was trained with.
       dtype: of the weights.
 
     Raises:
-      ValueError: if the adapter is no run, or the window impossible.
+      ValueError: if the adapter is neither, or the window impossible.
       ConversionError: if the model cannot be loaded.
     """
-    described = None if adapter is None else read_description(adapter)
-    source = model or ("demo" if described is None else described.source)
-    trained = find_checkpoint(source) if described is None else described
-    liza = None if trained is None else trained.liza
-    if window is not None:
+
+    def windowed(liza: LizaConfig | None) -> LizaConfig | None:
+        if window is None:
+            return liza
         liza = dataclasses.replace(liza or LizaConfig(), softmax_window=window)
-        if sinks is not None:
-            liza = dataclasses.replace(liza, softmax_sinks=sinks)
-    if described is None or adapter is None:
+        return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
+
+    if adapter is None:
+        source = model or "demo"
+        trained = find_checkpoint(source)
+        liza = windowed(None if trained is None else trained.liza)
         return load_pretrained(source, liza, dtype=dtype), source
-    loaded = load_pretrained(source, liza, described.lora, dtype)
+    if is_adapter(adapter):
+        source = model or str(adapter)
+        over = None if model is None else adapter
+        return load_pretrained(source, windowed(None), dtype=dtype, adapter=over), source
+    if not is_checkpoint(adapter):
+        raise ValueError(
+            f"--adapter {adapter} is neither the --output directory of a finetune run "
+            "(checkpoint.json) nor a PEFT directory (adapter_config.json)."
+        )
+    described = read_description(adapter)
+    source = model or described.source
+    loaded = load_pretrained(source, windowed(described.liza), described.lora, dtype)
     restore_trainable(adapter, loaded)
     return loaded, source
+
+
+def is_tuned(source: str) -> bool:
+    """Whether a source is a finetune run or a PEFT directory, not a base model."""
+    return find_checkpoint(source) is not None or is_adapter(Path(source).expanduser())

@@ -2,6 +2,9 @@
 
 from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.inference.generate import generate
+from tptt_jax.inference.prefill import read
+from tptt_jax.inference.snapshot import load_state, save_state
+from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.layers.linear_attention import LinearAttention
 from tptt_jax.model import CausalLM, init_cache
 
@@ -11,6 +14,11 @@ __all__ = [
     "LizaConfig",
     "LoraConfig",
     "ModelConfig",
+    "fork_state",
     "generate",
     "init_cache",
+    "load_state",
+    "read",
+    "save_state",
+    "state_bytes",
 ]

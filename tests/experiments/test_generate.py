@@ -1,5 +1,6 @@
-"""Generation from PEFT directories, and training that starts from one."""
+"""Generation: PEFT directories, long files, saved states, chats."""
 
+import io
 import json
 
 import jax.numpy as jnp
@@ -84,3 +85,83 @@ def test_training_starts_from_a_peft_directory(adapted, adapter, tmp_path, capsy
         assert np.array_equal(after[name], value) == (".lora." not in name), name
         # One step of Adam moves nothing by more than the rate.
         np.testing.assert_allclose(after[name], value, atol=1.1e-4)
+
+
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "document.txt"
+    path.write_text("The with statement is a statement.\nIt ends.\n" * 80)
+    return path
+
+
+def test_a_saved_document_answers_without_being_read_again(
+    document, tiny_model_dir, tmp_path, capsys
+):
+    settings = ("--model", tiny_model_dir, "--window", 32, "--max-new-tokens", 8)
+    saved = tmp_path / "document.state"
+    asked = ("--prompt", PROMPT)
+    whole = run(
+        *(generate_text, GenerateConfig, capsys, *settings, "--prompt-file", document),
+        *(*asked, "--save-state", tmp_path / "asked.state"),
+    )
+    only_read = ("--prompt-file", document, "--save-state", saved, "--max-new-tokens", 0)
+    read = run(generate_text, GenerateConfig, capsys, *settings[:-2], *only_read)
+    assert read["prompt_tokens"] > 1000
+    assert "text" not in read
+    loaded = run(generate_text, GenerateConfig, capsys, *settings, "--load-state", saved, *asked)
+    assert loaded["text"] == whole["text"]
+    assert loaded["prompt_tokens"] == whole["prompt_tokens"] - read["prompt_tokens"]
+    assert loaded["context_tokens"] == whole["context_tokens"]
+    again = ("--load-state", tmp_path / "asked.state")
+    assert run(generate_text, GenerateConfig, capsys, *settings, *again)["text"] == whole["text"]
+    other = run(
+        generate_text, GenerateConfig, capsys, *settings, "--window", 31, "--load-state", saved
+    )
+    assert "another model has read it" in other
+
+
+def test_a_chat_reads_only_what_is_new(document, tiny_model_dir, capsys, monkeypatch):
+    settings = ("--model", tiny_model_dir, "--max-new-tokens", 6, "--chat")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n\nHow are you?\n"))
+    chat = run(generate_text, GenerateConfig, capsys, *settings, "--prompt-file", document)
+    assert [turn["message"] for turn in chat["turns"]] == ["Hello", "How are you?"]
+    first = chat["turns"][0]
+    assert first["context_tokens"] == chat["prompt_tokens"] + first["prompt_tokens"] + 6
+    one = run(
+        *(generate_text, GenerateConfig, capsys, *settings, "--prompt-file", document),
+        *("--prompt", "Hello"),
+    )
+    assert one["turns"][0]["text"] == first["text"]
+
+
+def test_stop_strings_and_late_printing_cut_exactly(tiny_model_dir, capsys):
+    settings = ("--model", tiny_model_dir, "--prompt", PROMPT, "--max-new-tokens", 16)
+    free = run(generate_text, GenerateConfig, capsys, *settings)["text"]
+    stop = free[3:5]
+    for stream in ("--stream", "--no-stream"):
+        arguments = [*map(str, (*settings, "--stop", stop, stream)), "--json"]
+        assert run_configured(generate_text, GenerateConfig, arguments) == 0
+        captured = capsys.readouterr()
+        report = json.loads(captured.out.splitlines()[-1])
+        assert report["text"] == free[: free.index(stop)]
+        assert "bytes" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-new-tokens", 0), "--save-state"),
+        (("--prompt-file", "/nowhere"), "/nowhere"),
+        (("--load-state", "/nowhere"), "/nowhere does not exist"),
+        (("--min-p", 2), "min_p"),
+        (("--load-state", "x", "--compare"), "--compare"),
+        (("--window", 0), "softmax_window"),
+        (("--stop", ""), "non-empty"),
+    ],
+    ids=lambda x: " ".join(map(str, x)) if isinstance(x, tuple) else "",
+)
+def test_bad_input_is_one_line(options, message, tiny_model_dir, capsys):
+    error = run(generate_text, GenerateConfig, capsys, "--model", tiny_model_dir, *options)
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.strip().splitlines()) == 1

@@ -19,7 +19,7 @@ from tptt_jax.inference.prefill import (
 )
 from tptt_jax.inference.sampling import Sampling, sample
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
-from tptt_jax.inference.text import Decode, TextStream
+from tptt_jax.inference.text import Decode, TextStream, check_stop_strings
 from tptt_jax.inference.unstack import unstack_layers
 from tptt_jax.model import CausalLM
 
@@ -58,6 +58,7 @@ class Stops:
 
     def __post_init__(self) -> None:
         """Rejects strings that nothing can be compared with."""
+        check_stop_strings(self.strings)
         if self.strings and self.decode is None:
             raise ValueError("stop_strings need decode, e.g. decode=tokenizer.decode.")
 
@@ -123,7 +124,7 @@ def generate(
         max_new_tokens,
         key,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
-        stops=Stops(tokens=stop_tokens, strings=tuple(stop_strings), decode=decode),
+        stops=Stops(tokens=stop_tokens, strings=stop_strings, decode=decode),
         segment_ids=segment_ids,
         state=state,
         use_memory=use_memory,

@@ -7,6 +7,12 @@ from typing import Any
 Decode = Callable[[list[int]], Any]
 
 
+def check_stop_strings(strings: Sequence[str]) -> None:
+    """Raises ValueError if one of them is empty, or they are one string and not several."""
+    if isinstance(strings, str) or not all(strings):
+        raise ValueError(f"stop_strings must be non-empty strings, got {strings!r}.")
+
+
 class TextStream:
     """The text of one row, cut exactly before the first stop string.
 
@@ -29,8 +35,7 @@ class TextStream:
         Raises:
           ValueError: if a stop string is empty.
         """
-        if isinstance(stop_strings, str) or not all(stop_strings):
-            raise ValueError(f"stop_strings must be non-empty strings, got {stop_strings!r}.")
+        check_stop_strings(stop_strings)
         self._decode, self._stops = decode, tuple(stop_strings)
         self._tokens: list[int] = []
         # Text is decoded from `_first` on; that of the tokens before `_next` is out already.

@@ -1,0 +1,107 @@
+"""Losses by position against whole forward passes, and the context benchmark."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert.command_line import run_command
+from experiments.arguments import run_configured
+from experiments.bench import bench_context
+from experiments.evaluate import EvaluateConfig, evaluate, perplexity_by_position
+from tests.contracts import random_tokens
+from tptt_jax import CausalLM, LizaConfig, ModelConfig
+from tptt_jax.inference import score
+
+LIZA = {
+    "base": None,
+    "window": LizaConfig(softmax_window=7, mag_init=0.5),
+    "no softmax": LizaConfig(softmax=False),
+}
+
+
+@pytest.mark.parametrize("liza", LIZA.values(), ids=LIZA)
+@pytest.mark.parametrize("length", [2, 16, 17, 60])
+def test_losses_are_those_of_a_whole_forward_pass(liza, length, monkeypatch):
+    monkeypatch.setattr(score, "SEGMENT_TOKENS", 16)
+    model = CausalLM(ModelConfig.tiny(num_layers=2), liza, rngs=nnx.Rngs(0))
+    tokens = random_tokens((1, length))
+    logits = jax.nn.log_softmax(model(jnp.asarray(tokens)).logits[0, :-1].astype(jnp.float32))
+    want = -np.take_along_axis(np.asarray(logits), tokens[0, 1:, None], axis=1)[:, 0]
+    pieces = np.array_split(tokens[0], [min(5, length), min(6, length), min(40, length)])
+    got = np.concatenate(list(score.token_losses(model, pieces)))
+    np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_intervals_hold_every_loss_once():
+    losses = np.arange(1, 5000, dtype=np.float64) / 1e4
+    parts = perplexity_by_position(losses)
+    assert [(p["from"], p["to"]) for p in parts] == [
+        (0, 1024),
+        (1024, 2048),
+        (2048, 4096),
+        (4096, 5000),
+    ]
+    means = [np.log(p["perplexity"]) for p in parts]
+    np.testing.assert_allclose(means[1], losses[1023:2047].mean())
+    counts = [1023, 1024, 2048, 904]
+    np.testing.assert_allclose(np.average(means, weights=counts), losses.mean())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The with statement is a statement.\nIt ends.\n" * 100)
+    return path
+
+
+def test_perplexity_by_position_of_a_file(text, tiny_model_dir, tmp_path, capsys):
+    output = tmp_path / "result.json"
+    arguments = ["--model", str(tiny_model_dir), "--data", str(text), "--tokens", "1500"]
+    arguments += ["--window", "16", "--output", str(output), "--json"]
+    assert run_configured(evaluate, EvaluateConfig, arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads(output.read_text())
+    assert report["tokens"] == 1499
+    assert [part["to"] for part in report["by_position"]] == [1024, 1500]
+
+
+def test_a_text_is_needed(capsys):
+    assert run_configured(evaluate, EvaluateConfig, []) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+def test_bench_context_measures_and_draws(text, tiny_model_dir, tmp_path, capsys):
+    peer = tmp_path / "peer.json"
+    peer.write_text('{"runs": {"peer": [{"context": 128, "decode_s_per_token": 0.1}]}}')
+    arguments = ["--model", str(tiny_model_dir), "--contexts", "128", "600", "--window", "16"]
+    arguments += ["--data", str(text), "--new-tokens", "64", "--full-read-limit", "128"]
+    arguments += ["--peer-json", str(peer), "--output", str(tmp_path / "out"), "--json"]
+    assert run_command(bench_context, arguments) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((tmp_path / "out" / "context.json").read_text())
+    titan, full = report["runs"]["Titan, window 16"], report["runs"]["full softmax"]
+    assert titan[0]["state_bytes"] == titan[1]["state_bytes"]
+    assert full[1]["state_bytes"] > full[0]["state_bytes"]
+    assert full[1]["prefill_s_per_token"] is None
+    assert all(result["decode_s_per_token"] > 0 for result in titan + full)
+    assert report["runs"]["peer"] == [{"context": 128, "decode_s_per_token": 0.1}]
+    assert (tmp_path / "out" / "context.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--contexts", "50"], "contexts"),
+        (["--contexts", "4096", "1024"], "contexts"),
+        (["--new-tokens", "8"], "new_tokens"),
+        (["--peer-json", __file__], "must hold"),
+    ],
+    ids=["short", "descending", "few", "peer"],
+)
+def test_bench_context_refuses(arguments, message, capsys):
+    assert run_command(bench_context, arguments) == 2
+    assert message in capsys.readouterr().err
