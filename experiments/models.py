@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from convert import load_pretrained
-from convert.adapter_config import is_adapter
+from convert.bases import has_base
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
@@ -24,7 +24,7 @@ def load_model(
 
     Args:
       model: what `load_pretrained` takes; None: what the adapter was trained on, or "demo".
-      adapter: output directory of a finetune run, or a PEFT directory.
+      adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
       window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
         the model was trained with.
       sinks: first tokens that a window goes on seeing; None: what the model was trained with.
@@ -41,20 +41,20 @@ def load_model(
         liza = dataclasses.replace(liza or LizaConfig(), softmax_window=window)
         return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
-    if adapter is None:
-        source = model or "demo"
-        trained = find_checkpoint(source)
-        liza = windowed(None if trained is None else trained.liza)
-        return load_pretrained(source, liza, dtype=dtype), source
-    if is_adapter(adapter):
-        source = model or str(adapter)
-        over = None if model is None else adapter
-        return load_pretrained(source, windowed(None), dtype=dtype, adapter=over), source
-    if not is_checkpoint(adapter):
+    if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
         raise ValueError(
             f"--adapter {adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a PEFT directory (adapter_config.json)."
+            "(checkpoint.json) nor a directory of PEFT's or tptt's."
         )
+    if adapter is None or has_base(adapter):
+        source = model or ("demo" if adapter is None else str(adapter))
+        over = None if model is None else adapter
+        trained = find_checkpoint(source)
+        liza = None if trained is None else trained.liza
+        if window is not None and has_base(over or Path(source).expanduser()):
+            # A directory of tptt's says what memory it has once it is loaded.
+            liza = load_pretrained(source, dtype=dtype, adapter=over).liza
+        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=over), source
     described = read_description(adapter)
     source = model or described.source
     loaded = load_pretrained(source, windowed(described.liza), described.lora, dtype)
@@ -63,5 +63,5 @@ def load_model(
 
 
 def is_tuned(source: str) -> bool:
-    """Whether a source is a finetune run or a PEFT directory, not a base model."""
-    return find_checkpoint(source) is not None or is_adapter(Path(source).expanduser())
+    """Whether a source is a finetune run or an adapter, not a base model."""
+    return find_checkpoint(source) is not None or has_base(Path(source).expanduser())
