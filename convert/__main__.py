@@ -41,7 +41,7 @@ def import_model(
 def export_model(
     checkpoint: tyro.conf.Positional[str],
     output: Path,
-    format: Literal["merged", "peft", "tptt"] = "merged",
+    format: Literal["merged", "titan", "peft", "tptt"] = "merged",
     dtype: Dtype = "float32",
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -50,8 +50,9 @@ def export_model(
     Args:
       checkpoint: the directory that the training wrote.
       output: the directory to write.
-      format: merged: a plain Hugging Face model, adapters in the weights, no memory. peft: the
-        LoRA adapters alone, for peft. tptt: for the package tptt 0.12.1, if the operator is
+      format: merged: a plain Hugging Face model, adapters in the weights, no memory. titan:
+        with its memory and the PyTorch file that runs it (trust_remote_code). peft: the LoRA
+        adapters alone, for peft. tptt: for the package tptt 0.12.1, if the operator is
         tptt_reference.
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights). Those of peft are float32 as they were trained.

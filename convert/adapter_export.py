@@ -10,8 +10,8 @@ import numpy as np
 from convert.adapter_config import CONFIG_FILE, WEIGHTS_FILE, Modules, matches
 from convert.adapter_places import Place, places_of
 from convert.errors import ConversionError, listing
-from convert.families import family_of
-from convert.files import write_json
+from convert.families import Family, family_of, titan
+from convert.files import read_json, write_json
 from convert.loading import Variables, variables_of
 from convert.module_names import weighted_modules
 from convert.rules import Rule
@@ -40,7 +40,8 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
         )
     variables = variables_of(model)
     adapted = {name.removesuffix(".lora.a") for name in variables if name.endswith(".lora.a")}
-    places = places_of(model.config, variables)
+    family = _titan_of(base)
+    places = places_of(model.config, variables, family)
     if lost := adapted - {place.path for place in places}:
         raise ConversionError(
             f"{listing(lost)} have adapters but are no modules of their own in Hugging Face's "
@@ -50,7 +51,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
     tensors = {place: pair for place, pair in tensors.items() if any(x.any() for x in pair)}
     if not tensors:
         raise ConversionError("the model's LoRA adapters are all zero; there is nothing to write.")
-    rules = family_of(model.config.family).rules(model.config)
+    rules = (family or family_of(model.config.family)).rules(model.config)
     modules = [place.module for place in tensors]
     others = weighted_modules(rules, model.config) - set(modules)
     config = adapter_config_json(
@@ -67,6 +68,17 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
     ]
     specs, arrays = zip(*named, strict=True)
     write_safetensors(directory / WEIGHTS_FILE, specs, arrays)
+
+
+def _titan_of(base: str | None) -> Family | None:
+    """The names of a "titan" export, if that is the base model."""
+    file = Path(base or "") / "config.json"
+    is_titan = (
+        base is not None
+        and file.is_file()
+        and read_json(file).get("model_type") == titan.MODEL_TYPE
+    )
+    return titan.FAMILY if is_titan else None
 
 
 def stored_pair(place: Place, variables: Variables) -> tuple[np.ndarray, np.ndarray]:

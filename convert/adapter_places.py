@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from convert.families import family_of
+from convert.families import Family, family_of
 from convert.loading import Variables
 from convert.module_names import module_names
 from tptt_jax import ModelConfig
@@ -31,17 +31,21 @@ class Place:
         return f"{_PREFIX}{self.module}.lora_A.weight", f"{_PREFIX}{self.module}.lora_B.weight"
 
 
-def places_of(config: ModelConfig, variables: Variables) -> list[Place]:
+def places_of(
+    config: ModelConfig, variables: Variables, family: Family | None = None
+) -> list[Place]:
     """The adapters of a model that sit on one module of Hugging Face's model each.
 
     Args:
       config: of the model.
       variables: of the model, abstract or not.
+      family: whose names Hugging Face's model has, if not its own family's.
 
     Returns:
       One place per layer and adapted projection.
     """
-    names = module_names(family_of(config.family).rules(config), config)
+    rules = (family or family_of(config.family)).rules(config)
+    names = module_names(rules, config)
     places = []
     for ours, module in names.items():
         if not (parts := re.fullmatch(r"layers\.(\d+)\.(.+)", ours)):

@@ -22,6 +22,7 @@ from convert.adapter_config import (
 )
 from convert.adapter_places import Place, places_of
 from convert.errors import ConversionError, listing
+from convert.families import Family
 from convert.loading import Variables, variables_of
 from convert.plan import tensor_problems
 from convert.safetensors_io import SafetensorsFile
@@ -163,12 +164,15 @@ class FittedAdapter:
         load_trainable(model, placed, None)
 
 
-def fit_adapter(adapter: Adapter, config: ModelConfig) -> FittedAdapter:
+def fit_adapter(
+    adapter: Adapter, config: ModelConfig, family: Family | None = None
+) -> FittedAdapter:
     """Finds the place of every tensor of an adapter.
 
     Args:
       adapter: the opened adapter.
       config: of the base model.
+      family: whose module names the base model has, if not its own family's: a "titan" export.
 
     Returns:
       The adapter with its places.
@@ -178,7 +182,7 @@ def fit_adapter(adapter: Adapter, config: ModelConfig) -> FittedAdapter:
         unexpected or misshapen; all of them are named.
     """
     variables = _fully_adapted(config)
-    every = places_of(config, variables)
+    every = places_of(config, variables, family)
     places = [place for place in every if adapter.config.selects(place.module)]
     paths = dict.fromkeys(place.target for place in every)
     if not places:

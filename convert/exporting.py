@@ -1,7 +1,9 @@
-"""Writing a model as a plain Hugging Face directory."""
+"""Writing a model as a Hugging Face directory: plain, or with its memory."""
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from convert.families import Family, family_of
+from convert.errors import ConversionError
+from convert.families import Family, family_of, titan
 from convert.files import read_json, write_json
 from convert.hf_directory import write_weights
-from convert.loading import Variables, plan_for, variables_of
+from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
 from convert.progress import track
 from convert.safetensors_io import TensorSpec
 from convert.sources import Pretrained
-from convert.tokenizer import export_tokenizer
+from convert.tokenizer import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
 
@@ -35,21 +38,79 @@ def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> N
       ConversionError: if the family cannot express the model's configuration.
     """
     family = family_of(model.config.family)
-    dtype = np.dtype(model.dtype)
-    content = _config_json(family, model.config, dtype, base)
+    content = _config_json(family, model.config, np.dtype(model.dtype), base)
     variables = variables_of(model)
     plan = plan_for(family.rules(model.config), model.config, variables)
+    if base is not None:
+        _copy_code(base.path, directory, content)
+    _write_directory(model, directory, base, content, plan, variables)
+
+
+def write_titan(model: CausalLM, directory: Path, base: Pretrained | None) -> None:
+    """Writes the model with its memory and the PyTorch file that runs it.
+
+    Args:
+      model: the model; its adapters are merged into the weights.
+      directory: an existing, empty directory.
+      base: what the model was loaded from; its generation settings and tokenizer go along.
+
+    Raises:
+      ConversionError: if the memory has the reference's operator.
+    """
+    config, liza = model.config, model.liza
+    if liza is not None and liza.operator == "tptt_reference":
+        raise ConversionError(
+            'operator "tptt_reference" is not in the "titan" file; use format "tptt".'
+        )
+    variables = variables_of(model)
+    plan = plan_for(titan.FAMILY.rules(config), config, variables, memory=True)
+    content = titan.FAMILY.config_json(config) | {
+        "auto_map": titan.AUTO_MAP,
+        "dtype": np.dtype(model.dtype).name,
+        "liza": None if liza is None else dataclasses.asdict(liza),
+    }
+    if tokenizer_class := _missing_tokenizer_class(base, config.family):
+        content["tokenizer_class"] = tokenizer_class
+    _write_directory(model, directory, base, content, plan, variables)
+    code = resources.files("convert") / "titan" / titan.MODELING_FILE
+    (directory / titan.MODELING_FILE).write_bytes(code.read_bytes())
+
+
+def _missing_tokenizer_class(base: Pretrained | None, model_type: str) -> str | None:
+    """The class of a tokenizer whose own files leave it to the base model's type."""
+    if base is None:
+        return None
+    settings = base.path / "tokenizer_config.json"
+    if not settings.is_file() or "tokenizer_class" in read_json(settings):
+        return None
+    return tokenizer_class_of(model_type)
+
+
+def _write_directory(
+    model: CausalLM,
+    directory: Path,
+    base: Pretrained | None,
+    content: dict[str, Any],
+    plan: Sequence[Conversion],
+    variables: Variables,
+) -> None:
+    """Writes configuration, generation settings, tokenizer and weights."""
     specs = [
-        TensorSpec(name, shape, dtype)
+        TensorSpec(name, shape, _stored_dtype(move, model, variables))
         for move in plan
         for name, shape in zip(move.sources, move.source_shapes, strict=True)
     ]
-    if base is not None:
-        _copy_code(base.path, directory, content)
-        export_tokenizer(base.path, directory)
     write_json(directory / "config.json", content)
     write_json(directory / "generation_config.json", _generation_json(content, base))
-    write_weights(directory, specs, _merged_tensors(model, plan, variables, dtype))
+    if base is not None:
+        export_tokenizer(base.path, directory)
+    write_weights(directory, specs, _merged_tensors(model, plan, variables))
+
+
+def _stored_dtype(move: Conversion, model: CausalLM, variables: Variables) -> np.dtype:
+    """Base weights have the model's dtype, also where training holds them in float32."""
+    variable = variables[move.slots[0].path][1]
+    return np.dtype(model.dtype if is_base(variable) else variable.get_value().dtype)
 
 
 def _config_json(
@@ -96,11 +157,12 @@ def _generation_json(config: Mapping[str, Any], base: Pretrained | None) -> dict
 
 
 def _merged_tensors(
-    model: CausalLM, plan: Sequence[Conversion], variables: Variables, dtype: np.dtype
+    model: CausalLM, plan: Sequence[Conversion], variables: Variables
 ) -> Iterator[np.ndarray]:
     scale = 0.0 if model.lora is None else model.lora.scale
     sizes = [sum(prod(slot.shape) for slot in move.slots) for move in plan]
     for move in track(plan, "Writing weights", sizes):
+        dtype = _stored_dtype(move, model, variables)
         ours = [np.asarray(_merged(slot, variables, scale).astype(dtype)) for slot in move.slots]
         yield from move.transform.backward(ours)
 

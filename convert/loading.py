@@ -42,13 +42,16 @@ def is_base(variable: nnx.Variable) -> bool:
 
 
 def plan_for(
-    rules: Sequence[Rule], config: ModelConfig, variables: Variables
+    rules: Sequence[Rule], config: ModelConfig, variables: Variables, *, memory: bool = False
 ) -> tuple[Conversion, ...]:
-    """Applies a key table to the base weights of a model (see `build_plan`)."""
+    """Applies a key table to the base weights of a model (see `build_plan`).
+
+    With `memory`, also to the memory's own parameters; adapters of projections never count.
+    """
     shapes = {
         name: tuple(variable.get_value().shape)
         for name, (_, variable) in variables.items()
-        if is_base(variable)
+        if is_base(variable) or (memory and ".lora." not in name)
     }
     locate = functools.partial(layer_location, config)
     return build_plan(rules, shapes, config.num_layers, locate)
@@ -59,8 +62,9 @@ def load_model(
 ) -> CausalLM:
     """Builds a model with the weights of a checkpoint.
 
-    Beside the result, memory holds one tensor at a time. What no checkpoint of a base model
-    holds (adapters, shares, the memory's own deltas) is as `build` initialises it.
+    Beside the result, memory holds one tensor at a time. What the checkpoint does not hold
+    (adapters; of a base model also shares and the memory's own deltas) is as `build`
+    initialises it.
 
     Args:
       pretrained: the opened checkpoint.
@@ -75,7 +79,8 @@ def load_model(
     """
     abstract = nnx.eval_shape(build)
     variables = variables_of(abstract)
-    plan = plan_for(pretrained.rules, pretrained.config, variables)
+    memory = pretrained.family.read_liza is not None
+    plan = plan_for(pretrained.rules, pretrained.config, variables, memory=memory)
     plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
     check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)
     _check_tied_head(pretrained, plan)
@@ -150,6 +155,8 @@ def _cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
 
     Numpy would make temporary arrays of the whole size; a part at a time needs none.
     """
+    if array.ndim == 0:
+        return array.astype(dtype), bool(np.isfinite(array))
     result = array
     if array.dtype != dtype or not array.flags.c_contiguous:
         result = empty_aligned(array.shape, dtype)

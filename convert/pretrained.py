@@ -13,14 +13,14 @@ from convert.adapter_export import write_adapter
 from convert.adapters import FittedAdapter, fit_adapter, open_adapter
 from convert.bases import has_base, locate_base, resolve_base
 from convert.errors import ConversionError
-from convert.exporting import write_merged
+from convert.exporting import write_merged, write_titan
 from convert.files import atomic_directory
 from convert.loading import load_model
-from convert.sources import Source, find_checkpoint, locate, open_pretrained
+from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
 from convert.tptt_config import is_tptt
 from convert.tptt_export import write_tptt
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.training.checkpoint import restore_trainable
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -43,8 +43,9 @@ def load_pretrained(
 
     Args:
       source: a Hugging Face directory, a hub id, a .gguf file, "demo", a checkpoint
-        directory of our own, which brings its own `liza` and `lora` unless they are given, or a
-        directory of PEFT's or of tptt's, which names its base model.
+        directory of our own, which brings its own `liza` and `lora` unless they are given, a
+        "titan" export, which brings its `liza` likewise, or a directory of PEFT's or of
+        tptt's, which names its base model.
       liza: the memory; None: the plain base model, or what a directory of tptt's says.
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
@@ -86,7 +87,8 @@ def load_pretrained(
         base = locate_base(path)
         return load_pretrained(base, liza, lora, dtype, adapter=path, mesh=mesh, seed=seed)
     pretrained = open_pretrained(path)
-    fitted = None if adapter is None else _fit(locate(adapter), pretrained.config)
+    liza = liza or pretrained.liza
+    fitted = None if adapter is None else _fit(locate(adapter), pretrained)
     chosen = lora if fitted is None else fitted.agreed(lora)
     memory = fitted.liza if liza is None and isinstance(fitted, FittedTptt) else liza
     weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
@@ -107,10 +109,10 @@ def _is_supported(dtype: DTypeLike) -> bool:
         return False
 
 
-def _fit(adapter: Path, config: ModelConfig) -> FittedAdapter | FittedTptt:
+def _fit(adapter: Path, base: Pretrained) -> FittedAdapter | FittedTptt:
     if is_tptt(adapter):
-        return fit_tptt(open_tptt(adapter), config)
-    return fit_adapter(open_adapter(adapter), config)
+        return fit_tptt(open_tptt(adapter), base.config)
+    return fit_adapter(open_adapter(adapter), base.config, base.family)
 
 
 def export_pretrained(
@@ -129,14 +131,17 @@ def export_pretrained(
       model: the model.
       path: the directory to write.
       format: "merged": a plain Hugging Face model; adapters are merged into the weights, the
-        memory is left out. "peft": the LoRA adapters alone, without the memory and without base
-        weights that were trained themselves. "tptt": what the package tptt 0.12.1 loads, adapters
-        and changed weights around the base model; only for operator "tptt_reference".
-      source: what the model was loaded from. "merged": its tokenizer, its generation settings
-        and what its config.json says beyond our configuration go along; None: weights and
-        configuration only. "peft": it is written down as the base model; None: nothing is, and
-        whoever loads the adapter has to name its base. "tptt": its base model is needed, a
-        Hugging Face directory or a hub id, as tptt reads it again.
+        memory is left out. "titan": a Hugging Face model with its memory and the PyTorch file
+        that runs it (trust_remote_code=True); adapters are merged as well. "peft": the LoRA
+        adapters alone, without the memory and without base weights that were trained
+        themselves. "tptt": what the package tptt 0.12.1 loads, adapters and changed weights
+        around the base model; only for operator "tptt_reference".
+      source: what the model was loaded from. "merged" and "titan": its tokenizer and generation
+        settings go along, with "merged" also what its config.json says beyond our
+        configuration; None: weights and configuration only. "peft": it is written down as the
+        base model; None: nothing is, and whoever loads the adapter has to name its base.
+        "tptt": its base model is needed, a Hugging Face directory or a hub id, as tptt reads it
+        again.
       overwrite: whether an earlier model at `path` is replaced.
 
     Raises:
@@ -144,10 +149,10 @@ def export_pretrained(
         replaced, the family cannot express the model, there are no adapters for "peft",
         or tptt cannot express the memory.
     """
-    if format == "titan":
-        raise ConversionError(f'format "{format}" is not available yet; use "merged" or "peft".')
-    if format not in ("merged", "peft", "tptt"):
-        raise ConversionError(f'format must be "merged", "peft" or "tptt", got {format!r}.')
+    if format not in ("merged", "titan", "peft", "tptt"):
+        raise ConversionError(
+            f'format must be "merged", "titan", "peft" or "tptt", got {format!r}.'
+        )
     base = None if source is None else resolve_base(source)
     opened = None if base is None or format == "peft" else open_pretrained(locate(base))
     with atomic_directory(Path(path).expanduser(), overwrite=overwrite) as directory:
@@ -156,4 +161,5 @@ def export_pretrained(
         elif format == "tptt":
             write_tptt(model, directory, base, opened)
         else:
-            write_merged(model, directory, opened)
+            write = write_titan if format == "titan" else write_merged
+            write(model, directory, opened)

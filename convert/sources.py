@@ -21,7 +21,7 @@ from convert.hf_directory import SafetensorsDirectory
 from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
-from tptt_jax import ModelConfig
+from tptt_jax import LizaConfig, ModelConfig
 from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
 
 TOKENIZER_PATTERNS = (
@@ -49,6 +49,8 @@ class Pretrained:
     """The directory or the GGUF file."""
     family: Family
     config: ModelConfig
+    liza: LizaConfig | None = None
+    """The memory, of a "titan" export."""
     tensors: TensorSource
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...]
@@ -173,10 +175,12 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
 def open_directory(directory: Path) -> Pretrained:
     """Opens a Hugging Face directory (see `open_pretrained`)."""
     family, config, raw = read_config(directory)
+    read_liza, fields = family.read_liza, Fields(raw, str(directory / "config.json"))
     return Pretrained(
         path=directory,
         family=family,
         config=config,
+        liza=None if read_liza is None else read_liza(fields),
         tensors=SafetensorsDirectory(directory),
         rules=family.rules(config),
         ignored=family.ignored,

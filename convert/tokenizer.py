@@ -91,6 +91,14 @@ def export_tokenizer(source: Source, path: Path) -> None:
                 shutil.copyfile(file, copy)
 
 
+def tokenizer_class_of(model_type: str) -> str:
+    """The class that transformers takes for a model type where no file names one."""
+    _transformers()
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    return TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
+
+
 def _from_directory(path: Path) -> "PreTrainedTokenizerFast":
     transformers = _transformers()
     with _refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):

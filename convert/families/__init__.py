@@ -12,11 +12,14 @@ from convert.families import (
     openelm,
     qwen2,
     qwen3,
+    titan,
 )
 from convert.families.family import Family, GgufTable
 
 _MODULES = (gemma3, gpt2, llama, mistral, olmo, olmo2, olmoe, openelm, qwen2, qwen3)
 FAMILIES = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
+# Our own export holds a model of any family.
+_READABLE = FAMILIES | {titan.FAMILY.model_type: titan.FAMILY}
 _BY_ARCHITECTURE = {
     family.gguf.architecture: family for family in FAMILIES.values() if family.gguf is not None
 }
@@ -34,11 +37,11 @@ def family_of(model_type: str) -> Family:
             '("gemma3_text") is supported: use a text-only checkpoint such as '
             "google/gemma-3-270m or google/gemma-3-1b-it."
         )
-    if model_type not in FAMILIES:
+    if model_type not in _READABLE:
         raise ConversionError(
-            f"model_type {model_type!r} is not supported; known are {listing(FAMILIES)}."
+            f"model_type {model_type!r} is not supported; known are {listing(_READABLE)}."
         )
-    return FAMILIES[model_type]
+    return _READABLE[model_type]
 
 
 def family_of_architecture(architecture: str) -> tuple[Family, GgufTable]:

@@ -10,7 +10,7 @@ from convert.errors import ConversionError, listing
 from convert.families.fields import Fields
 from convert.gguf_io import GgufFile
 from convert.rules import Rule
-from tptt_jax import ModelConfig
+from tptt_jax import LizaConfig, ModelConfig
 
 Rules = Callable[[ModelConfig], tuple[Rule, ...]]
 
@@ -41,6 +41,8 @@ class Family:
     """Ours -> the keys of config.json, transformers-5 form."""
     rules: Rules
     """Safetensors names <-> our paths."""
+    read_liza: Callable[[Fields], LizaConfig | None] | None = None
+    """config.json -> the memory, of a format that keeps it beside the base weights."""
     superseded: tuple[str, ...] = ()
     """Published keys of config.json that the transformers-5 form replaces."""
     ignored: tuple[str, ...] = ()

@@ -319,7 +319,7 @@ def test_export_without_a_source(tmp_path, llama):
     ]
 
 
-@pytest.mark.parametrize("format", ["titan", "onnx"])
+@pytest.mark.parametrize("format", ["onnx", "safetensors"])
 def test_other_formats(tmp_path, llama, format):
     with pytest.raises(ConversionError, match="merged"):
         export_pretrained(load_pretrained(llama), tmp_path / "b", format)

@@ -1,0 +1,159 @@
+"""Our own "titan" export: any model of ours as its PyTorch file (convert/titan) reads it.
+
+config.json has one key for every field of ModelConfig, under transformers' name where it has
+one, and `liza` with the fields of LizaConfig. Weights have the names of our parameters; linear
+ones lie as in torch, [out, in], and the matrices of all experts as ours, [experts, in, out].
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+from convert.errors import ConversionError, listing
+from convert.families.family import Family
+from convert.families.fields import Fields
+from convert.rules import TRANSPOSE, Rule, linear
+from tptt_jax import LizaConfig, ModelConfig
+from tptt_jax.config import RopeConfig
+
+MODEL_TYPE = "tptt_titan"
+ARCHITECTURE = "TitanForCausalLM"
+MODELING_FILE = "modeling_titan.py"
+AUTO_MAP = {
+    "AutoConfig": "modeling_titan.TitanConfig",
+    "AutoModelForCausalLM": f"modeling_titan.{ARCHITECTURE}",
+}
+_NAMES = {
+    "embed_dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "mlp_dim": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "tie_embeddings": "tie_word_embeddings",
+    "eos_token_ids": "eos_token_id",
+}
+_ROPES = ("rope", "sliding_rope")
+
+
+def _key(name: str) -> str:
+    return _NAMES.get(name, name)
+
+
+def _read_config(fields: Fields) -> ModelConfig:
+    values = {
+        field.name: fields.raw[_key(field.name)]
+        for field in dataclasses.fields(ModelConfig)
+        if _key(field.name) in fields.raw
+    }
+    values["eos_token_ids"] = fields.token_ids("eos_token_id")
+    values |= {
+        name: _build(RopeConfig, fields.object(name).raw, fields.origin)
+        for name in _ROPES
+        if values.get(name) is not None
+    }
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return _build(ModelConfig, values | tuples, fields.origin)
+
+
+def read_liza(fields: Fields) -> LizaConfig | None:
+    """The memory that a "titan" config.json describes, None for a plain base model.
+
+    Raises:
+      ConversionError: if the description is none of a memory.
+    """
+    raw = fields.object("liza").raw
+    return _build(LizaConfig, raw, fields.origin) if raw else None
+
+
+def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
+    """Makes a frozen description of JSON values, or says what does not fit."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := values.keys() - fields.keys():
+        raise ConversionError(
+            f"{origin} has settings that this version does not know: {listing(unknown)}."
+        )
+    for name, value in values.items():
+        if not _fits(value, fields[name].type):
+            raise ConversionError(f"{_key(name)} in {origin} cannot be {value!r:.80}.")
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"{origin} describes an impossible model: {error}") from None
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value can be a field of this type; choices are checked by the field's class.
+
+    JSON's numbers: 1 is a float as well, true is none.
+    """
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    if options:
+        return any(_fits(value, option) for option in options)
+    if annotation in (int, float):
+        numbers = (int, float) if annotation is float else int
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    if annotation in (bool, str, NoneType):
+        return isinstance(value, annotation)
+    if get_origin(annotation) is tuple:
+        return isinstance(value, tuple) and all(
+            _fits(each, get_args(annotation)[0]) for each in value
+        )
+    return isinstance(value, annotation) if isinstance(annotation, type) else True
+
+
+def _write_config(config: ModelConfig) -> dict[str, Any]:
+    content = {_key(name): value for name, value in dataclasses.asdict(config).items()}
+    content |= {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
+    eos = config.eos_token_ids
+    return content | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
+
+
+def _norm(name: str, target: str) -> tuple[Rule, Rule]:
+    return Rule(f"{name}.weight", f"{target}.weight"), Rule(f"{name}.bias", f"{target}.bias")
+
+
+def _rules(config: ModelConfig) -> tuple[Rule, ...]:
+    layer = "layers.{layer}."
+    attention, mlp = f"{layer}self_attn", f"{layer}mlp"
+    experts = config.num_experts > 0
+    rules = [
+        Rule("embed.weight", "embed.embedding"),
+        Rule("positions.weight", "embed.positions"),
+    ]
+    for name in ("qkv_proj", "q_proj", "k_proj", "v_proj", "o_proj"):
+        rules += linear(f"{attention}.{name}", f"{attention}.{name}")
+    for name in ("q_norm", "k_norm"):
+        rules += _norm(f"{attention}.{name}", f"{attention}.{name}")
+    for name in ("q_delta", "k_delta", "v_delta"):
+        path = f"{attention}.memory.{name}"
+        rules += [Rule(f"{path}.a", f"{path}.a"), Rule(f"{path}.b", f"{path}.b")]
+    rules += [
+        Rule(f"{attention}.mag.logit", f"{attention}.mag.logit"),
+        Rule(f"{mlp}.router.weight", f"{mlp}.router.kernel", TRANSPOSE),
+    ]
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        if experts:
+            rules.append(Rule(f"{mlp}.experts.{name}", f"{mlp}.{name}.kernel"))
+        else:
+            rules += linear(f"{mlp}.{name}", f"{mlp}.{name}")
+    for name in ("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm"):
+        rules += _norm(layer + name, layer + name)
+    return (
+        *rules,
+        *_norm("final_norm", "final_norm"),
+        Rule("lm_head.weight", "lm_head.kernel", TRANSPOSE),
+        Rule("mag_share", "mag_share"),
+    )
+
+
+FAMILY = Family(
+    model_type=MODEL_TYPE,
+    architecture=ARCHITECTURE,
+    read_config=_read_config,
+    read_liza=read_liza,
+    write_config=_write_config,
+    rules=_rules,
+    ignored=(r"lm_head\.weight",),
+)

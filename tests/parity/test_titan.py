@@ -1,0 +1,444 @@
+"""The "titan" export in torch against our own models, in float32 on the CPU."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from convert import export_pretrained, load_pretrained, load_tokenizer
+from experiments.data import python_docs_text
+from tests.contracts import quick_jit, random_tokens, randomize, relative_error
+from tests.tiny import BOS, EOS, PAD, make_tokenizer
+from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
+from tptt_jax.config import RopeConfig
+
+torch = pytest.importorskip("torch", reason="runs the exported model in torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.parity
+
+GEMMA: dict[str, Any] = {
+    **{"norm_offset": True, "norm_placement": "both", "qk_norm": "head", "activation": "gelu_tanh"},
+    **{"layer_kinds": ("sliding", "full", "sliding"), "sliding_window": 7, "query_scale": 0.3},
+    **{"sliding_rope": RopeConfig(theta=50.0), "scale_embeddings": True, "final_softcap": 6.0},
+    "attention_softcap": 3.0,
+}
+GPT2: dict[str, Any] = {
+    **{"norm": "layer", "norm_bias": True, "position_embedding": "learned", "max_positions": 40},
+    **{"attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "gated_mlp": False},
+    **{"activation": "gelu_tanh", "fused_qkv": True, "num_kv_heads": 4},
+}
+OPENELM: dict[str, Any] = {
+    **{"num_heads_per_layer": (2, 4, 4), "num_kv_heads_per_layer": (1, 2, 2), "fused_qkv": True},
+    **{"mlp_dim_per_layer": (24, 40, 48), "qk_norm": "head"},
+}
+OLMO: dict[str, Any] = {"norm": "layer", "norm_weight": False, "clip_qkv": 0.5}
+OLMO2: dict[str, Any] = {"norm_placement": "after", "qk_norm": "full", "norm_float32": True}
+OLMOE: dict[str, Any] = {
+    **{"num_experts": 5, "experts_per_token": 2, "qk_norm": "full", "tie_embeddings": False},
+}
+LLAMA3 = RopeConfig(scaling="llama3", theta=100.0, factor=4.0, original_max_positions=32)
+WINDOW: dict[str, Any] = {"softmax_window": 6, "softmax_sinks": 2, "chunk_size": 8}
+
+CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
+    "base model": ({"rope": LLAMA3, "attention_bias": True}, None),
+    "delta_product": ({"rope": RopeConfig(scaling="linear", factor=2.0)}, LizaConfig()),
+    "delta_rule_v, unit": ({}, LizaConfig(operator="delta_rule_v", linear_scale="unit")),
+    "delta_rule_kv, vector": ({}, LizaConfig(operator="delta_rule_kv", vector_beta=True)),
+    "delta_rule_gelu": ({}, LizaConfig(operator="delta_rule_gelu", chunk_size=4)),
+    "gated, rank": ({}, LizaConfig(operator="gated_delta_product", memory_rank=3, **WINDOW)),
+    "rotary, N = 4": ({}, LizaConfig(operator="delta_product_r", num_householder=4)),
+    "combined, expanded gates": (
+        {},
+        LizaConfig(
+            operator="delta_product_c", num_householder=3, expand_gates=True, vector_beta=True
+        ),
+    ),
+    "constant write gate": ({}, LizaConfig(beta_gate="constant", alpha_gate="kv")),
+    "scheduled, cross gate": ({}, LizaConfig(mag="scheduled", mag_init=0.3, cross_gate=True)),
+    "projected": (
+        {"attention_out_bias": True},
+        LizaConfig(linear_scale="projected", mag_init=0.3),
+    ),
+    "linear": ({"qk_norm": "head"}, LizaConfig(softmax=False, operator="gated_delta_rule")),
+    "window": ({}, LizaConfig(**WINDOW)),
+    "window without sinks": ({}, LizaConfig(softmax_window=5, softmax_sinks=0)),
+    "gemma": (GEMMA, LizaConfig(**WINDOW)),
+    "gpt2": (GPT2, LizaConfig(**WINDOW)),
+    "openelm": (OPENELM, LizaConfig(**WINDOW)),
+    "olmo": (OLMO, LizaConfig(mag_init=0.3)),
+    "olmo2": (OLMO2, LizaConfig()),
+    "olmoe": (OLMOE, LizaConfig()),
+    "olmoe, normalized": (OLMOE | {"normalize_expert_weights": True, "gated_mlp": False}, None),
+}
+TOKENS = random_tokens((2, 45))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(tmp_path_factory):
+    """transformers copies remote code into a cache; ours must not stay in the user's."""
+    patch = pytest.MonkeyPatch()
+    path = str(tmp_path_factory.mktemp("modules"))
+    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", path)
+    threads = torch.get_num_threads()
+    # Matrices of a few hundred numbers only wait for other threads.
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+def reload(path: Path, **options):
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, trust_remote_code=True, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(our model, its export in torch) of a case."""
+
+    @functools.cache
+    def build(name: str):
+        changes, liza = CASES[name]
+        config = ModelConfig.tiny(**changes, bos_token_id=BOS, pad_token_id=PAD)
+        ours = randomize(CausalLM(config, liza, rngs=nnx.Rngs(0)))
+        path = tmp_path_factory.mktemp("titan") / "model"
+        export_pretrained(ours, path, "titan")
+        return ours, reload(path)
+
+    return build
+
+
+def our_logits(model: CausalLM, tokens: np.ndarray) -> np.ndarray:
+    graphdef, state = nnx.split(model)
+    call = quick_jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
+    return np.asarray(call(state, jnp.asarray(tokens)))
+
+
+@torch.no_grad()
+def torch_logits(model, tokens, **options) -> np.ndarray:
+    return model(torch.as_tensor(np.asarray(tokens)).long(), **options).logits.float().numpy()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits(pair, name):
+    ours, theirs = pair(name)
+    assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cache_and_padding(pair, name):
+    """Neither the split into calls nor padding changes what the exported model computes."""
+    _, model = pair(name)
+    whole = torch_logits(model, TOKENS, use_cache=False)
+    size = np.abs(whole).max()
+    done, cache, mask = [0, 0], None, np.zeros((2, 0), np.int64)
+    # Tokens of both rows in each call: 6 places, of which some are padding, then single ones.
+    for counts in ([6, 3], [1, 6], [6, 0], [1, 1], [1, 1], [6, 5]):
+        width = max(counts)
+        piece, valid = random_tokens((2, width), seed=sum(done)), np.zeros((2, width), np.int64)
+        for row, count in enumerate(counts):
+            places = np.sort(np.random.default_rng(sum(done)).permutation(width)[:count])
+            piece[row, places] = TOKENS[row, done[row] : done[row] + count]
+            valid[row, places] = 1
+        mask = np.concatenate([mask, valid], axis=1)
+        with torch.no_grad():
+            output = model(
+                torch.as_tensor(piece).long(),
+                attention_mask=torch.as_tensor(mask),
+                cache=cache,
+                use_cache=True,
+            )
+        cache = output.cache
+        for row, count in enumerate(counts):
+            got = output.logits[row, valid[row] != 0].numpy()
+            want = whole[row, done[row] : done[row] + count]
+            assert count == 0 or np.abs(got - want).max() <= 2e-5 * size, (name, row, done)
+            done[row] += count
+
+
+@pytest.mark.parametrize("name", ["base model", "gemma"])
+def test_blocks_of_queries(pair, name, monkeypatch):
+    """Long rows are attended to in blocks, which change nothing."""
+    _, model = pair(name)
+    whole = torch_logits(model, TOKENS)
+    monkeypatch.setattr(sys.modules[type(model).__module__], "QUERY_BLOCK", 7)
+    np.testing.assert_allclose(torch_logits(model, TOKENS), whole, rtol=1e-4, atol=1e-4)
+
+
+GREEDY = ("delta_rule_gelu", "gated, rank", "gemma", "gpt2")
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_text_of_unequal_prompts(pair, name):
+    ours, theirs = pair(name)
+    ids = np.ones((3, 21), np.int64)
+    ids[1, :9] = ids[2, :20] = 0
+    prompts = random_tokens(ids.shape, seed=5)
+    wanted = generate(ours, prompts, max_new_tokens=12, segment_ids=ids)
+    tokens, mask = torch.as_tensor(prompts).long(), torch.as_tensor(ids)
+    got = theirs.generate(tokens, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    np.testing.assert_array_equal(got[:, 21:].numpy(), np.asarray(wanted.tokens))
+
+
+def test_beams_reorder_the_memory(pair):
+    _, model = pair("gated, rank")
+    prompts = torch.as_tensor(random_tokens((2, 9), seed=3)).long()
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    with_cache, without = (model.generate(prompts, use_cache=use, **options) for use in (1, 0))
+    assert torch.equal(with_cache, without)
+
+
+def test_sampling_and_several_sequences(pair):
+    _, model = pair("window")
+    prompts = torch.as_tensor(random_tokens((2, 9), seed=3)).long()
+    options = {"max_new_tokens": 7, "do_sample": True, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    with_cache = model.generate(prompts, **options)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(prompts, use_cache=False, **options), with_cache)
+
+
+@pytest.mark.parametrize(("name", "bounded"), [("window", True), ("linear", True), ("olmo", False)])
+def test_the_cache_is_bounded_by_the_window(pair, name, bounded):
+    _, model = pair(name)
+    sizes, cache = [], None
+    for _ in range(3):
+        with torch.no_grad():
+            tokens = torch.as_tensor(random_tokens((2, 11))).long()
+            cache = model(tokens, cache=cache, use_cache=True).cache
+        sizes.append(sum(x.numel() for layer in cache.layers for x in layer.tensors.values()))
+    assert (sizes[1] == sizes[2]) == bounded
+
+
+def test_continuing_a_conversation(pair):
+    """What `generate` returns goes on where it stopped, with the new turn's tokens only."""
+    _, model = pair("gemma")
+    prompt = torch.as_tensor(random_tokens((1, 9), seed=3)).long()
+    options = {"max_new_tokens": 5, "do_sample": False}
+    first = model.generate(prompt, return_dict_in_generate=True, **options)
+    more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    again = model.generate(more, cache=first.cache, **options)
+    assert torch.equal(again, model.generate(more, **options))
+
+
+def test_packed_rows_are_refused(pair):
+    _, model = pair("window")
+    tokens = torch.as_tensor(TOKENS).long()
+    positions = torch.arange(45).remainder(20).expand(2, -1)
+    with pytest.raises(ValueError, match="packed"):
+        model(tokens, position_ids=positions)
+    with pytest.raises(ValueError, match="attention_mask must be"):
+        model(tokens, attention_mask=torch.ones(2, 1, 45, 45))
+
+
+@pytest.mark.parametrize("name", ["gated, rank", "delta_rule_gelu", "gemma"])
+def test_gradients(pair, name):
+    """In one direction of the embeddings, against the difference quotient in float64."""
+    model = reload(pair(name)[1].name_or_path).double()
+    tokens = torch.as_tensor(TOKENS[:, :20]).long()
+    mask = torch.ones_like(tokens)
+    mask[0, 15:] = 0
+    weights = torch.randn(2, 20, 97, generator=torch.Generator().manual_seed(1)).double()
+    x = model.embed(tokens).detach().requires_grad_()
+
+    def loss(x):
+        logits = model(inputs_embeds=x, attention_mask=mask).logits
+        return (logits * weights)[mask != 0].mean()
+
+    loss(x).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.layers.parameters())
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).double()
+    step = 1e-5
+    with torch.no_grad():
+        slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
+    assert (x.grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-4)
+    assert not x.grad[mask == 0].any()
+
+
+@pytest.mark.parametrize("name", ["gated, rank", "olmoe"])
+def test_training_under_autocast(pair, name):
+    model = reload(pair(name)[1].name_or_path).train()
+    tokens = torch.as_tensor(TOKENS).long()
+    exact = model(tokens, labels=tokens).loss.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(exact, rel=0.02)
+    used = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(used) > 30
+    assert all(grad.isfinite().all() for grad in used)
+
+
+def test_a_cache_of_another_kind_is_refused(pair):
+    _, model = pair("window")
+    with pytest.raises(ValueError, match="got a DynamicCache"):
+        model(torch.as_tensor(TOKENS).long(), cache=transformers.DynamicCache())
+
+
+def test_gradient_checkpointing_changes_nothing(pair):
+    model = reload(pair("olmoe")[1].name_or_path).train()
+    tokens = torch.as_tensor(TOKENS[:, :20]).long()
+    grads = []
+    for enable in (False, True):
+        if enable:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_lora_of_peft(pair, tmp_path):
+    peft = pytest.importorskip("peft")
+    name = "gated, rank"
+    model = reload(pair(name)[1].name_or_path)
+    tokens = torch.as_tensor(TOKENS).long()
+    targets = ["q_proj", "v_proj", "down_proj"]
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=2)
+    )
+    trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 3 * len(targets)
+    optimizer = torch.optim.Adam((p for p in wrapped.parameters() if p.requires_grad), lr=0.02)
+    losses = []
+    for _ in range(5):
+        loss = wrapped(input_ids=tokens, labels=tokens).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    wanted = torch_logits(wrapped.eval(), TOKENS)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(reload(pair(name)[1].name_or_path), tmp_path / "adapter")
+    assert relative_error(torch_logits(again, TOKENS), wanted) <= 1e-5
+    # We read the adapter on the Titan that it names, and write it again for PEFT.
+    ours = load_pretrained(tmp_path / "adapter")
+    assert ours.liza == pair(name)[0].liza
+    assert relative_error(our_logits(ours, TOKENS), wanted) <= 1e-4
+    export_pretrained(ours, tmp_path / "again", "peft", source=tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(reload(pair(name)[1].name_or_path), tmp_path / "again")
+    assert relative_error(torch_logits(again, TOKENS), wanted) <= 1e-5
+    merged = wrapped.merge_and_unload()
+    assert relative_error(torch_logits(merged, TOKENS), wanted) <= 1e-5
+    # transformers writes the merged model with its code, and we read it.
+    merged.save_pretrained(tmp_path / "merged")
+    assert relative_error(torch_logits(reload(tmp_path / "merged"), TOKENS), wanted) <= 1e-5
+    ours = load_pretrained(tmp_path / "merged")
+    assert (ours.config, ours.liza) == (pair(name)[0].config, pair(name)[0].liza)
+    assert relative_error(our_logits(ours, TOKENS), wanted) <= 1e-4
+
+
+def test_a_new_model_of_the_same_kind(pair):
+    """from_config gives random weights from which training can start."""
+    theirs = pair("gated, rank")[1]
+    model = transformers.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True)
+    logits = torch_logits(model.eval(), TOKENS)
+    assert np.isfinite(logits).all()
+    share = model.layers[0].self_attn.mag().detach()
+    torch.testing.assert_close(share, torch.full_like(share, 0.05))
+
+
+def test_halves(tmp_path):
+    """bfloat16 weights stay bfloat16; what the memory learns stays float32."""
+    liza = LizaConfig(memory_rank=2)
+    ours = CausalLM(ModelConfig.tiny(), liza, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    export_pretrained(randomize(ours), tmp_path / "m", "titan")
+    theirs = reload(tmp_path / "m", dtype="auto")
+    for name, parameter in theirs.named_parameters():
+        memory = ".mag." in name or ".memory." in name
+        assert parameter.dtype == (torch.float32 if memory else torch.bfloat16), name
+    assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 5e-2
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """An export with a tokenizer."""
+    source, path = (tmp_path_factory.mktemp("talking") / name for name in ("source", "titan"))
+    config = ModelConfig.tiny(
+        vocab_size=500, bos_token_id=BOS, eos_token_ids=(EOS,), pad_token_id=PAD
+    )
+    ours = CausalLM(config, LizaConfig(), rngs=nnx.Rngs(0))
+    export_pretrained(ours, source)
+    make_tokenizer(begin=True).save_pretrained(source)
+    export_pretrained(ours, path, "titan", source=source)
+    return ours, path
+
+
+def test_text_generation_pipeline(talking):
+    ours, path = talking
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    pipeline = transformers.pipeline(
+        "text-generation", model=reload(path), tokenizer=tokenizer, device="cpu"
+    )
+    texts = ["The def statement", "A class is an object that"]
+    wanted = []
+    for text in texts:
+        prompt = load_tokenizer(path)(text).input_ids
+        assert prompt[0] == BOS
+        new = generate(ours, np.array([prompt]), max_new_tokens=8)
+        wanted.append(tokenizer.decode(np.asarray(new.tokens)[0], skip_special_tokens=True))
+    got = pipeline(texts, max_new_tokens=8, do_sample=False, return_full_text=False, batch_size=2)
+    assert [each["generated_text"] for (each,) in got] == wanted
+
+
+def test_the_tokenizer_needs_no_trust(talking):
+    _, path = talking
+    assert transformers.AutoTokenizer.from_pretrained(path)("The def").input_ids[0] == BOS
+
+
+def test_lm_eval(talking):
+    """The harness's Hugging Face backend scores texts as our model does."""
+    huggingface = pytest.importorskip(
+        "lm_eval.models.huggingface", reason="needs lm-eval: pip install '.[eval]'"
+    )
+    from lm_eval.api.instance import Instance
+
+    ours, path = talking
+    harness = huggingface.HFLM(
+        pretrained=reload(path),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True),
+        batch_size=2,
+    )
+    texts = [("The def statement", " binds a name"), ("If", " x is an object, then y is one too")]
+    requests = [Instance("loglikelihood", {}, text, number) for number, text in enumerate(texts)]
+    tokenizer = load_tokenizer(path)
+    for (begin, end), (got, _) in zip(texts, harness.loglikelihood(requests), strict=True):
+        tokens, first = tokenizer(begin + end).input_ids, len(tokenizer(begin).input_ids)
+        logits = ours(jnp.asarray([tokens])).logits[0, first - 1 : -1]
+        scores = jax.nn.log_softmax(logits)[jnp.arange(len(tokens) - first), tokens[first:]]
+        assert got == pytest.approx(float(scores.sum()), rel=1e-5)
+    until = {"until": ["</s>"], "max_gen_toks": 6, "do_sample": False}
+    requests = [Instance("generate_until", {}, (begin, until), 0) for begin, _ in texts]
+    for (begin, _), got in zip(texts, harness.generate_until(requests), strict=True):
+        new = generate(ours, np.array([tokenizer(begin).input_ids]), max_new_tokens=6)
+        assert got == tokenizer.decode(np.asarray(new.tokens)[0], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_real_weights(demo_model_path, tmp_path):
+    """Gemma 3 270M with a window, so that the memory, sinks and sliding layers all matter."""
+    liza = LizaConfig(softmax_window=16, mag_init=0.1)
+    ours = load_pretrained("demo", liza)
+    export_pretrained(ours, tmp_path / "gemma", "titan", source="demo")
+    theirs = reload(tmp_path / "gemma")
+    text = python_docs_text()[2000:2400]
+    tokens = np.array([load_tokenizer(tmp_path / "gemma")(text).input_ids[:60]])
+    assert relative_error(torch_logits(theirs, tokens), our_logits(ours, tokens)) <= 1e-4
+    wanted = generate(ours, tokens, max_new_tokens=16, stop_tokens=())
+    got = theirs.generate(
+        torch.as_tensor(tokens), max_new_tokens=16, do_sample=False, eos_token_id=None
+    )
+    assert got[0, tokens.shape[1] :].tolist() == np.asarray(wanted.tokens)[0].tolist()
