@@ -79,7 +79,7 @@ def load_model(
     """
     abstract = nnx.eval_shape(build)
     variables = variables_of(abstract)
-    memory = pretrained.family.read_liza is not None
+    memory = pretrained.liza is not None
     plan = plan_for(pretrained.rules, pretrained.config, variables, memory=memory)
     plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
     check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)

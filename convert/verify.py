@@ -15,10 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from convert.adapter_config import is_adapter
+from convert.bases import has_base
 from convert.errors import ConversionError
+from convert.families.titan import FAMILY
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import track
-from convert.sources import Source, find_checkpoint, locate
+from convert.sources import Source, find_checkpoint, locate, open_pretrained
 from convert.streaming_checks import STREAMING_CHECKS, Runner, relative_error
 from convert.tokenizer import load_tokenizer
 from tptt_jax import CausalLM, LizaConfig
@@ -73,7 +75,7 @@ def verify_pretrained(
 
     The plain model is compared with transformers where torch is installed. For both, the whole
     text must give the logits that segments, single tokens, padded and packed rows give. The
-    Titan has the default memory; a run of ours has its own.
+    Titan has the default memory; a run of ours and a "titan" export have their own.
 
     Args:
       source: what `load_pretrained` takes.
@@ -93,7 +95,8 @@ def verify_pretrained(
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}.")
     is_run = find_checkpoint(source) is not None
-    titan = load_pretrained(source, None if is_run else LizaConfig(), dtype=dtype)
+    liza = None if is_run or _is_titan(source) else LizaConfig()
+    titan = load_pretrained(source, liza, dtype=dtype)
     limit = tolerance or TOLERANCES[jnp.dtype(titan.dtype).name]
     tokens, text = _tokens(source, num_tokens, titan.config.vocab_size)
     plain, full = Runner(base_model(titan), tokens), Runner(titan, tokens)
@@ -106,6 +109,12 @@ def verify_pretrained(
     if titan.liza is not None:
         steps.append(functools.partial(_check_chunk_size, name, full))
     return [step(limit) for step in track(steps, "Checking")], text
+
+
+def _is_titan(source: Source) -> bool:
+    """Whether a source that is no run is a "titan" export."""
+    path = locate(source)
+    return path.is_dir() and not has_base(path) and open_pretrained(path).family is FAMILY
 
 
 def _tokens(source: Source, count: int, vocab_size: int) -> tuple[np.ndarray, str]:
@@ -155,8 +164,8 @@ def _check_transformers(run: Runner, source: Source, limit: float) -> Check:
 
     if not is_known(run.model.config.family):
         return dataclasses.replace(check, note="transformers does not have this family")
-    # A run or an adapter is no model that transformers reads.
-    path = None if find_checkpoint(source) else locate(source)
+    # A run, an adapter or a Titan is no model that transformers reads.
+    path = None if find_checkpoint(source) or _is_titan(source) else locate(source)
     if path is not None and path.is_dir() and not is_adapter(path):
         theirs, note = transformers_logits(path, run.tokens), ""
     else:

@@ -130,6 +130,25 @@ def test_the_directory_brings_its_memory_unless_one_is_given(tmp_path):
         load_pretrained(tmp_path / "t", LizaConfig(memory_rank=3))
 
 
+def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
+    model = build("base model")
+    export_pretrained(model, tmp_path / "t", "titan")
+    again = load_pretrained(tmp_path / "t", LizaConfig(memory_rank=1))
+    assert again.liza == LizaConfig(memory_rank=1)
+    values = values_of(again)
+    for path, value in values_of(model).items():
+        np.testing.assert_array_equal(values[path], value)
+
+
+@pytest.mark.parametrize("name", ["scheduled", "base model"])
+def test_verify_takes_the_memory_of_the_export(tmp_path, monkeypatch, capsys, name):
+    export_pretrained(build(name), tmp_path / "t", "titan")
+    arguments = ["convert", "verify", str(tmp_path / "t"), "--tokens", "12", "--json"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert main() == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_a_titan_becomes_a_plain_model_again(tmp_path):
     source = write_directory(tmp_path / "gemma", GEMMA)
     model = load_pretrained(source, LizaConfig())
