@@ -67,7 +67,7 @@ def load_pretrained(
         has settings that we do not have, or its base model cannot be found.
     """
     if dtype != "auto" and not _is_supported(dtype):
-        raise ConversionError(f"dtype must be auto, {' or '.join(_DTYPES)}, got {dtype!r}.")
+        raise ConversionError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}.")
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(

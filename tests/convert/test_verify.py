@@ -67,6 +67,16 @@ def test_a_run_is_checked_with_its_own_memory(tmp_path, monkeypatch):
     assert set(results.values()) == {"PASS"}
 
 
+def test_the_reference_operator_is_not_blamed_for_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    base = write_directory(tmp_path / "base", LLAMA)
+    save_run(tmp_path / "run", base, LizaConfig.tptt_reference(), LoraConfig(rank=2))
+    checks, _ = verify_pretrained(tmp_path / "run", num_tokens=12)
+    mine = [check for check in checks if check.model == "this run"]
+    assert {(check.result, "reads padding" in check.note) for check in mine} == {("SKIP", True)}
+    assert len(mine) == len(STREAMING) + 1
+
+
 def drop_ids(call):
     return lambda self, tokens, ids=None, cache=None: call(self, tokens, None, cache)
 
