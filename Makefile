@@ -13,8 +13,9 @@ SHELL := /bin/bash
 finetune: $(VENV)/.demo
 	$(BIN)/python -m experiments.finetune $(ARGS)
 
+# Nearly all of a test's time is compilation on one core; a file's tests share their models.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

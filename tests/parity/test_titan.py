@@ -402,7 +402,7 @@ def test_the_tokenizer_needs_no_trust(talking):
 def test_lm_eval(talking):
     """The harness's Hugging Face backend scores texts as our model does."""
     huggingface = pytest.importorskip(
-        "lm_eval.models.huggingface", reason="needs lm-eval: pip install '.[eval]'"
+        "lm_eval.models.huggingface", reason="needs lm-eval: pip install '.[test]'"
     )
     from lm_eval.api.instance import Instance
 

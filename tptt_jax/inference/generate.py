@@ -100,10 +100,11 @@ def generate(
       max_new_tokens: how many to add at most.
       temperature: 0 is greedy.
       key: randomness for temperature > 0, or one key for each row; None: jax.random.key(0).
-      top_k: see `Sampling`, as the next three.
-      top_p: .
-      min_p: .
-      repetition_penalty: .
+      top_k: only the k most likely tokens; 0: all.
+      top_p: only the most likely tokens that together have this probability; 1: all.
+      min_p: only tokens at least this share as likely as the most likely one; 0: all.
+      repetition_penalty: what logits of tokens already seen are divided (above zero) or
+        multiplied by (below); 1: nothing.
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
       stop_tokens: end a row; None: the model's end-of-text tokens.
       stop_strings: end a row with the token that completes one of them.
@@ -153,15 +154,15 @@ def stream(
     """`generate`, block by block; the prompts are read before it returns.
 
     Args:
-      model: see `generate`, as all that is not below.
-      tokens: .
-      max_new_tokens: .
-      key: .
+      model: a base model or a Titan.
+      tokens: prompts [B, T] int32; with a `state` they may be empty.
+      max_new_tokens: how many to add at most.
+      key: randomness, or one key for each row; None: jax.random.key(0).
       sampling: how tokens are drawn; None: the most likely ones.
       stops: what ends a row; None: the model's end-of-text tokens.
-      segment_ids: .
-      state: .
-      use_memory: .
+      segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
+      state: what the rows hold before these tokens; it stays as it is.
+      use_memory: False leaves the memory out.
       block: tokens at a time, 1 to 64; the first token comes alone if that is not 64.
     """
     if max_new_tokens < 1:
