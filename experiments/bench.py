@@ -11,6 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from convert import load_pretrained, load_tokenizer
 from convert.command_line import run_command
@@ -63,7 +64,7 @@ def bench_train(
     model: str = "demo",
     batch: int = 2,
     tokens: int = 256,
-    no_liza: bool = False,
+    no_liza: tyro.conf.FlagCreatePairsOff[bool] = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     remat: bool = False,
     repeats: int = 3,
@@ -100,7 +101,7 @@ def bench_train(
 def bench_decode(
     model: str = "demo",
     tokens: int = 64,
-    no_liza: bool = False,
+    no_liza: tyro.conf.FlagCreatePairsOff[bool] = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     repeats: int = 3,
 ) -> dict[str, Any]:
@@ -130,8 +131,8 @@ def bench_context(
     window: int = 1024,
     new_tokens: int = 96,
     full_read_limit: int = 16384,
-    no_full: bool = False,
-    no_liza: bool = False,
+    no_full: tyro.conf.FlagCreatePairsOff[bool] = False,
+    no_liza: tyro.conf.FlagCreatePairsOff[bool] = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
     peer_json: tuple[Path, ...] = (),
     output: Path = Path("runs/context"),

@@ -166,7 +166,10 @@ def _plot(path: Path, runs: dict[str, list[dict[str, Any]]], model: str) -> None
         for (name, results), color in zip(runs.items(), _COLORS * len(runs), strict=False):
             _draw(axis, results, key, scale, name, color)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        lengths = sorted({result["context"] for results in runs.values() for result in results})
+        axis.set_xticks(lengths, [_short(length) for length in lengths])
+        # From zero: a flat line should look flat.
+        axis.set_ylim(bottom=0)
         axis.set_xlabel("context, tokens")
         axis.set_title(label, loc="left", fontsize=10)
         axis.grid(visible=True, color="0.9")
@@ -182,4 +185,10 @@ def _draw(
 ) -> None:
     points = [(r["context"], r[key] * scale) for r in results if r.get(key) is not None]
     if points:
-        axis.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+        # See-through, as two programs may hold the same number of bytes.
+        axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, alpha=0.7)
+
+
+def _short(length: int) -> str:
+    """1024 as 1k."""
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
