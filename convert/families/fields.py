@@ -132,6 +132,30 @@ def write_layer_kinds(config: ModelConfig) -> list[str]:
     return [names[kind] for kind in config.layer_kinds]
 
 
+def read_token_ids(fields: Fields) -> dict[str, Any]:
+    """The special tokens, as arguments of `ModelConfig`."""
+    return {
+        "bos_token_id": fields.integer("bos_token_id", None),
+        "eos_token_ids": fields.token_ids("eos_token_id"),
+        "pad_token_id": fields.integer("pad_token_id", None),
+    }
+
+
+def write_token_ids(config: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_token_ids`."""
+    eos = config.eos_token_ids
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def read_num_layers(fields: Fields) -> int:
+    """How many layers there are, bounded before anything is made for each of them."""
+    return fields.integer("num_hidden_layers", most=MAX_LAYERS)
+
+
 def read_sizes(fields: Fields) -> dict[str, Any]:
     """The arguments of ModelConfig whose keys are the same in nearly every family.
 
@@ -149,15 +173,13 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
         "family": fields.text("model_type"),
         "vocab_size": fields.integer("vocab_size"),
         "embed_dim": fields.integer("hidden_size"),
-        "num_layers": fields.integer("num_hidden_layers", most=MAX_LAYERS),
+        "num_layers": read_num_layers(fields),
         "num_heads": heads,
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),
         "mlp_dim": fields.integer("intermediate_size"),
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "bos_token_id": fields.integer("bos_token_id", None),
-        "eos_token_ids": fields.token_ids("eos_token_id"),
-        "pad_token_id": fields.integer("pad_token_id", None),
+        **read_token_ids(fields),
     }
 
 
@@ -169,7 +191,6 @@ def write_sizes(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[
       implied_head_dim: whether head_dim is left out where it is hidden_size / heads, for
         families whose transformers class has no such field.
     """
-    eos = config.eos_token_ids
     sizes = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.embed_dim,
@@ -181,9 +202,7 @@ def write_sizes(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[
         "rms_norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
+        **write_token_ids(config),
     }
     if implied_head_dim and config.head_dim == config.embed_dim // config.num_heads:
         del sizes["head_dim"]

@@ -3,7 +3,7 @@
 from typing import Any
 
 from convert.families.family import Family
-from convert.families.fields import Fields
+from convert.families.fields import Fields, write_token_ids
 from convert.rules import TRANSPOSE, Rule
 from tptt_jax import ModelConfig
 
@@ -46,7 +46,6 @@ def _read_config(fields: Fields) -> ModelConfig:
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    eos = config.eos_token_ids
     return {
         "vocab_size": config.vocab_size,
         "n_embd": config.embed_dim,
@@ -57,9 +56,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "activation_function": "gelu_new",
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
+        **write_token_ids(config),
     }
 
 

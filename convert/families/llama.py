@@ -3,41 +3,31 @@
 from typing import Any
 
 from convert.families.family import Family, GgufTable
-from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.fields import Fields
 from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
-from convert.families.rotary import (
-    read_flat_rope,
-    recognise_llama3,
-    write_rope,
-)
+from convert.families.rotary import recognise_llama3
+from convert.families.standard import read_attention_bias, read_standard, write_standard
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 
 
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", ("silu", "swish"), "silu")
-    positions = fields.integer("max_position_embeddings", 2048)
-    bias = fields.boolean("attention_bias", False)
-    return ModelConfig(
-        **read_sizes(fields),
-        attention_bias=bias,
-        attention_out_bias=bias,
+    return read_standard(
+        fields,
+        max_positions=2048,
+        **read_attention_bias(fields),
         mlp_bias=fields.boolean("mlp_bias", False),
-        tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        rope=read_flat_rope(fields, 10_000.0, positions),
-        max_positions=positions,
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        **write_sizes(config),
-        "hidden_act": "silu",
+        **write_standard(config),
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
-        "rope_parameters": write_rope(config.rope),
     }
 
 

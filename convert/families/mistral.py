@@ -3,35 +3,27 @@
 from typing import Any
 
 from convert.families.family import Family
-from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.fields import Fields, read_num_layers
 from convert.families.key_tables import standard_rules
-from convert.families.rotary import read_flat_rope, write_rope
+from convert.families.standard import read_standard, write_standard
 from tptt_jax import ModelConfig
 
 
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", ("silu",), "silu")
-    sizes = read_sizes(fields)
     # Absent means 4,096 tokens here, and null means no window.
     window = fields.integer("sliding_window", None) if "sliding_window" in fields.raw else 4096
-    positions = fields.integer("max_position_embeddings", 131_072)
-    return ModelConfig(
-        **sizes,
-        layer_kinds=() if window is None else ("sliding",) * sizes["num_layers"],
+    windowed = 0 if window is None else read_num_layers(fields)
+    return read_standard(
+        fields,
+        max_positions=131_072,
+        layer_kinds=("sliding",) * windowed,
         sliding_window=window,
-        tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        rope=read_flat_rope(fields, 10_000.0, positions),
-        max_positions=positions,
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    return {
-        **write_sizes(config),
-        "hidden_act": "silu",
-        "sliding_window": config.sliding_window,
-        "rope_parameters": write_rope(config.rope),
-    }
+    return {**write_standard(config), "sliding_window": config.sliding_window}
 
 
 FAMILY = Family(

@@ -5,7 +5,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from convert.families.family import Family
-from convert.families.fields import Fields
+from convert.families.fields import Fields, read_token_ids, write_token_ids
 from convert.rules import TRANSPOSE, Rule, linear, split
 from tptt_jax import ModelConfig
 from tptt_jax.config import RopeConfig
@@ -62,16 +62,13 @@ def _read_config(fields: Fields) -> ModelConfig:
         tie_embeddings=fields.boolean("share_input_output_layers", True),
         rope=RopeConfig(theta=fields.number("rope_freq_constant", 10_000.0)),
         max_positions=fields.integer("max_context_length", 2048),
-        bos_token_id=fields.integer("bos_token_id", None),
-        eos_token_ids=fields.token_ids("eos_token_id"),
-        pad_token_id=fields.integer("pad_token_id", None),
+        **read_token_ids(fields),
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     sizes = [config.layer_sizes(layer) for layer in range(config.num_layers)]
     heads, kv_heads, mlp_dims = (list(column) for column in zip(*sizes, strict=True))
-    eos = config.eos_token_ids
     return {
         "vocab_size": config.vocab_size,
         "model_dim": config.embed_dim,
@@ -92,9 +89,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "rope_freq_constant": config.rope.theta,
         "rope_max_length": 2 * config.max_positions,
         "max_context_length": config.max_positions,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id,
+        **write_token_ids(config),
     }
 
 

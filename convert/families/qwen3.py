@@ -3,40 +3,33 @@
 from typing import Any
 
 from convert.families.family import Family, GgufTable
-from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.fields import Fields
 from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.qwen2 import read_windows, write_windows
-from convert.families.rotary import read_flat_rope, write_rope
+from convert.families.standard import read_attention_bias, read_standard, write_standard
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 
 
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", ("silu",), "silu")
-    sizes = read_sizes(fields) | {"head_dim": fields.integer("head_dim", 128)}
-    positions = fields.integer("max_position_embeddings", 32_768)
-    bias = fields.boolean("attention_bias", False)
-    return ModelConfig(
-        **sizes,
-        **read_windows(fields, sizes["num_layers"]),
+    return read_standard(
+        fields,
+        max_positions=32_768,
+        **read_windows(fields),
+        **read_attention_bias(fields),
+        head_dim=fields.integer("head_dim", 128),
         qk_norm="head",
-        attention_bias=bias,
-        attention_out_bias=bias,
-        tie_embeddings=fields.boolean("tie_word_embeddings", False),
-        rope=read_flat_rope(fields, 10_000.0, positions),
-        max_positions=positions,
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
-        **write_sizes(config),
+        **write_standard(config),
         **write_windows(config),
-        "hidden_act": "silu",
         "attention_bias": config.attention_bias,
-        "rope_parameters": write_rope(config.rope),
     }
 
 

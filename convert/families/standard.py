@@ -1,0 +1,43 @@
+"""What the configurations of decoders with Llama's names have in common."""
+
+from typing import Any
+
+from convert.families.fields import Fields, read_sizes, write_sizes
+from convert.families.rotary import read_flat_rope, write_rope
+from tptt_jax import ModelConfig
+
+
+def read_standard(fields: Fields, *, max_positions: int, **differences: Any) -> ModelConfig:
+    """Sizes, tied head, and one rotary embedding for all layers.
+
+    Args:
+      fields: a config.json.
+      max_positions: the family's default of `max_position_embeddings`.
+      **differences: arguments of `ModelConfig` that go before.
+
+    Raises:
+      ConversionError: if a key is missing, of the wrong type, or not implemented.
+    """
+    positions = fields.integer("max_position_embeddings", max_positions)
+    common = {
+        **read_sizes(fields),
+        "tie_embeddings": fields.boolean("tie_word_embeddings", False),
+        "rope": read_flat_rope(fields, 10_000.0, positions),
+        "max_positions": positions,
+    }
+    return ModelConfig(**common | differences)
+
+
+def write_standard(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[str, Any]:
+    """The inverse of `read_standard`; see `write_sizes` for `implied_head_dim`."""
+    return {
+        **write_sizes(config, implied_head_dim=implied_head_dim),
+        "hidden_act": "silu",
+        "rope_parameters": write_rope(config.rope),
+    }
+
+
+def read_attention_bias(fields: Fields) -> dict[str, bool]:
+    """`attention_bias`, where it is about all four projections."""
+    bias = fields.boolean("attention_bias", False)
+    return {"attention_bias": bias, "attention_out_bias": bias}
