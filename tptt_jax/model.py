@@ -250,6 +250,12 @@ class CausalLM(nnx.Module):
         cap = self.config.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
+    def head_matrix(self) -> tuple[Array, int]:
+        """The LM head [V, E] or [E, V], tied or not, and which axis is the vocabulary."""
+        if self.lm_head is None:
+            return self.embed.embedding[...], 0
+        return self.lm_head.kernel[...], 1
+
 
 def init_cache(
     model: CausalLM, batch_size: int, max_tokens: int, dtype: jnp.dtype | None = None

@@ -7,15 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.inference.prefill import SEGMENT_TOKENS, check_positions
 from tptt_jax.inference.state import ReadState, grow_state, init_state
 from tptt_jax.model import CausalLM
-
-# Logits held at a time: 128 MiB in float32.
-_LOGITS_AT_A_TIME = 1 << 25
+from tptt_jax.ops.cross_entropy import token_cross_entropy
 
 
 def token_losses(
@@ -80,14 +77,8 @@ def _score_segment(
         inputs, valid, cache=state.cache, use_memory=state.has_memory
     )
     assert cache is not None
-    size = max(1, min(inputs.shape[1], _LOGITS_AT_A_TIME // model.config.vocab_size))
-    size = 1 << (size.bit_length() - 1)
-
-    def losses(part: tuple[Array, Array]) -> Array:
-        hidden, targets = part
-        logits = model.project_logits(hidden).astype(jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits, axis=-1) - chosen
-
-    parts = (hidden[0].reshape(-1, size, hidden.shape[-1]), targets[0].reshape(-1, size))
-    return state._replace(cache=cache), lax.map(losses, parts).reshape(1, -1)
+    head, vocab_axis = model.head_matrix()
+    losses = token_cross_entropy(
+        hidden, head, targets, softcap=model.config.final_softcap, vocab_axis=vocab_axis
+    )
+    return state._replace(cache=cache), losses

@@ -1,6 +1,5 @@
 """Cross-entropy that never holds the logits of the whole batch."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -9,9 +8,12 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int, SegmentIds, Tokens
 from tptt_jax.model import CausalLM
-
-# Logits held at a time: 128 MiB in float32.
-_LOGITS_AT_A_TIME = 1 << 25
+from tptt_jax.ops.cross_entropy import (
+    LOGITS_AT_A_TIME,
+    head_logits,
+    slice_rows,
+    token_cross_entropy,
+)
 
 
 class Targets(NamedTuple):
@@ -49,105 +51,60 @@ def next_token_targets(
 
 def chunked_cross_entropy(
     hidden: Hidden,
-    head: Float[Array, "V E"],
+    head: Float[Array, "V E"] | Float[Array, "E V"],
     targets: Targets,
     *,
     softcap: float | None = None,
     train_head: bool = False,
+    vocab_axis: int = 0,
     tokens_at_a_time: int | None = None,
+    vocab_at_a_time: int | None = None,
 ) -> Float[Array, ""]:
-    """Sum of weight * -log p(target), with logits hidden @ head^T made a slice at a time.
-
-    While the head is frozen, the gradient for `hidden` is computed in the forward pass
-    from the same logits, so that no logits are made twice (the fused loss of Liger).
+    """Sum of weight * -log p(target), with a block of the logits at a time.
 
     Args:
       hidden: [B, T, E].
-      head: [V, E], in any float dtype.
+      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype.
       targets: what to predict and what counts.
       softcap: logits x become softcap * tanh(x / softcap).
-      train_head: also gives a gradient for `head`; slices are then recomputed.
-      tokens_at_a_time: slice length per row; None: about 128 MiB of logits.
+      train_head: also gives a gradient for `head`; logits are then made twice.
+      vocab_axis: of the head.
+      tokens_at_a_time: per row; None: as `token_cross_entropy` finds best.
+      vocab_at_a_time: not with train_head; None: as `token_cross_entropy` finds best.
 
     Returns:
       float32 scalar; divide by sum(targets.weights) for the mean.
     """
-    batch, tokens, _ = hidden.shape
-    if tokens_at_a_time is None:
-        tokens_at_a_time = max(1, _LOGITS_AT_A_TIME // (head.shape[0] * batch))
-    size = min(tokens_at_a_time, tokens)
-    pad = -tokens % size
-    slices = jax.tree.map(lambda x: _slice_rows(x, size, pad), (hidden, *targets))
     if train_head:
-        return _sum_recomputed(slices, head, softcap)
-    return _sum_fused(*slices, head, softcap)
+        head = head if vocab_axis == 0 else head.T
+        return _sum_recomputed(hidden, targets, head, softcap, tokens_at_a_time)
+    losses = token_cross_entropy(
+        hidden,
+        head,
+        targets.tokens,
+        softcap=softcap,
+        vocab_axis=vocab_axis,
+        tokens_at_a_time=tokens_at_a_time,
+        vocab_at_a_time=vocab_at_a_time,
+    )
+    return jnp.sum(losses * targets.weights)
 
 
-def _slice_rows(x: Array, size: int, pad: int) -> Array:
-    """[B, n * size - pad, ...] -> [n, B, size, ...]."""
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+def _sum_recomputed(
+    hidden: Array, targets: Targets, head: Array, softcap: float | None, size: int | None
+) -> Array:
+    batch, tokens, _ = hidden.shape
+    size = min(size or max(1, LOGITS_AT_A_TIME // (head.shape[0] * batch)), tokens)
 
-
-def _logits(hidden: Array, head: Array, softcap: float | None) -> Array:
-    logits = jnp.einsum("bte,ve->btv", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
-
-
-def _slice_loss(logits: Array, tokens: Array, weights: Array) -> Array:
-    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
-
-
-def _sum_recomputed(slices: tuple, head: Array, softcap: float | None) -> Array:
     @jax.checkpoint
     def body(total: Array, part: tuple) -> tuple[Array, None]:
         hidden, tokens, weights = part
-        return total + _slice_loss(_logits(hidden, head, softcap), tokens, weights), None
+        logits = head_logits(hidden, head, softcap)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen)), None
 
+    slices = jax.tree.map(lambda x: slice_rows(x, size), (hidden, *targets))
     return lax.scan(body, jnp.zeros(()), slices)[0]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _sum_fused(
-    hidden: Array, tokens: Array, weights: Array, head: Array, softcap: float | None
-) -> Array:
-    def body(total: Array, part: tuple) -> tuple[Array, None]:
-        hidden, tokens, weights = part
-        return total + _slice_loss(_logits(hidden, head, softcap), tokens, weights), None
-
-    return lax.scan(body, jnp.zeros(()), (hidden, tokens, weights))[0]
-
-
-def _fused_forward(
-    hidden: Array, tokens: Array, weights: Array, head: Array, softcap: float | None
-) -> tuple[Array, Array]:
-    def body(total: Array, part: tuple) -> tuple[Array, Array]:
-        hidden, tokens, weights = part
-        logits = _logits(hidden, head, softcap)
-        loss = _slice_loss(logits, tokens, weights)
-        target = jnp.arange(logits.shape[-1]) == tokens[..., None]
-        slope = (jax.nn.softmax(logits, axis=-1) - target) * weights[..., None]
-        if softcap is not None:
-            slope *= 1 - jnp.square(logits / softcap)
-        gradient = jnp.einsum("btv,ve->bte", slope.astype(hidden.dtype), head.astype(hidden.dtype))
-        return total + loss, gradient
-
-    return lax.scan(body, jnp.zeros(()), (hidden, tokens, weights))
-
-
-def _fused_backward(softcap: float | None, gradient: Array, scale: Array) -> tuple:
-    return gradient * scale.astype(gradient.dtype), None, None, None
-
-
-_sum_fused.defvjp(_fused_forward, _fused_backward)
-
-
-def head_matrix(model: CausalLM) -> Float[Array, "V E"]:
-    """The LM head as [V, E], tied or not."""
-    if model.lm_head is None:
-        return model.embed.embedding[...]
-    return model.lm_head.kernel[...].T
 
 
 def causal_lm_loss(
@@ -180,10 +137,12 @@ def causal_lm_loss(
         tokens, segment_ids, use_memory=use_memory, remat=remat, dropout_key=dropout_key
     )
     targets = next_token_targets(tokens, segment_ids, loss_mask)
+    head, vocab_axis = model.head_matrix()
     total = chunked_cross_entropy(
         hidden,
-        head_matrix(model),
+        head,
         targets,
+        vocab_axis=vocab_axis,
         softcap=model.config.final_softcap,
         train_head=train_head,
     )

@@ -48,6 +48,51 @@ def test_slices_give_the_plain_loss_and_gradients(softcap, train_head, size):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("vocab_axis", [0, 1], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("size", "block"), [(None, None), (None, 7), (None, 1), (3, 10), (3, 31), (1, 16)]
+)
+def test_blocks_of_the_vocabulary_give_the_plain_losses(softcap, vocab_axis, dtype, size, block):
+    keys = jax.random.split(jax.random.key(0), 3)
+    # Logits up to 60 in size: what is summed before the largest one came must shrink.
+    hidden = (5 * jax.random.normal(keys[0], (2, 7, 12))).astype(dtype)
+    head = jax.random.normal(keys[1], (31, 12)).astype(dtype)
+    targets = Targets(jax.random.randint(keys[2], (2, 7), 0, 31), jnp.ones((2, 7)))
+
+    def blocks(hidden):
+        return chunked_cross_entropy(
+            hidden,
+            head if vocab_axis == 0 else head.T,
+            targets,
+            softcap=softcap,
+            vocab_axis=vocab_axis,
+            tokens_at_a_time=size,
+            vocab_at_a_time=block,
+        )
+
+    want = jax.value_and_grad(lambda x: plain_loss(x, head, targets, softcap))(hidden)
+    got = jax.jit(jax.value_and_grad(blocks))(hidden)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    scale = float(jnp.max(jnp.abs(want[1].astype(jnp.float32))))
+    np.testing.assert_allclose(got[0], want[0], rtol=tolerance)
+    np.testing.assert_allclose(
+        *(x[1].astype(jnp.float32) for x in (got, want)), atol=tolerance * scale
+    )
+
+
+def test_blocks_of_the_vocabulary_are_all_that_is_held():
+    hidden, head = jnp.zeros((2, 512, 8)), jnp.zeros((1 << 16, 8))
+    targets = Targets(jnp.zeros((2, 512), jnp.int32), jnp.ones((2, 512)))
+
+    def loss(hidden):
+        return chunked_cross_entropy(hidden, head, targets)
+
+    memory = jax.jit(jax.value_and_grad(loss)).lower(hidden).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 512 * (1 << 16) * 4 / 4
+
+
 def test_logits_of_the_whole_batch_are_never_held():
     """The largest array of the compiled program is a slice of the logits."""
     hidden, head = jnp.zeros((2, 512, 8)), jnp.zeros((4096, 8))

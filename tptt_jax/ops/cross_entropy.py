@@ -1,0 +1,174 @@
+"""Cross-entropy of a large vocabulary that never holds all of its logits."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tptt_jax.array_typing import Array, Float, Hidden, Int
+
+# Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
+LOGITS_AT_A_TIME = 1 << 25
+_CACHED_LOGITS = 1 << 22
+_MAX_TOKENS = 4096
+
+
+class _Plan(NamedTuple):
+    """How the work is cut."""
+
+    softcap: float | None
+    vocab_axis: int
+    tokens: int
+    vocab: int
+
+
+def token_cross_entropy(
+    hidden: Hidden,
+    head: Float[Array, "V E"] | Float[Array, "E V"],
+    tokens: Int[Array, "B T"],
+    *,
+    softcap: float | None = None,
+    vocab_axis: int = 0,
+    tokens_at_a_time: int | None = None,
+    vocab_at_a_time: int | None = None,
+) -> Float[Array, "B T"]:
+    """-log p(token), where the logits are hidden @ head^T.
+
+    The gradient for `hidden` is computed in the forward pass from the same logits, so that no
+    logits are made twice (the fused loss of Liger, arXiv:2410.10989). Over blocks of the
+    vocabulary it is summed as flash attention sums its values, the head being both keys and
+    values: exact, and every block of the head is read once for all tokens.
+
+    Args:
+      hidden: [B, T, E].
+      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype; it gets no gradient.
+      tokens: what to predict [B, T].
+      softcap: logits x become softcap * tanh(x / softcap).
+      vocab_axis: of the head.
+      tokens_at_a_time: tokens of a row in a block; None: on CPU up to 4,096 in all rows, elsewhere
+        what makes about 128 MiB of logits.
+      vocab_at_a_time: entries in a block; None: on CPU what makes about 16 MiB of logits, elsewhere
+        all.
+
+    Returns:
+      Nats, float32 [B, T].
+    """
+    batch, length, _ = hidden.shape
+    vocab = head.shape[vocab_axis]
+    size, block = tokens_at_a_time, vocab_at_a_time
+    by_vocabulary = jax.default_backend() == "cpu" and size is None
+    if size is None:
+        size = _MAX_TOKENS if by_vocabulary else LOGITS_AT_A_TIME // vocab
+        size = max(1, size // max(batch, 1))
+    size = max(1, min(size, length))
+    if block is None:
+        # Heads of a power of two times something divide evenly.
+        fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
+        block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
+    plan = _Plan(softcap, vocab_axis, size, min(block, vocab))
+    return _losses(hidden, head, tokens, plan)
+
+
+def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
+    """[..., E] and [V, E] -> float32 [..., V]."""
+    logits = jnp.einsum("...e,ve->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def slice_rows(x: Array, size: int) -> Array:
+    """[B, T, ...] -> [n, B, size, ...], filled with zeros."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
+    return _each_slice(hidden, head, tokens, plan, with_gradient=False)[0]
+
+
+def _losses_forward(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> tuple[Array, Array]:
+    losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
+    assert gradient is not None
+    return losses, gradient
+
+
+def _losses_backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
+    return gradient * scale[..., None].astype(gradient.dtype), None, None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
+
+
+def _each_slice(
+    hidden: Array, head: Array, tokens: Array, plan: _Plan, *, with_gradient: bool
+) -> tuple[Array, Array | None]:
+    """Losses [B, T], and their gradients for `hidden`."""
+    batch, length, _ = hidden.shape
+
+    def run(part: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        return _slice_losses(*part, head, plan, with_gradient)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
+
+    if plan.tokens >= length:
+        return run((hidden, tokens))
+    parts = (slice_rows(hidden, plan.tokens), slice_rows(tokens, plan.tokens))
+    return jax.tree.map(join, lax.map(run, parts))
+
+
+def _slice_losses(
+    hidden: Array, tokens: Array, head: Array, plan: _Plan, with_gradient: bool
+) -> tuple[Array, Array | None]:
+    """Of a few tokens of each row, block of the vocabulary after block."""
+    vocab = head.shape[plan.vocab_axis]
+    start = jnp.full(tokens.shape, -jnp.inf)
+    grown = jnp.zeros(hidden.shape, jnp.float32) if with_gradient else None
+
+    def visit(number: Array, carry: tuple) -> tuple:
+        top, total, gradient = carry
+        # The last block goes back over entries that have been counted already.
+        first = jnp.minimum(number * plan.vocab, vocab - plan.vocab)
+        piece = _rows(lax.dynamic_slice_in_dim(head, first, plan.vocab, plan.vocab_axis), plan)
+        logits = head_logits(hidden, piece, plan.softcap)
+        if vocab % plan.vocab:
+            fresh = first + jnp.arange(plan.vocab) >= number * plan.vocab
+            logits = jnp.where(fresh, logits, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(logits, axis=-1))
+        shrink = jnp.exp(top - new_top)
+        weights = jnp.exp(logits - new_top[..., None])
+        total = total * shrink + jnp.sum(weights, axis=-1)
+        if gradient is not None:
+            slope = _slope(weights, logits, plan.softcap).astype(hidden.dtype)
+            step = jnp.einsum("...v,ve->...e", slope, piece.astype(hidden.dtype))
+            gradient = gradient * shrink[..., None] + step.astype(jnp.float32)
+        return new_top, total, gradient
+
+    blocks = -(-vocab // plan.vocab)
+    top, total, gradient = lax.fori_loop(0, blocks, visit, (start, jnp.zeros(tokens.shape), grown))
+    rows = _rows(jnp.take(head, tokens.ravel(), plan.vocab_axis), plan)
+    rows = rows.reshape(hidden.shape).astype(jnp.float32)
+    chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
+    if plan.softcap is not None:
+        chosen = plan.softcap * jnp.tanh(chosen / plan.softcap)
+    losses = top + jnp.log(total) - chosen
+    if gradient is None:
+        return losses, None
+    own = _slope(jnp.ones_like(chosen), chosen, plan.softcap)
+    gradient = gradient / total[..., None] - own[..., None] * rows
+    return losses, gradient.astype(hidden.dtype)
+
+
+def _rows(piece: Array, plan: _Plan) -> Array:
+    """A part of the head as [V, E]."""
+    return piece if plan.vocab_axis == 0 else piece.T
+
+
+def _slope(weights: Array, logits: Array, softcap: float | None) -> Array:
+    """Weights times the slope of the cap; where a logit is -inf the weight is 0."""
+    if softcap is None:
+        return weights
+    # The tanh of nothing at all would be -1 exactly; -inf itself would make a NaN.
+    return weights * (1 - jnp.square(jnp.maximum(logits, -softcap) / softcap))
