@@ -79,19 +79,20 @@ def measure_contexts(
 
 
 def _run_all_programs(
-    model: CausalLM, tokens: Int[np.ndarray, " L"], state: ReadState, new_tokens: int
+    model: CausalLM, tokens: Int[np.ndarray, " L"], empty: ReadState, new_tokens: int
 ) -> None:
-    """Compiles, and runs once, what the contexts with such a state need.
+    """Compiles, and runs, what the contexts with such a state need.
 
     So neither compilation nor what a program's first run leaves behind counts for a context.
     """
-    if len(tokens):
+    # Once more, as the second round finds memory full of holes that the first has left: what it
+    # cannot place there makes the process grow for the last time.
+    for _ in range(2):
+        state = empty if len(tokens) else _of_length(empty, 1)
         # A long segment if there will be any, and a short one.
         for piece in (tokens[:SEGMENT_TOKENS], tokens[:1]):
             state = read(model, piece[None], state=state, use_memory=state.has_memory)
-    else:
-        state = _of_length(state, 1)
-    _decode_seconds(model, state, new_tokens)
+        _decode_seconds(model, state, new_tokens)
 
 
 def _decode_seconds(model: CausalLM, state: ReadState, new_tokens: int) -> float:
