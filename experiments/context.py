@@ -55,9 +55,10 @@ def measure_contexts(
         end, is_read = context - new_tokens, context <= read_limit
         alike = [other for other in contexts if programs(other) == programs(context)]
         if context == alike[0]:
-            empty = grow_state(model, init_state(model, 1, use_memory=use_memory), context)
             few = tokens[: alike[-1] - new_tokens] if is_read else tokens[:0]
+            empty = init_state(model, 1, context, use_memory=use_memory)
             _run_all_programs(model, few, empty, new_tokens)
+            del empty
         state = jax.block_until_ready(grow_state(model, state, context))
         if is_read:
             start = time.perf_counter()
