@@ -371,6 +371,32 @@ class ModelConfig:
             pad_token_id=0,
         )
 
+    @classmethod
+    def llama3_2_1b(cls) -> Self:
+        """The shape of meta-llama/Llama-3.2-1B."""
+        return cls(
+            family="llama",
+            vocab_size=128256,
+            embed_dim=2048,
+            num_layers=16,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            mlp_dim=8192,
+            norm_eps=1e-5,
+            rope=RopeConfig(
+                theta=500_000.0,
+                scaling="llama3",
+                factor=32.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_positions=8192,
+            ),
+            max_positions=131072,
+            bos_token_id=128000,
+            eos_token_ids=(128001,),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:

@@ -148,6 +148,7 @@ CONFIGS = {
     "tiny": ModelConfig.tiny(),
     "smollm2": ModelConfig.smollm2_135m(),
     "gemma3": ModelConfig.gemma3_270m(),
+    "llama3.2": ModelConfig.llama3_2_1b(),
     "llama3, biases": ModelConfig.tiny(
         rope=LLAMA3_ROPE, attention_bias=True, attention_out_bias=True, mlp_bias=True
     ),

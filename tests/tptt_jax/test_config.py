@@ -190,6 +190,7 @@ def test_presets_have_the_published_shapes():
     smol, gemma = ModelConfig.smollm2_135m(), ModelConfig.gemma3_270m()
     assert _parameters(smol) == 134_515_008
     assert _parameters(gemma) == 268_098_176
+    assert _parameters(ModelConfig.llama3_2_1b()) == 1_235_814_400
     assert [i for i, kind in enumerate(gemma.layer_kinds) if kind == "full"] == [5, 11, 17]
     assert gemma.rope_of("full").theta == 1_000_000
     assert gemma.rope_of("sliding").theta == 10_000
