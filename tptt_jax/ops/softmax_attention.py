@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
@@ -49,32 +50,79 @@ def attend(
     Returns:
       [B, T, H, D] in q's dtype; zero where a query may see nothing.
     """
-    num_kv_heads = parts[0].keys.shape[-2]
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    return _attend(q, tuple(parts), scale, softcap)
 
-    def grouped(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1])
 
-    def logits_of(part: KeyValues) -> Array:
-        queries = grouped(q if part.queries is None else part.queries)
-        logits = _dot_keys(queries, part.keys).astype(wide) * scale
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-        return jnp.where(part.mask[:, None, None], logits, _MASKED)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _attend(q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None) -> Array:
+    return _attend_forward(q, parts, scale, softcap)[0]
 
-    logits = [logits_of(part) for part in parts]
+
+def _attend_forward(
+    q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None
+) -> tuple[Array, tuple]:
+    """Output, and what the gradient is made from: logits are made again, not kept."""
+    logits = [_masked_logits(q, part, scale, softcap) for part in parts]
     tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
-    top = lax.stop_gradient(functools.reduce(jnp.maximum, tops))
-    weights = [
-        jnp.where(part.mask[:, None, None], jnp.exp(x - top), 0)
-        for x, part in zip(logits, parts, strict=True)
-    ]
+    # Far above what is masked: where all is, every weight is 0.
+    top = jnp.maximum(functools.reduce(jnp.maximum, tops), _MASKED / 2)
+    weights = [jnp.exp(x - top) for x in logits]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights), 1e-30)
     outs = [
         _weigh_values((x / total).astype(part.values.dtype), part.values)
         for x, part in zip(weights, parts, strict=True)
     ]
-    return functools.reduce(jnp.add, outs).reshape(q.shape).astype(q.dtype)
+    out = functools.reduce(jnp.add, outs).reshape(q.shape).astype(q.dtype)
+    return out, (q, parts, out, top + jnp.log(total))
+
+
+def _attend_backward(
+    scale: float, softcap: float | None, kept: tuple, gradient: Array
+) -> tuple[Array, tuple[KeyValues, ...]]:
+    q, parts, out, log_total = kept
+    wide = log_total.dtype
+    grouped = _grouped(gradient.astype(q.dtype), parts[0])
+    # What a change of the total does to every weight [B, K, G, T, 1].
+    products = jnp.einsum("btkgd,btkgd->bkgt", grouped, _grouped(out, parts[0]))
+    common = products.astype(wide)[..., None]
+    gradients, grad_q = [], jnp.zeros_like(q)
+    for part in parts:
+        queries = _grouped(q if part.queries is None else part.queries, part)
+        logits, slope = _dot_keys(queries, part.keys).astype(wide) * scale, scale
+        if softcap is not None:
+            logits = softcap * jnp.tanh(logits / softcap)
+            slope = scale * (1 - jnp.square(logits / softcap))
+        seen = part.mask[:, None, None]
+        weights = jnp.exp(jnp.where(seen, logits, _MASKED) - log_total)
+        grad_weights = _dot_keys(grouped, part.values).astype(wide)
+        grad_values = _gather_tokens(weights.astype(grouped.dtype), grouped, part.values)
+        grad_logits = (weights * (grad_weights - common) * slope).astype(queries.dtype)
+        grad_keys = _gather_tokens(grad_logits, queries, part.keys)
+        own = _weigh_values(grad_logits, part.keys).reshape(q.shape).astype(q.dtype)
+        if part.queries is None:
+            grad_q = grad_q + own
+        no_mask = np.zeros(part.mask.shape, jax.dtypes.float0)
+        queries_gradient = None if part.queries is None else own
+        gradients.append(KeyValues(grad_keys, grad_values, no_mask, queries_gradient))
+    return grad_q, tuple(gradients)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _masked_logits(q: Array, part: KeyValues, scale: float, softcap: float | None) -> Array:
+    """[B, K, G, T, S], at least float32."""
+    queries = _grouped(q if part.queries is None else part.queries, part)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = _dot_keys(queries, part.keys).astype(wide) * scale
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    return jnp.where(part.mask[:, None, None], logits, _MASKED)
+
+
+def _grouped(x: Array, part: KeyValues) -> Array:
+    """[B, T, H, D] -> [B, T, K, G, D]."""
+    return x.reshape(*x.shape[:2], part.keys.shape[-2], -1, x.shape[-1])
 
 
 def _dot_keys(q: Array, keys: Array) -> Array:
@@ -94,6 +142,17 @@ def _weigh_values(weights: Array, values: Array) -> Array:
         return jnp.transpose(out, (0, 3, 1, 2, 4))
     per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.sum(per_token[..., None] * values[:, :, :, :, None], axis=2)
+
+
+def _gather_tokens(x: Array, queries: Array, keys: Array) -> Array:
+    """[B, K, G, T, S] x [B, T, K, G, D] -> what `keys` look like, and in their dtype."""
+    if keys.ndim == 4:
+        # What is transposed is again what is small: queries and result.
+        by_head = jnp.transpose(queries, (0, 2, 3, 1, 4))
+        out = jnp.einsum("bkgtd,bkgts->bkds", by_head, x)
+        return jnp.transpose(out, (0, 3, 1, 2)).astype(keys.dtype)
+    per_token = jnp.transpose(x, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
+    return jnp.einsum("btskg,btkgd->btskd", per_token, queries).astype(keys.dtype)
 
 
 def attend_sequence(
