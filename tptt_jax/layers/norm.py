@@ -1,5 +1,6 @@
 """RMS norm and LayerNorm as the pretrained families do them."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -47,16 +48,22 @@ class NormLayer(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; returns x's shape and dtype."""
+        weight = None if self.weight is None else self.weight[...]
+        bias = None if self.bias is None else self.bias[...]
+        # For the gradient it is made again from x: that is less than to keep what is in between.
+        return jax.checkpoint(self._normalize, prevent_cse=False)(x, weight, bias)
+
+    def _normalize(self, x: Array, weight: Array | None, bias: Array | None) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = rms_normalize(wide, self.eps)
         normal = normal if self.float32 else normal.astype(x.dtype)
-        if self.weight is not None:
-            weight = self.weight[...].astype(normal.dtype)
+        if weight is not None:
+            weight = weight.astype(normal.dtype)
             normal = normal * (1 + weight if self.offset else weight)
-        if self.bias is not None:
-            normal = normal + self.bias[...].astype(normal.dtype)
+        if bias is not None:
+            normal = normal + bias.astype(normal.dtype)
         return normal.astype(x.dtype)
 
 
