@@ -14,11 +14,9 @@ from tptt_jax.ops.delta_product_inputs import (
     compute_dtype,
     silence_padding,
 )
+from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.token_shift import document_ordinals
 from tptt_jax.ops.triangular import invert_unit_lower, solve_with_inverse
-
-# Chunks whose M x M matrices exist at the same time; more only cost memory.
-_CHUNKS_PER_BLOCK = 16
 
 
 class _Chunks(NamedTuple):
@@ -57,7 +55,7 @@ def chunk_delta_product(
         S <- exp(G_C) S + (K * exp(G_C - G))^T R
 
     Keep |k| <= 1 and 0 <= beta <= 2, then no step lets the state grow. Memory is linear in T;
-    gradients recompute blocks of 16 chunks.
+    gradients recompute blocks of chunks.
 
     Args:
       q: queries [B, T, H, D]; head h reads the state of KV head h // (H / K).
@@ -69,7 +67,7 @@ def chunk_delta_product(
       segment_ids: document ids [B, T]. 0 is padding: it changes nothing and its output is 0,
         wherever it stands. A document ends, and the state is reset, where a different
         non-zero id comes. None: every row is one document.
-      chunk_size: tokens per chunk; any T will do.
+      chunk_size: tokens per chunk at most, see `plan_chunks`; any T will do.
       state_activation: "gelu" applies `activate_state` after each complete chunk, counted
         from the start of the row: the only option whose result depends on chunk_size.
       precision: of the matrix products outside the triangular solve, which is always exact;
@@ -92,9 +90,10 @@ def chunk_delta_product(
     state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
-    chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, min(chunk_size, max(length, 1)))
+    plan = plan_chunks(length, chunk_size, exact=state_activation != "none")
+    chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, plan)
     if state_activation == "gelu":
-        blocks, _, n = chunks.q.shape[:3]
+        _, blocks, n = plan
         is_complete = jnp.arange(1, blocks * n + 1) * chunk_size <= length
         chunks = chunks._replace(is_complete=is_complete.reshape(blocks, n))
     run_block = jax.checkpoint(functools.partial(_run_block, dtype=dtype, precision=precision))
@@ -146,12 +145,10 @@ def step_delta_product(
     return out.reshape(batch, heads, -1).astype(q.dtype), state
 
 
-def _cut_chunks(q, k, v, beta, log_decay, segment_ids, size) -> _Chunks:
+def _cut_chunks(q, k, v, beta, log_decay, segment_ids, plan: ChunkPlan) -> _Chunks:
     """Pads the tokens with inert ones to whole blocks of chunks."""
     batch, length = q.shape[:2]
-    count = max(-(-length // size), 1)
-    blocks = -(-count // _CHUNKS_PER_BLOCK)
-    n = -(-count // blocks)
+    size, blocks, n = plan
 
     def cut(x, pad_mode="constant"):
         margin = ((0, 0), (0, blocks * n * size - length)) + ((0, 0),) * (x.ndim - 2)
@@ -211,9 +208,15 @@ def _run_block(state, chunks: _Chunks, dtype, precision):
 
     pair = jnp.repeat(pair, steps, axis=-1)
     k_transposed = jnp.swapaxes(k, -1, -2)
-    lower = matmul(beta * k, k_transposed) * jnp.repeat(pair, steps, axis=-2)
     scores = matmul(q, k_transposed) * jnp.tile(pair, (groups, 1))
-    key_in, query_in, key_out, keep = beta * k, q, k, None
+    pair = jnp.repeat(pair, steps, axis=-2)
+    # A gate per head scales rows after they were multiplied, once; one per channel the keys.
+    gate = beta[..., 0] if beta.shape[-1] == 1 else None
+    if gate is None:
+        lower, key_in, value = matmul(beta * k, k_transposed) * pair, beta * k, beta * v
+    else:
+        lower, key_in, value = scale_rows(matmul(k, k_transposed) * pair, gate), k, v
+    query_in, key_out, keep = q, k, None
     if carried is not None:
         carry_in, carry_out = carried
         key_in = key_in * jnp.repeat(carry_in, steps, axis=-1)[..., None]
@@ -223,20 +226,50 @@ def _run_block(state, chunks: _Chunks, dtype, precision):
     # The scan sees L only as the receiver of a gradient.
     inverse = jax.lax.stop_gradient(invert_unit_lower(lower))
 
+    # Two products with the state, or with the residual, are one.
+    readers = jnp.concatenate([key_in, query_in], axis=-2)
+    writers = jnp.concatenate([jnp.swapaxes(key_out, -1, -2), scores], axis=-2)
+    size, dim = k.shape[-2:]
+
     def carry(state, chunk):
-        lower, inverse, key_in, key_out, value, keep, is_complete = chunk
-        residual = solve_with_inverse(lower, inverse, value - matmul(key_in, state))
+        lower, inverse, readers, writers, value, gate, keep, is_complete = chunk
+        read = matmul(readers, state)
+        new = value - read[..., :size, :]
+        new = new if gate is None else scale_rows(new, gate)
+        written = matmul(writers, solve_with_inverse(lower, inverse, new))
         after = state if keep is None else keep * state
-        after = after + matmul(jnp.swapaxes(key_out, -1, -2), residual)
+        after = after + written[..., :dim, :]
         if is_complete is not None:
             after = jnp.where(is_complete, activate_state(after), after)
-        return after, (state, residual)
+        return after, read[..., size:, :] + written[..., dim:, :]
 
-    xs = (lower, inverse, key_in, key_out, beta * v, keep, chunks.is_complete)
-    state, (before, residual) = jax.lax.scan(carry, state, xs)
-    out = matmul(query_in, before) + matmul(scores, residual)
+    xs = (lower, inverse, readers, writers, value, gate, keep, chunks.is_complete)
+    state, out = jax.lax.scan(carry, state, xs)
     out = out.astype(out_dtype).reshape(n, batch, heads, tokens, -1)
     return state, jnp.transpose(out, (1, 0, 3, 2, 4))
+
+
+@jax.custom_vjp
+def scale_rows(x: Float[Array, "... M X"], factor: Float[Array, "... M"]) -> Array:
+    """Multiplies every row by its factor.
+
+    The gradient for the factor is a sum of products; XLA's program for it on CPU is fast only
+    if it is written as a contraction.
+    """
+    return x * factor[..., None]
+
+
+def _scale_forward(x: Array, factor: Array) -> tuple[Array, tuple[Array, Array]]:
+    return scale_rows(x, factor), (x, factor)
+
+
+def _scale_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, factor = kept
+    products = jnp.einsum("...mx,...mx->...m", gradient, x, precision="highest")
+    return gradient * factor[..., None], products
+
+
+scale_rows.defvjp(_scale_forward, _scale_backward)
 
 
 def _decay_factors(decay, ordinals, tokens, dtype) -> tuple[Array, tuple[Array, Array] | None]:

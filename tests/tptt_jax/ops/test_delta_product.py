@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from tptt_jax.ops import chunk_delta_product, naive_delta_product, step_delta_product
+from tptt_jax.ops.delta_product_plan import OTHERS, SIZES, plan_chunks
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 # Documents of odd lengths; padding on the left, between and inside documents, on the right.
@@ -24,6 +25,12 @@ STATIC = ("chunk_size", "state_activation")
 chunk = jax.jit(chunk_delta_product, static_argnames=STATIC, **QUICK)
 naive = jax.jit(naive_delta_product, static_argnames="state_activation", **QUICK)
 step = jax.jit(step_delta_product, **QUICK)
+
+
+@pytest.fixture(autouse=True)
+def chunks_as_they_are_asked_for(monkeypatch):
+    """As on an accelerator: on CPU no chunk would have more than 16 tokens."""
+    monkeypatch.setitem(SIZES, "cpu", OTHERS)
 
 
 def make_inputs(length=70, *, heads=4, kv_heads=2, steps=2, dim=8, value_dim=8, batch=2, **options):
@@ -266,6 +273,34 @@ def test_bfloat16_inputs_keep_a_float32_state():
     one = {name: x[:, 0] for name, x in inputs.items() if name != "initial_state"}
     first, after = step(**one, state=inputs["initial_state"])
     assert (first.dtype, after.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_small_chunks_in_blocks_as_a_cpu_likes_them_equal_the_recurrence(monkeypatch):
+    monkeypatch.undo()
+    inputs = make_inputs(301, vector=False, decay=True, state=True)
+    ids = jnp.asarray(np.repeat([[1, 0, 2, 3]], [100, 5, 150, 46], axis=1).repeat(2, axis=0))
+    size, blocks, chunks = plan_chunks(301, 64)
+    assert (size, blocks > 1) == (16, True), "the plan has changed: does this still test blocks?"
+    assert 301 <= size * blocks * chunks < 301 + size * blocks
+    want_gradients, want = oracle_gradients(cast(inputs), ids)
+
+    def loss(inputs):
+        return weigh(lambda **x: chunk_delta_product(**x, chunk_size=64), inputs, ids)
+
+    gradients, got = jax.jit(jax.grad(loss, has_aux=True), **QUICK)(cast(inputs))
+    assert_near(got, oracle(inputs, segment_ids=ids), 1e-5)
+    assert_near(got, [np.asarray(x, np.float64) for x in want], 1e-5)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, want_gradients[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 255, 256, 257, 4096])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_plan_holds_the_row_and_little_more(length, exact, monkeypatch):
+    monkeypatch.undo()
+    size, blocks, chunks = plan_chunks(length, 64, exact=exact)
+    assert length <= size * blocks * chunks < length + size * blocks
+    assert size == min(length, 64 if exact else 16)
 
 
 @pytest.mark.parametrize("log_decay", [-50.0, -1e4, -np.inf])

@@ -1,0 +1,59 @@
+"""How the DeltaProduct operator cuts its work, by backend; see docs/performance.md."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class ChunkPlan(NamedTuple):
+    """Measured, not derived.
+
+    Attributes:
+      chunk_size: tokens of a chunk.
+      blocks: into which the chunks of a row are put; a block's chunks exist at the same time,
+        and for the gradient a block is computed again.
+      chunks: of a block.
+    """
+
+    chunk_size: int
+    blocks: int
+    chunks: int
+
+
+class _Sizes(NamedTuple):
+    """What a backend likes.
+
+    Attributes:
+      chunk_size: largest, in tokens; None: whatever the caller says.
+      block: chunks of a block.
+      whole: chunks of a row that are still one block.
+    """
+
+    chunk_size: int | None
+    block: int
+    whole: int
+
+
+# On CPU a chunk's matrices must stay in the cache; elsewhere few large steps are best.
+SIZES = {"cpu": _Sizes(chunk_size=16, block=8, whole=16)}
+OTHERS = _Sizes(chunk_size=None, block=16, whole=16)
+
+
+def plan_chunks(length: int, chunk_size: int, *, exact: bool = False) -> ChunkPlan:
+    """How a row is cut.
+
+    Args:
+      length: tokens of the row.
+      chunk_size: tokens of a chunk at most.
+      exact: whether the result depends on the chunk size, so that it must be this one.
+
+    Returns:
+      Chunk size, blocks and chunks per block; together they hold at least the row.
+    """
+    sizes = SIZES.get(jax.default_backend(), OTHERS)
+    size = min(chunk_size, max(length, 1))
+    if sizes.chunk_size is not None and not exact:
+        size = min(size, sizes.chunk_size)
+    count = max(-(-length // size), 1)
+    blocks = 1 if count <= sizes.whole else -(-count // sizes.block)
+    return ChunkPlan(size, blocks, -(-count // blocks))
