@@ -1,5 +1,7 @@
 """The linear-attention memory: gates, virtual tokens, DeltaProduct, normalisation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -226,8 +228,9 @@ def _virtual_tokens(
     return expand(_activate(k)), expand(v * v.shape[-1] ** -0.5), beta, log_decay
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _activate(x: Array) -> Array:
-    """SiLU, then the L2 norm over the head."""
+    """SiLU, then the L2 norm over the head; the gradient keeps x only."""
     wide = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     norm = jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-12))
     return (wide / norm).astype(x.dtype)

@@ -1,5 +1,6 @@
 """One attention layer: shared projections, softmax and memory, mixed by Memory as Gate."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -196,11 +197,12 @@ class LizaAttention(nnx.Module):
             return project(only)
         assert self.liza is not None
         mu = jnp.asarray(share if self.mag is None else self.mag()[:, None], soft.dtype)
-        if self.liza.linear_scale == "match":
-            linear = match_rms(linear, soft)
         projected = self.liza.linear_scale == "projected"
         if not projected and not self.liza.cross_gate:
-            return project((1 - mu) * soft + mu * linear)
+            match = self.liza.linear_scale == "match"
+            return project(mix_heads(soft, linear, mu, match))
+        if self.liza.linear_scale == "match":
+            linear = match_rms(linear, soft)
         if self.liza.operator == "tptt_reference" and self.mag is None:
             return mix_projected(project(soft), project(linear), mu, self.liza)
         soft_term = project((1 - mu) * soft)
@@ -212,6 +214,15 @@ class LizaAttention(nnx.Module):
         if self.liza.cross_gate:
             return soft_term + linear_term + soft_term * linear_term
         return soft_term + linear_term
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def mix_heads(
+    soft: Float[Array, "B T H D"], linear: Float[Array, "B T H D"], share: Array, match: bool
+) -> Float[Array, "B T H D"]:
+    """(1 - share) soft + share linear; made again for the gradient, which keeps its inputs only."""
+    linear = match_rms(linear, soft) if match else linear
+    return (1 - share) * soft + share * linear
 
 
 def mix_projected(soft: Hidden, linear: Hidden, share: Array, liza: LizaConfig) -> Hidden:

@@ -1,5 +1,6 @@
 """Projections, and the low-rank adapters that may sit on them."""
 
+import functools
 import zlib
 
 import jax
@@ -40,11 +41,23 @@ class LowRank(nnx.Module):
         if dropout_key is not None and self.dropout > 0:
             keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return ((x @ self.a[...]) @ self.b[...]) * self.scale
+        return apply_low_rank(x, self.a[...], self.b[...] * self.scale)
 
     def delta(self) -> Float[Array, "I O"]:
         """What the adapter adds to the kernel, float32."""
         return jnp.matmul(self.a[...], self.b[...], precision="highest") * self.scale
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def apply_low_rank(
+    x: Float[Array, "... I"], a: Float[Array, "I R"], b: Float[Array, "R O"]
+) -> Float[Array, "... O"]:
+    """(x a) b; the gradient keeps x, which neighbouring projections share.
+
+    All tokens are one matrix: XLA's gradients of a and b would transpose a batch of them first.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    return ((flat @ a) @ b).reshape(*x.shape[:-1], -1)
 
 
 class Projection(nnx.Module):
