@@ -15,6 +15,7 @@ from experiments.random_models import ModelChoice
 from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
 from tptt_jax.ops import chunk_delta_product
+from tptt_jax.ops.delta_product_plan import plan_chunks
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import TrainMode, split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
@@ -119,7 +120,7 @@ def _operator(work: OpWork) -> Job:
         kv_heads=kv_heads,
         head_dim=work.head_dim,
         householder=work.householder,
-        chunk_size=min(work.chunk_size, work.tokens),
+        chunk_size=plan_chunks(work.tokens, work.chunk_size).chunk_size,
     )
     # Gradients take twice as much as the forward pass, which they need as well.
     return Job(

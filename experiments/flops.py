@@ -9,6 +9,7 @@ against this, is therefore a bound from below and never above 1.
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers.cache import num_sinks, softmax_window
+from tptt_jax.ops.delta_product_plan import plan_chunks
 from tptt_jax.training.partition import TrainMode
 
 Projections = dict[str, tuple[int, int]]
@@ -148,6 +149,7 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
     """The memory's operator over tokens read together, in all layers."""
     if liza is None or tokens == 0:
         return 0.0
+    exact = liza.recurrence.state_activation != "none"
     return sum(
         operator_flops(
             tokens=tokens,
@@ -155,7 +157,7 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
             kv_heads=kv_heads,
             head_dim=config.head_dim,
             householder=liza.recurrence.num_householder,
-            chunk_size=min(liza.chunk_size, tokens),
+            chunk_size=plan_chunks(tokens, liza.chunk_size, exact=exact).chunk_size,
         )
         for heads, kv_heads, _ in map(config.layer_sizes, range(config.num_layers))
     )

@@ -11,11 +11,20 @@ from flax import nnx
 from experiments import flops
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.ops import chunk_delta_product, step_delta_product
+from tptt_jax.ops.delta_product_plan import OTHERS, SIZES
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
 
 B, T, H, K, D = 2, 64, 4, 2, 64
+
+
+@pytest.fixture(autouse=True)
+def one_chunk(monkeypatch):
+    """A row is one chunk, as on an accelerator; of several, XLA would count one."""
+    monkeypatch.setitem(SIZES, "cpu", OTHERS)
+
+
 CONFIG = ModelConfig.tiny(num_layers=1, embed_dim=256, mlp_dim=1024, vocab_size=2048, head_dim=64)
 
 
@@ -46,7 +55,8 @@ def test_operator(householder, grad):
         tokens=B * T, heads=H, kv_heads=K, head_dim=D, householder=householder
     )
     xla = counted_by_xla(function, *operands(householder))
-    assert_within(xla, 3 * ours if grad else ours, 1.15)
+    # Gradients make the forward pass again, block by block.
+    assert_within(xla, 3 * ours if grad else ours, 1.4 if grad else 1.15)
 
 
 def test_step():

@@ -1,0 +1,87 @@
+"""Guards against slower programs that no clock is needed for: XLA's counts, within a band.
+
+Counted is what is compiled, with a loop's body once. A change for the better moves the numbers
+too: then write the new ones down.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.ops import chunk_delta_product
+from tptt_jax.ops.delta_product_plan import OTHERS, SIZES
+from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
+
+FLOPS_BAND, BYTES_BAND = 1.2, 1.4
+
+
+def compile_operator(length: int, *, grad: bool = False):
+    shapes = [(1, length, 4, 64), *[(1, length, 2, 2, 64)] * 2, (1, length, 2, 2)]
+
+    def forward(*inputs):
+        return chunk_delta_product(*inputs)[0]
+
+    function = jax.grad(lambda *x: forward(*x).sum(), (0, 1, 2, 3)) if grad else forward
+    return (
+        jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)).compile()
+    )
+
+
+def compile_step(liza: LizaConfig | None):
+    config = ModelConfig.tiny(
+        num_layers=4, embed_dim=256, mlp_dim=1024, vocab_size=2048, head_dim=64
+    )
+    model = CausalLM(config, liza, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
+    partition, trainable, share = split_trainable(model, "lora")
+    optimizer = make_optimizer(OptimizerConfig(), 100)
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    rows = jnp.ones((2, 256), jnp.int32)
+    batch = Batch(rows, rows, rows > 0)
+    return make_train_step(partition, optimizer).lower(state, partition.frozen, batch).compile()
+
+
+def assert_costs(compiled, flops: float, num_bytes: float) -> None:
+    costs = compiled.cost_analysis()
+    got = costs["flops"], costs["bytes accessed"]
+    assert flops / FLOPS_BAND < got[0] < flops * FLOPS_BAND, got
+    assert num_bytes / BYTES_BAND < got[1] < num_bytes * BYTES_BAND, got
+
+
+@pytest.mark.parametrize(
+    ("plan", "grad", "flops", "num_bytes"),
+    [
+        ("cpu", False, 6.69e6, 5.41e6),
+        ("cpu", True, 2.63e7, 2.00e7),
+        ("accelerator", False, 1.98e8, 6.67e7),
+        ("accelerator", True, 5.01e8, 1.35e8),
+    ],
+)
+def test_operator_costs_what_it_did(plan, grad, flops, num_bytes, monkeypatch):
+    if plan == "accelerator":
+        monkeypatch.setitem(SIZES, "cpu", OTHERS)
+    assert_costs(compile_operator(1024, grad=grad), flops, num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("liza", "flops", "num_bytes"),
+    [(None, 3.64e9, 3.08e8), (LizaConfig(), 4.10e9, 5.12e8)],
+    ids=["base", "titan"],
+)
+def test_training_step_costs_what_it_did(liza, flops, num_bytes):
+    assert_costs(compile_step(liza), flops, num_bytes)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "gradients"])
+@pytest.mark.parametrize("plan", ["cpu", "accelerator"])
+def test_memory_of_the_operator_is_linear_in_the_length(plan, grad, monkeypatch):
+    if plan == "accelerator":
+        monkeypatch.setitem(SIZES, "cpu", OTHERS)
+
+    def temporaries(length: int) -> int:
+        return compile_operator(length, grad=grad).memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 2.05 * temporaries(4096)
