@@ -31,8 +31,8 @@ from tptt_jax.training.train_step import (
     Batch,
     StepMetrics,
     TrainState,
+    eval_step,
     init_train_state,
-    make_eval_step,
     make_train_step,
     place_state,
 )
@@ -234,17 +234,16 @@ class Run:
         source: TokenBatchSource | None = self.data.eval
         if source is None:
             return None
-        step = make_eval_step(use_memory=use_memory)
         long = source.sequence_length > self.config.data.sequence_length
         total = count = 0.0
         for batch in source.batches(1 if long else self.config.batch_size):
-            nats, targets = step(model, self._put(batch))
+            nats, targets = eval_step(model, self._put(batch), use_memory=use_memory)
             total, count = total + float(nats), count + float(targets)
         return total / count
 
     def _put(self, batch: TokenBatch) -> Batch:
         if self.mesh is None:
-            return Batch(*(jnp.asarray(array) for array in batch))
+            return Batch(*jax.device_put(tuple(batch)))
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         even = len(batch.tokens) % shards == 0
         sharding = batch_sharding(self.mesh) if even else replicated(self.mesh)

@@ -123,7 +123,7 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
             shape = (*shape[:2], value.shape[2], *shape[3:])
         if value.shape != shape or value.dtype != _bits_dtype(leaf.dtype):
             raise ValueError(f"{name} is {value.dtype} {value.shape}, wanted is {shape}")
-        leaves.append(jnp.asarray(value.view(leaf.dtype)))
+        leaves.append(jax.device_put(value.view(leaf.dtype)))
     if arrays:
         raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")
     state = jax.tree.unflatten(jax.tree.structure(wanted), leaves)

@@ -1,5 +1,6 @@
 """One compiled optimizer step."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -131,7 +132,9 @@ def make_train_step(
         )
         return total / jnp.maximum(count, 1), count
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, frozen: nnx.State, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
         share = state.share
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
@@ -147,7 +150,7 @@ def make_train_step(
         norm = optax.tree.norm(gradient)
         return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:
@@ -160,10 +163,7 @@ def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array
     return jnp.mean(values), jnp.min(values), jnp.max(values)
 
 
-def make_eval_step(*, use_memory: bool = True) -> Callable[[CausalLM, Batch], tuple[Array, Array]]:
-    """Compiles ``(model, batch) -> (summed nats, counted tokens)``."""
-
-    def step(model: CausalLM, batch: Batch) -> tuple[Array, Array]:
-        return causal_lm_loss(model, *batch, use_memory=use_memory)
-
-    return nnx.jit(step)
+@functools.partial(nnx.jit, static_argnames="use_memory")
+def eval_step(model: CausalLM, batch: Batch, *, use_memory: bool = True) -> tuple[Array, Array]:
+    """(summed nats, counted tokens); compiled once for each kind of model and shape of batch."""
+    return causal_lm_loss(model, *batch, use_memory=use_memory)
