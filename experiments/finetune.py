@@ -153,16 +153,18 @@ class Run:
         progress = TrainingProgress(self.steps, first_step=first, console=self.console)
         total = 0.0
         with StopRequest() as stop, writer, progress:
+            batch, tokens = self._next_batch(first)
             for number in range(first, self.steps):
-                batch = self._put(self.data.train.batch_at(number, config.batch_size, config.seed))
                 start = time.perf_counter()
                 state, metrics = step(state, self.partition.frozen, batch)
+                # The call has only started the device, which works while the next batch is made.
+                # What that takes beyond the step counts as part of it.
+                counted, (batch, tokens) = tokens, self._next_batch(number + 1)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - start
                 total += seconds
-                tokens = int(np.count_nonzero(batch.segment_ids))
                 rate_now = float(jnp.asarray(rate(number)))
-                record = _record(number + 1, metrics, seconds, tokens, rate_now)
+                record = _record(number + 1, metrics, seconds, counted, rate_now)
                 self._check_loss(record.loss, number + 1)
                 held_out = self._evaluate_midway(state, number + 1)
                 record = dataclasses.replace(record, eval_loss=held_out)
@@ -240,6 +242,11 @@ class Run:
             nats, targets = eval_step(model, self._put(batch), use_memory=use_memory)
             total, count = total + float(nats), count + float(targets)
         return total / count
+
+    def _next_batch(self, step: int) -> tuple[Batch, int]:
+        """The batch of a step, on its way to the device, and its tokens without padding."""
+        batch = self.data.train.batch_at(step, self.config.batch_size, self.config.seed)
+        return self._put(batch), int(np.count_nonzero(batch.segment_ids))
 
     def _put(self, batch: TokenBatch) -> Batch:
         if self.mesh is None:
