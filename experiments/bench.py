@@ -14,6 +14,7 @@ from experiments.flops import decoding_flops, operator_flops, training_flops
 from experiments.random_models import ModelChoice
 from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
+from tptt_jax.config import Remat
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import TrainMode, split_trainable
@@ -62,8 +63,9 @@ class TrainWork(ModelChoice):
     """Per row."""
     train: TrainMode = "lora"
     """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all."""
-    remat: bool = False
-    """Recompute layers in the backward pass."""
+    remat: Remat = "none"
+    """What the backward pass computes again: "none"; "dots": all but products with weights;
+    "full": whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,9 @@ Trick = Literal["derivative", "rotary", "combined"]
 Gate = Literal["k", "v", "kv", "constant"]
 Mag = Literal["learned", "scheduled"]
 LinearScale = Literal["unit", "match", "projected"]
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again: "none": nothing, all is kept; "dots": everything but
+products with weights; "full": whole layers, of which only the input is kept."""
 
 MAX_LAYERS = 10_000
 """More than this is a mistake or an attack: lists of this length are made to describe layers."""

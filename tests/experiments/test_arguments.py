@@ -141,6 +141,15 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
     assert parse(f"--config={path}").steps == 9
 
 
+@pytest.mark.parametrize(
+    ("text", "remat"),
+    [("true", "full"), ("false", "none"), ("dots", "dots"), ("none", "none")],
+)
+def test_remat_of_older_files_is_understood(yaml_file, text, remat):
+    assert parse("--config", yaml_file(f"remat: {text}")).remat == remat
+    assert parse("--config", yaml_file(f"remat: {text}"), "--remat", "full").remat == "full"
+
+
 def test_data_may_be_a_path_alone(yaml_file):
     assert parse("--config", yaml_file("data: d.csv")).data == DataConfig(path="d.csv")
 

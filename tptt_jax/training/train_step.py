@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
+from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM
 from tptt_jax.sharding import replicated
 from tptt_jax.training.loss import causal_lm_loss
@@ -102,7 +103,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     mag_schedule: MagSchedule | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     dropout: bool = True,
 ) -> TrainStep:
     """Compiles ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
@@ -114,7 +115,7 @@ def make_train_step(
       partition: from `split_trainable`.
       optimizer: over dicts of parameters.
       mag_schedule: for models with a scheduled share; None leaves it as it is.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again.
       dropout: whether adapters drop inputs.
     """
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
