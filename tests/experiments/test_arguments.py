@@ -66,6 +66,11 @@ def test_an_operator_brings_its_own_fields(operator):
     assert three == LizaConfig(operator=operator, num_householder=3)
 
 
+def test_precision_of_the_memory_is_a_flag():
+    assert parse("--liza.precision", "high").liza == LizaConfig(precision="high")
+    assert parse().liza.precision == "highest"
+
+
 def test_memory_and_adapters_can_be_left_out():
     assert parse().memory == LizaConfig()
     assert parse("--no-liza").memory is None

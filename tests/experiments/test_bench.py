@@ -251,7 +251,10 @@ def test_all_parts_for_a_gpu_run_at_tiny_sizes(tmp_path, capsys, monkeypatch):
 def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     def broken(sizes, context, peer):
         program = [sys.executable, "-c"]
-        train = "import sys; sys.argv[-2:] == ['--remat', 'full'] or sys.exit('out of memory'); print('{}')"
+        train = (
+            "import sys; sys.argv[-2:] == ['--remat', 'full'] or sys.exit('out of memory'); "
+            "print('{}')"
+        )
         return {
             "op-n1": [*program, "print('warming up'); print('{\"median_s\": 0.5}')"],
             "train-titan": [*program, train],
