@@ -23,7 +23,9 @@ from tests.contracts import (
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import RopeConfig
+from tptt_jax.layers import softmax_attention as softmax_layer
 from tptt_jax.model import base_model, count_positions, init_cache
+from tptt_jax.ops.fused_attention import fused_attention
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 BIASED = ModelConfig.tiny(
@@ -323,6 +325,29 @@ def test_a_new_scheduled_share_does_not_recompile():
     model.mag_share[...] = jnp.zeros((), jnp.float32)
     base = _jitted(model, use_memory=False)(tokens).logits
     assert_close(run(nnx.state(model), tokens), base, 1e-6, "share 0")
+
+
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_whole_rows_may_be_fused_and_cached_ones_are_not(config, monkeypatch):
+    model, tokens = _titan(config), random_tokens((2, 20))
+    ids = np.array([[1] * 7 + [2] * 13, [0, 0] + [5] * 17 + [0]])
+    want = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    calls = []
+
+    def fuse(*args, **options):
+        calls.append(options["window"])
+        return fused_attention(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(softmax_layer, "can_fuse", lambda *_, **__: True)
+    monkeypatch.setattr(softmax_layer, "fused_attention", fuse)
+    got = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    assert_close(got[0], want[0], 1e-5, "one document")
+    assert_close(got[1][ids != 0], want[1][ids != 0], 1e-5, "packed")
+    assert set(calls) == ({None} if config is LLAMA else {None, config.sliding_window})
+    calls.clear()
+    cache = init_cache(model, 2, 20)
+    jax.eval_shape(lambda: model(tokens, cache=cache).logits)
+    assert not calls
 
 
 def _loss(model, tokens, ids, **options):
