@@ -1,4 +1,4 @@
-"""``python -m experiments.bench``: times the operator, a training step, decoding, long contexts."""
+"""``python -m experiments.bench``: times operators, a training step, decoding, long contexts."""
 
 import sys
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.command_line import run_command
+from experiments.bench_attention import bench_attention
 from experiments.bench_context import bench_context
 from experiments.flops import decoding_flops, operator_flops, training_flops
 from experiments.random_models import ModelChoice
@@ -175,6 +176,7 @@ COMMANDS = {
     "op": bench_op,
     "train": bench_train,
     "decode": bench_decode,
+    "attention": bench_attention,
     "context": bench_context,
 }
 

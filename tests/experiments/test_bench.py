@@ -71,6 +71,20 @@ def test_results(arguments, tokens, capsys):
     assert result["workload"]["tokens"] == int(rest[rest.index("--tokens") + 1])
 
 
+@pytest.mark.parametrize("options", ["", "--window 5", "--documents 3", "--documents 2 --window 4"])
+def test_fused_attention_beside_the_bounded_one(options, capsys):
+    sizes = "--batch 2 --tokens 24 --heads 2 --kv-heads 1 --head-dim 8 --repeats 1"
+    result = run(f"attention {sizes} --dtype float32 {options}", capsys)
+    assert result["fused"] == "xla"
+    assert result["difference"].keys() == {
+        *("output", "gradient of q", "gradient of k", "gradient of v")
+    }
+    assert max(result["difference"].values()) < 1e-5
+    assert result["median_s"].keys() == {"fused", "bounded"}
+    half = run(f"attention {sizes} {options}", capsys)
+    assert max(half["difference"].values()) < 3e-2
+
+
 def test_arithmetic_is_that_of_the_work(capsys):
     forward, gradients, longer = (
         run(arguments, capsys)["model_flops"]

@@ -60,6 +60,27 @@ def test_half_precision_stays_close(dtype):
     assert_close(out, wide, 2e-2, "output")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+@pytest.mark.parametrize("window", [None, 5], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_cudnn_equals_bounded_attention(ids, window, dim):
+    args = inputs(dtype=jnp.bfloat16, dim=dim)
+    options = {"segment_ids": None if ids is None else jnp.asarray(ids), "window": window}
+    assert can_fuse(args[0], segment_ids=options["segment_ids"], sinks=None, softcap=None)
+
+    def run(attention):
+        def loss(*args):
+            out = attention(*args, **options, scale=0.1).astype(jnp.float32)
+            return jnp.sum(jnp.sin(out)), out
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*args)
+
+    (grads, out), (want_grads, want) = run(fused_attention), run(attend_sequence)
+    assert_close(out, want, 3e-2, "output")
+    assert_trees_close(grads, want_grads, 3e-2, "gradient of ")
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
