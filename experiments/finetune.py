@@ -237,11 +237,12 @@ class Run:
         if source is None:
             return None
         long = source.sequence_length > self.config.data.sequence_length
-        total = count = 0.0
-        for batch in source.batches(1 if long else self.config.batch_size):
-            nats, targets = eval_step(model, self._put(batch), use_memory=use_memory)
-            total, count = total + float(nats), count + float(targets)
-        return total / count
+        # No result is looked at before all batches are on their way.
+        sums = [
+            eval_step(model, self._put(batch), use_memory=use_memory)
+            for batch in source.batches(1 if long else self.config.batch_size)
+        ]
+        return sum(float(nats) for nats, _ in sums) / sum(float(count) for _, count in sums)
 
     def _next_batch(self, step: int) -> tuple[Batch, int]:
         """The batch of a step, on its way to the device, and its tokens without padding."""
