@@ -16,7 +16,7 @@ import tyro
 from convert.command_line import run_command
 from experiments.data import DataConfig, check_literals
 from experiments.yaml_defaults import config_path, read_yaml, resolved_yaml, unresolved_defaults
-from tptt_jax.config import LizaConfig, LoraConfig
+from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.training.optimizer import OptimizerConfig
 from tptt_jax.training.partition import TrainMode
 from tptt_jax.training.schedules import MagSchedule
@@ -86,8 +86,9 @@ class FinetuneConfig:
     """Steps for which "switch" stays off, then on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and the activations; what is trained stays float32."""
-    remat: bool = False
-    """Recompute layers in the backward pass: a fifth slower, a fraction of the memory."""
+    remat: Remat = "none"
+    """What the backward pass computes again. "none": nothing, all is kept; "dots": all but products
+    with weights; "full": whole layers: a fifth slower, a fraction of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
     seed: int = 0
@@ -187,7 +188,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
       SystemExit: with status 0 after ``--help``.
     """
     path = config_path(argv)
-    values = {} if path is None else read_yaml(path)
+    values = {} if path is None else _modernized(read_yaml(path))
     default = unresolved_defaults(cls, None, values, where=str(path))
     description = f"{inspect.getdoc(cls)}\n\n{_SHARED_FLAGS}"
     complaint = io.StringIO()
@@ -226,6 +227,12 @@ def run_configured(
     return run_command(
         lambda: function(parse_arguments(own, cls, prog=prog)), shared, prog=prog, readable=False
     )
+
+
+def _modernized(values: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration file says, in today's words: remat once was true or false."""
+    remat = values.get("remat")
+    return values | {"remat": "full" if remat else "none"} if isinstance(remat, bool) else values
 
 
 def _one_sentence(box: str) -> str:

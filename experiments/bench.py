@@ -1,4 +1,4 @@
-"""``python -m experiments.bench``: times the operator, a training step, decoding, long contexts."""
+"""``python -m experiments.bench``: times operators, a training step, decoding, long contexts."""
 
 import sys
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.command_line import run_command
+from experiments.bench_attention import bench_attention
 from experiments.bench_context import bench_context
 from experiments.flops import decoding_flops, operator_flops, training_flops
 from experiments.random_models import ModelChoice
 from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
+from tptt_jax.config import Remat
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.ops.delta_product_plan import plan_chunks
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -63,8 +65,9 @@ class TrainWork(ModelChoice):
     """Per row."""
     train: TrainMode = "lora"
     """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all."""
-    remat: bool = False
-    """Recompute layers in the backward pass."""
+    remat: Remat = "none"
+    """What the backward pass computes again: "none"; "dots": all but products with weights;
+    "full": whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +177,7 @@ COMMANDS = {
     "op": bench_op,
     "train": bench_train,
     "decode": bench_decode,
+    "attention": bench_attention,
     "context": bench_context,
 }
 

@@ -1,8 +1,9 @@
 """``python -m experiments.bench_gpu``: all that one wants to know about a GPU, in ten minutes.
 
-The operator beside flash-linear-attention's, a LoRA step, decoding and long contexts of a model of
-Llama 3.2 1B's shape. Every part is a process of its own, so that its peak of memory is its own and
-one that fails takes no other with it; gpu.json is written after every part.
+The operator beside flash-linear-attention's, cuDNN's softmax attention beside ours, a LoRA step,
+decoding and long contexts of a model of Llama 3.2 1B's shape. Every part is a process of its own,
+so that its peak of memory is its own and one that fails takes no other with it; gpu.json is written
+after every part.
 """
 
 import json
@@ -28,6 +29,7 @@ class Sizes(NamedTuple):
     """Arguments of `experiments.bench` that all parts of a kind share."""
 
     op: str = "--batch 4 --tokens 8192 --heads 16 --head-dim 128 --dtype bfloat16 --repeats 10"
+    attention: str = "--batch 8 --tokens 2048 --heads 32 --kv-heads 8 --head-dim 64"
     model: str = "--random-weights llama3.2-1b --dtype bfloat16"
     train: str = "--batch 8 --tokens 2048"
     decode: str = "--tokens 128"
@@ -36,6 +38,7 @@ class Sizes(NamedTuple):
 
 _SMOKE = Sizes(
     op="--batch 2 --tokens 96 --heads 2 --head-dim 16 --dtype bfloat16 --repeats 1",
+    attention="--batch 2 --tokens 48 --heads 2 --kv-heads 1 --head-dim 8 --repeats 1",
     model="--random-weights tiny --dtype bfloat16",
     train="--batch 2 --tokens 32 --repeats 1",
     decode="--tokens 4 --repeats 1",
@@ -72,7 +75,9 @@ def bench_gpu(
         result = _run_part(parts[name], end - time.monotonic(), environment)
         if name.startswith("train") and "failed" in result:
             # Most likely it did not fit; recomputing layers takes a fraction of the memory.
-            again = _run_part([*parts[name], "--remat"], end - time.monotonic(), environment)
+            again = _run_part(
+                [*parts[name], "--remat", "full"], end - time.monotonic(), environment
+            )
             result = again | {"without_remat": result}
         done[name] = result
         report |= {"seconds": time.monotonic() - start, "against_fla": _against_peer(done)}
@@ -91,6 +96,12 @@ def commands(sizes: Sizes, context: Path, peer_python: Path) -> dict[str, list[s
             parts[f"op-n{steps}{suffix}"] = _bench(arguments)
     peer = [str(peer_python), "-m", ".".join(_PEER.with_suffix("").parts)]
     parts["fla"] = [*peer, *sizes.op.split()]
+    for name, flags in (
+        ("", []),
+        ("-packed", ["--documents", "4"]),
+        ("-window", ["--window", "512"]),
+    ):
+        parts[f"attention{name}"] = _bench(["attention", *sizes.attention.split(), *flags])
     model = sizes.model.split()
     for name, flag in (("titan", []), ("base", ["--no-liza"])):
         parts[f"train-{name}"] = _bench(["train", *model, *sizes.train.split(), *flag])

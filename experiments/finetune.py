@@ -31,8 +31,8 @@ from tptt_jax.training.train_step import (
     Batch,
     StepMetrics,
     TrainState,
+    eval_step,
     init_train_state,
-    make_eval_step,
     make_train_step,
     place_state,
 )
@@ -153,16 +153,18 @@ class Run:
         progress = TrainingProgress(self.steps, first_step=first, console=self.console)
         total = 0.0
         with StopRequest() as stop, writer, progress:
+            batch, tokens = self._next_batch(first)
             for number in range(first, self.steps):
-                batch = self._put(self.data.train.batch_at(number, config.batch_size, config.seed))
                 start = time.perf_counter()
                 state, metrics = step(state, self.partition.frozen, batch)
+                # The call has only started the device, which works while the next batch is made.
+                # What that takes beyond the step counts as part of it.
+                counted, (batch, tokens) = tokens, self._next_batch(number + 1)
                 jax.block_until_ready(metrics)
                 seconds = time.perf_counter() - start
                 total += seconds
-                tokens = int(np.count_nonzero(batch.segment_ids))
                 rate_now = float(jnp.asarray(rate(number)))
-                record = _record(number + 1, metrics, seconds, tokens, rate_now)
+                record = _record(number + 1, metrics, seconds, counted, rate_now)
                 self._check_loss(record.loss, number + 1)
                 held_out = self._evaluate_midway(state, number + 1)
                 record = dataclasses.replace(record, eval_loss=held_out)
@@ -234,17 +236,22 @@ class Run:
         source: TokenBatchSource | None = self.data.eval
         if source is None:
             return None
-        step = make_eval_step(use_memory=use_memory)
         long = source.sequence_length > self.config.data.sequence_length
-        total = count = 0.0
-        for batch in source.batches(1 if long else self.config.batch_size):
-            nats, targets = step(model, self._put(batch))
-            total, count = total + float(nats), count + float(targets)
-        return total / count
+        # No result is looked at before all batches are on their way.
+        sums = [
+            eval_step(model, self._put(batch), use_memory=use_memory)
+            for batch in source.batches(1 if long else self.config.batch_size)
+        ]
+        return sum(float(nats) for nats, _ in sums) / sum(float(count) for _, count in sums)
+
+    def _next_batch(self, step: int) -> tuple[Batch, int]:
+        """The batch of a step, on its way to the device, and its tokens without padding."""
+        batch = self.data.train.batch_at(step, self.config.batch_size, self.config.seed)
+        return self._put(batch), int(np.count_nonzero(batch.segment_ids))
 
     def _put(self, batch: TokenBatch) -> Batch:
         if self.mesh is None:
-            return Batch(*(jnp.asarray(array) for array in batch))
+            return Batch(*jax.device_put(tuple(batch)))
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         even = len(batch.tokens) % shards == 0
         sharding = batch_sharding(self.mesh) if even else replicated(self.mesh)

@@ -29,6 +29,10 @@ Trick = Literal["derivative", "rotary", "combined"]
 Gate = Literal["k", "v", "kv", "constant"]
 Mag = Literal["learned", "scheduled"]
 LinearScale = Literal["unit", "match", "projected"]
+Precision = Literal["highest", "high", "default"]
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again: "none": nothing, all is kept; "dots": everything but
+products with weights; "full": whole layers, of which only the input is kept."""
 
 MAX_LAYERS = 10_000
 """More than this is a mistake or an attack: lists of this length are made to describe layers."""
@@ -456,6 +460,10 @@ class LizaConfig:
     """First tokens of a document that a windowed layer goes on seeing (arXiv:2309.17453)."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; the result does not depend on it."""
+    precision: Precision = "highest"
+    """Of the matrix products that read and write the memory of a row: "highest" is float32
+    on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
+    does the same in all three). The state, the triangular solve and single tokens stay exact."""
     memory_rank: int = 0
     """Rank of the memory's own low-rank deltas on the q, k and v projections; 0: none."""
     memory_alpha: float = 16.0
@@ -476,6 +484,7 @@ class LizaConfig:
         _check_choice("mag", self.mag, Mag)
         _check_choice("linear_scale", self.linear_scale, LinearScale)
         _check_choice("state_activation", self.state_activation, Literal["none", "gelu"])
+        _check_choice("precision", self.precision, Precision)
         _check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window")
         _check_at_least(self, 0, "softmax_sinks", "memory_rank")
         _check_at_most(self, _MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")

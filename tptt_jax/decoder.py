@@ -2,8 +2,9 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,14 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, NormPlacement
+from tptt_jax.config import (
+    LayerKind,
+    LizaConfig,
+    LoraConfig,
+    ModelConfig,
+    NormPlacement,
+    Remat,
+)
 from tptt_jax.layers.cache import (
     KeyValueCache,
     MemoryState,
@@ -113,6 +121,17 @@ def _apply(norm: NormLayer | None, x: Hidden) -> Hidden:
     return x if norm is None else norm(x)
 
 
+def _rematerialize(body: Callable, remat: Remat) -> Callable:
+    if remat == "none":
+        return body
+    if remat == "full":
+        return jax.checkpoint(body)
+    # Products between activations, of attention and of the memory, have batch axes: they are the
+    # large ones to keep and the cheap ones to compute again.
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=policy)
+
+
 def init_stack_caches(
     config: ModelConfig,
     liza: LizaConfig | None,
@@ -161,7 +180,7 @@ class StackRun:
       share: the memory's share if it is scheduled.
       use_memory: False leaves the memory out.
       return_branches: whether both attention branches are returned.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again.
     """
 
     config: ModelConfig
@@ -171,7 +190,12 @@ class StackRun:
     share: Float[Array, ""] | None
     use_memory: bool
     return_branches: bool
-    remat: bool
+    remat: Remat
+
+    def __post_init__(self) -> None:
+        """Rejects a remat that is no choice."""
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}.")
 
     def __call__(
         self,
@@ -216,9 +240,8 @@ class StackRun:
             new = None if cache is None else (attended.keys, attended.values, attended.memory)
             return x, (new, attended.branches if self.return_branches else None)
 
-        body = jax.checkpoint(body) if self.remat else body
         inputs = (parameters, kind_number, rank, keys, memory)
-        x, (new, branches) = lax.scan(body, x, inputs)
+        x, (new, branches) = lax.scan(_rematerialize(body, self.remat), x, inputs)
         return x, None if cache is None else self._extend(cache, *new), branches
 
     def _run_unstacked(

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
 from tptt_jax.decoder import Cache, DecoderLayer, StackRun, init_stack_caches, layer_stacks
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
@@ -145,7 +145,7 @@ class CausalLM(nnx.Module):
         cache: Cache | None = None,
         use_memory: bool = True,
         return_branches: bool = False,
-        remat: bool = False,
+        remat: Remat = "none",
         dropout_key: Array | None = None,
     ) -> CausalLMOutput:
         """Logits of the next token at every place.
@@ -158,7 +158,8 @@ class CausalLM(nnx.Module):
           cache: from `init_cache` or from the call before.
           use_memory: False leaves the memory out; a window stays.
           return_branches: also return both attention branches of every layer.
-          remat: recompute layers in the backward pass instead of keeping them.
+          remat: what the backward pass computes again instead of keeping it: "none"; "dots":
+            all but products with weights; "full": whole layers.
           dropout_key: turns dropout on.
 
         Returns:
@@ -166,7 +167,7 @@ class CausalLM(nnx.Module):
           they mean nothing.
 
         Raises:
-          ValueError: if the memory is left out of a purely linear model.
+          ValueError: if the memory is left out of a purely linear model, or remat is no choice.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -189,7 +190,7 @@ class CausalLM(nnx.Module):
         cache: Cache | None = None,
         use_memory: bool = True,
         return_branches: bool = False,
-        remat: bool = False,
+        remat: Remat = "none",
         dropout_key: Array | None = None,
     ) -> tuple[Hidden, Cache | None, tuple[Branches, ...] | None]:
         """`__call__` without the LM head: hidden states [B, T, E], cache, branches."""

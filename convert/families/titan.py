@@ -1,8 +1,9 @@
 """Our own "titan" export: any model of ours as its PyTorch file (convert/titan) reads it.
 
 config.json has one key for every field of ModelConfig, under transformers' name where it has
-one, and `liza` with the fields of LizaConfig. Weights have the names of our parameters; linear
-ones lie as in torch, [out, in], and the matrices of all experts as ours, [experts, in, out].
+one, and `liza` with the fields of LizaConfig (torch has switches of its own for `precision`).
+Weights have the names of our parameters; linear ones lie as in torch, [out, in], and the matrices
+of all experts as ours, [experts, in, out].
 """
 
 import dataclasses

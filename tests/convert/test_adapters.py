@@ -198,7 +198,7 @@ def test_layers_without_an_adapter_stay_so_in_training(tmp_path, llama):
     batch = Batch(
         tokens=tokens, segment_ids=jnp.ones_like(tokens), loss_mask=jnp.ones(tokens.shape, bool)
     )
-    step = make_train_step(partition, optimizer, mag_schedule=None, remat=False)
+    step = make_train_step(partition, optimizer, mag_schedule=None)
     for _ in range(2):
         state, _ = step(state, partition.frozen, batch)
     changed = {

@@ -28,7 +28,7 @@ CASES = {
     "base model": ({"tie_embeddings": False}, None),
     "scheduled": ({}, LizaConfig(mag="scheduled", mag_init=0.25)),
     "deltas": ({"mlp_bias": True}, LizaConfig(memory_rank=2, operator="gated_delta_product")),
-    "linear": ({"attention_bias": True}, LizaConfig(softmax=False)),
+    "linear": ({"attention_bias": True}, LizaConfig(softmax=False, precision="high")),
     "ropes": (
         {
             "norm_offset": True,
@@ -128,6 +128,15 @@ def test_the_directory_brings_its_memory_unless_one_is_given(tmp_path):
         np.testing.assert_array_equal(values[path], value)
     with pytest.raises(ConversionError, match=r"missing: layers\.0\.self_attn\.memory\.k_delta\.a"):
         load_pretrained(tmp_path / "t", LizaConfig(memory_rank=3))
+
+
+def test_a_directory_from_before_precision_was_a_choice(tmp_path):
+    export_pretrained(build("linear"), tmp_path / "t", "titan")
+    path = tmp_path / "t" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["liza"].pop("precision") == "high"
+    path.write_text(json.dumps(config))
+    assert load_pretrained(tmp_path / "t").liza == LizaConfig(softmax=False)
 
 
 def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
@@ -277,6 +286,7 @@ def test_the_modeling_file_knows_every_setting(tmp_path):
                 assert settings[field.name] == wanted, field.name
         elif field.default is dataclasses.MISSING and field.name in settings:
             assert settings[field.name] is None, field.name
-    # `operator` only sets others of them.
+    # `operator` only sets others of them, and torch has switches of its own for precision.
     for field in dataclasses.fields(LizaConfig):
-        assert f'liza["{field.name}"]' in MODELING.read_text(), field.name
+        if field.name != "precision":
+            assert f'liza["{field.name}"]' in MODELING.read_text(), field.name

@@ -66,6 +66,11 @@ def test_an_operator_brings_its_own_fields(operator):
     assert three == LizaConfig(operator=operator, num_householder=3)
 
 
+def test_precision_of_the_memory_is_a_flag():
+    assert parse("--liza.precision", "high").liza == LizaConfig(precision="high")
+    assert parse().liza.precision == "highest"
+
+
 def test_memory_and_adapters_can_be_left_out():
     assert parse().memory == LizaConfig()
     assert parse("--no-liza").memory is None
@@ -139,6 +144,15 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
         lora=LoraConfig(targets=("q_proj",)),
     )
     assert parse(f"--config={path}").steps == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "remat"),
+    [("true", "full"), ("false", "none"), ("dots", "dots"), ("none", "none")],
+)
+def test_remat_of_older_files_is_understood(yaml_file, text, remat):
+    assert parse("--config", yaml_file(f"remat: {text}")).remat == remat
+    assert parse("--config", yaml_file(f"remat: {text}"), "--remat", "full").remat == "full"
 
 
 def test_data_may_be_a_path_alone(yaml_file):

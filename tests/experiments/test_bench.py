@@ -55,7 +55,7 @@ COMMAND_LINES = {
     "op": (f"{OP} --batch 2", 80),
     "op, all options": (f"{OP} --kv-heads 1 --decay --grad --dtype bfloat16", 40),
     "train": (f"train --batch 2 --tokens 12 {TINY}", 24),
-    "train, full": (f"train --tokens 12 --train full --dtype bfloat16 --remat {TINY}", 24),
+    "train, full": (f"train --tokens 12 --train full --dtype bfloat16 --remat dots {TINY}", 24),
     "decode": (f"decode --batch 2 --tokens 3 {TINY}", 6),
 }
 
@@ -69,6 +69,20 @@ def test_results(arguments, tokens, capsys):
     # The workload says what was done, and nothing of how it was measured.
     assert "repeats" not in result["workload"]
     assert result["workload"]["tokens"] == int(rest[rest.index("--tokens") + 1])
+
+
+@pytest.mark.parametrize("options", ["", "--window 5", "--documents 3", "--documents 2 --window 4"])
+def test_fused_attention_beside_the_bounded_one(options, capsys):
+    sizes = "--batch 2 --tokens 24 --heads 2 --kv-heads 1 --head-dim 8 --repeats 1"
+    result = run(f"attention {sizes} --dtype float32 {options}", capsys)
+    assert result["fused"] == "xla"
+    assert result["difference"].keys() == {
+        *("output", "gradient of q", "gradient of k", "gradient of v")
+    }
+    assert max(result["difference"].values()) < 1e-5
+    assert result["median_s"].keys() == {"fused", "bounded"}
+    half = run(f"attention {sizes} {options}", capsys)
+    assert max(half["difference"].values()) < 3e-2
 
 
 def test_arithmetic_is_that_of_the_work(capsys):
@@ -251,7 +265,10 @@ def test_all_parts_for_a_gpu_run_at_tiny_sizes(tmp_path, capsys, monkeypatch):
 def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     def broken(sizes, context, peer):
         program = [sys.executable, "-c"]
-        train = "import sys; '--remat' in sys.argv or sys.exit('out of memory'); print('{}')"
+        train = (
+            "import sys; sys.argv[-2:] == ['--remat', 'full'] or sys.exit('out of memory'); "
+            "print('{}')"
+        )
         return {
             "op-n1": [*program, "print('warming up'); print('{\"median_s\": 0.5}')"],
             "train-titan": [*program, train],

@@ -7,13 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from convert import load_pretrained
+from experiments import finetune as module
 from experiments.arguments import FinetuneConfig, run_configured
+from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.metrics import read_metrics
+from experiments.packing import TokenBatchSource
 from tptt_jax.training.checkpoint import latest_step, read_description
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -191,6 +195,38 @@ def test_generate_from_the_checkpoint(finished):
     assert report["base"]["text"] != report["text"]
     off = run("experiments.generate", *arguments, "--json", "--no-liza")
     assert json.loads(off.stdout.splitlines()[-1])["text"] != report["text"]
+
+
+def test_the_next_batch_is_made_while_the_device_works(tiny_model_dir, tmp_path, monkeypatch):
+    events, counts = [], []
+    batch_at, make, wait = TokenBatchSource.batch_at, module.make_train_step, jax.block_until_ready
+
+    def watched_batch_at(self, step, batch_size, seed):
+        events.append(f"batch {step}")
+        batch = batch_at(self, step, batch_size, seed)
+        counts.append(np.count_nonzero(batch.segment_ids))
+        return batch
+
+    def watched_make(*args, **kwargs):
+        step = make(*args, **kwargs)
+        return lambda *inputs: (events.append("step"), step(*inputs))[1]
+
+    monkeypatch.setattr(TokenBatchSource, "batch_at", watched_batch_at)
+    monkeypatch.setattr(module, "make_train_step", watched_make)
+    monkeypatch.setattr(jax, "block_until_ready", lambda x: (events.append("wait"), wait(x))[1])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(1, 12)))
+    data = DataConfig(path=str(rows), sequence_length=32, packing=False)
+    config = {"model": str(tiny_model_dir), "output": tmp_path / "run", "data": data, "steps": 3}
+    finetune(FinetuneConfig(**config, sample_tokens=0))
+    assert events[:10] == [
+        *("batch 0", "step", "batch 1", "wait", "step", "batch 2", "wait", "step", "batch 3"),
+        "wait",
+    ]
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    tokens = [record.tokens_per_s * record.seconds for record in records]
+    np.testing.assert_allclose(tokens, counts[:3])
+    assert len(set(counts[:3])) > 1
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ BAD_MEMORIES = {
         for name, value in (
             *(("operator", "delta"), ("trick", "integral"), ("beta_gate", "q")),
             *(("alpha_gate", "q"), ("mag", "fixed"), ("linear_scale", "rms")),
-            ("state_activation", "relu"),
+            *(("state_activation", "relu"), ("precision", "half")),
         )
     },
     **{

@@ -23,7 +23,9 @@ from tests.contracts import (
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import RopeConfig
+from tptt_jax.layers import softmax_attention as softmax_layer
 from tptt_jax.model import base_model, count_positions, init_cache
+from tptt_jax.ops.fused_attention import fused_attention
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 BIASED = ModelConfig.tiny(
@@ -325,6 +327,29 @@ def test_a_new_scheduled_share_does_not_recompile():
     assert_close(run(nnx.state(model), tokens), base, 1e-6, "share 0")
 
 
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_whole_rows_may_be_fused_and_cached_ones_are_not(config, monkeypatch):
+    model, tokens = _titan(config), random_tokens((2, 20))
+    ids = np.array([[1] * 7 + [2] * 13, [0, 0] + [5] * 17 + [0]])
+    want = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    calls = []
+
+    def fuse(*args, **options):
+        calls.append(options["window"])
+        return fused_attention(*args, implementation="xla", **options)
+
+    monkeypatch.setattr(softmax_layer, "can_fuse", lambda *_, **__: True)
+    monkeypatch.setattr(softmax_layer, "fused_attention", fuse)
+    got = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    assert_close(got[0], want[0], 1e-5, "one document")
+    assert_close(got[1][ids != 0], want[1][ids != 0], 1e-5, "packed")
+    assert set(calls) == ({None} if config is LLAMA else {None, config.sliding_window})
+    calls.clear()
+    cache = init_cache(model, 2, 20)
+    jax.eval_shape(lambda: model(tokens, cache=cache).logits)
+    assert not calls
+
+
 def _loss(model, tokens, ids, **options):
     """Mean log-likelihood of the tokens themselves: every position counts."""
     logits = model(tokens, ids, **options).logits
@@ -346,12 +371,20 @@ def test_remat_gives_the_same_loss_and_gradients_in_less_memory():
     config = dataclasses.replace(LLAMA, num_layers=4, layer_kinds=())
     model, tokens = _titan(config, chunk_size=16), random_tokens((2, 64))
     ids = np.ones_like(tokens)
-    (loss, plain), memory = _gradients(model, tokens, ids)
-    (again, rematerialised), less = _gradients(model, tokens, ids, remat=True)
-    assert_close(again, loss, 1e-6, "loss")
-    # Recomputed values round differently, and four random layers magnify it.
-    assert_trees_close(rematerialised, plain, 1e-3, "gradient of ")
-    assert less < 0.7 * memory
+    (loss, plain), everything = _gradients(model, tokens, ids)
+    memory = {}
+    for remat in ("dots", "full"):
+        (again, rematerialised), memory[remat] = _gradients(model, tokens, ids, remat=remat)
+        assert_close(again, loss, 1e-6, "loss")
+        # Recomputed values round differently, and four random layers magnify it.
+        assert_trees_close(rematerialised, plain, 1e-3, "gradient of ")
+    assert memory["full"] < 0.8 * memory["dots"]
+    assert memory["dots"] < 0.8 * everything
+
+
+def test_remat_is_one_of_three():
+    with pytest.raises(ValueError, match="remat must be one of none, dots, full, got True"):
+        _titan()(random_tokens((1, 3)), remat=True)
 
 
 def test_gradients_are_the_same_with_and_without_packing():

@@ -134,8 +134,9 @@ def generate(
     new = np.concatenate(list(blocks), axis=1)
     filled = np.full((len(new), max_new_tokens), _padding_token(model), np.int32)
     filled[:, : new.shape[1]] = new
-    lengths = jnp.asarray(blocks.lengths, jnp.int32)
-    return GenerateResult(jnp.asarray(filled), lengths, blocks.state)
+    # jnp.asarray would compile a program for every max_new_tokens.
+    new, lengths = jax.device_put((filled, blocks.lengths.astype(np.int32)))
+    return GenerateResult(new, lengths, blocks.state)
 
 
 def stream(

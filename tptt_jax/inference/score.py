@@ -20,6 +20,9 @@ def token_losses(
 ) -> Iterator[Float[np.ndarray, " L"]]:
     """Negative log-likelihood of every token after the first, given all before it.
 
+    Texts are scored in segments of one length, padded at the end, so that one program does for
+    all lengths; where layers have no window, one more whenever their cache doubles.
+
     Args:
       model: a base model or a Titan.
       pieces: consecutive parts of one text, of any length.

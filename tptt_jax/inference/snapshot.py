@@ -52,6 +52,9 @@ def model_fingerprint(model: CausalLM) -> str:
         None if config is None else dataclasses.asdict(config)
         for config in (model.config, model.liza, model.lora)
     ]
+    if configs[1] is not None and configs[1]["precision"] == "highest":
+        # States from before there was a choice were computed so.
+        del configs[1]["precision"]
     lines.append(json.dumps([*configs, str(jnp.dtype(model.dtype))], sort_keys=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -123,7 +126,7 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
             shape = (*shape[:2], value.shape[2], *shape[3:])
         if value.shape != shape or value.dtype != _bits_dtype(leaf.dtype):
             raise ValueError(f"{name} is {value.dtype} {value.shape}, wanted is {shape}")
-        leaves.append(jnp.asarray(value.view(leaf.dtype)))
+        leaves.append(jax.device_put(value.view(leaf.dtype)))
     if arrays:
         raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")
     state = jax.tree.unflatten(jax.tree.structure(wanted), leaves)

@@ -137,6 +137,7 @@ class DeltaMemory(nnx.Module):
             segment_ids=segment_ids,
             chunk_size=config.chunk_size,
             state_activation=config.recurrence.state_activation,
+            precision=config.precision,
         )[0]
 
     def _run_reference(
@@ -201,7 +202,9 @@ class DeltaMemory(nnx.Module):
         elif q.shape[1] == 1:
             out, new_state = _one_token(*args)
         else:
-            out, new_state = chunk_delta_product(*args, chunk_size=config.chunk_size)
+            out, new_state = chunk_delta_product(
+                *args, chunk_size=config.chunk_size, precision=config.precision
+            )
         history = TokenHistory(
             extend_history(state.history.keys, k, valid),
             extend_history(state.history.values, v, valid),
@@ -298,7 +301,7 @@ class LinearAttention(nnx.Module):
           num_heads: query heads.
           num_kv_heads: key/value heads, each with one state; None: num_heads.
           head_dim: None: embed_dim / num_heads.
-          config: operator, gates, chunk size; its mixing fields are not used.
+          config: operator, gates, chunk size, precision; its mixing fields are not used.
           bidirectional: for encoders: the mean of a pass forwards and one backwards.
           use_bias: biases on all four projections.
           dtype: of the parameters.

@@ -16,6 +16,7 @@ from tptt_jax.layers.cache import (
     write_ring,
     write_sinks,
 )
+from tptt_jax.ops.fused_attention import can_fuse, fused_attention
 from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
 from tptt_jax.ops.softmax_attention import KeyValues, attend, attend_sequence, segment_starts
 
@@ -120,13 +121,16 @@ def apply_softmax(
     sinks = None
     if sink_queries is not None:
         sinks = _row_sinks(context, sink_queries, k, v, settings.sinks)
+    ids, window, softcap = context.segment_ids, settings.window, settings.softcap
+    if can_fuse(q, segment_ids=ids, sinks=sinks, softcap=softcap):
+        return fused_attention(q, k, v, segment_ids=ids, window=window, scale=settings.scale), k
     out = attend_sequence(
         *(q, k, v),
-        segment_ids=context.segment_ids,
-        window=settings.window,
+        segment_ids=ids,
+        window=window,
         sinks=sinks,
         scale=settings.scale,
-        softcap=settings.softcap,
+        softcap=softcap,
     )
     return out, k
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int, SegmentIds, Tokens
+from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM
 from tptt_jax.ops.cross_entropy import (
     LOGITS_AT_A_TIME,
@@ -114,7 +115,7 @@ def causal_lm_loss(
     loss_mask: Bool[Array, "B T"] | None = None,
     *,
     use_memory: bool = True,
-    remat: bool = False,
+    remat: Remat = "none",
     train_head: bool = False,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -126,7 +127,7 @@ def causal_lm_loss(
       segment_ids: packed documents, 0 = padding.
       loss_mask: True on tokens whose prediction counts; None: all.
       use_memory: False leaves the memory out.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again.
       train_head: whether the head (or the tied embedding) needs a gradient.
       dropout_key: turns dropout on.
 

@@ -1,5 +1,6 @@
 """One compiled optimizer step."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
+from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM
 from tptt_jax.sharding import replicated
 from tptt_jax.training.loss import causal_lm_loss
@@ -101,7 +103,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     mag_schedule: MagSchedule | None = None,
-    remat: bool = False,
+    remat: Remat = "none",
     dropout: bool = True,
 ) -> TrainStep:
     """Compiles ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
@@ -113,7 +115,7 @@ def make_train_step(
       partition: from `split_trainable`.
       optimizer: over dicts of parameters.
       mag_schedule: for models with a scheduled share; None leaves it as it is.
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass computes again.
       dropout: whether adapters drop inputs.
     """
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
@@ -131,7 +133,9 @@ def make_train_step(
         )
         return total / jnp.maximum(count, 1), count
 
-    def step(state: TrainState, frozen: nnx.State, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(
+        state: TrainState, frozen: nnx.State, batch: Batch
+    ) -> tuple[TrainState, StepMetrics]:
         share = state.share
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
@@ -147,7 +151,7 @@ def make_train_step(
         norm = optax.tree.norm(gradient)
         return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0)
 
 
 def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:
@@ -160,10 +164,7 @@ def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array
     return jnp.mean(values), jnp.min(values), jnp.max(values)
 
 
-def make_eval_step(*, use_memory: bool = True) -> Callable[[CausalLM, Batch], tuple[Array, Array]]:
-    """Compiles ``(model, batch) -> (summed nats, counted tokens)``."""
-
-    def step(model: CausalLM, batch: Batch) -> tuple[Array, Array]:
-        return causal_lm_loss(model, *batch, use_memory=use_memory)
-
-    return nnx.jit(step)
+@functools.partial(nnx.jit, static_argnames="use_memory")
+def eval_step(model: CausalLM, batch: Batch, *, use_memory: bool = True) -> tuple[Array, Array]:
+    """(summed nats, counted tokens); compiled once for each kind of model and shape of batch."""
+    return causal_lm_loss(model, *batch, use_memory=use_memory)

@@ -1,6 +1,7 @@
 """Saved states: whole or refused."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 
@@ -73,6 +74,13 @@ def test_the_fingerprint_is_the_same_in_another_process():
     assert done.stdout.strip() == model_fingerprint(make())
 
 
+def test_states_from_before_precision_was_a_choice_are_still_read(monkeypatch):
+    hashed, dumps = [], json.dumps
+    monkeypatch.setattr(json, "dumps", lambda x, **kw: (hashed.append(x), dumps(x, **kw))[1])
+    model_fingerprint(make())
+    assert hashed[0][1].keys() == dataclasses.asdict(LIZA).keys() - {"precision"}
+
+
 def changed_weight():
     model = make()
     kernel = model.stacks[0].mlp.down_proj.kernel
@@ -86,13 +94,17 @@ def changed_weight():
         lambda: make(seed=1),
         lambda: make(liza=dataclasses.replace(LIZA, softmax_window=8)),
         lambda: make(liza=dataclasses.replace(LIZA, mag_init=0.06)),
+        lambda: make(liza=dataclasses.replace(LIZA, precision="default")),
         lambda: make(liza=None),
         lambda: make(dtype=jnp.bfloat16),
         lambda: make(dataclasses.replace(TINY, norm_eps=1e-5)),
         lambda: make(lora=LoraConfig(rank=2)),
         changed_weight,
     ],
-    ids=["seed", "window", "share", "base", "dtype", "epsilon", "adapter", "one weight"],
+    ids=[
+        *("seed", "window", "share", "precision", "base", "dtype", "epsilon", "adapter"),
+        "one weight",
+    ],
 )
 def test_another_model_is_refused(other, saved):
     with pytest.raises(ValueError, match="another model has read it"):

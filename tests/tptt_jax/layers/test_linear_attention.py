@@ -1,5 +1,7 @@
 """The memory as a layer of its own, against numpy and in somebody else's model."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,34 @@ def _by_hand(layer, x, *, gated):
     out = out.reshape(len(x), -1)
     out /= np.sqrt((out**2).mean(-1, keepdims=True) + 1e-6)
     return out @ np.asarray(layer.o_proj.kernel[...], np.float64)
+
+
+def test_precision_reaches_the_products_and_leaves_the_solve_exact():
+    x, ways = _inputs(), {}
+    for precision in ("highest", "high", "default"):
+        layer = _layer(LizaConfig(chunk_size=4, precision=precision))
+        args = (x, layer.init_state(2), jnp.zeros(2, jnp.int32))
+        ways[precision] = [
+            sorted(re.findall(r"precision=\(Precision\.(\w+),", str(jax.make_jaxpr(call)(*inputs))))
+            for call, inputs in ((layer, args[:1]), (layer.extend, args))
+        ]
+    for exact, high, default in zip(*ways.values(), strict=True):
+        assert set(exact) == {"HIGHEST"}
+        assert set(high) == {"HIGHEST", "HIGH"}
+        assert set(default) == {"HIGHEST", "DEFAULT"}
+        assert high.count("HIGH") == default.count("DEFAULT")
+        assert len(exact) == len(high) == len(default)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_default_precision_stays_close(dtype):
+    """Only an accelerator rounds here; then this is its bound."""
+    exact, fast = (
+        _layer(LizaConfig(chunk_size=4, precision=precision))(_inputs(dtype=dtype))
+        for precision in ("highest", "default")
+    )
+    assert fast.dtype == dtype
+    assert_close(fast, exact, 1e-2, "output")
 
 
 @pytest.mark.parametrize("operator", ["delta_product", "gated_delta_product"])

@@ -107,6 +107,14 @@ def test_description_round_trip(tmp_path):
     assert read_description(tmp_path) == description
 
 
+def test_a_description_from_before_precision_was_a_choice(tmp_path):
+    description = Description(source="demo", liza=LIZA, lora=None, train="lora")
+    values = json.loads(description.to_json())
+    assert values["liza"].pop("precision") == "highest"
+    (tmp_path / "checkpoint.json").write_text(json.dumps(values))
+    assert read_description(tmp_path) == description
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{}", json.dumps({"format": "tptt_jax checkpoint 1", "x": 1})]
 )

@@ -1,0 +1,34 @@
+"""A run compiles each of its programs once, whatever its batches, steps and evaluations."""
+
+import pytest
+
+from experiments.arguments import FinetuneConfig
+from experiments.data import DataConfig
+from experiments.finetune import finetune
+from tests.compilations import count_compilations
+from tptt_jax import LizaConfig, LoraConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"liza": LizaConfig(mag="scheduled"), "mag_schedule": "gradual"}],
+    ids=["learned share", "scheduled share"],
+)
+def test_a_run_compiles_its_step_once(options, tiny_model_dir, tmp_path):
+    config = FinetuneConfig(
+        model=str(tiny_model_dir),
+        output=tmp_path / "run",
+        # Three rows are held out: the last batch of an evaluation is not full.
+        data=DataConfig(sequence_length=32, eval_tokens=80),
+        lora=LoraConfig(rank=3),
+        steps=5,
+        eval_every=1,
+        sample_tokens=0,
+        **options,
+    )
+    with count_compilations() as counts:
+        finetune(config)
+    assert counts["train_step"] == 1
+    # The base model before training, which another run may have compiled; then the Titan, with
+    # its memory and without, however often it is evaluated.
+    assert 2 <= counts["eval_step"] <= 3
