@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ def _attend_backward(
         own = _weigh_values(grad_logits, part.keys).reshape(q.shape).astype(q.dtype)
         if part.queries is None:
             grad_q = grad_q + own
-        no_mask = np.zeros(part.mask.shape, jax.dtypes.float0)
+        no_mask = cast("Array", np.zeros(part.mask.shape, jax.dtypes.float0))
         queries_gradient = None if part.queries is None else own
         gradients.append(KeyValues(grad_keys, grad_values, no_mask, queries_gradient))
     return grad_q, tuple(gradients)
