@@ -15,7 +15,7 @@ from experiments.flops import decoding_flops, operator_flops, training_flops
 from experiments.random_models import ModelChoice
 from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
-from tptt_jax.config import Remat
+from tptt_jax.config import Precision, Remat
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.ops.delta_product_plan import plan_chunks
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -42,7 +42,9 @@ class OpWork:
     householder: int = 2
     """Householder steps per token."""
     chunk_size: int = 64
-    """Tokens per chunk."""
+    """Tokens per chunk at most."""
+    precision: Precision = "highest"
+    """Of the matrix products outside the triangular solve; without effect on a CPU."""
     decay: bool = False
     """With a forget gate."""
     grad: bool = False
@@ -111,7 +113,9 @@ def _operator(work: OpWork) -> Job:
     def forward(
         q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None
     ) -> jax.Array:
-        return chunk_delta_product(q, k, v, beta, log_decay, chunk_size=work.chunk_size)[0]
+        return chunk_delta_product(
+            *(q, k, v, beta, log_decay), chunk_size=work.chunk_size, precision=work.precision
+        )[0]
 
     function = jax.jit(forward)
     if work.grad:

@@ -89,11 +89,7 @@ def bench_gpu(
 
 def commands(sizes: Sizes, context: Path, peer_python: Path) -> dict[str, list[str]]:
     """The command line of every part, by name; each prints one JSON object last."""
-    parts = {}
-    for steps in (1, 2):
-        for suffix, flag in (("", []), ("-grad", ["--grad"])):
-            arguments = ["op", *sizes.op.split(), "--decay", "--householder", str(steps), *flag]
-            parts[f"op-n{steps}{suffix}"] = _bench(arguments)
+    parts = _operators(sizes, "default")
     peer = [str(peer_python), "-m", ".".join(_PEER.with_suffix("").parts)]
     parts["fla"] = [*peer, *sizes.op.split()]
     for name, flags in (
@@ -109,6 +105,16 @@ def commands(sizes: Sizes, context: Path, peer_python: Path) -> dict[str, list[s
         parts[f"decode-{name}"] = _bench(["decode", *model, *sizes.decode.split(), *flag])
     arguments = ["context", *model, *sizes.context.split(), "--output", str(context)]
     parts["context"] = _bench(arguments)
+    # The peer multiplies bfloat16 numbers; last, what float32 products cost.
+    return parts | _operators(sizes, "highest", "-exact")
+
+
+def _operators(sizes: Sizes, precision: str, mark: str = "") -> dict[str, list[str]]:
+    parts = {}
+    for steps in (1, 2):
+        for suffix, flag in (("", []), ("-grad", ["--grad"])):
+            arguments = ["op", *sizes.op.split(), "--decay", "--householder", str(steps), *flag]
+            parts[f"op-n{steps}{suffix}{mark}"] = _bench([*arguments, "--precision", precision])
     return parts
 
 
