@@ -76,7 +76,7 @@ def _plot(path: Path, runs: Runs, model: str) -> None:
         lengths = sorted({result["context"] for results in runs.values() for result in results})
         axis.set_xticks(lengths, [_short(length) for length in lengths])
         # From zero: a flat line should look flat.
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
         axis.set_xlabel("context, tokens")
         axis.set_title(label, loc="left", fontsize=10)
         axis.grid(visible=True, color="0.9")
