@@ -15,6 +15,7 @@ from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
+from tptt_jax.ops.softcap import apply_softcap
 
 
 class MagShare(nnx.Variable):
@@ -248,8 +249,7 @@ class CausalLM(nnx.Module):
             logits = hidden @ self.embed.embedding[...].astype(hidden.dtype).T
         else:
             logits = self.lm_head(hidden)
-        cap = self.config.final_softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return apply_softcap(logits, self.config.final_softcap)
 
     def head_matrix(self) -> tuple[Array, int]:
         """The LM head [V, E] or [E, V], tied or not, and which axis is the vocabulary."""

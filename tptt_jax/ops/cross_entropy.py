@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
+from tptt_jax.ops.softcap import apply_softcap, softcap_slope
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
 LOGITS_AT_A_TIME = 1 << 25
@@ -74,7 +75,7 @@ def token_cross_entropy(
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
     """[..., E] and [V, E] -> float32 [..., V]."""
     logits = jnp.einsum("...e,ve->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return apply_softcap(logits, softcap)
 
 
 def slice_rows(x: Array, size: int) -> Array:
@@ -141,8 +142,8 @@ def _slice_losses(
         weights = jnp.exp(logits - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
         if gradient is not None:
-            slope = _slope(weights, logits, plan.softcap).astype(hidden.dtype)
-            step = jnp.einsum("...v,ve->...e", slope, piece.astype(hidden.dtype))
+            slopes = (weights * softcap_slope(logits, plan.softcap)).astype(hidden.dtype)
+            step = jnp.einsum("...v,ve->...e", slopes, piece.astype(hidden.dtype))
             gradient = gradient * shrink[..., None] + step.astype(jnp.float32)
         return new_top, total, gradient
 
@@ -151,12 +152,11 @@ def _slice_losses(
     rows = _rows(jnp.take(head, tokens.ravel(), plan.vocab_axis), plan)
     rows = rows.reshape(hidden.shape).astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
-    if plan.softcap is not None:
-        chosen = plan.softcap * jnp.tanh(chosen / plan.softcap)
+    chosen = apply_softcap(chosen, plan.softcap)
     losses = top + jnp.log(total) - chosen
     if gradient is None:
         return losses, None
-    own = _slope(jnp.ones_like(chosen), chosen, plan.softcap)
+    own = jnp.ones_like(chosen) * softcap_slope(chosen, plan.softcap)
     gradient = gradient / total[..., None] - own[..., None] * rows
     return losses, gradient.astype(hidden.dtype)
 
@@ -164,11 +164,3 @@ def _slice_losses(
 def _rows(piece: Array, plan: _Plan) -> Array:
     """A part of the head as [V, E]."""
     return piece if plan.vocab_axis == 0 else piece.T
-
-
-def _slope(weights: Array, logits: Array, softcap: float | None) -> Array:
-    """Weights times the slope of the cap; where a logit is -inf the weight is 0."""
-    if softcap is None:
-        return weights
-    # The tanh of nothing at all would be -1 exactly; -inf itself would make a NaN.
-    return weights * (1 - jnp.square(jnp.maximum(logits, -softcap) / softcap))

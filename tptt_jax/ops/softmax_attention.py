@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
+from tptt_jax.ops.softcap import apply_softcap, softcap_slope
 
 _MASKED = -1e30
 
@@ -62,7 +63,7 @@ def _attend_forward(
     q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None
 ) -> tuple[Array, tuple]:
     """Output, and what the gradient is made from: logits are made again, not kept."""
-    logits = [_masked_logits(q, part, scale, softcap) for part in parts]
+    logits = [_masked_logits(_queries_of(q, part), part, scale, softcap) for part in parts]
     tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
     # Far above what is masked: where all is, every weight is 0.
     top = jnp.maximum(functools.reduce(jnp.maximum, tops), _MASKED / 2)
@@ -87,13 +88,10 @@ def _attend_backward(
     common = products.astype(wide)[..., None]
     gradients, grad_q = [], jnp.zeros_like(q)
     for part in parts:
-        queries = _grouped(q if part.queries is None else part.queries, part)
-        logits, slope = _dot_keys(queries, part.keys).astype(wide) * scale, scale
-        if softcap is not None:
-            logits = softcap * jnp.tanh(logits / softcap)
-            slope = scale * (1 - jnp.square(logits / softcap))
-        seen = part.mask[:, None, None]
-        weights = jnp.exp(jnp.where(seen, logits, _MASKED) - log_total)
+        queries = _queries_of(q, part)
+        logits = _masked_logits(queries, part, scale, softcap)
+        slope = scale * softcap_slope(logits, softcap)
+        weights = jnp.exp(logits - log_total)
         grad_weights = _dot_keys(grouped, part.values).astype(wide)
         grad_values = _gather_tokens(weights.astype(grouped.dtype), grouped, part.values)
         grad_logits = (weights * (grad_weights - common) * slope).astype(queries.dtype)
@@ -110,13 +108,15 @@ def _attend_backward(
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _masked_logits(q: Array, part: KeyValues, scale: float, softcap: float | None) -> Array:
+def _queries_of(q: Array, part: KeyValues) -> Array:
+    """The queries for a part's keys [B, T, K, G, D]."""
+    return _grouped(q if part.queries is None else part.queries, part)
+
+
+def _masked_logits(queries: Array, part: KeyValues, scale: float, softcap: float | None) -> Array:
     """[B, K, G, T, S], at least float32."""
-    queries = _grouped(q if part.queries is None else part.queries, part)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    logits = _dot_keys(queries, part.keys).astype(wide) * scale
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    logits = apply_softcap(_dot_keys(queries, part.keys).astype(wide) * scale, softcap)
     return jnp.where(part.mask[:, None, None], logits, _MASKED)
 
 
