@@ -13,6 +13,10 @@ from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.ops.softcap import apply_softcap, softcap_slope
 
 _MASKED = -1e30
+# Rows are cut into this many pieces of at least so many queries; what lies above the diagonal
+# and outside a piece is never computed.
+_PIECES = 4
+_PIECE = 128
 
 
 class KeyValues(NamedTuple):
@@ -180,7 +184,8 @@ def attend_sequence(
         none counts twice.
       scale: factor on the logits.
       softcap: see `attend`.
-      block: queries handled at a time; longer rows are scanned and rematerialised.
+      block: queries handled at a time, at most; rows longer than four of them are scanned, and
+        then every query is multiplied with all keys that its window allows, later ones included.
 
     Returns:
       [B, T, H, D] in q's dtype; zero on padding.
@@ -191,9 +196,27 @@ def attend_sequence(
     segment_ids = jnp.broadcast_to(segment_ids, q.shape[:2])
     num_sinks = 0 if sinks is None else sinks.mask.shape[-1]
     starts = segment_starts(segment_ids)
-    if tokens <= block:
-        mask = _sequence_mask(segment_ids, segment_ids, starts, 0, 0, window, num_sinks)
-        return attend(q, _with_sinks(k, v, mask, sinks), scale=scale, softcap=softcap)
+    # What belongs to single queries is cut with them; keys of a whole row are not.
+    row_sinks, query_sinks = _split_sinks(sinks)
+
+    def attend_piece(first: int, last: int) -> Array:
+        """Queries first to last - 1, with the keys that one of them may see."""
+        start = 0 if window is None else max(0, first - window + 1)
+        mask = _sequence_mask(
+            *(segment_ids[:, first:last], segment_ids[:, start:last], starts[:, first:last]),
+            *(first, start, window, num_sinks),
+        )
+        own = None
+        if query_sinks is not None:
+            cut = {name: x[:, first:last] for name, x in query_sinks.items()}
+            own = KeyValues(**(row_sinks | cut))
+        seen = _with_sinks(k[:, start:last], v[:, start:last], mask, own)
+        return attend(q[:, first:last], seen, scale=scale, softcap=softcap)
+
+    if tokens <= _PIECES * block:
+        size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
+        pieces = [attend_piece(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+        return jnp.concatenate(pieces, axis=1)
 
     num_blocks = -(-tokens // block)
     pad = num_blocks * block - tokens
@@ -203,9 +226,7 @@ def attend_sequence(
     blocks = jax.tree.map(
         lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), (q, segment_ids, starts)
     )
-    # What belongs to single queries is cut with them; keys of a whole row are not.
-    row_sinks, sink_blocks = _split_sinks(sinks)
-    sink_blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), sink_blocks)
+    sink_blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), query_sinks)
 
     @jax.checkpoint
     def run(index: Array, parts: tuple) -> Array:
