@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Float, SegmentIds, State
+from tptt_jax.ops.chunk_scan import ChunkTerms, scan_chunks
 from tptt_jax.ops.delta_product_inputs import (
-    activate_state,
     check_activation,
     check_inputs,
     compute_dtype,
@@ -16,7 +16,7 @@ from tptt_jax.ops.delta_product_inputs import (
 )
 from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.token_shift import document_ordinals
-from tptt_jax.ops.triangular import invert_unit_lower, solve_with_inverse
+from tptt_jax.ops.triangular import invert_unit_lower
 
 
 class _Chunks(NamedTuple):
@@ -222,29 +222,14 @@ def _run_block(state, chunks: _Chunks, dtype, precision):
         key_in = key_in * jnp.repeat(carry_in, steps, axis=-1)[..., None]
         query_in = q * jnp.tile(carry_in, groups)[..., None]
         key_out = k * jnp.repeat(carry_out, steps, axis=-1)[..., None]
-        keep = carry_in[..., -1, None, None]
+        keep = jnp.broadcast_to(carry_in[..., -1, None, None], (*k.shape[:-2], 1, 1))
     # The scan sees L only as the receiver of a gradient.
     inverse = jax.lax.stop_gradient(invert_unit_lower(lower))
-
-    # Two products with the state, or with the residual, are one.
-    readers = jnp.concatenate([key_in, query_in], axis=-2)
-    writers = jnp.concatenate([jnp.swapaxes(key_out, -1, -2), scores], axis=-2)
-    size, dim = k.shape[-2:]
-
-    def carry(state, chunk):
-        lower, inverse, readers, writers, value, gate, keep, is_complete = chunk
-        read = matmul(readers, state)
-        new = value - read[..., :size, :]
-        new = new if gate is None else scale_rows(new, gate)
-        written = matmul(writers, solve_with_inverse(lower, inverse, new))
-        after = state if keep is None else keep * state
-        after = after + written[..., :dim, :]
-        if is_complete is not None:
-            after = jnp.where(is_complete, activate_state(after), after)
-        return after, read[..., size:, :] + written[..., dim:, :]
-
-    xs = (lower, inverse, readers, writers, value, gate, keep, chunks.is_complete)
-    state, out = jax.lax.scan(carry, state, xs)
+    terms = ChunkTerms(
+        *(key_in, query_in, key_out, scores, value, lower, inverse, gate, keep),
+        chunks.is_complete,
+    )
+    state, out = scan_chunks(state, terms, precision)
     out = out.astype(out_dtype).reshape(n, batch, heads, tokens, -1)
     return state, jnp.transpose(out, (1, 0, 3, 2, 4))
 
