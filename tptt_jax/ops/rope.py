@@ -87,7 +87,11 @@ def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Arr
     """
     if angles is None:
         return x
-    cos, sin = angles.cos[:, :, None], angles.sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    halves = wide.reshape(*x.shape[:-1], 2, -1)
+    cos, sin = angles.cos[:, :, None, None], angles.sin[:, :, None, None]
+    # Turned around, not taken apart and joined: XLA's loop over the latter branches at every
+    # element on CPU.
+    sign = jnp.array([[-1.0], [1.0]], wide.dtype)
+    rotated = halves * cos + jnp.flip(halves, axis=-2) * (sign * sin)
+    return rotated.reshape(x.shape).astype(x.dtype)
