@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face directories and of GGUF files, without torch."""
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,10 @@ _SPECIAL = {
     "unk_token": "unk_token_id",
     "pad_token": "pad_token_id",
 }
+# What transformers 5 calls a tokenizer that tokenizer.json says everything about.
+_GENERIC_CLASS = "TokenizersBackend"
+# For these it goes by the model, whatever the files say.
+_CLASS_BY_MODEL_TYPE = ("mistral", "qwen2")
 # llama.cpp begins every text of these with BOS even where the file does not say so.
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
 
@@ -102,8 +107,23 @@ def tokenizer_class_of(model_type: str) -> str:
 def _from_directory(path: Path) -> "PreTrainedTokenizerFast":
     transformers = _transformers()
     with _refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
+        if _is_generic(path):
+            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
         # False: a repository's own code is never run, and nobody is asked whether it may be.
         return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+
+
+def _is_generic(path: Path) -> bool:
+    """Whether transformers would take its generic class; finding that out imports torch."""
+    files = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    if not all((path / name).is_file() for name in files):
+        return False
+    settings, config = (json.loads((path / name).read_text("utf-8")) for name in files[1:])
+    return (
+        settings.get("tokenizer_class") == _GENERIC_CLASS
+        and "auto_map" not in settings
+        and config.get("model_type") not in _CLASS_BY_MODEL_TYPE
+    )
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert import load_tokenizer
 from convert.files import atomic_file
 from experiments.arguments import run_configured
 from experiments.models import load_model
@@ -64,14 +63,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Loads, measures, prints; returns what --json prints."""
     prepare_process()
     assert config.data is not None
-    model, source = load_model(
+    model, tokenizer, source = load_model(
         config.model,
         config.adapter,
         window=config.window,
         sinks=config.sinks,
         dtype=jnp.dtype(config.dtype),
     )
-    pieces = _first(document_tokens(load_tokenizer(source), config.data), config.tokens)
+    pieces = _first(document_tokens(tokenizer, config.data), config.tokens)
     use_memory = model.liza is not None and not config.no_liza
     losses = np.concatenate(list(token_losses(model, pieces, use_memory=use_memory)) or [[]])
     if not len(losses):

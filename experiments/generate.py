@@ -5,14 +5,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert import load_tokenizer
 from experiments.arguments import run_configured
 from experiments.models import is_tuned, load_model
 from experiments.process import prepare_process
@@ -23,6 +22,9 @@ from tptt_jax.inference.generate import Stops
 from tptt_jax.inference.sampling import Sampling
 from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.model import base_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _PROMPT = "The capital of France is"
 
@@ -100,25 +102,31 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     prepare_process()
     if config.compare and config.adapter is None and not is_tuned(config.model or "demo"):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
-    model, source = load_model(
+    loaded = load_model(
         config.model, config.adapter, window=config.window, dtype=jnp.dtype(config.dtype)
     )
+    model = loaded.model
     written: dict[str, Any] = {"prompt": _prompt(config)}
     if config.compare:
         print("--- base model ---")
-        base = _writer(config, base_model(model), source, use_memory=False)
+        base = _writer(config, base_model(model), loaded.tokenizer, use_memory=False)
         written["base"] = _continue(config, base)
         print("--- fine-tuned ---")
     use_memory = model.liza is not None and not config.no_liza
-    writer = _writer(config, model, source, use_memory=use_memory)
+    writer = _writer(config, model, loaded.tokenizer, use_memory=use_memory)
     if config.load_state is not None:
         writer.state = load_state(config.load_state, model)
     written |= _chat(config, writer) if config.chat else _continue(config, writer)
     return written | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
 
 
-def _writer(config: GenerateConfig, model: CausalLM, source: str, *, use_memory: bool) -> Writer:
-    tokenizer = load_tokenizer(source)
+def _writer(
+    config: GenerateConfig,
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    use_memory: bool,
+) -> Writer:
     stops = model.config.eos_token_ids
     if config.chat:
         stops = chat_stops(tokenizer, stops)

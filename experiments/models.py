@@ -1,15 +1,34 @@
 """Loading the model that a command is asked to run, fine-tuned or not, with another window."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax.numpy as jnp
 
-from convert import load_pretrained
+from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Loaded(NamedTuple):
+    """What a command works with.
+
+    Attributes:
+      model: with its adapter and memory.
+      tokenizer: that belongs to it.
+      source: where the tokenizer and the base weights come from, as `load_pretrained` takes it.
+    """
+
+    model: CausalLM
+    tokenizer: "PreTrainedTokenizerFast"
+    source: str
 
 
 def load_model(
@@ -19,8 +38,8 @@ def load_model(
     window: int | None = None,
     sinks: int | None = None,
     dtype: jnp.dtype,
-) -> tuple[CausalLM, str]:
-    """The model, and where its tokenizer comes from.
+) -> Loaded:
+    """Loads a model and its tokenizer, which takes about as long, at the same time.
 
     Args:
       model: what `load_pretrained` takes; None: what the adapter was trained on, or "demo".
@@ -32,34 +51,55 @@ def load_model(
 
     Raises:
       ValueError: if the adapter is neither, or the window impossible.
-      ConversionError: if the model cannot be loaded.
+      ConversionError: if the model or its tokenizer cannot be loaded.
     """
+    if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
+        raise ValueError(
+            f"--adapter {adapter} is neither the --output directory of a finetune run "
+            "(checkpoint.json) nor a directory of PEFT's or tptt's."
+        )
+    source = _source(model, adapter)
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, source)
+        loaded = _load_weights(model, adapter, source, window=window, sinks=sinks, dtype=dtype)
+        return Loaded(loaded, tokenizer.result(), source)
 
+
+def _source(model: str | None, adapter: Path | None) -> str:
+    if model is not None:
+        return model
+    if adapter is None:
+        return "demo"
+    return str(adapter) if has_base(adapter) else read_description(adapter).source
+
+
+def _load_weights(
+    model: str | None,
+    adapter: Path | None,
+    source: str,
+    *,
+    window: int | None,
+    sinks: int | None,
+    dtype: jnp.dtype,
+) -> CausalLM:
     def windowed(liza: LizaConfig | None) -> LizaConfig | None:
         if window is None:
             return liza
         liza = dataclasses.replace(liza or LizaConfig(), softmax_window=window)
         return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
-    if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
-        raise ValueError(
-            f"--adapter {adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a directory of PEFT's or tptt's."
-        )
     if adapter is None or has_base(adapter):
-        source = model or ("demo" if adapter is None else str(adapter))
         over = None if model is None else adapter
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
         if window is not None and has_base(over or Path(source).expanduser()):
             # A directory of tptt's says what memory it has once it is loaded.
             liza = load_pretrained(source, dtype=dtype, adapter=over).liza
-        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=over), source
+        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=over)
     described = read_description(adapter)
-    source = model or described.source
     loaded = load_pretrained(source, windowed(described.liza), described.lora, dtype)
     restore_trainable(adapter, loaded)
-    return loaded, source
+    return loaded
 
 
 def is_tuned(source: str) -> bool:

@@ -58,8 +58,10 @@ def init_state(
       use_memory: False leaves the memory out.
     """
     with_memory = use_memory and model.liza is not None
-    make = functools.partial(_empty_state, model.config, model.liza, batch_size)
-    return make(cache_capacity(model.config, model.liza, max_tokens), model.dtype, with_memory)
+    capacity = cache_capacity(model.config, model.liza, max_tokens)
+    return _EMPTY_STATE(
+        model.config, model.liza, batch_size, capacity, jnp.dtype(model.dtype), with_memory
+    )
 
 
 def state_bytes(
@@ -168,6 +170,10 @@ def _empty_state(
         jnp.zeros((batch_size, config.embed_dim), jnp.dtype(dtype)),
         jnp.zeros((batch_size, config.vocab_size), bool),
     )
+
+
+# One program, not one for every array: they would take longer than the first token itself.
+_EMPTY_STATE = jax.jit(_empty_state, static_argnums=(0, 1, 2, 3, 4, 5))
 
 
 def _kinds(config: ModelConfig) -> tuple[LayerKind, ...]:

@@ -40,7 +40,6 @@ class ChunkTerms(NamedTuple):
     is_complete: Bool[Array, "N"] | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def scan_chunks(
     state: Float[Array, "B K D Dv"], terms: ChunkTerms, precision: jax.lax.PrecisionLike
 ) -> tuple[Float[Array, "B K D Dv"], Float[Array, "N B K R Dv"]]:
@@ -58,6 +57,11 @@ def scan_chunks(
     Returns:
       The state after the last chunk; what was read [n, B, K, R, Dv].
     """
+    return _scan(state, terms, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _scan(state: Array, terms: ChunkTerms, precision: jax.lax.PrecisionLike) -> tuple[Array, Array]:
     matmul = functools.partial(jnp.matmul, precision=precision)
     size, dim = terms.key_in.shape[-2:]
     # Two products with the state, or with the solution, are one.
@@ -71,15 +75,21 @@ def scan_chunks(
         after = _update(state, written[..., :dim, :], keep, is_complete)
         return after, read[..., size:, :] + written[..., dim:, :]
 
-    xs = (readers, writers, *terms[4:5], *terms[6:])
-    return jax.lax.scan(carry, state, xs)
+    others = (terms.value, terms.inverse, terms.gate, terms.keep, terms.is_complete)
+    return jax.lax.scan(carry, state, (readers, writers, *others))
 
 
-def _scan_forward(state: Array, terms: ChunkTerms, precision) -> tuple[tuple, tuple]:
-    return scan_chunks(state, terms, precision), (state, terms)
+def _scan_forward(
+    state: Array, terms: ChunkTerms, precision: jax.lax.PrecisionLike
+) -> tuple[tuple[Array, Array], tuple[Array, ChunkTerms]]:
+    return _scan(state, terms, precision), (state, terms)
 
 
-def _scan_backward(precision, kept: tuple, gradients: tuple[Array, Array]) -> tuple:
+def _scan_backward(
+    precision: jax.lax.PrecisionLike,
+    kept: tuple[Array, ChunkTerms],
+    gradients: tuple[Array, Array],
+) -> tuple[Array, ChunkTerms]:
     first, terms = kept
     grad_last, grad_out = gradients
     matmul = functools.partial(jnp.matmul, precision=precision)
@@ -101,12 +111,13 @@ def _scan_backward(precision, kept: tuple, gradients: tuple[Array, Array]) -> tu
     def go_back(grad_after, chunk):
         key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest = chunk
         if is_complete is not None:
-            grad_after = _activation_gradient(grad_after, is_complete, key_out, keep, *rest, matmul)
+            state, solution = rest
+            before = _kept(state, keep) + matmul(_transpose(key_out), solution)
+            grad_after = _activation_gradient(grad_after, before, is_complete)
         grad_solution = matmul(key_out, grad_after) + from_scores
         grad_written = _solve(_transpose(inverse), grad_solution)
-        grad_state = grad_after if keep is None else keep * grad_after
         back = matmul(_transpose(key_in), _gated(grad_written, gate))
-        return grad_state - back + from_queries, (grad_after, grad_written)
+        return _kept(grad_after, keep) - back + from_queries, (grad_after, grad_written)
 
     rest = None if is_complete is None else (states, solution)
     xs = (key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest)
@@ -136,7 +147,7 @@ def _scan_backward(precision, kept: tuple, gradients: tuple[Array, Array]) -> tu
     return grad_first, grad_terms
 
 
-scan_chunks.defvjp(_scan_forward, _scan_backward)
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
 def _solve(inverse: Array, rhs: Array) -> Array:
@@ -151,16 +162,18 @@ def _transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
 
+def _kept(state: Array, keep: Array | None) -> Array:
+    return state if keep is None else keep * state
+
+
 def _update(state: Array, written: Array, keep: Array | None, is_complete: Array | None) -> Array:
-    after = (state if keep is None else keep * state) + written
+    after = _kept(state, keep) + written
     if is_complete is None:
         return after
     return jnp.where(is_complete, activate_state(after), after)
 
 
-def _activation_gradient(grad, is_complete, key_out, keep, state, solution, matmul) -> Array:
-    """The gradient of the state before it was activated."""
-    written = matmul(_transpose(key_out), solution)
-    before = (state if keep is None else keep * state) + written
+def _activation_gradient(grad: Array, before: Array, is_complete: Array) -> Array:
+    """The gradient of the state before it was activated, if it was."""
     _, pull = jax.vjp(activate_state, before)
     return jnp.where(is_complete, pull(grad)[0], grad)

@@ -226,8 +226,16 @@ def _run_block(state, chunks: _Chunks, dtype, precision):
     # The scan sees L only as the receiver of a gradient.
     inverse = jax.lax.stop_gradient(invert_unit_lower(lower))
     terms = ChunkTerms(
-        *(key_in, query_in, key_out, scores, value, lower, inverse, gate, keep),
-        chunks.is_complete,
+        key_in=key_in,
+        query_in=query_in,
+        key_out=key_out,
+        scores=scores,
+        value=value,
+        lower=lower,
+        inverse=inverse,
+        gate=gate,
+        keep=keep,
+        is_complete=chunks.is_complete,
     )
     state, out = scan_chunks(state, terms, precision)
     out = out.astype(out_dtype).reshape(n, batch, heads, tokens, -1)
