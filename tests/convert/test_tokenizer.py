@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -8,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import ConversionError, load_tokenizer
+from convert.families import FAMILIES
 from convert.tokenizer import export_tokenizer
 from tptt_jax.training.checkpoint import Description, write_description
 
@@ -146,6 +149,29 @@ def test_hugging_face_directory(hf_directory):
     tokenizer = load_tokenizer(hf_directory)
     assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
     assert tokenizer.eos_token == "<end>"
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "another"])
+def test_the_class_is_the_one_transformers_takes(hf_directory, tmp_path, model_type):
+    path = tmp_path / "model"
+    shutil.copytree(hf_directory, path)
+    (path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "TokenizersBackend"
+    ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+    assert type(ours) is type(theirs)
+    assert ours("abc ab").input_ids == theirs("abc ab").input_ids
+
+
+def test_a_generic_tokenizer_needs_no_torch(hf_directory, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(hf_directory, path)
+    (path / "config.json").write_text(json.dumps({"model_type": "gemma3_text"}))
+    program = (
+        "import sys; from convert import load_tokenizer; load_tokenizer(sys.argv[1]);"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True, timeout=120)
 
 
 def test_export_copies_every_tokenizer_file(hf_directory, tmp_path):
