@@ -130,6 +130,30 @@ def test_gradients_do_not_depend_on_the_block():
         assert_allclose(small, large, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 150, 20], ids=["all", "beyond a piece", "window"])
+def test_pieces_equal_a_scan_over_blocks(window):
+    # 300 queries are pieces of 128, 128 and 44; ten blocks of 32 are scanned.
+    args, sink_q = _inputs(300), _inputs(300, seed=1)[0]
+    ids = np.repeat([[1, 2, 0]], [170, 110, 20], axis=1).repeat(2, axis=0)
+
+    def loss(q, k, v, sink_q, block):
+        sinks = None if window is None else _sinks(k, v, ids, 3, sink_q, per_token=True)
+        out = attend_sequence(
+            *(q, k, v),
+            segment_ids=jnp.asarray(ids),
+            window=window,
+            sinks=sinks,
+            scale=SCALE,
+            block=block,
+        )
+        return jnp.sum(jnp.sin(out + jnp.arange(DIM))), out
+
+    run = quick_jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True), static_argnames="block")
+    pieces, blocks = (run(*args, sink_q, block=block) for block in (512, 32))
+    for mine, other in zip(jax.tree.leaves(pieces), jax.tree.leaves(blocks), strict=True):
+        assert_allclose(mine, other, atol=2e-5, rtol=1e-5)
+
+
 def test_parts_together_are_one_softmax():
     q, k, v = _inputs()
     mask = np.broadcast_to(np.tri(T, dtype=bool), (2, T, T))
