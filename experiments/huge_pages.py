@@ -25,7 +25,7 @@ def restart_with_huge_pages() -> None:
     if environment is None:
         return
     try:
-        os.execve(sys.executable, sys.orig_argv, environment)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError:
         return  # nothing is lost but speed
 

@@ -184,8 +184,9 @@ def attend_sequence(
         none counts twice.
       scale: factor on the logits.
       softcap: see `attend`.
-      block: queries handled at a time, at most; rows longer than four of them are scanned, and
-        then every query is multiplied with all keys that its window allows, later ones included.
+      block: rows longer than four times this are scanned, so many queries at a time, each with
+        all keys that its window allows, later ones included; shorter ones are cut into four
+        pieces at most, which leave later keys out.
 
     Returns:
       [B, T, H, D] in q's dtype; zero on padding.
