@@ -1,7 +1,6 @@
 """Tokenizers of Hugging Face directories and of GGUF files, without torch."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convert.bases import has_base, locate_base
 from convert.demo import cache_directory
 from convert.errors import ConversionError
-from convert.files import atomic_directory
+from convert.files import atomic_directory, read_json
 from convert.gguf_io import GgufFile
 from convert.sources import TOKENIZER_PATTERNS, Source, find_checkpoint, locate
 
@@ -118,7 +117,7 @@ def _is_generic(path: Path) -> bool:
     files = ("tokenizer.json", "tokenizer_config.json", "config.json")
     if not all((path / name).is_file() for name in files):
         return False
-    settings, config = (json.loads((path / name).read_text("utf-8")) for name in files[1:])
+    settings, config = (read_json(path / name) for name in files[1:])
     return (
         settings.get("tokenizer_class") == _GENERIC_CLASS
         and "auto_map" not in settings

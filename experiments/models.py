@@ -11,7 +11,12 @@ from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
-from tptt_jax.training.checkpoint import is_checkpoint, read_description, restore_trainable
+from tptt_jax.training.checkpoint import (
+    Description,
+    is_checkpoint,
+    read_description,
+    restore_trainable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,25 +63,22 @@ def load_model(
             f"--adapter {adapter} is neither the --output directory of a finetune run "
             "(checkpoint.json) nor a directory of PEFT's or tptt's."
         )
-    source = _source(model, adapter)
+    tuned = None if adapter is None or has_base(adapter) else read_description(adapter)
+    if tuned is not None:
+        source = model or tuned.source
+    else:
+        source = model or ("demo" if adapter is None else str(adapter))
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, source)
-        loaded = _load_weights(model, adapter, source, window=window, sinks=sinks, dtype=dtype)
-        return Loaded(loaded, tokenizer.result(), source)
-
-
-def _source(model: str | None, adapter: Path | None) -> str:
-    if model is not None:
-        return model
-    if adapter is None:
-        return "demo"
-    return str(adapter) if has_base(adapter) else read_description(adapter).source
+        over = None if model is None and tuned is None else adapter
+        weights = _load_weights(source, over, tuned, window=window, sinks=sinks, dtype=dtype)
+        return Loaded(weights, tokenizer.result(), source)
 
 
 def _load_weights(
-    model: str | None,
-    adapter: Path | None,
     source: str,
+    adapter: Path | None,
+    tuned: Description | None,
     *,
     window: int | None,
     sinks: int | None,
@@ -88,16 +90,15 @@ def _load_weights(
         liza = dataclasses.replace(liza or LizaConfig(), softmax_window=window)
         return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
-    if adapter is None or has_base(adapter):
-        over = None if model is None else adapter
+    if tuned is None:
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
-        if window is not None and has_base(over or Path(source).expanduser()):
+        if window is not None and has_base(adapter or Path(source).expanduser()):
             # A directory of tptt's says what memory it has once it is loaded.
-            liza = load_pretrained(source, dtype=dtype, adapter=over).liza
-        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=over)
-    described = read_description(adapter)
-    loaded = load_pretrained(source, windowed(described.liza), described.lora, dtype)
+            liza = load_pretrained(source, dtype=dtype, adapter=adapter).liza
+        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=adapter)
+    assert adapter is not None, "what was tuned lies somewhere"
+    loaded = load_pretrained(source, windowed(tuned.liza), tuned.lora, dtype)
     restore_trainable(adapter, loaded)
     return loaded
 

@@ -59,9 +59,7 @@ def init_state(
     """
     with_memory = use_memory and model.liza is not None
     capacity = cache_capacity(model.config, model.liza, max_tokens)
-    return _EMPTY_STATE(
-        model.config, model.liza, batch_size, capacity, jnp.dtype(model.dtype), with_memory
-    )
+    return _empty_state(model.config, model.liza, batch_size, capacity, model.dtype, with_memory)
 
 
 def state_bytes(
@@ -152,6 +150,8 @@ def fork_state(state: ReadState, copies: int = 1) -> ReadState:
     return ReadState(Cache(stacks, length), hidden, seen)
 
 
+# One program, not one for every array: they would take longer than the first token itself.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _empty_state(
     config: ModelConfig,
     liza: LizaConfig | None,
@@ -170,10 +170,6 @@ def _empty_state(
         jnp.zeros((batch_size, config.embed_dim), jnp.dtype(dtype)),
         jnp.zeros((batch_size, config.vocab_size), bool),
     )
-
-
-# One program, not one for every array: they would take longer than the first token itself.
-_EMPTY_STATE = jax.jit(_empty_state, static_argnums=(0, 1, 2, 3, 4, 5))
 
 
 def _kinds(config: ModelConfig) -> tuple[LayerKind, ...]:

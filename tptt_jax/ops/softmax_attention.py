@@ -200,23 +200,28 @@ def attend_sequence(
     # What belongs to single queries is cut with them; keys of a whole row are not.
     row_sinks, query_sinks = _split_sinks(sinks)
 
-    def attend_piece(first: int, last: int) -> Array:
-        """Queries first to last - 1, with the keys that one of them may see."""
-        start = 0 if window is None else max(0, first - window + 1)
-        mask = _sequence_mask(
-            *(segment_ids[:, first:last], segment_ids[:, start:last], starts[:, first:last]),
-            *(first, start, window, num_sinks),
-        )
-        own = None
-        if query_sinks is not None:
-            cut = {name: x[:, first:last] for name, x in query_sinks.items()}
-            own = KeyValues(**(row_sinks | cut))
-        seen = _with_sinks(k[:, start:last], v[:, start:last], mask, own)
-        return attend(q[:, first:last], seen, scale=scale, softcap=softcap)
+    of_queries = (q, segment_ids, starts, query_sinks)
+
+    def attend_some(
+        queries: tuple, seen: tuple, first: Array | int, first_key: Array | int
+    ) -> Array:
+        """Consecutive queries to consecutive keys, from these places in the row on."""
+        (q, ids, starts, own), (keys, values, key_ids) = queries, seen
+        mask = _sequence_mask(ids, key_ids, starts, first, first_key, window, num_sinks)
+        parts = [KeyValues(keys, values, mask)]
+        if own is not None:
+            parts.append(KeyValues(**(row_sinks | own)))
+        return attend(q, parts, scale=scale, softcap=softcap)
 
     if tokens <= _PIECES * block:
         size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
-        pieces = [attend_piece(i, min(i + size, tokens)) for i in range(0, max(tokens, 1), size)]
+        pieces = []
+        for first in range(0, max(tokens, 1), size):
+            last = min(first + size, tokens)
+            first_key = 0 if window is None else max(0, first - window + 1)
+            queries = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
+            seen = tuple(x[:, first_key:last] for x in (k, v, segment_ids))
+            pieces.append(attend_some(queries, seen, first, first_key))
         return jnp.concatenate(pieces, axis=1)
 
     num_blocks = -(-tokens // block)
@@ -224,29 +229,16 @@ def attend_sequence(
     reach = num_blocks * block if window is None else min(window, num_blocks * block)
     before = 0 if window is None else reach
     k, v, key_ids = (_pad_tokens(x, before, pad) for x in (k, v, segment_ids))
-    blocks = jax.tree.map(
-        lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), (q, segment_ids, starts)
-    )
-    sink_blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), query_sinks)
+    blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), of_queries)
 
     @jax.checkpoint
-    def run(index: Array, parts: tuple) -> Array:
-        (q_part, ids, start), sink_part = parts
+    def run(index: Array, queries: tuple) -> Array:
         first = 0 if window is None else index * block
         size = k.shape[1] if window is None else block + before
-        keys, values, seen_ids = (
-            lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v, key_ids)
-        )
-        mask = _sequence_mask(
-            ids, seen_ids, start, index * block, first - before, window, num_sinks
-        )
-        own = None if sink_part is None else KeyValues(**(row_sinks | sink_part))
-        seen = _with_sinks(keys, values, mask, own)
-        return attend(q_part, seen, scale=scale, softcap=softcap)
+        seen = tuple(lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v, key_ids))
+        return attend_some(queries, seen, index * block, first - before)
 
-    _, out = lax.scan(
-        lambda _, x: (None, run(*x)), None, (jnp.arange(num_blocks), (blocks, sink_blocks))
-    )
+    _, out = lax.scan(lambda _, x: (None, run(*x)), None, (jnp.arange(num_blocks), blocks))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 
@@ -263,12 +255,6 @@ def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=0)
     fresh = jnp.where(segment_ids != previous, index, 0)
     return lax.cummax(fresh, axis=1)
-
-
-def _with_sinks(
-    keys: Array, values: Array, mask: Array, sinks: KeyValues | None
-) -> list[KeyValues]:
-    return [KeyValues(keys, values, mask), *([] if sinks is None else [sinks])]
 
 
 def _split_sinks(sinks: KeyValues | None) -> tuple[dict[str, Array], dict[str, Array] | None]:

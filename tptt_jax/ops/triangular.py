@@ -91,6 +91,7 @@ def _invert_backward(inverse, grad):
 invert_unit_lower.defvjp(_invert_forward, _invert_backward)
 
 
+@jax.custom_vjp
 def solve_unit_lower(
     lower: Float[Array, "*batch M M"], rhs: Float[Array, "*batch M X"]
 ) -> Float[Array, "*batch M X"]:
@@ -103,32 +104,12 @@ def solve_unit_lower(
     Returns:
       x [..., M, X] in rhs's dtype.
     """
-    return solve_with_inverse(lower, jax.lax.stop_gradient(invert_unit_lower(lower)), rhs)
+    return _matmul(invert_unit_lower(lower), rhs)
 
 
-@jax.custom_vjp
-def solve_with_inverse(
-    lower: Float[Array, "*batch M M"],
-    inverse: Float[Array, "*batch M M"],
-    rhs: Float[Array, "*batch M X"],
-) -> Float[Array, "*batch M X"]:
-    """Solves (I + L) x = rhs when the inverse of I + L is there already.
-
-    Args:
-      lower: L [..., M, M], only here to receive its gradient.
-      inverse: (I + L)^-1 [..., M, M]; gets no gradient, so stop it: what depends on L goes
-        through `lower`.
-      rhs: right-hand sides [..., M, X].
-
-    Returns:
-      x [..., M, X].
-    """
-    del lower
-    return _matmul(inverse, rhs)
-
-
-def _solve_forward(lower, inverse, rhs):
-    solution = solve_with_inverse(lower, inverse, rhs)
+def _solve_forward(lower, rhs):
+    inverse = invert_unit_lower(lower)
+    solution = _matmul(inverse, rhs)
     return solution, (inverse, solution)
 
 
@@ -136,7 +117,7 @@ def _solve_backward(residuals, grad):
     inverse, solution = residuals
     grad_rhs = _matmul(jnp.swapaxes(inverse, -1, -2), grad)
     outer = _matmul(grad_rhs, jnp.swapaxes(solution, -1, -2))
-    return -jnp.tril(outer, -1), None, grad_rhs
+    return -jnp.tril(outer, -1), grad_rhs
 
 
-solve_with_inverse.defvjp(_solve_forward, _solve_backward)
+solve_unit_lower.defvjp(_solve_forward, _solve_backward)
