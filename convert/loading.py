@@ -122,6 +122,7 @@ def _read_parameters(
     shardings: Mapping[str, NamedSharding | None],
 ) -> dict[str, Array]:
     values: dict[str, Array] = {}
+    stacks: dict[str, np.ndarray] = {}
     invalid: list[str] = []
     sizes = [sum(pretrained.tensors.tensors[name].nbytes for name in move.sources) for move in plan]
     for move in track(plan, "Reading weights", sizes):
@@ -130,13 +131,21 @@ def _read_parameters(
         del stored
         for slot in move.slots:
             template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
+            on_host = bool(slot.index) and _adopts_host_memory(sharding)
+            if on_host and slot.path not in stacks:
+                stacks[slot.path] = empty_aligned(template.shape, template.dtype)
             # What was read has to go before the device gets its copy: hence pop, and the wait.
-            array, is_finite = _cast(arrays.pop(0), template.dtype)
+            array, is_finite = _cast(
+                arrays.pop(0),
+                template.dtype,
+                # Ellipsis: a view even where the part is a single number.
+                stacks[slot.path][(*slot.index, ...)] if on_host else None,
+            )
             if not is_finite:
                 invalid.extend(move.sources)
             elif not slot.index:
                 values[slot.path] = jax.device_put(array, sharding).block_until_ready()
-            else:
+            elif not on_host:
                 if slot.path not in values:
                     values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
                 part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
@@ -147,30 +156,45 @@ def _read_parameters(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
             f"asked for) in {listing(set(invalid))}."
         )
-    return values
+    return values | jax.device_put(stacks)
 
 
-def _cast(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, bool]:
+def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
+    """Whether parameters stay where they are read: no copy, and no program for each shape."""
+    return sharding is None and jax.default_backend() == "cpu"
+
+
+def _cast(
+    array: np.ndarray, dtype: np.dtype, result: np.ndarray | None = None
+) -> tuple[np.ndarray, bool]:
     """The array in the model's dtype and memory order, and whether all of it is finite.
 
     Numpy would make temporary arrays of the whole size; a part at a time needs none.
+
+    Args:
+      array: what was read.
+      dtype: the model's.
+      result: where to put it; None: memory of its own, or the array as it is if that will do.
     """
-    if array.ndim == 0:
-        return array.astype(dtype), bool(np.isfinite(array))
-    result = array
-    if array.dtype != dtype or not array.flags.c_contiguous:
+    if result is None and array.dtype == dtype and array.flags.c_contiguous:
+        result = array
+    elif result is None:
         result = empty_aligned(array.shape, dtype)
-        # A transposed array is copied twice as fast when its own rows stay in the cache.
-        into, source = (result.T, array.T) if array.flags.f_contiguous else (result, array)
-        step = _ROWS_AT_ONCE if array.flags.f_contiguous else _rows_at_once(source)
-        for begin in range(0, len(source), step):
+    # A transposed array is copied twice as fast when its own rows stay in the cache.
+    is_transposed = array.flags.f_contiguous and not array.flags.c_contiguous
+    source, into = (array.T, result.T) if is_transposed else (array, result)
+    if array.ndim == 0:
+        source, into = source[None], into[None]
+    step = _ROWS_AT_ONCE if is_transposed else _rows_at_once(source)
+    is_finite = True
+    for begin in range(0, len(source), step):
+        part = slice(begin, begin + step)
+        if result is not array:
             # A value too large for float16 becomes Inf, which is reported.
             with np.errstate(over="ignore"):
-                part = slice(begin, begin + step)
                 np.copyto(into[part], source[part], casting="unsafe")
-    step = _rows_at_once(result)
-    parts = (result[begin : begin + step] for begin in range(0, len(result), step))
-    return result, all(bool(np.isfinite(part).all()) for part in parts)
+        is_finite = is_finite and bool(np.isfinite(into[part]).all())
+    return result, is_finite
 
 
 def _rows_at_once(array: np.ndarray) -> int:

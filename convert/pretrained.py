@@ -21,7 +21,6 @@ from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
 from convert.tptt_config import is_tptt
 from convert.tptt_export import write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
-from tptt_jax.training.checkpoint import restore_trainable
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -74,6 +73,9 @@ def load_pretrained(
                 f"{source} is a checkpoint of ours, which takes no PEFT adapter: export it as "
                 '"merged" and give that directory.'
             )
+        # Here, as importing orbax takes a quarter of a second.
+        from tptt_jax.training.checkpoint import restore_trainable
+
         liza, lora = liza or described.liza, lora or described.lora
         model = load_pretrained(described.source, liza, lora, dtype, mesh=mesh, seed=seed)
         restore_trainable(Path(source).expanduser(), model)

@@ -22,7 +22,7 @@ from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
+from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 TOKENIZER_PATTERNS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),

@@ -1,5 +1,11 @@
 """Thin command lines: fine-tune, generate, evaluate, bench."""
 
+import sys
+
+from experiments.garbage import collect_seldom
 from experiments.huge_pages import restart_with_huge_pages
 
-restart_with_huge_pages()
+# Python is looking for the module that `python -m` names: a command starts, nobody imports.
+if sys.argv[:1] == ["-m"]:
+    restart_with_huge_pages()
+    collect_seldom()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from convert.demo import DEMO_SOURCES
 from experiments.arguments import FinetuneConfig
-from tptt_jax.training.checkpoint import Description, is_checkpoint, read_description
+from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

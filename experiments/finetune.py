@@ -24,7 +24,8 @@ from experiments.report import MetricsWriter, StepRecord, TrainingProgress, plot
 from tptt_jax import CausalLM, generate
 from tptt_jax.model import base_model
 from tptt_jax.sharding import batch_sharding, make_mesh, replicated
-from tptt_jax.training.checkpoint import RunCheckpoints, remove_checkpoints, write_description
+from tptt_jax.training.checkpoint import RunCheckpoints, remove_checkpoints
+from tptt_jax.training.description import write_description
 from tptt_jax.training.optimizer import make_optimizer
 from tptt_jax.training.partition import Partition, split_trainable
 from tptt_jax.training.train_step import (

@@ -15,12 +15,8 @@ def restart_with_huge_pages() -> None:
     XLA on CPU allocates the temporaries of every step anew, and the kernel clears them page by
     page: in 4 KiB pages that takes a tenth of a training step and a third of the operator. glibc
     reads the setting only when a process starts. The process keeps its number, standard streams
-    and arguments. A GLIBC_TUNABLES in the environment is left as it is, and nothing happens in
-    a process that was started in any other way: by an import, a debugger, a test.
+    and arguments. A GLIBC_TUNABLES in the environment is left as it is.
     """
-    # So it is called while Python looks for the module that -m names, and only then.
-    if sys.argv[:1] != ["-m"]:
-        return
     environment = huge_page_environment(os.environ, _SYSTEM)
     if environment is None:
         return

@@ -11,12 +11,7 @@ from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
-from tptt_jax.training.checkpoint import (
-    Description,
-    is_checkpoint,
-    read_description,
-    restore_trainable,
-)
+from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -98,6 +93,9 @@ def _load_weights(
             liza = load_pretrained(source, dtype=dtype, adapter=adapter).liza
         return load_pretrained(source, windowed(liza), dtype=dtype, adapter=adapter)
     assert adapter is not None, "what was tuned lies somewhere"
+    # Here, as importing orbax takes a quarter of a second.
+    from tptt_jax.training.checkpoint import restore_trainable
+
     loaded = load_pretrained(source, windowed(tuned.liza), tuned.lora, dtype)
     restore_trainable(adapter, loaded)
     return loaded

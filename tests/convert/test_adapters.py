@@ -25,7 +25,7 @@ from convert.rules import IDENTITY, TRANSPOSE, Rule
 from convert.sources import open_pretrained
 from tests.convert.checkpoints import LLAMA, write_directory
 from tptt_jax import LizaConfig, LoraConfig
-from tptt_jax.training.checkpoint import Description, write_description
+from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step

@@ -13,7 +13,8 @@ from convert.hf_directory import SafetensorsDirectory
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_pretrained import fill_adapters, values_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
-from tptt_jax.training.checkpoint import Description, RunCheckpoints, write_description
+from tptt_jax.training.checkpoint import RunCheckpoints
+from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import TrainState
 

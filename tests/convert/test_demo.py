@@ -12,7 +12,7 @@ from flax import nnx
 from convert import load_pretrained, load_tokenizer
 from convert.demo import demo_file
 from convert.sources import find_checkpoint, locate
-from tptt_jax.training.checkpoint import Description, write_description
+from tptt_jax.training.description import Description, write_description
 
 
 @nnx.jit

@@ -26,7 +26,7 @@ from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, w
 from tests.convert.test_gguf_io import write_gguf
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import MAX_LAYERS
-from tptt_jax.training.checkpoint import Description, write_description
+from tptt_jax.training.description import Description, write_description
 
 FUZZ = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from convert import ConversionError, load_tokenizer
 from convert.families import FAMILIES
 from convert.tokenizer import export_tokenizer
-from tptt_jax.training.checkpoint import Description, write_description
+from tptt_jax.training.description import Description, write_description
 
 FRANCE = [2, 818, 5279, 529, 7001, 563]
 SPACES = "  two  spaces, three   spaces,\n\n\nnewlines\t\ttabs  \n and \u00e9\u4e2d\U0001f600 \n"

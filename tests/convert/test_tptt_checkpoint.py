@@ -17,7 +17,8 @@ from convert.loading import variables_of
 from convert.tptt_config import read_tptt_config
 from tests.contracts import quick_jit, relative_error
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.training.checkpoint import Description, RunCheckpoints, write_description
+from tptt_jax.training.checkpoint import RunCheckpoints
+from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import TrainState
 

@@ -18,7 +18,8 @@ from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.metrics import read_metrics
 from experiments.packing import TokenBatchSource
-from tptt_jax.training.checkpoint import latest_step, read_description
+from tptt_jax.training.checkpoint import latest_step
+from tptt_jax.training.description import read_description
 
 PROJECT = Path(__file__).resolve().parents[2]
 

@@ -1,5 +1,6 @@
-"""Commands start again with huge pages where that helps, and only there."""
+"""Commands start again with huge pages where that helps, and seldom look for garbage."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 # Runs as `python -m experiments.probe` would: the package first, then the module.
 _PROBE = """
-import os, sys
-print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[1:])
+import gc, os, sys
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), gc.get_threshold()[0], sys.argv[1:])
 """
 
 
@@ -70,7 +71,7 @@ def package(tmp_path: Path) -> Path:
     """A copy of the package's start with one more command in it."""
     directory = tmp_path / "experiments"
     directory.mkdir()
-    for name in ("__init__.py", "huge_pages.py"):
+    for name in ("__init__.py", "garbage.py", "huge_pages.py"):
         (directory / name).write_text((_ROOT / "experiments" / name).read_text())
     (directory / "probe.py").write_text(_PROBE)
     return tmp_path
@@ -81,9 +82,9 @@ def test_a_command_keeps_its_process_and_arguments(package: Path) -> None:
     pid, out = _run(["-m", "experiments.probe", *arguments], package)
     asks = _KERNEL.exists() and "[madvise]" in _KERNEL.read_text()
     tunables = "glibc.malloc.hugetlb=1" if asks else None
-    assert out == f"{pid} {tunables} {arguments}"
+    assert out == f"{pid} {tunables} 100000 {arguments}"
 
 
-def test_an_import_starts_nothing_again(package: Path) -> None:
+def test_an_import_changes_nothing(package: Path) -> None:
     _, out = _run(["-c", "import experiments.probe"], package)
-    assert out.split()[1] == "None"
+    assert out.split()[1:3] == ["None", str(gc.get_threshold()[0])]

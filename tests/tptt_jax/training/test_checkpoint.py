@@ -7,13 +7,11 @@ import pytest
 from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.training.checkpoint import (
+from tptt_jax.training.checkpoint import RunCheckpoints, latest_step, restore_trainable
+from tptt_jax.training.description import (
     Description,
-    RunCheckpoints,
     is_checkpoint,
-    latest_step,
     read_description,
-    restore_trainable,
     write_description,
 )
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer

@@ -1,0 +1,96 @@
+"""What a run's directory says in `checkpoint.json`: what to load the base from, and how."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tptt_jax.config import LizaConfig, LoraConfig
+from tptt_jax.training.partition import TrainMode
+
+_DESCRIPTION = "checkpoint.json"
+_FORMAT = "tptt_jax checkpoint 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a checkpoint needs besides its arrays."""
+
+    source: str
+    """Where the base model comes from, as given to `load_pretrained`."""
+    liza: LizaConfig | None
+    lora: LoraConfig | None
+    train: TrainMode
+    dtype: str = "float32"
+
+    def to_json(self) -> str:
+        """One indented JSON object."""
+        values = dataclasses.asdict(self)
+        return json.dumps({"format": _FORMAT} | values, indent=2) + "\n"
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a run's directory with a description in it."""
+    return (Path(path) / _DESCRIPTION).is_file()
+
+
+def write_description(path: str | os.PathLike[str], description: Description) -> None:
+    """Writes `checkpoint.json` into the directory, which is made if it is missing."""
+    target = Path(path) / _DESCRIPTION
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_suffix(".json.tmp")
+    beside.write_text(description.to_json())
+    beside.replace(target)
+
+
+def read_description(path: str | os.PathLike[str]) -> Description:
+    """Reads `checkpoint.json`.
+
+    Raises:
+      ValueError: if there is none, or it is not one of ours.
+    """
+    target = Path(path) / _DESCRIPTION
+    if not target.is_file():
+        raise ValueError(
+            f"{path} has no {_DESCRIPTION}: point to the --output directory of a finetune run."
+        )
+    try:
+        values = json.loads(target.read_text())
+        if values.pop("format", None) != _FORMAT:
+            raise ValueError(f'its "format" is not {_FORMAT!r}')
+        for name, kind in (("liza", LizaConfig), ("lora", LoraConfig)):
+            if values[name] is not None:
+                _check_types(kind, values[name])
+                values[name] = kind(**values[name])
+        _check_types(Description, values)
+        return Description(**values)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{target} is not the description of a checkpoint ({error}): point to the "
+            "--output directory of a finetune run."
+        ) from None
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raises ValueError where JSON holds another type than the dataclass declares."""
+    for name, hint in get_type_hints(kind).items():
+        if name in values and not _fits(values[name], hint):
+            raise ValueError(f"{name} cannot be {values[name]!r:.100}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, options = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return any(value is not True and value == option for option in options)
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(_fits(each, options[0]) for each in value)
+    if options:
+        return any(_fits(value, each) for each in options)
+    if hint is float:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and abs(value) <= sys.float_info.max
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
