@@ -87,8 +87,8 @@ class FinetuneConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights and the activations; what is trained stays float32."""
     remat: Remat = "none"
-    """What the backward pass computes again. "none": nothing, all is kept; "dots": all but products
-    with weights; "full": whole layers: a fifth slower, a fraction of the memory."""
+    """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
+    but products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
     seed: int = 0

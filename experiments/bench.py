@@ -68,8 +68,8 @@ class TrainWork(ModelChoice):
     train: TrainMode = "lora"
     """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all."""
     remat: Remat = "none"
-    """What the backward pass computes again: "none"; "dots": all but products with weights;
-    "full": whole layers."""
+    """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
+    but products with weights; "full": whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

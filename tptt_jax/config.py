@@ -31,7 +31,7 @@ Mag = Literal["learned", "scheduled"]
 LinearScale = Literal["unit", "match", "projected"]
 Precision = Literal["highest", "high", "default"]
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: "none": nothing, all is kept; "dots": everything but
+"""What the backward pass computes again: "none": only what takes longer to keep; "dots": all but
 products with weights; "full": whole layers, of which only the input is kept."""
 
 MAX_LAYERS = 10_000

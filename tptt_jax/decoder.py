@@ -36,6 +36,7 @@ from tptt_jax.layers.softmax_attention import (
     extend_cache,
     softmax_settings,
 )
+from tptt_jax.ops.residuals import saves_marked, saves_products
 
 
 class StackCache(NamedTuple):
@@ -121,15 +122,12 @@ def _apply(norm: NormLayer | None, x: Hidden) -> Hidden:
     return x if norm is None else norm(x)
 
 
+REMAT_POLICIES = {"none": saves_marked, "dots": saves_products, "full": None}
+
+
 def _rematerialize(body: Callable, remat: Remat) -> Callable:
-    if remat == "none":
-        return body
-    if remat == "full":
-        return jax.checkpoint(body)
-    # Products between activations, of attention and of the memory, have batch axes: they are the
-    # large ones to keep and the cheap ones to compute again.
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(body, policy=policy)
+    """Even "none" keeps only what is dear: to write, clear and read the rest takes longer."""
+    return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 def init_stack_caches(
@@ -241,7 +239,8 @@ class StackRun:
             return x, (new, attended.branches if self.return_branches else None)
 
         inputs = (parameters, kind_number, rank, keys, memory)
-        x, (new, branches) = lax.scan(_rematerialize(body, self.remat), x, inputs)
+        run = body if cache is not None else _rematerialize(body, self.remat)
+        x, (new, branches) = lax.scan(run, x, inputs)
         return x, None if cache is None else self._extend(cache, *new), branches
 
     def _run_unstacked(

@@ -159,8 +159,8 @@ class CausalLM(nnx.Module):
           cache: from `init_cache` or from the call before.
           use_memory: False leaves the memory out; a window stays.
           return_branches: also return both attention branches of every layer.
-          remat: what the backward pass computes again instead of keeping it: "none"; "dots":
-            all but products with weights; "full": whole layers.
+          remat: what the backward pass computes again: "none": only what takes longer to
+            keep; "dots": all but products with weights; "full": whole layers.
           dropout_key: turns dropout on.
 
         Returns:

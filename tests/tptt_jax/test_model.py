@@ -368,18 +368,18 @@ def _gradients(model, tokens, ids, **options):
 
 
 def test_remat_gives_the_same_loss_and_gradients_in_less_memory():
-    config = dataclasses.replace(LLAMA, num_layers=4, layer_kinds=())
-    model, tokens = _titan(config, chunk_size=16), random_tokens((2, 64))
+    config = dataclasses.replace(LLAMA, num_layers=8, layer_kinds=())
+    model, tokens = _titan(config, chunk_size=16), random_tokens((2, 256))
     ids = np.ones_like(tokens)
-    (loss, plain), everything = _gradients(model, tokens, ids)
+    (loss, plain), kept = _gradients(model, tokens, ids)
     memory = {}
     for remat in ("dots", "full"):
         (again, rematerialised), memory[remat] = _gradients(model, tokens, ids, remat=remat)
         assert_close(again, loss, 1e-6, "loss")
-        # Recomputed values round differently, and four random layers magnify it.
+        # Recomputed values round differently, and eight random layers magnify it.
         assert_trees_close(rematerialised, plain, 1e-3, "gradient of ")
-    assert memory["full"] < 0.8 * memory["dots"]
-    assert memory["dots"] < 0.8 * everything
+    assert memory["full"] < 0.9 * memory["dots"]
+    assert memory["dots"] < 0.9 * kept
 
 
 def test_remat_is_one_of_three():

@@ -1,7 +1,5 @@
 """The linear-attention memory: gates, virtual tokens, DeltaProduct, normalisation."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +18,7 @@ from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
 from tptt_jax.ops.naive_delta_product import naive_delta_product
+from tptt_jax.ops.residuals import save_mixed
 from tptt_jax.ops.tptt_reference import (
     RawTokens,
     attend_tptt_reference,
@@ -111,11 +110,11 @@ class DeltaMemory(nnx.Module):
         else:
             assert length is not None, "a state comes with the number of tokens it has seen"
             out, state = self._extend(q, k, v, segment_ids, state, length)
-        out = rms_normalize(out.reshape(*size[:2], -1))
+        out = rms_normalize(save_mixed(out).reshape(*size[:2], -1))
         if dropout_key is not None and self.config.dropout > 0:
             rate = self.config.dropout
             key = jax.random.fold_in(dropout_key, path_number("memory"))
-            keep = jax.random.bernoulli(key, 1 - rate, out.shape)
+            keep = save_mixed(jax.random.bernoulli(key, 1 - rate, out.shape))
             out = jnp.where(keep, out / (1 - rate), 0)
         return out.reshape(size).astype(dtype), state
 
@@ -231,9 +230,8 @@ def _virtual_tokens(
     return expand(_activate(k)), expand(v * v.shape[-1] ** -0.5), beta, log_decay
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
 def _activate(x: Array) -> Array:
-    """SiLU, then the L2 norm over the head; the gradient keeps x only."""
+    """SiLU, then the L2 norm over the head."""
     wide = jax.nn.silu(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     norm = jnp.sqrt(jnp.maximum(jnp.sum(wide * wide, axis=-1, keepdims=True), 1e-12))
     return (wide / norm).astype(x.dtype)

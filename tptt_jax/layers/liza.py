@@ -1,6 +1,5 @@
 """One attention layer: shared projections, softmax and memory, mixed by Memory as Gate."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -216,11 +215,10 @@ class LizaAttention(nnx.Module):
         return soft_term + linear_term
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def mix_heads(
     soft: Float[Array, "B T H D"], linear: Float[Array, "B T H D"], share: Array, match: bool
 ) -> Float[Array, "B T H D"]:
-    """(1 - share) soft + share linear; made again for the gradient, which keeps its inputs only."""
+    """(1 - share) soft + share linear, the latter with the RMS of the former if `match`."""
     linear = match_rms(linear, soft) if match else linear
     return (1 - share) * soft + share * linear
 

@@ -1,6 +1,5 @@
 """Projections, and the low-rank adapters that may sit on them."""
 
-import functools
 import zlib
 
 import jax
@@ -9,6 +8,7 @@ from flax import nnx
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import LoraConfig
+from tptt_jax.ops.residuals import save_mixed, save_product
 
 
 class LowRank(nnx.Module):
@@ -39,25 +39,15 @@ class LowRank(nnx.Module):
         """The update for inputs x, float32; a key turns dropout on."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if dropout_key is not None and self.dropout > 0:
-            keep = jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape)
+            keep = save_mixed(jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape))
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        return apply_low_rank(x, self.a[...], self.b[...] * self.scale)
+        # All tokens as one matrix: XLA would transpose a batch for the gradients of a and b.
+        flat = x.reshape(-1, x.shape[-1])
+        return ((flat @ self.a[...]) @ (self.b[...] * self.scale)).reshape(*x.shape[:-1], -1)
 
     def delta(self) -> Float[Array, "I O"]:
         """What the adapter adds to the kernel, float32."""
         return jnp.matmul(self.a[...], self.b[...], precision="highest") * self.scale
-
-
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def apply_low_rank(
-    x: Float[Array, "... I"], a: Float[Array, "I R"], b: Float[Array, "R O"]
-) -> Float[Array, "... O"]:
-    """(x a) b; the gradient keeps x, which neighbouring projections share.
-
-    All tokens are one matrix: XLA's gradients of a and b would transpose a batch of them first.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    return ((flat @ a) @ b).reshape(*x.shape[:-1], -1)
 
 
 class Projection(nnx.Module):
@@ -107,7 +97,7 @@ class Projection(nnx.Module):
             y += self.bias[...].astype(y.dtype)
         if self.lora is not None:
             y += self.lora(x, fold_path(dropout_key, self.path)).astype(y.dtype)
-        return y
+        return save_product(y)
 
     def merged_kernel(self) -> Float[Array, "I O"]:
         """Kernel and adapter as one float32 matrix."""

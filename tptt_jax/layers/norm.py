@@ -1,6 +1,5 @@
 """RMS norm and LayerNorm as the pretrained families do them."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -50,10 +49,6 @@ class NormLayer(nnx.Module):
         """Normalises the last axis; returns x's shape and dtype."""
         weight = None if self.weight is None else self.weight[...]
         bias = None if self.bias is None else self.bias[...]
-        # For the gradient it is made again from x: that is less than to keep what is in between.
-        return jax.checkpoint(self._normalize, prevent_cse=False)(x, weight, bias)
-
-    def _normalize(self, x: Array, weight: Array | None, bias: Array | None) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)

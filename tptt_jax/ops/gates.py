@@ -58,7 +58,8 @@ def compute_gate(
     if kind == "constant":
         wide = jnp.promote_types(k.dtype, jnp.float32)
         return jnp.full(k.shape if vector else k.shape[:-1], 0.5, wide)
-    gate = jnp.exp(_log_gate(kind, k, v, segment_ids))
+    gates = [jax.nn.sigmoid(mean) for mean in _gate_inputs(kind, k, v, segment_ids)]
+    gate = gates[0] if len(gates) == 1 else gates[0] * gates[1]
     return gate if vector else jnp.mean(gate, axis=-1)
 
 
@@ -120,16 +121,16 @@ def compute_log_decay(
     """
     if kind == "constant":
         return None
-    log_gate = _log_gate(kind, k, v, segment_ids)
+    logs = [jax.nn.log_sigmoid(mean) for mean in _gate_inputs(kind, k, v, segment_ids)]
+    log_gate = logs[0] if len(logs) == 1 else logs[0] + logs[1]
     log_mean = jax.nn.logsumexp(log_gate, axis=-1) - math.log(log_gate.shape[-1])
     # Rounding must not turn a gate of almost 1 into growth.
     return jnp.minimum(log_mean, 0)
 
 
-def _log_gate(kind: Gate, k: Array, v: Array, segment_ids: SegmentIds | None) -> Array:
-    """Logarithm of the vector gate [B, T, K, D]."""
+def _gate_inputs(kind: Gate, k: Array, v: Array, segment_ids: SegmentIds | None) -> list[Array]:
+    """The means [B, T, K, D] whose sigmoids, multiplied, are the vector gate."""
     if kind not in ("k", "v", "kv"):
         raise ValueError(f"gate must be one of k, v, kv, constant, got {kind!r}.")
     sources = [source for letter, source in (("k", k), ("v", v)) if letter in kind]
-    logs = [jax.nn.log_sigmoid(causal_mean(source, segment_ids)) for source in sources]
-    return logs[0] if len(logs) == 1 else logs[0] + logs[1]
+    return [causal_mean(source, segment_ids) for source in sources]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.ops.residuals import save_product
 
 
 class Grouping(NamedTuple):
@@ -69,7 +70,7 @@ def grouped_matmul(
     blocks = jnp.zeros((grouping.num_slots, x.shape[1]), x.dtype).at[grouping.slots].set(x)
     blocks = blocks.reshape(grouping.groups.shape[0], -1, x.shape[1])
     out = _multiply_blocks(blocks, weights.astype(x.dtype), grouping.groups)
-    return out.reshape(grouping.num_slots, -1)[grouping.slots]
+    return save_product(out.reshape(grouping.num_slots, -1)[grouping.slots])
 
 
 def _block_rows(rows: int, num_groups: int) -> int:

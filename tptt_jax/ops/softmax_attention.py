@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
+from tptt_jax.ops.residuals import save_mixed
 from tptt_jax.ops.softcap import apply_softcap, softcap_slope
 
 _MASKED = -1e30
@@ -74,11 +75,14 @@ def _attend_forward(
     weights = [jnp.exp(x - top) for x in logits]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights), 1e-30)
     outs = [
-        _weigh_values((x / total).astype(part.values.dtype), part.values)
+        _weigh_values(x.astype(part.values.dtype), part.values)
         for x, part in zip(weights, parts, strict=True)
     ]
-    out = functools.reduce(jnp.add, outs).reshape(q.shape).astype(q.dtype)
-    return out, (q, parts, out, top + jnp.log(total))
+    # Divided is what the weights, of which there are more, were multiplied into.
+    out = functools.reduce(jnp.add, outs) / jnp.transpose(total, (0, 3, 1, 2, 4))
+    out = out.reshape(q.shape).astype(q.dtype)
+    out, log_total = save_mixed(out), save_mixed(top + jnp.log(total))
+    return out, (q, parts, out, log_total)
 
 
 def _attend_backward(

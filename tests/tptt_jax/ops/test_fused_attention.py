@@ -7,6 +7,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from tests.contracts import assert_close, assert_trees_close, quick_jit
+from tptt_jax.decoder import REMAT_POLICIES
 from tptt_jax.ops.fused_attention import can_fuse, fused_attention
 from tptt_jax.ops.softmax_attention import KeyValues, attend_sequence
 
@@ -144,3 +145,21 @@ def test_what_is_fused_passes_the_checks_for_cudnn(ids, window, monkeypatch):
         bias = "ScaleBias" if ids else ""
         for direction in ("", "Backward"):
             assert f"__cudnn$fmha{bias}Softmax{direction}" in lowered.as_text()
+
+
+@pytest.mark.parametrize(("remat", "kernels"), [("none", 2), ("full", 3)])
+def test_the_gradient_of_a_layer_runs_the_forward_kernel_again_only_if_told(
+    remat, kernels, monkeypatch
+):
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 90800)
+
+    def layer(q, k, v):
+        return fused_attention(jnp.sin(q), k, v, scale=0.3)
+
+    def loss(*args):
+        out = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])(*args)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    args = inputs(dtype=jnp.bfloat16)
+    lowered = jax.jit(jax.grad(loss)).trace(*args).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("@__cudnn$fmha") == kernels
