@@ -122,7 +122,11 @@ def _apply(norm: NormLayer | None, x: Hidden) -> Hidden:
     return x if norm is None else norm(x)
 
 
-REMAT_POLICIES = {"none": saves_marked, "dots": saves_products, "full": None}
+REMAT_POLICIES: dict[Remat, Callable | None] = {
+    "none": saves_marked,
+    "dots": saves_products,
+    "full": None,
+}
 
 
 def _rematerialize(body: Callable, remat: Remat) -> Callable:
@@ -239,6 +243,7 @@ class StackRun:
             return x, (new, attended.branches if self.return_branches else None)
 
         inputs = (parameters, kind_number, rank, keys, memory)
+        # With a cache nobody asks for a gradient.
         run = body if cache is not None else _rematerialize(body, self.remat)
         x, (new, branches) = lax.scan(run, x, inputs)
         return x, None if cache is None else self._extend(cache, *new), branches

@@ -16,9 +16,10 @@ from tptt_jax.layers.cache import (
     write_ring,
     write_sinks,
 )
+from tptt_jax.ops.attend import KeyValues, attend
 from tptt_jax.ops.fused_attention import can_fuse, fused_attention
 from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
-from tptt_jax.ops.softmax_attention import KeyValues, attend, attend_sequence, segment_starts
+from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
 
 # Logits that cached attention holds at a time: 128 MiB in float32.
 _LOGITS_AT_A_TIME = 1 << 25

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
-from tptt_jax.ops.softmax_attention import KeyValues, segment_starts
+from tptt_jax.ops.attend import KeyValues
+from tptt_jax.ops.softmax_attention import segment_starts
 
 # cuDNN takes head_dim 256 on Hopper and later, 128 wherever it runs.
 _WIDEST_HEAD = 128

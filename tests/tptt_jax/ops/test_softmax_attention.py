@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import QUICK, quick_jit
-from tptt_jax.ops.softmax_attention import KeyValues, attend, attend_sequence, segment_starts
+from tptt_jax.ops.attend import KeyValues, attend
+from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
 
 T, HEADS, KV_HEADS, DIM = 19, 4, 2, 6
 SCALE = 0.6
@@ -203,6 +204,13 @@ def test_low_precision_inputs_have_a_float32_softmax():
     got = attend_rows(*args, segment_ids=jnp.asarray(IDS), scale=SCALE)
     assert got.dtype == jnp.bfloat16
     assert_allclose(got.astype(jnp.float32), _slow(*args, IDS), atol=0.03)
+
+
+def test_many_large_values_do_not_overflow_in_half_precision():
+    shape = (1, 2048, 1, 8)
+    q, v = jnp.zeros(shape, jnp.float16), jnp.full(shape, 100, jnp.float16)
+    got = attend_rows(q, q, v, scale=SCALE)
+    assert_allclose(got.astype(jnp.float32), np.full(shape, 100), rtol=2e-3)
 
 
 def test_memory_grows_with_the_window_and_not_with_its_square():
