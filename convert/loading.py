@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import ConversionError, listing
-from convert.plan import Conversion, build_plan, check_tensors, match_names
+from convert.plan import Conversion, Slot, build_plan, check_tensors, match_names
 from convert.progress import track
 from convert.rules import Rule
 from convert.sources import Pretrained
@@ -132,25 +132,15 @@ def _read_parameters(
         for slot in move.slots:
             template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
             on_host = bool(slot.index) and _adopts_host_memory(sharding)
-            if on_host and slot.path not in stacks:
-                stacks[slot.path] = empty_aligned(template.shape, template.dtype)
+            part = _host_part(stacks, slot, template) if on_host else None
             # What was read has to go before the device gets its copy: hence pop, and the wait.
-            array, is_finite = _cast(
-                arrays.pop(0),
-                template.dtype,
-                # Ellipsis: a view even where the part is a single number.
-                stacks[slot.path][(*slot.index, ...)] if on_host else None,
-            )
+            array, is_finite = _cast(arrays.pop(0), template.dtype, part)
             if not is_finite:
                 invalid.extend(move.sources)
             elif not slot.index:
                 values[slot.path] = jax.device_put(array, sharding).block_until_ready()
             elif not on_host:
-                if slot.path not in values:
-                    values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
-                part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
-                update, index = _part_update(sharding), np.array(slot.index, np.int32)
-                values[slot.path] = update(values[slot.path], part, index).block_until_ready()
+                _put_part(values, slot, template, array, sharding)
     if invalid:
         raise ConversionError(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
@@ -162,6 +152,29 @@ def _read_parameters(
 def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
     """Whether parameters stay where they are read: no copy, and no program for each shape."""
     return sharding is None and jax.default_backend() == "cpu"
+
+
+def _host_part(stacks: dict[str, np.ndarray], slot: Slot, template: Array) -> np.ndarray:
+    """Where one layer, or one expert of it, of a stacked parameter goes."""
+    if slot.path not in stacks:
+        stacks[slot.path] = empty_aligned(template.shape, template.dtype)
+    # Ellipsis: a view even where the part is a single number.
+    return stacks[slot.path][(*slot.index, ...)]
+
+
+def _put_part(
+    values: dict[str, Array],
+    slot: Slot,
+    template: Array,
+    array: np.ndarray,
+    sharding: NamedSharding | None,
+) -> None:
+    """Writes it into the stacked parameter on its devices."""
+    if slot.path not in values:
+        values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
+    part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
+    update, index = _part_update(sharding), np.array(slot.index, np.int32)
+    values[slot.path] = update(values[slot.path], part, index).block_until_ready()
 
 
 def _cast(

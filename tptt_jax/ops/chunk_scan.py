@@ -1,6 +1,7 @@
 """The part of the chunkwise DeltaProduct that is sequential: the state from chunk to chunk."""
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -93,18 +94,9 @@ def _scan_backward(
     first, terms = kept
     grad_last, grad_out = gradients
     matmul = functools.partial(jnp.matmul, precision=precision)
-    key_in, query_in, key_out, scores, value, _, inverse, gate, keep, is_complete = terms
+    key_in, query_in, key_out, scores, _, _, inverse, gate, keep, is_complete = terms
 
-    def run_again(state, chunk):
-        key_in, key_out, value, inverse, gate, keep, is_complete = chunk
-        missing = value - matmul(key_in, state)
-        solution = _solve(inverse, _gated(missing, gate))
-        after = _update(state, matmul(_transpose(key_out), solution), keep, is_complete)
-        return after, (state, missing, solution)
-
-    xs = (key_in, key_out, value, inverse, gate, keep, is_complete)
-    _, (states, missing, solution) = jax.lax.scan(run_again, first, xs)
-
+    states, missing, solution = _run_again(first, terms, matmul)
     from_scores = matmul(_transpose(scores), grad_out)
     from_queries = matmul(_transpose(query_in), grad_out)
 
@@ -145,6 +137,22 @@ def _scan_backward(
         is_complete=None,
     )
     return grad_first, grad_terms
+
+
+def _run_again(
+    first: Array, terms: ChunkTerms, matmul: Callable[[Array, Array], Array]
+) -> tuple[Array, Array, Array]:
+    """States before the chunks, what they read too little of, and what solves their systems."""
+
+    def carry(state, chunk):
+        key_in, key_out, value, inverse, gate, keep, is_complete = chunk
+        missing = value - matmul(key_in, state)
+        solution = _solve(inverse, _gated(missing, gate))
+        after = _update(state, matmul(_transpose(key_out), solution), keep, is_complete)
+        return after, (state, missing, solution)
+
+    key_in, _, key_out, _, value, _, *others = terms
+    return jax.lax.scan(carry, first, (key_in, key_out, value, *others))[1]
 
 
 _scan.defvjp(_scan_forward, _scan_backward)

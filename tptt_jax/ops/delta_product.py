@@ -15,7 +15,7 @@ from tptt_jax.ops.delta_product_inputs import (
     silence_padding,
 )
 from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
-from tptt_jax.ops.residuals import saving_carry
+from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals
 from tptt_jax.ops.triangular import invert_unit_lower
 
@@ -97,10 +97,8 @@ def chunk_delta_product(
         _, blocks, n = plan
         is_complete = jnp.arange(1, blocks * n + 1) * chunk_size <= length
         chunks = chunks._replace(is_complete=is_complete.reshape(blocks, n))
-    run_block = jax.checkpoint(functools.partial(_run_block, dtype=dtype, precision=precision))
-    if plan.blocks > 1:
-        run_block = saving_carry(run_block)
-    state, out = jax.lax.scan(run_block, state, chunks)
+    run_block = functools.partial(_run_block, dtype=dtype, precision=precision)
+    state, out = scan_blocks(run_block, state, chunks)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, value_dim)
     return out[:, :length], state
 

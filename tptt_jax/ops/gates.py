@@ -1,5 +1,6 @@
 """Write and forget gates computed from raw keys and values (TPTT, arXiv:2506.17671, eq. 3)."""
 
+import functools
 import math
 
 import jax
@@ -59,7 +60,7 @@ def compute_gate(
         wide = jnp.promote_types(k.dtype, jnp.float32)
         return jnp.full(k.shape if vector else k.shape[:-1], 0.5, wide)
     gates = [jax.nn.sigmoid(mean) for mean in _gate_inputs(kind, k, v, segment_ids)]
-    gate = gates[0] if len(gates) == 1 else gates[0] * gates[1]
+    gate = functools.reduce(jnp.multiply, gates)
     return gate if vector else jnp.mean(gate, axis=-1)
 
 
@@ -122,7 +123,7 @@ def compute_log_decay(
     if kind == "constant":
         return None
     logs = [jax.nn.log_sigmoid(mean) for mean in _gate_inputs(kind, k, v, segment_ids)]
-    log_gate = logs[0] if len(logs) == 1 else logs[0] + logs[1]
+    log_gate = functools.reduce(jnp.add, logs)
     log_mean = jax.nn.logsumexp(log_gate, axis=-1) - math.log(log_gate.shape[-1])
     # Rounding must not turn a gate of almost 1 into growth.
     return jnp.minimum(log_mean, 0)

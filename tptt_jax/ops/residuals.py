@@ -28,13 +28,27 @@ def save_product(x: Array) -> Array:
 
 
 def save_mixed(x: Array) -> Array:
-    """Marks what attention or the memory made of the tokens; without a policy this is x."""
+    """Marks what attention or the memory made, or a random mask; without a policy this is x."""
     return checkpoint_name(x, _MIXED)
 
 
-def saving_carry(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks what a step of a scan begins with, so that steps are made again one at a time.
+def scan_blocks(
+    step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` whose steps are made again for the gradient, one at a time.
 
-    Without, the gradient would first run the whole scan again for what lies between its steps.
+    What a step begins with is marked: otherwise the gradient of a layer would first run the
+    whole scan again for what lies between its steps. A single step begins with `carry`.
+
+    Args:
+      step: carry and one block to carry and output.
+      carry: what the first step begins with.
+      blocks: arrays with a leading axis of blocks.
+
+    Returns:
+      The last carry; outputs with a leading axis of blocks.
     """
-    return lambda carry, x: step(jax.tree.map(save_mixed, carry), x)
+    run = jax.checkpoint(step)
+    if jax.tree.leaves(blocks)[0].shape[0] == 1:
+        return jax.lax.scan(run, carry, blocks)
+    return jax.lax.scan(lambda c, x: run(jax.tree.map(save_mixed, c), x), carry, blocks)

@@ -6,6 +6,7 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.attend import KeyValues, attend
+from tptt_jax.ops.residuals import scan_blocks
 
 # Rows are cut into this many pieces of at least so many queries; what lies above the diagonal
 # and outside a piece is never computed.
@@ -85,14 +86,14 @@ def attend_sequence(
     k, v, key_ids = (_pad_tokens(x, before, pad) for x in (k, v, segment_ids))
     blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), of_queries)
 
-    @jax.checkpoint
-    def run(index: Array, queries: tuple) -> Array:
+    def run(_: None, numbered: tuple) -> tuple[None, Array]:
+        index, queries = numbered
         first = 0 if window is None else index * block
         size = k.shape[1] if window is None else block + before
         seen = tuple(lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v, key_ids))
-        return attend_some(queries, seen, index * block, first - before)
+        return None, attend_some(queries, seen, index * block, first - before)
 
-    _, out = lax.scan(lambda _, x: (None, run(*x)), None, (jnp.arange(num_blocks), blocks))
+    _, out = scan_blocks(run, None, (jnp.arange(num_blocks), blocks))
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
 
 

@@ -24,7 +24,7 @@ from tptt_jax.array_typing import Array, Bool, Float, Int, SegmentIds
 from tptt_jax.config import Gate, Recurrence, Trick
 from tptt_jax.ops.delta_product_inputs import activate_state, compute_dtype
 from tptt_jax.ops.gates import causal_mean
-from tptt_jax.ops.residuals import saving_carry
+from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals, shift_tokens
 from tptt_jax.ops.triangular import solve_unit_lower
 from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
@@ -266,9 +266,8 @@ def _run(
     # [blocks, n, B, K, C, ...]
     arranged = jax.tree.map(lambda x: jnp.swapaxes(cut(x), 3, 4), tokens)
     is_complete = (jnp.arange(blocks * n)[:, None] < num_complete).reshape(blocks, n, batch)
-    run_block = jax.checkpoint(functools.partial(_run_block, activation=rule.state_activation))
-    run_block = saving_carry(run_block) if blocks > 1 else run_block
-    state, out = jax.lax.scan(run_block, initial_state, (arranged, own, before, is_complete))
+    run_block = functools.partial(_run_block, activation=rule.state_activation)
+    state, out = scan_blocks(run_block, initial_state, (arranged, own, before, is_complete))
     out = jnp.moveaxis(out, (2, 4), (0, 3)).reshape(batch, -1, kv_heads * groups, dim)
     return out[:, :length], state
 
