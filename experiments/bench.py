@@ -43,8 +43,10 @@ class OpWork:
     """Householder steps per token."""
     chunk_size: int = 64
     """Tokens per chunk at most."""
-    precision: Precision = "highest"
+    precision: Precision = "auto"
     """Of the matrix products outside the triangular solve; without effect on a CPU."""
+    implementation: Literal["xla", "pallas"] | None = None
+    """Of the operator; None: what is known to be faster."""
     decay: bool = False
     """With a forget gate."""
     grad: bool = False
@@ -114,7 +116,10 @@ def _operator(work: OpWork) -> Job:
         q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None
     ) -> jax.Array:
         return chunk_delta_product(
-            *(q, k, v, beta, log_decay), chunk_size=work.chunk_size, precision=work.precision
+            *(q, k, v, beta, log_decay),
+            chunk_size=work.chunk_size,
+            precision=work.precision,
+            implementation=work.implementation,
         )[0]
 
     function = jax.jit(forward)

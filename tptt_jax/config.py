@@ -29,7 +29,7 @@ Trick = Literal["derivative", "rotary", "combined"]
 Gate = Literal["k", "v", "kv", "constant"]
 Mag = Literal["learned", "scheduled"]
 LinearScale = Literal["unit", "match", "projected"]
-Precision = Literal["highest", "high", "default"]
+Precision = Literal["auto", "highest", "high", "default"]
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again: "none": only what takes longer to keep; "dots": all but
 products with weights; "full": whole layers, of which only the input is kept."""
@@ -460,10 +460,11 @@ class LizaConfig:
     """First tokens of a document that a windowed layer goes on seeing (arXiv:2309.17453)."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; the result does not depend on it."""
-    precision: Precision = "highest"
+    precision: Precision = "auto"
     """Of the matrix products that read and write the memory of a row: "highest" is float32
     on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
-    does the same in all three). The state, the triangular solve and single tokens stay exact."""
+    does the same in all three). "auto" is "highest" in a float32 model and "default" in one of
+    half precision. The state, the triangular solve and single tokens stay exact."""
     memory_rank: int = 0
     """Rank of the memory's own low-rank deltas on the q, k and v projections; 0: none."""
     memory_alpha: float = 16.0

@@ -52,8 +52,8 @@ def model_fingerprint(model: CausalLM) -> str:
         None if config is None else dataclasses.asdict(config)
         for config in (model.config, model.liza, model.lora)
     ]
-    if configs[1] is not None and configs[1]["precision"] == "highest":
-        # States from before there was a choice were computed so.
+    if configs[1] is not None and configs[1]["precision"] in ("auto", "highest"):
+        # States from before there was a choice are as good.
         del configs[1]["precision"]
     lines.append(json.dumps([*configs, str(jnp.dtype(model.dtype))], sort_keys=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

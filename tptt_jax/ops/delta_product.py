@@ -11,8 +11,14 @@ from tptt_jax.ops.chunk_scan import ChunkTerms, scan_chunks
 from tptt_jax.ops.delta_product_inputs import (
     check_activation,
     check_inputs,
+    choose_precision,
     compute_dtype,
     silence_padding,
+)
+from tptt_jax.ops.delta_product_kernel import (
+    can_run_kernels,
+    kernel_delta_product,
+    prefers_kernels,
 )
 from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.residuals import scan_blocks
@@ -43,7 +49,8 @@ def chunk_delta_product(
     segment_ids: SegmentIds | None = None,
     chunk_size: int = 64,
     state_activation: Literal["none", "gelu"] = "none",
-    precision: jax.lax.PrecisionLike = "highest",
+    precision: jax.lax.PrecisionLike | Literal["auto"] = "auto",
+    implementation: Literal["xla", "pallas"] | None = None,
 ) -> tuple[Float[Array, "B T H Dv"], State]:
     """Runs the DeltaProduct recurrence in parallel chunks (arXiv:2502.10297; TPTT eq. 14).
 
@@ -71,18 +78,25 @@ def chunk_delta_product(
       chunk_size: tokens per chunk at most, see `plan_chunks`; any T will do.
       state_activation: "gelu" applies `activate_state` after each complete chunk, counted
         from the start of the row: the only option whose result depends on chunk_size.
-      precision: of the matrix products outside the triangular solve, which is always exact;
-        the default keeps float32 on every backend.
+      precision: of the matrix products outside the triangular solve, which is always exact.
+        "auto": as exact as the inputs: "highest" (float32 on every backend), or "default"
+        where q, k and v all have half precision.
+      implementation: "xla" runs anywhere. "pallas" are kernels for NVIDIA GPUs (interpreted
+        where there is none: slow, for tests); they choose their own chunk size and take neither
+        float64, a state_activation, more than 4 Householder steps nor heads of more than 128
+        channels. None: the kernels where they were measured to be faster, see `prefers_kernels`.
 
     Returns:
       Output [B, T, H, Dv] in q's dtype, and the final state [B, K, D, Dv] in float32
       (float64 if an input is).
 
     Raises:
-      ValueError: if the shapes disagree or an option is unknown.
+      ValueError: if the shapes disagree, an option is unknown, or "pallas" cannot do it.
     """
     check_inputs(q, k, v, beta, log_decay, initial_state, segment_ids)
     check_activation(state_activation)
+    if precision == "auto":
+        precision = choose_precision(q, k, v)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     batch, length, heads, dim = q.shape
@@ -91,6 +105,8 @@ def chunk_delta_product(
     state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
+    if _takes_kernels(implementation, q, k, v, state_activation, precision):
+        return kernel_delta_product(q, k, v, beta, log_decay, state, segment_ids, precision)
     plan = plan_chunks(length, chunk_size, exact=state_activation != "none")
     chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, plan)
     if state_activation == "gelu":
@@ -101,6 +117,28 @@ def chunk_delta_product(
     state, out = scan_blocks(run_block, state, chunks)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, value_dim)
     return out[:, :length], state
+
+
+def _takes_kernels(
+    implementation: str | None,
+    q: Array,
+    k: Array,
+    v: Array,
+    state_activation: str,
+    precision: jax.lax.PrecisionLike,
+) -> bool:
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be xla, pallas or None, got {implementation!r}.")
+    can = state_activation == "none" and can_run_kernels(q, v)
+    if implementation == "pallas" and not can:
+        raise ValueError(
+            f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
+            f'state_activation={state_activation!r}: use implementation="xla".'
+        )
+    return can and (
+        implementation == "pallas"
+        or (implementation is None and prefers_kernels(precision, q, k, v))
+    )
 
 
 def step_delta_product(

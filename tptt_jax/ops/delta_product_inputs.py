@@ -1,6 +1,6 @@
 """What the chunkwise form and the token recurrence of DeltaProduct have in common."""
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,16 @@ def check_activation(state_activation: str) -> None:
 def compute_dtype(*arrays: Array) -> jnp.dtype:
     """The dtype to compute and to keep the state in: float32, or float64 if an input is."""
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
+
+
+def choose_precision(*arrays: Array) -> Literal["default", "highest"]:
+    """The precision of products that is as exact as what is multiplied.
+
+    Args:
+      *arrays: "default" if all have half precision, else "highest".
+    """
+    half = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in arrays)
+    return "default" if half else "highest"
 
 
 def silence_padding(valid: Bool[Array, "..."], arrays: _Tree) -> _Tree:

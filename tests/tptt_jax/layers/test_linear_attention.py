@@ -89,13 +89,14 @@ def _by_hand(layer, x, *, gated):
 
 def test_precision_reaches_the_products_and_leaves_the_solve_exact():
     x, ways = _inputs(), {}
-    for precision in ("highest", "high", "default"):
+    for precision in ("auto", "highest", "high", "default"):
         layer = _layer(LizaConfig(chunk_size=4, precision=precision))
         args = (x, layer.init_state(2), jnp.zeros(2, jnp.int32))
         ways[precision] = [
             sorted(re.findall(r"precision=\(Precision\.(\w+),", str(jax.make_jaxpr(call)(*inputs))))
             for call, inputs in ((layer, args[:1]), (layer.extend, args))
         ]
+    assert ways.pop("auto") == ways["highest"]
     for exact, high, default in zip(*ways.values(), strict=True):
         assert set(exact) == {"HIGHEST"}
         assert set(high) == {"HIGHEST", "HIGH"}

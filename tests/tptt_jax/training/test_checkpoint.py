@@ -108,7 +108,7 @@ def test_description_round_trip(tmp_path):
 def test_a_description_from_before_precision_was_a_choice(tmp_path):
     description = Description(source="demo", liza=LIZA, lora=None, train="lora")
     values = json.loads(description.to_json())
-    assert values["liza"].pop("precision") == "highest"
+    assert values["liza"].pop("precision") == "auto"
     (tmp_path / "checkpoint.json").write_text(json.dumps(values))
     assert read_description(tmp_path) == description
 

@@ -1,0 +1,242 @@
+"""The DeltaProduct operator as Pallas kernels for NVIDIA GPUs."""
+
+import functools
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
+from tptt_jax.ops.delta_product_inputs import silence_padding
+from tptt_jax.ops.kernels.backward import run_backward
+from tptt_jax.ops.kernels.calls import Carries, KernelInputs, Ordinals, triton
+from tptt_jax.ops.kernels.forward import run_forward
+from tptt_jax.ops.kernels.tiles import Cut, Products
+from tptt_jax.ops.token_shift import document_ordinals
+
+# Virtual tokens of a chunk: rows of one matrix instruction of Hopper.
+_WRITES = 64
+# Below 16 a product fills no matrix instruction; above 128 tiles do not fit.
+_CHANNELS = (16, 128)
+_MOST_STEPS = 4
+_LARGEST_GROUP = 16
+# exp of what is smaller is 0 in float32, and 0 * -inf would be NaN.
+_LOWEST_DECAY = -1000
+
+
+def can_run_kernels(q: Float[Array, "B T H D"], v: Float[Array, "B T N K Dv"]) -> bool:
+    """Whether the kernels do what is asked, on any machine.
+
+    Args:
+      q: queries.
+      v: values.
+    """
+    length, heads, dim = q.shape[1:]
+    steps, kv_heads, value_dim = v.shape[2:]
+    return (
+        length > 0
+        and steps <= _MOST_STEPS
+        and heads // kv_heads <= _LARGEST_GROUP
+        and max(dim, value_dim) <= _CHANNELS[1]
+        and jnp.float64 not in (q.dtype, v.dtype)
+    )
+
+
+def prefers_kernels(precision: jax.lax.PrecisionLike, *arrays: Array) -> bool:
+    """Whether the kernels were measured to be faster than XLA's program here.
+
+    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to seven times
+    (docs/performance.md). Several devices take XLA's program, which can be divided among them.
+    TPTT_JAX_PALLAS=0 turns them off.
+
+    Args:
+      precision: of products.
+      *arrays: inputs of the operator that are multiplied.
+    """
+    if os.environ.get("TPTT_JAX_PALLAS") == "0" or triton is None:
+        return False
+    if any(x.dtype != jnp.bfloat16 for x in arrays) or not _is_default(precision):
+        return False
+    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+        return False
+    # Such as 9.0; AMD's have names such as gfx90a.
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return re.fullmatch(r"9\.\d+", capability) is not None
+
+
+def kernel_delta_product(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
+    log_decay: Float[Array, "B T K"] | None,
+    state: State,
+    segment_ids: SegmentIds | None,
+    precision: jax.lax.PrecisionLike,
+) -> tuple[Float[Array, "B T H Dv"], State]:
+    """`chunk_delta_product` by kernels, interpreted where there is no GPU.
+
+    Chunks have 64 virtual tokens. bfloat16 inputs at the default precision are multiplied as
+    bfloat16 numbers, W, U, R and states rounded to them; others as TF32, or as three TF32 products
+    that keep all bits of float32. The state from chunk to chunk and the systems' solution are
+    float32.
+
+    Args:
+      q: queries [B, T, H, D].
+      k: keys [B, T, N, K, D].
+      v: values [B, T, N, K, Dv].
+      beta: write gate [B, T, N, K] or [B, T, N, K, D].
+      log_decay: [B, T, K] or None.
+      state: before the first token [B, K, D, Dv], float32.
+      segment_ids: document ids [B, T] or None.
+      precision: of products.
+
+    Returns:
+      Output [B, T, H, Dv] in q's dtype and the last state, float32.
+    """
+    _, length, _, dim = q.shape
+    value_dim = v.shape[-1]
+    rounded = q.dtype == jnp.bfloat16 and _is_default(precision)
+    products = Products(
+        dtype=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
+        exact=not _is_default(precision),
+        interpret=jax.default_backend() != "gpu",
+    )
+    ordinals = None
+    if segment_ids is not None:
+        valid = segment_ids != 0
+        q, k, v, beta = silence_padding(valid, (q, k, v, beta))
+        log_decay = silence_padding(valid, log_decay)
+        ordinals = document_ordinals(segment_ids)
+    steps = _power_of_2(k.shape[2])
+    cut = Cut(_WRITES // steps, steps, products)
+    inputs = _arrange(q, k, v, beta, log_decay, state, ordinals, cut)
+    out, last = _call(inputs, cut)
+    return out[:, :length, :, :value_dim], last[..., :dim, :value_dim]
+
+
+def _call(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
+    return _run(inputs, cut)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _run(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
+    return run_forward(inputs, cut)
+
+
+def _run_forward(inputs: KernelInputs, cut: Cut) -> tuple[tuple[Array, Array], KernelInputs]:
+    return _run(inputs, cut), inputs
+
+
+def _run_backward(
+    cut: Cut, inputs: KernelInputs, gradients: tuple[Array, Array]
+) -> tuple[KernelInputs]:
+    grads = run_backward(inputs, *gradients, cut)
+    if inputs.ordinals is not None:
+        none: Any = [np.zeros(x.shape, jax.dtypes.float0) for x in inputs.ordinals]
+        grads = grads._replace(ordinals=Ordinals(*none))
+    return (grads,)
+
+
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _arrange(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array,
+    log_decay: Array | None,
+    state: Array,
+    ordinals: Int[Array, "B T"] | None,
+    cut: Cut,
+) -> KernelInputs:
+    """Pads tokens to whole chunks, and steps and channels to powers of 2, with inert numbers."""
+    batch, length, _, dim = q.shape
+    kv_heads, value_dim = v.shape[-2:]
+    tokens = -(-length // cut.tokens) * cut.tokens
+    width, value_width = _channels(dim), _channels(value_dim)
+    per_channel = beta.ndim == 5
+    if per_channel:
+        # One width for what keys and values are multiplied with.
+        width = value_width = max(width, value_width)
+        beta = _pad(beta, {1: tokens, 2: cut.steps, 4: width})
+        beta = beta.reshape(batch, tokens * cut.steps, kv_heads, width)
+    else:
+        beta = _pad(beta, {1: tokens, 2: cut.steps})
+        beta = jnp.swapaxes(beta.reshape(batch, tokens * cut.steps, kv_heads), 1, 2)
+    k = _pad(k, {1: tokens, 2: cut.steps, 4: width})
+    v = _pad(v, {1: tokens, 2: cut.steps, 4: value_width})
+    decay = carries = documents = None
+    if log_decay is not None:
+        decay = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST_DECAY)
+        decay = jnp.swapaxes(_pad(decay, {1: tokens}), 1, 2)
+    if ordinals is not None:
+        # Filler tokens beyond the row's end must not start a document.
+        ordinals = jnp.pad(ordinals, ((0, 0), (0, tokens - length)), mode="edge")
+        documents = Ordinals(ordinals, jnp.repeat(ordinals, cut.steps, axis=1))
+    if decay is not None or ordinals is not None:
+        carries = _carries(decay, ordinals, (batch, kv_heads, tokens), cut)
+    if decay is not None:
+        # A token decays the state before its first step.
+        decay = jnp.pad(decay[..., None], ((0, 0), (0, 0), (0, 0), (0, cut.steps - 1)))
+        decay = decay.reshape(batch, kv_heads, -1)
+    return KernelInputs(
+        q=_pad(q, {1: tokens, 3: width}),
+        k=k.reshape(batch, -1, kv_heads, width),
+        v=v.reshape(batch, -1, kv_heads, value_width),
+        beta=beta,
+        state=_pad(state, {2: width, 3: value_width}),
+        decay=decay,
+        carries=carries,
+        ordinals=documents,
+    )
+
+
+def _carries(
+    decay: Float[Array, "B K T"] | None,
+    ordinals: Int[Array, "B T"] | None,
+    size: tuple[int, int, int],
+    cut: Cut,
+) -> Carries:
+    batch, kv_heads, tokens = size
+    chunks = (batch, kv_heads, tokens // cut.tokens, cut.tokens)
+    into = out = jnp.ones(chunks, jnp.float32)
+    if decay is not None:
+        decay = decay.reshape(chunks)
+        into = jnp.exp(jnp.cumsum(decay, axis=-1))
+        # Of the tokens after this one.
+        later = jnp.cumsum(decay[..., :0:-1], axis=-1)[..., ::-1]
+        out = jnp.exp(jnp.pad(later, ((0, 0), (0, 0), (0, 0), (0, 1))))
+    through = into[..., -1]
+    if ordinals is not None:
+        documents = ordinals.reshape(batch, 1, *chunks[2:])
+        last = documents[..., -1]
+        before = jnp.pad(last, ((0, 0), (0, 0), (1, 0)))[..., :-1]
+        into = jnp.where(documents == before[..., None], into, 0)
+        out = jnp.where(documents == last[..., None], out, 0)
+        through = jnp.where(last == before, through, 0)
+    into, out = (x.reshape(size) for x in (into, out))
+    wide = (jnp.repeat(x, cut.steps, axis=-1) for x in (into, out))
+    return Carries(into, *wide, through)
+
+
+def _is_default(precision: jax.lax.PrecisionLike) -> bool:
+    return precision in (None, "default", jax.lax.Precision.DEFAULT)
+
+
+def _power_of_2(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _channels(size: int) -> int:
+    return max(_power_of_2(size), _CHANNELS[0])
+
+
+def _pad(x: Array, sizes: dict[int, int]) -> Array:
+    """Zeros behind, up to the sizes by axis."""
+    margin = [(0, sizes.get(axis, size) - size) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, margin) if any(after for _, after in margin) else x

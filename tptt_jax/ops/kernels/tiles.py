@@ -1,0 +1,177 @@
+"""What the kernels do with the tiles of one chunk."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tptt_jax.array_typing import Array, Bool, Float, Int
+
+_THREE_TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+_TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32
+_CONTRACTED = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
+
+# Larger tiles cost more products of numbers that are zero, smaller ones more of few rows.
+_PART = 32
+
+Form = Literal["nn", "nt", "tn"]
+
+
+class Products(NamedTuple):
+    """How tiles are multiplied; every product is summed in float32.
+
+    Attributes:
+      dtype: that numbers are rounded to before they are multiplied or written to memory.
+      exact: whether float32 numbers keep all their bits (three TF32 products make one).
+      interpret: whether JAX interprets the kernels, for tests on any machine; float32 products
+        are then exact.
+    """
+
+    dtype: jnp.dtype
+    exact: bool
+    interpret: bool
+
+    def dot(self, a: Array, b: Array, form: Form = "nn") -> Array:
+        """Returns a b (nn), a b^T (nt) or a^T b (tn)."""
+        return self._dot(a.astype(self.dtype), b.astype(self.dtype), form, self.exact)
+
+    def exact_dot(self, a: Array, b: Array, form: Form = "nn") -> Array:
+        """The same with all bits of float32, whatever is asked of other products."""
+        return self._dot(a.astype(jnp.float32), b.astype(jnp.float32), form, True)
+
+    def _dot(self, a: Array, b: Array, form: Form, exact: bool) -> Array:
+        precision = None
+        if a.dtype == jnp.float32:
+            precision = _THREE_TF32 if exact else _TF32
+            precision = jax.lax.Precision.HIGHEST if self.interpret else precision
+        return jax.lax.dot_general(
+            a, b, (_CONTRACTED[form], ((), ())), precision, preferred_element_type=jnp.float32
+        )
+
+
+class Cut(NamedTuple):
+    """How a row is cut, and how its tiles are multiplied.
+
+    Attributes:
+      tokens: C of a chunk, a power of 2.
+      steps: N, virtual tokens of a token, a power of 2.
+      products: of tiles.
+    """
+
+    tokens: int
+    steps: int
+    products: Products
+
+    @property
+    def writes(self) -> int:
+        """Virtual tokens M = C * N of a chunk."""
+        return self.tokens * self.steps
+
+    @property
+    def part(self) -> int:
+        """Virtual tokens of a tile of L that is inverted at once."""
+        return min(_PART, self.writes)
+
+    def written(self, part: slice = slice(None)) -> Int[Array, "M"]:
+        """Virtual tokens, or a part of them."""
+        start, stop, _ = part.indices(self.writes)
+        return start + _iota(stop - start)
+
+    def read(self) -> Int[Array, "C"]:
+        """The last virtual token of each token, as rows."""
+        return (_iota(self.tokens) + 1) * self.steps - 1
+
+
+def scale(x: Float[Array, "R X"], factor: Float[Array, "R"] | Float[Array, "R X"]) -> Array:
+    """Multiplies rows by a factor each, or each number by its own."""
+    return x * (factor[:, None] if factor.ndim == 1 else factor)
+
+
+def reaches(rows: Int[Array, "R"], columns: Int[Array, "X"]) -> Bool[Array, "R X"]:
+    """Whether a row is virtual token j, the column, or comes after it."""
+    return rows[:, None] >= columns[None, :]
+
+
+def decay_between(
+    products: Products,
+    decay: Float[Array, "M"] | None,
+    rows: Int[Array, "R"],
+    columns: Int[Array, "X"],
+    ordinals: tuple[Int[Array, "R"], Int[Array, "X"]] | None,
+) -> Float[Array, "R X"] | None:
+    """What a row finds of what virtual token j wrote, for those that it comes after.
+
+    Args:
+      products: how to multiply.
+      decay: logarithm of what each virtual token leaves of all that was written before it [M].
+      rows: the last virtual token that has decayed what a row finds.
+      columns: virtual tokens.
+      ordinals: documents of rows and of columns.
+
+    Returns:
+      Factors, without meaning above the diagonal; None: all of it.
+    """
+    factor = None
+    if decay is not None:
+        steps = _iota(decay.shape[0])
+        reached, later = reaches(rows, steps), steps[:, None] > columns[None, :]
+        if products.exact:
+            # Sums over what lies in between: a difference of running sums would lose the small
+            # decays after a large one.
+            addends = jnp.where(later, decay[:, None], 0)
+            sums = products.exact_dot(reached.astype(jnp.float32), addends)
+        else:
+            until_row = jnp.sum(jnp.where(reached, decay[None, :], 0), axis=1)
+            until_column = jnp.sum(jnp.where(later, 0, decay[:, None]), axis=0)
+            sums = jnp.minimum(until_row[:, None] - until_column[None, :], 0)
+        factor = jnp.exp(sums)
+    if ordinals is not None:
+        same = (ordinals[0][:, None] == ordinals[1][None, :]).astype(jnp.float32)
+        factor = same if factor is None else factor * same
+    return factor
+
+
+def decay_gradient(
+    products: Products, grad: Float[Array, "R M"], rows: Int[Array, "R"]
+) -> Float[Array, "M"]:
+    """The gradient of `decay_between`'s decay, all virtual tokens being columns.
+
+    Args:
+      products: how to multiply.
+      grad: of the logarithms of the factors; zero above the diagonal.
+      rows: as there.
+    """
+    steps = _iota(grad.shape[1])
+    reached, later = reaches(rows, steps), steps[:, None] > steps[None, :]
+    if products.exact:
+        sums = products.exact_dot(reached.astype(jnp.float32), grad, "tn")
+        return jnp.sum(jnp.where(later, sums, 0), axis=1)
+    of_rows = jnp.sum(jnp.where(reached, jnp.sum(grad, axis=1)[:, None], 0), axis=0)
+    of_columns = jnp.sum(jnp.where(later, 0, jnp.sum(grad, axis=0)[None, :]), axis=1)
+    return of_rows - of_columns
+
+
+def invert_unit_lower_tile(products: Products, lower: Float[Array, "M M"]) -> Float[Array, "M M"]:
+    """(I + L)^-1 for strictly lower triangular L; M is a power of 2.
+
+    Diagonal blocks are merged in pairs, [[A, 0], [C, B]]^-1 = [[A^-1, 0], [-B^-1 C A^-1, B^-1]],
+    from single entries on; all pairs of a size in two products. Nothing overflows, as powers of L
+    would.
+    """
+    size = lower.shape[0]
+    row = jax.lax.broadcasted_iota(jnp.int32, lower.shape, 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, lower.shape, 1)
+    inverse = (row == column).astype(jnp.float32)
+    block = 1
+    while block < size:
+        same_pair = row // (2 * block) == column // (2 * block)
+        corner = jnp.where(same_pair & (row // block > column // block), lower, 0)
+        if block > 1:
+            corner = products.exact_dot(inverse, products.exact_dot(corner, inverse))
+        inverse -= corner
+        block *= 2
+    return inverse
+
+
+def _iota(size: int) -> Int[Array, "X"]:
+    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
