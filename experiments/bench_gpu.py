@@ -112,8 +112,13 @@ def commands(sizes: Sizes, context: Path, peer_python: Path) -> dict[str, list[s
 def _operators(sizes: Sizes, precision: str, mark: str = "") -> dict[str, list[str]]:
     parts = {}
     for steps in (1, 2):
-        for suffix, flag in (("", []), ("-grad", ["--grad"])):
-            arguments = ["op", *sizes.op.split(), "--decay", "--householder", str(steps), *flag]
+        # Gradients without a gate as well: the peer refuses those with one beside some compilers.
+        for suffix, flags in (
+            ("", ["--decay"]),
+            ("-grad", ["--decay", "--grad"]),
+            ("-ungated-grad", ["--grad"]),
+        ):
+            arguments = ["op", *sizes.op.split(), "--householder", str(steps), *flags]
             parts[f"op-n{steps}{suffix}{mark}"] = _bench([*arguments, "--precision", precision])
     return parts
 

@@ -1,4 +1,4 @@
-"""Times flash-linear-attention's gated operators, for `experiments.bench_gpu`.
+"""Times flash-linear-attention's operators, for `experiments.bench_gpu`.
 
     python -m tests.parity.fla_operator --batch 4 --tokens 8192 --heads 16 --head-dim 128
 
@@ -7,9 +7,11 @@ object: seconds by name of the part of `bench_gpu` that does the same, or why th
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 
 def reason_to_skip() -> str | None:
@@ -22,9 +24,12 @@ def reason_to_skip() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no CUDA device"
 
 
-def measure(arguments: argparse.Namespace, householder: int, grad: bool) -> tuple[float, float]:
-    """Median seconds and peak GB of one forward pass, or of it and all gradients."""
+def prepare(
+    arguments: argparse.Namespace, householder: int, *, gated: bool, grad: bool
+) -> Callable[[], None]:
+    """What does one forward pass, or it and all gradients; run once for Triton to choose."""
     import torch
+    from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_product import chunk_gated_delta_product
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from torch.nn.functional import logsigmoid, normalize
@@ -41,23 +46,36 @@ def measure(arguments: argparse.Namespace, householder: int, grad: bool) -> tupl
     k = normalize(random(virtual, arguments.head_dim), dim=-1)
     v, beta = random(virtual, arguments.head_dim), random(virtual).sigmoid()
     log_decay = logsigmoid(random(tokens).float() + 4)
-    inputs = [x.detach().requires_grad_(grad) for x in (q, k, v, log_decay, beta)]
+    q, k, v, log_decay, beta = (x.detach().requires_grad_(grad) for x in (q, k, v, log_decay, beta))
+    inputs = (q, k, v, log_decay, beta) if gated else (q, k, v, beta)
 
     def run() -> None:
-        if householder == 1:
+        if householder > 1:
+            out, _ = chunk_gated_delta_product(
+                *(q, k, v, log_decay if gated else None, beta),
+                num_householder=householder,
+                scale=1.0,
+            )
+        elif gated:
             out, _ = chunk_gated_delta_rule(*inputs, scale=1.0)
         else:
-            out, _ = chunk_gated_delta_product(*inputs, num_householder=householder, scale=1.0)
+            out, _ = chunk_delta_rule(*inputs, scale=1.0)
         if grad:
             torch.autograd.grad(out.float().sum(), inputs)
         torch.cuda.synchronize()
 
-    # Triton tries its settings in the first runs.
-    for _ in range(3):
-        run()
+    run()
+    return run
+
+
+def measure(run: Callable[[], None], repeats: int) -> tuple[float, float]:
+    """Median seconds, and peak GB."""
+    import torch
+
+    run()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(arguments.repeats):
+    for _ in range(repeats):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
@@ -85,12 +103,20 @@ def main() -> None:
         "fla": fla.__version__,
         "median_s": {},
         "peak_gb": {},
+        # Such as gradients that some releases of Triton compile wrongly on Hopper.
+        "refused": {},
     }
-    for householder in (1, 2):
-        for suffix, grad in (("", False), ("-grad", True)):
-            name = f"op-n{householder}{suffix}"
-            seconds, peak = measure(arguments, householder, grad)
-            result["median_s"][name], result["peak_gb"][name] = seconds, peak
+    for householder, gated, grad in itertools.product((1, 2), (True, False), (False, True)):
+        if not (gated or grad):
+            continue
+        name = f"op-n{householder}{'' if gated else '-ungated'}{'-grad' if grad else ''}"
+        try:
+            run = prepare(arguments, householder, gated=gated, grad=grad)
+        except RuntimeError as error:
+            result["refused"][name] = str(error)
+            continue
+        seconds, peak = measure(run, arguments.repeats)
+        result["median_s"][name], result["peak_gb"][name] = seconds, peak
     print(json.dumps(result), flush=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
 from tptt_jax.ops.delta_product_inputs import silence_padding
 from tptt_jax.ops.kernels.backward import run_backward
-from tptt_jax.ops.kernels.calls import Carries, KernelInputs, Ordinals, triton
+from tptt_jax.ops.kernels.calls import KernelInputs, triton
 from tptt_jax.ops.kernels.forward import run_forward
 from tptt_jax.ops.kernels.tiles import Cut, Products
 from tptt_jax.ops.token_shift import document_ordinals
@@ -136,8 +136,8 @@ def _run_backward(
 ) -> tuple[KernelInputs]:
     grads = run_backward(inputs, *gradients, cut)
     if inputs.ordinals is not None:
-        none: Any = [np.zeros(x.shape, jax.dtypes.float0) for x in inputs.ordinals]
-        grads = grads._replace(ordinals=Ordinals(*none))
+        none: Any = np.zeros(inputs.ordinals.shape, jax.dtypes.float0)
+        grads = grads._replace(ordinals=none)
     return (grads,)
 
 
@@ -170,58 +170,21 @@ def _arrange(
         beta = jnp.swapaxes(beta.reshape(batch, tokens * cut.steps, kv_heads), 1, 2)
     k = _pad(k, {1: tokens, 2: cut.steps, 4: width})
     v = _pad(v, {1: tokens, 2: cut.steps, 4: value_width})
-    decay = carries = documents = None
     if log_decay is not None:
-        decay = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST_DECAY)
-        decay = jnp.swapaxes(_pad(decay, {1: tokens}), 1, 2)
+        log_decay = jnp.maximum(log_decay.astype(jnp.float32), _LOWEST_DECAY)
+        log_decay = jnp.swapaxes(_pad(log_decay, {1: tokens}), 1, 2)
     if ordinals is not None:
         # Filler tokens beyond the row's end must not start a document.
         ordinals = jnp.pad(ordinals, ((0, 0), (0, tokens - length)), mode="edge")
-        documents = Ordinals(ordinals, jnp.repeat(ordinals, cut.steps, axis=1))
-    if decay is not None or ordinals is not None:
-        carries = _carries(decay, ordinals, (batch, kv_heads, tokens), cut)
-    if decay is not None:
-        # A token decays the state before its first step.
-        decay = jnp.pad(decay[..., None], ((0, 0), (0, 0), (0, 0), (0, cut.steps - 1)))
-        decay = decay.reshape(batch, kv_heads, -1)
     return KernelInputs(
         q=_pad(q, {1: tokens, 3: width}),
         k=k.reshape(batch, -1, kv_heads, width),
         v=v.reshape(batch, -1, kv_heads, value_width),
         beta=beta,
         state=_pad(state, {2: width, 3: value_width}),
-        decay=decay,
-        carries=carries,
-        ordinals=documents,
+        log_decay=log_decay,
+        ordinals=ordinals,
     )
-
-
-def _carries(
-    decay: Float[Array, "B K T"] | None,
-    ordinals: Int[Array, "B T"] | None,
-    size: tuple[int, int, int],
-    cut: Cut,
-) -> Carries:
-    batch, kv_heads, tokens = size
-    chunks = (batch, kv_heads, tokens // cut.tokens, cut.tokens)
-    into = out = jnp.ones(chunks, jnp.float32)
-    if decay is not None:
-        decay = decay.reshape(chunks)
-        into = jnp.exp(jnp.cumsum(decay, axis=-1))
-        # Of the tokens after this one.
-        later = jnp.cumsum(decay[..., :0:-1], axis=-1)[..., ::-1]
-        out = jnp.exp(jnp.pad(later, ((0, 0), (0, 0), (0, 0), (0, 1))))
-    through = into[..., -1]
-    if ordinals is not None:
-        documents = ordinals.reshape(batch, 1, *chunks[2:])
-        last = documents[..., -1]
-        before = jnp.pad(last, ((0, 0), (0, 0), (1, 0)))[..., :-1]
-        into = jnp.where(documents == before[..., None], into, 0)
-        out = jnp.where(documents == last[..., None], out, 0)
-        through = jnp.where(last == before, through, 0)
-    into, out = (x.reshape(size) for x in (into, out))
-    wide = (jnp.repeat(x, cut.steps, axis=-1) for x in (into, out))
-    return Carries(into, *wide, through)
 
 
 def _is_default(precision: jax.lax.PrecisionLike) -> bool:

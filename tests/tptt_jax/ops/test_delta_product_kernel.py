@@ -1,4 +1,4 @@
-"""The operator's Pallas kernels: interpreted against the float64 recurrence, and lowered for CUDA."""
+"""The Pallas kernels: interpreted against the float64 recurrence, and lowered for CUDA."""
 
 import functools
 

@@ -1,7 +1,7 @@
 """The kernels of the gradient; the forward pass up to the outputs is run again for it."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +9,26 @@ from jax.experimental import pallas as pl
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.kernels.calls import (
-    COLUMNS,
-    Carries,
     KernelInputs,
     Layout,
-    Operand,
     Refs,
+    columns_of,
     read_wide,
     run_kernel,
 )
+from tptt_jax.ops.kernels.factors import Factors, decay_gradient, make_factors
 from tptt_jax.ops.kernels.forward import (
     States,
     Systems,
-    load_lower,
-    load_visible,
+    left_below,
+    left_visible,
     run_states,
     scale_by,
     solve_systems,
     what_is_read,
+    what_is_written,
 )
-from tptt_jax.ops.kernels.tiles import Cut, decay_gradient, scale
+from tptt_jax.ops.kernels.tiles import Cut, diagonal, scale
 
 
 class StateGradients(NamedTuple):
@@ -52,35 +52,37 @@ def run_backward(
     cut: Cut,
 ) -> KernelInputs:
     """Gradients of the inputs, given those of the outputs and of the last state."""
-    systems = solve_systems(inputs, cut, keep_inverse=True)
-    states = run_states(inputs, systems, cut)
-    wanted = _want_solution(inputs, grad_out, cut)
-    grads = _run_states_back(inputs, systems, wanted, grad_out, grad_last, cut)
-    reads = _pull_reads(inputs, states, grad_out, cut)
-    writes = _pull_writes(inputs, systems, states, grads, reads, cut)
-    carries = None
-    if inputs.carries is not None:
-        carries = Carries(reads.into, writes.into, writes.out, writes.through)
+    factors = make_factors(inputs.log_decay, inputs.ordinals, inputs.k.shape[2], cut)
+    systems = solve_systems(inputs, factors, cut, keep_inverse=True)
+    states = run_states(inputs, factors, systems, cut)
+    wanted = _want_solution(inputs, factors, grad_out, cut)
+    grads = _run_states_back(inputs, factors, systems, wanted, (grad_out, grad_last), cut)
+    reads = _pull_reads(inputs, factors, states, grad_out, cut)
+    writes = _pull_writes(inputs, factors, systems, states, grads, reads.k, cut)
+    log_decay = None
+    if inputs.log_decay is not None:
+        log_decay = decay_gradient(reads.until, writes.until, writes.end, cut)
     return KernelInputs(
         q=reads.q,
         k=writes.k,
         v=writes.v,
         beta=writes.beta,
         state=grads.first,
-        decay=writes.decay,
-        carries=carries,
+        log_decay=log_decay,
         ordinals=None,
     )
 
 
-def _want_solution(inputs: KernelInputs, grad_out: Array, cut: Cut) -> Float[Array, "B K V Dv"]:
+def _want_solution(
+    inputs: KernelInputs, factors: Factors, grad_out: Array, cut: Cut
+) -> Float[Array, "B K V Dv"]:
     """The gradient of R by the outputs of its own chunk."""
     layout = Layout(cut, inputs)
     made = run_kernel(
         "wanted",
         functools.partial(_want, cut, layout.group),
         layout,
-        {**what_is_read(inputs, layout), "grad": layout.reads(grad_out)},
+        {**what_is_read(inputs, factors, layout), "grad": layout.reads(grad_out)},
         {"wanted": layout.made(layout.new_made(inputs.v.shape[-1]))},
     )
     return made.wanted
@@ -88,7 +90,7 @@ def _want_solution(inputs: KernelInputs, grad_out: Array, cut: Cut) -> Float[Arr
 
 def _want(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], load_visible(cut, x)
+    k, visible = x.k[...], left_visible(cut, x)
     total = 0.0
     for g in range(group):
         total += dot(dot(x.q[:, g], k, "nt") * visible, x.grad[:, g], "tn")
@@ -97,13 +99,14 @@ def _want(cut: Cut, group: int, x: Refs, y: Refs) -> None:
 
 def _run_states_back(
     inputs: KernelInputs,
+    factors: Factors,
     systems: Systems,
     wanted: Array,
-    grad_out: Array,
-    grad_last: Array,
+    grads: tuple[Array, Array],
     cut: Cut,
 ) -> StateGradients:
-    layout, carries = Layout(cut, inputs, whole=True), inputs.carries
+    layout = Layout(cut, inputs, whole=True)
+    grad_out, grad_last = grads
     made = run_kernel(
         "states_back",
         functools.partial(_go_back, cut, layout.chunks, layout.group),
@@ -114,9 +117,9 @@ def _run_states_back(
             "reads": layout.made(systems.reads),
             "wanted": layout.made(wanted, split=True),
             "grad": layout.reads(grad_out, split=True),
-            "into": layout.numbers(carries and carries.into_reads, cut.tokens),
-            "out": layout.numbers(carries and carries.out_of_writes, cut.writes),
-            "through": layout.numbers(carries and carries.through, 1),
+            "into": layout.numbers(factors.into_reads, cut.tokens),
+            "out": layout.numbers(factors.out_of_writes, cut.writes),
+            "through": layout.numbers(factors.through, 1),
             "last": layout.state(grad_last),
         },
         {
@@ -136,27 +139,29 @@ def _go_back(cut: Cut, count: int, group: int, x: Refs, y: Refs) -> None:
         c = count - 1 - i
         here, tokens = pl.ds(c * cut.writes, cut.writes), pl.ds(c * cut.tokens, cut.tokens)
         y.after[c] = grad.astype(dtype)
-        key_out = scale_by(x.k[here].astype(jnp.float32), x.out, here)
-        solution = dot(key_out, grad) + x.wanted[here].astype(jnp.float32)
+        key_out = scale_by(read_wide(x.k, here), x.out, here)
+        solution = dot(key_out, grad) + read_wide(x.wanted, here)
         y.solution[here] = solution.astype(dtype)
         grad = grad if x.through is None else grad * x.through[c]
         for g in range(group):
-            query_in = scale_by(x.q[tokens, g].astype(jnp.float32), x.into, tokens)
+            query_in = scale_by(read_wide(x.q, tokens, g), x.into, tokens)
             grad += dot(query_in, x.grad[tokens, g], "tn")
         return grad - dot(x.reads[here], solution, "tn")
 
     y.first[...] = jax.lax.fori_loop(0, count, run_chunk, x.last[...])
 
 
-def _pull_reads(inputs: KernelInputs, states: States, grad_out: Array, cut: Cut) -> Refs:
-    """Gradients of the queries; those of keys [B, K, V, D] and decays by what was read."""
-    layout, carries = Layout(cut, inputs), inputs.carries
+def _pull_reads(
+    inputs: KernelInputs, factors: Factors, states: States, grad_out: Array, cut: Cut
+) -> Refs:
+    """Gradients of the queries and, by what was read, of keys [B, K, V, D] and sums of decays."""
+    layout = Layout(cut, inputs)
     return run_kernel(
         "reads_back",
         functools.partial(_read_back, cut, layout.group),
         layout,
         {
-            **what_is_read(inputs, layout),
+            **what_is_read(inputs, factors, layout),
             "states": layout.states(states.before),
             "solution": layout.made(states.solution),
             "grad": layout.reads(grad_out),
@@ -164,77 +169,68 @@ def _pull_reads(inputs: KernelInputs, states: States, grad_out: Array, cut: Cut)
         {
             "q": layout.reads(inputs.q),
             "k": layout.made(layout.new_made(inputs.k.shape[-1])),
-            "decay": layout.numbers(inputs.decay, cut.writes),
-            "into": layout.numbers(carries and carries.into_reads, cut.tokens),
+            "until": layout.numbers(inputs.log_decay, cut.tokens),
         },
     )
 
 
 def _read_back(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], load_visible(cut, x)
-    grad_key = grad_log = grad_into = 0.0
+    k, visible = x.k[...], left_visible(cut, x)
+    grad_key = until = 0.0
     for g in range(group):
         q = x.q[:, g]
         grad_scores, grad_query = 0.0, 0.0
-        for part in _columns(x.grad):
+        for part in columns_of(x.grad):
             grad = x.grad[:, g, part]
             grad_scores += dot(grad, x.solution[:, part], "nt")
             grad_query += dot(grad, x.states[:, part], "nt")
         grad_scores *= visible
-        if x.into is not None:
-            grad_into += jnp.sum(grad_query * q.astype(jnp.float32), axis=1)
-            grad_query = scale_by(grad_query, x.into)
-        if x.decay is not None:
-            grad_log += grad_scores * dot(q, k, "nt")
-        y.q[:, g] = (grad_query + dot(grad_scores, k)).astype(y.q.dtype)
+        grad_query = scale_by(grad_query, x.into) + dot(grad_scores, k)
+        y.q[:, g] = grad_query.astype(y.q.dtype)
         grad_key += dot(grad_scores, q, "tn")
+        if y.until is not None:
+            until += jnp.sum(grad_query * q.astype(jnp.float32), axis=1)
     y.k[...] = jnp.asarray(grad_key).astype(y.k.dtype)
-    if y.into is not None:
-        y.into[...] = grad_into
-    if y.decay is not None:
-        y.decay[...] = decay_gradient(cut.products, jnp.asarray(grad_log), cut.read())
+    if y.until is not None:
+        y.until[...] = until
 
 
 def _pull_writes(
     inputs: KernelInputs,
+    factors: Factors,
     systems: Systems,
     states: States,
     grads: StateGradients,
-    reads: Refs,
+    grad_key: Array,
     cut: Cut,
 ) -> Refs:
-    """Gradients of keys, values, gates and decays; those by what was read are added."""
-    layout, carries, ordinals = Layout(cut, inputs), inputs.carries, inputs.ordinals
-    factors: dict[str, Operand] = {
-        "decay": layout.numbers(inputs.decay, cut.writes),
-        "into": layout.numbers(carries and carries.into_writes, cut.writes),
-        "out": layout.numbers(carries and carries.out_of_writes, cut.writes),
-    }
+    """Gradients of keys (grad_key is that by what was read), values, gates, sums of decays."""
+    layout = Layout(cut, inputs)
+    ends = None if inputs.log_decay is None else factors.through
     return run_kernel(
         "writes_back",
         functools.partial(_write_back, cut),
         layout,
         {
-            **factors,
-            "k": layout.writes(inputs.k),
+            **what_is_written(inputs, factors, layout),
             "v": layout.writes(inputs.v),
-            "beta": layout.beta(inputs.beta),
-            "documents": layout.documents(ordinals and ordinals.writes, cut.writes),
+            "into": layout.numbers(factors.into_writes, cut.writes),
+            "out": layout.numbers(factors.out_of_writes, cut.writes),
+            "through": layout.numbers(ends, 1),
             "states": layout.states(states.before),
             "after": layout.states(grads.after),
             "solution": layout.made(states.solution),
             "wanted": layout.made(grads.solution),
             "inverse": layout.made(systems.inverse),
-            "k_by_reads": layout.made(reads.k),
-            "decay_by_reads": layout.numbers(reads.decay, cut.writes),
+            "k_by_reads": layout.made(grad_key),
         },
         {
-            **factors,
             "k": layout.writes(inputs.k),
             "v": layout.writes(inputs.v),
             "beta": layout.beta(inputs.beta),
-            "through": layout.numbers(carries and carries.through, 1),
+            "until": layout.numbers(factors.decay, cut.writes),
+            "end": layout.numbers(ends, 1),
         },
     )
 
@@ -242,50 +238,37 @@ def _pull_writes(
 def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
     dot, dtype = cut.products.dot, cut.products.dtype
     beta = read_wide(x.beta)
+    per_channel = beta.ndim == 2
     value = dot(x.inverse[...], x.wanted[...], "tn")
     y.v[...] = scale(value, beta).astype(y.v.dtype)
-    grad_beta = jnp.sum(value * read_wide(x.v), axis=1) if beta.ndim == 1 else None
+    grad_beta = 0.0 if per_channel else jnp.sum(value * read_wide(x.v), axis=1)
     value = value.astype(dtype)
-
-    product, factor = load_lower(cut, x)
-    row = cut.written()
-    grad_lower = -dot(value, x.solution[...], "nt")
-    grad_lower = jnp.where(row[:, None] > row[None, :], grad_lower, 0)
-    grad_lower = grad_lower if factor is None else grad_lower * factor
-    if y.decay is not None:
-        grad = decay_gradient(cut.products, grad_lower * product, row)
-        y.decay[...] = grad + x.decay_by_reads[...]
-
+    grad_lower = -dot(value, x.solution[...], "nt") * left_below(cut, x)
     grad_lower = grad_lower.astype(dtype)
-    into = out = through = 0.0
-    for part in _columns(x.k):
-        k = x.k[:, part].astype(jnp.float32)
-        gate = beta if beta.ndim == 1 else x.beta[:, part].astype(jnp.float32)
+    until = end = jnp.float32(0)
+    for part in columns_of(x.k):
+        k = read_wide(x.k, slice(None), part)
+        gate = read_wide(x.beta, slice(None), part) if per_channel else beta
         gated, state, after = scale(k, gate), x.states[part], x.after[part]
-        grad_key = dot(x.solution[...], after, "nt")
-        grad_gated = -dot(value, state, "nt")
-        if x.into is not None:
-            into += jnp.sum(grad_gated * gated, axis=1)
-            out += jnp.sum(grad_key * k, axis=1)
-            through += jnp.sum(after.astype(jnp.float32) * state.astype(jnp.float32))
-            grad_gated, grad_key = scale_by(grad_gated, x.into), scale_by(grad_key, x.out)
-        grad_gated += dot(grad_lower, k)
-        grad_key += dot(grad_lower, gated, "tn") + scale(grad_gated, gate)
-        grad_key += x.k_by_reads[:, part].astype(jnp.float32)
-        y.k[:, part] = grad_key.astype(y.k.dtype)
-        if grad_beta is not None:
-            grad_beta += jnp.sum(grad_gated * k, axis=1)
-        else:
+        grad_key = scale_by(dot(x.solution[...], after, "nt"), x.out)
+        if y.end is not None:
+            # Tiles that are multiplied need not lie in registers.
+            kept = jnp.sum(diagonal(dot(state, after, "nt")))
+            end += kept * x.through[...] + jnp.sum(grad_key * k)
+        grad_key += dot(grad_lower, gated, "tn") + read_wide(x.k_by_reads, slice(None), part)
+        grad_gated = scale_by(-dot(value, state, "nt"), x.into) + dot(grad_lower, k)
+        if y.until is not None:
+            until += jnp.sum(grad_gated * gated - grad_key * k, axis=1)
+        y.k[:, part] = (grad_key + scale(grad_gated, gate)).astype(y.k.dtype)
+        if per_channel:
             # Tiles cannot be cut: these columns of `value` once more.
             of_value = dot(x.inverse[...], x.wanted[:, part], "tn")
-            of_gate = grad_gated * k + of_value * x.v[:, part].astype(jnp.float32)
+            of_gate = grad_gated * k + of_value * read_wide(x.v, slice(None), part)
             y.beta[:, part] = of_gate.astype(y.beta.dtype)
-    if grad_beta is not None:
-        y.beta[...] = grad_beta.astype(y.beta.dtype)
-    if y.into is not None:
-        y.into[...], y.out[...], y.through[...] = into, out, through
+        else:
+            grad_beta += jnp.sum(grad_gated * k, axis=1)
+    if not per_channel:
+        y.beta[...] = jnp.asarray(grad_beta).astype(y.beta.dtype)
+    if y.until is not None and y.end is not None:
+        y.until[...], y.end[...] = until, end
 
-
-def _columns(ref: Any) -> list[slice]:
-    width = ref.shape[-1]
-    return [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]

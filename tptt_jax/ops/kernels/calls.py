@@ -22,31 +22,8 @@ Refs = SimpleNamespace
 COLUMNS = 64
 
 
-class Carries(NamedTuple):
-    """Factors between a chunk's tokens and its ends; n chunks.
-
-    Attributes:
-      into_reads: what token t finds of the state before its chunk [B, K, T].
-      into_writes: what virtual token i finds of it [B, K, V].
-      out_of_writes: what the state after the chunk holds of what virtual token i wrote.
-      through: what it holds of the state before [B, K, n].
-    """
-
-    into_reads: Float[Array, "B K T"]
-    into_writes: Float[Array, "B K V"]
-    out_of_writes: Float[Array, "B K V"]
-    through: Float[Array, "B K n"]
-
-
-class Ordinals(NamedTuple):
-    """Documents of tokens [B, T] and of virtual tokens [B, V]."""
-
-    reads: Int[Array, "B T"]
-    writes: Int[Array, "B V"]
-
-
 class KernelInputs(NamedTuple):
-    """Rows of whole chunks; V = T * N virtual tokens; sizes are powers of 2 but B, T, H, K.
+    """Rows of whole chunks; V = T * N virtual tokens; N, D and Dv are powers of 2.
 
     Attributes:
       q: queries [B, T, H, D].
@@ -54,9 +31,8 @@ class KernelInputs(NamedTuple):
       v: values [B, V, K, Dv].
       beta: write gate [B, K, V], or [B, V, K, D] per channel.
       state: before the first chunk [B, K, D, Dv], float32.
-      decay: logarithm of what each virtual token leaves [B, K, V]; None: everything.
-      carries: factors; None: all are 1.
-      ordinals: None: every row is one document.
+      log_decay: [B, K, T], float32; None: nothing decays.
+      ordinals: document of each token [B, T], counted from 0; None: a row is one document.
     """
 
     q: Float[Array, "B T H D"]
@@ -64,9 +40,8 @@ class KernelInputs(NamedTuple):
     v: Float[Array, "B V K Dv"]
     beta: Float[Array, "B K V"] | Float[Array, "B V K D"]
     state: Float[Array, "B K D Dv"]
-    decay: Float[Array, "B K V"] | None
-    carries: Carries | None
-    ordinals: Ordinals | None
+    log_decay: Float[Array, "B K T"] | None
+    ordinals: Int[Array, "B T"] | None
 
 
 class Operand(NamedTuple):
@@ -199,6 +174,7 @@ def run_kernel(
     inputs: Mapping[str, Operand],
     outputs: Mapping[str, Operand],
     *,
+    warps: int = 4,
     stages: int = 1,
 ) -> Refs:
     """Runs `body` with references to its blocks, by name, once for every program of the grid.
@@ -209,6 +185,7 @@ def run_kernel(
       layout: gives the grid.
       inputs: by name.
       outputs: by name.
+      warps: of a program; eight take longer for every one of the kernels.
       stages: of the compiler's pipeline of loads, for bodies with a loop.
 
     Returns:
@@ -224,8 +201,9 @@ def run_kernel(
         body(Refs(**nothing | sources), Refs(**nothing | targets))
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array, wanted.values())]
-    # Eight warps take longer for every one of the kernels.
-    params = None if triton is None else triton.CompilerParams(num_warps=4, num_stages=stages)
+    params = None
+    if triton is not None:
+        params = triton.CompilerParams(num_warps=warps, num_stages=stages)
     made = pl.pallas_call(
         kernel,
         grid=layout.grid,
@@ -243,11 +221,12 @@ def _array(operand: Operand) -> Any:
     return operand.array
 
 
-def read_all(ref: Any) -> Any:
-    """The whole block; None if it is absent."""
-    return None if ref is None else ref[...]
+def read_wide(ref: Any, *where: Any) -> Any:
+    """A block or a part of it, in float32."""
+    return (ref[where] if where else ref[...]).astype(jnp.float32)
 
 
-def read_wide(ref: Any) -> Any:
-    """The whole block in float32."""
-    return None if ref is None else ref[...].astype(jnp.float32)
+def columns_of(ref: Any) -> list[slice]:
+    """Parts of a block's last axis, to be worked on one after the other."""
+    width = ref.shape[-1]
+    return [slice(i, min(i + COLUMNS, width)) for i in range(0, width, COLUMNS)]

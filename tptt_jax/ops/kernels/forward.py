@@ -11,10 +11,13 @@ from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.kernels.calls import (
     KernelInputs,
     Layout,
+    Operand,
     Refs,
-    read_all,
+    columns_of,
+    read_wide,
     run_kernel,
 )
+from tptt_jax.ops.kernels.factors import Factors, make_factors
 from tptt_jax.ops.kernels.tiles import (
     Cut,
     decay_between,
@@ -54,38 +57,39 @@ class States(NamedTuple):
 
 def run_forward(inputs: KernelInputs, cut: Cut) -> tuple[Float[Array, "B T H Dv"], Array]:
     """The outputs in q's dtype, and the last state."""
-    states = run_states(inputs, solve_systems(inputs, cut), cut)
-    return read_outputs(inputs, states, cut), states.last
+    factors = make_factors(inputs.log_decay, inputs.ordinals, inputs.k.shape[2], cut)
+    states = run_states(inputs, factors, solve_systems(inputs, factors, cut), cut)
+    return _read_outputs(inputs, factors, states, cut), states.last
 
 
-def solve_systems(inputs: KernelInputs, cut: Cut, *, keep_inverse: bool = False) -> Systems:
+def solve_systems(
+    inputs: KernelInputs, factors: Factors, cut: Cut, *, keep_inverse: bool = False
+) -> Systems:
     """W = (I + L)^-1 (beta K exp(G)) and U = (I + L)^-1 (beta V), see `chunk_delta_product`."""
-    layout, carries, ordinals = Layout(cut, inputs), inputs.carries, inputs.ordinals
+    layout = Layout(cut, inputs)
     inverse = layout.new_made(cut.writes) if keep_inverse else None
     made = run_kernel(
         "systems",
         functools.partial(_solve, cut),
         layout,
         {
-            "k": layout.writes(inputs.k),
+            **what_is_written(inputs, factors, layout),
             "v": layout.writes(inputs.v),
-            "beta": layout.beta(inputs.beta),
-            "decay": layout.numbers(inputs.decay, cut.writes),
-            "into": layout.numbers(carries and carries.into_writes, cut.writes),
-            "documents": layout.documents(ordinals and ordinals.writes, cut.writes),
+            "into": layout.numbers(factors.into_writes, cut.writes),
         },
         {
             "reads": layout.made(layout.new_made(inputs.k.shape[-1])),
             "values": layout.made(layout.new_made(inputs.v.shape[-1])),
             "inverse": layout.made(inverse),
         },
+        warps=2,
     )
     return Systems(made.reads, made.values, made.inverse)
 
 
-def run_states(inputs: KernelInputs, systems: Systems, cut: Cut) -> States:
+def run_states(inputs: KernelInputs, factors: Factors, systems: Systems, cut: Cut) -> States:
     """R = U - W S, S <- exp(G_C) S + (K exp(G_C - G))^T R from chunk to chunk."""
-    layout, carries = Layout(cut, inputs, whole=True), inputs.carries
+    layout = Layout(cut, inputs, whole=True)
     made = run_kernel(
         "states",
         functools.partial(_run_states, cut, layout.chunks),
@@ -94,8 +98,8 @@ def run_states(inputs: KernelInputs, systems: Systems, cut: Cut) -> States:
             "reads": layout.made(systems.reads),
             "values": layout.made(systems.values, split=True),
             "k": layout.writes(inputs.k),
-            "out": layout.numbers(carries and carries.out_of_writes, cut.writes),
-            "through": layout.numbers(carries and carries.through, 1),
+            "out": layout.numbers(factors.out_of_writes, cut.writes),
+            "through": layout.numbers(factors.through, 1),
             "first": layout.state(inputs.state),
         },
         {
@@ -108,7 +112,9 @@ def run_states(inputs: KernelInputs, systems: Systems, cut: Cut) -> States:
     return States(made.before, made.solution, made.last)
 
 
-def read_outputs(inputs: KernelInputs, states: States, cut: Cut) -> Float[Array, "B T H Dv"]:
+def _read_outputs(
+    inputs: KernelInputs, factors: Factors, states: States, cut: Cut
+) -> Float[Array, "B T H Dv"]:
     """O = (Q exp(G)) S + mask(Q K^T exp(G_i - G_j)) R."""
     layout = Layout(cut, inputs)
     width = inputs.v.shape[-1]
@@ -118,7 +124,7 @@ def read_outputs(inputs: KernelInputs, states: States, cut: Cut) -> Float[Array,
         functools.partial(_read, cut, layout.group),
         layout,
         {
-            **what_is_read(inputs, layout),
+            **what_is_read(inputs, factors, layout),
             "states": layout.states(states.before),
             "solution": layout.made(states.solution),
         },
@@ -127,49 +133,64 @@ def read_outputs(inputs: KernelInputs, states: States, cut: Cut) -> Float[Array,
     return made.out
 
 
-def what_is_read(inputs: KernelInputs, layout: Layout) -> dict[str, Any]:
-    """Operands of kernels that read, of one chunk each."""
-    cut, carries, ordinals = layout.cut, inputs.carries, inputs.ordinals
+def what_is_written(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+    """Operands of kernels that need L, of one chunk each."""
+    writes = layout.cut.writes
     return {
-        "q": layout.reads(inputs.q),
         "k": layout.writes(inputs.k),
-        "decay": layout.numbers(inputs.decay, cut.writes),
-        "into": layout.numbers(carries and carries.into_reads, cut.tokens),
-        "read_documents": layout.documents(ordinals and ordinals.reads, cut.tokens),
-        "documents": layout.documents(ordinals and ordinals.writes, cut.writes),
+        "beta": layout.beta(inputs.beta),
+        "decay": layout.numbers(factors.decay, writes),
+        "until": layout.numbers(factors.until_writes, writes),
+        "documents": layout.documents(factors.documents, writes),
     }
 
 
-def load_lower(
-    cut: Cut, x: Refs, rows: slice = slice(None), columns: slice = slice(None)
-) -> tuple[Array, Array | None]:
-    """A part of (beta K) K^T below the diagonal, and what decay and documents multiply it with."""
+def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+    """Operands of kernels that read, of one chunk each."""
+    tokens, writes = layout.cut.tokens, layout.cut.writes
+    return {
+        "q": layout.reads(inputs.q),
+        "k": layout.writes(inputs.k),
+        "into": layout.numbers(factors.into_reads, tokens),
+        "decay": layout.numbers(factors.decay, writes),
+        "until": layout.numbers(factors.until_writes, writes),
+        "read_until": layout.numbers(factors.until_reads, tokens),
+        "documents": layout.documents(factors.documents, writes),
+        "read_documents": layout.documents(factors.read_documents, tokens),
+    }
+
+
+def left_below(cut: Cut, x: Refs, rows: slice = slice(None), columns: slice = slice(None)) -> Array:
+    """What virtual token i finds of what j wrote, a part of [M, M]; 0 if j is not before i."""
     row, column = cut.written(rows), cut.written(columns)
-    ordinals = None if x.documents is None else (x.documents[rows], x.documents[columns])
-    factor = decay_between(cut.products, read_all(x.decay), row, column, ordinals)
-    beta = x.beta[rows].astype(jnp.float32)
-    keys, others = x.k[rows], x.k[columns]
-    if beta.ndim == 1:
-        # Half precision keys are multiplied as they are, without rounding beta k.
-        product = scale(cut.products.dot(keys, others, "nt"), beta)
-    else:
-        product = cut.products.dot(scale(keys.astype(jnp.float32), beta), others, "nt")
-    if rows == columns:
-        product = jnp.where(row[:, None] > column[None, :], product, 0)
-    return product, factor
+    factor = (row[:, None] > column[None, :]).astype(jnp.float32)
+    if x.decay is not None:
+        until = (x.until[rows], x.until[columns])
+        factor *= decay_between(cut.products, x.decay[...], row, column, until)
+    if x.documents is not None:
+        factor *= _same(x.documents[rows], x.documents[columns])
+    return factor
 
 
-def load_visible(cut: Cut, x: Refs) -> Array:
+def left_visible(cut: Cut, x: Refs) -> Array:
     """What token t finds of what virtual token j of its chunk wrote [C, M]; 0 if it is later."""
     row, column = cut.read(), cut.written()
-    ordinals = None if x.documents is None else (x.read_documents[...], x.documents[...])
-    factor = decay_between(cut.products, read_all(x.decay), row, column, ordinals)
-    return jnp.where(reaches(row, column), jnp.float32(1) if factor is None else factor, 0)
+    factor = reaches(row, column).astype(jnp.float32)
+    if x.decay is not None:
+        until = (x.read_until[...], x.until[...])
+        factor *= decay_between(cut.products, x.decay[...], row, column, until)
+    if x.documents is not None:
+        factor *= _same(x.read_documents[...], x.documents[...])
+    return factor
 
 
 def scale_by(x: Any, ref: Any, *where: Any) -> Array:
     """Scales by the factors of a reference that may be absent."""
     return x if ref is None else scale(x, ref[where] if where else ref[...])
+
+
+def _same(rows: Array, columns: Array) -> Array:
+    return (rows[:, None] == columns[None, :]).astype(jnp.float32)
 
 
 def _solve(cut: Cut, x: Refs, y: Refs) -> None:
@@ -186,7 +207,9 @@ def _solve(cut: Cut, x: Refs, y: Refs) -> None:
             )
             inverse[i, j] = -cut.products.exact_dot(inverse[i, i], jnp.asarray(corner))
     for i, rows in enumerate(parts):
-        _write_solutions(cut, x, y, rows, [(parts[j], inverse[i, j]) for j in range(i + 1)])
+        tiles = [(parts[j], inverse[i, j]) for j in range(i + 1)]
+        _write_solution(cut, x, x.k, x.into, tiles, y.reads, rows)
+        _write_solution(cut, x, x.v, None, tiles, y.values, rows)
     if y.inverse is not None:
         for i, rows in enumerate(parts):
             for j, columns in enumerate(parts):
@@ -195,23 +218,33 @@ def _solve(cut: Cut, x: Refs, y: Refs) -> None:
 
 
 def _lower(cut: Cut, x: Refs, rows: slice, columns: slice) -> Array:
-    product, factor = load_lower(cut, x, rows, columns)
-    return product if factor is None else product * factor
+    """A part of L."""
+    beta = read_wide(x.beta, rows)
+    if beta.ndim == 1:
+        # Half precision keys are multiplied as they are, without rounding beta k.
+        product = scale(cut.products.dot(x.k[rows], x.k[columns], "nt"), beta)
+    else:
+        product = cut.products.dot(scale(read_wide(x.k, rows), beta), x.k[columns], "nt")
+    return product * left_below(cut, x, rows, columns)
 
 
-def _write_solutions(
-    cut: Cut, x: Refs, y: Refs, rows: slice, inverse: list[tuple[slice, Array]]
+def _write_solution(
+    cut: Cut,
+    x: Refs,
+    source: Any,
+    into: Any,
+    inverse: list[tuple[slice, Array]],
+    target: Any,
+    rows: slice,
 ) -> None:
-    """Rows of W and U, given these rows of the inverse by columns."""
-    dot, dtype = cut.products.dot, cut.products.dtype
-    reads = values = 0.0
-    for columns, tile in inverse:
-        beta = x.beta[columns].astype(jnp.float32)
-        key_in = scale_by(scale(x.k[columns].astype(jnp.float32), beta), x.into, columns)
-        reads += dot(tile, key_in)
-        values += dot(tile, scale(x.v[columns].astype(jnp.float32), beta))
-    y.reads[rows] = jnp.asarray(reads).astype(dtype)
-    y.values[rows] = jnp.asarray(values).astype(dtype)
+    """Rows of (I + L)^-1 (beta source), given these rows of the inverse by columns."""
+    for channels in columns_of(source):
+        total = 0.0
+        for columns, tile in inverse:
+            beta = x.beta[columns] if len(x.beta.shape) == 1 else x.beta[columns, channels]
+            gated = scale(read_wide(source, columns, channels), beta.astype(jnp.float32))
+            total += cut.products.dot(tile, scale_by(gated, into, columns))
+        target[rows, channels] = jnp.asarray(total).astype(target.dtype)
 
 
 def _run_states(cut: Cut, count: int, x: Refs, y: Refs) -> None:
@@ -220,9 +253,9 @@ def _run_states(cut: Cut, count: int, x: Refs, y: Refs) -> None:
     def run_chunk(c: Array, state: Array) -> Array:
         here = pl.ds(c * cut.writes, cut.writes)
         y.before[c] = state.astype(dtype)
-        solution = x.values[here].astype(jnp.float32) - dot(x.reads[here], state)
+        solution = read_wide(x.values, here) - dot(x.reads[here], state)
         y.solution[here] = solution.astype(dtype)
-        key_out = scale_by(x.k[here].astype(jnp.float32), x.out, here)
+        key_out = scale_by(read_wide(x.k, here), x.out, here)
         state = state if x.through is None else state * x.through[c]
         return state + dot(key_out, solution, "tn")
 
@@ -231,7 +264,7 @@ def _run_states(cut: Cut, count: int, x: Refs, y: Refs) -> None:
 
 def _read(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], load_visible(cut, x)
+    k, visible = x.k[...], left_visible(cut, x)
     for g in range(group):
         q = x.q[:, g]
         query_in = scale_by(q.astype(jnp.float32), x.into)

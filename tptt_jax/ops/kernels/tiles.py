@@ -92,63 +92,37 @@ def reaches(rows: Int[Array, "R"], columns: Int[Array, "X"]) -> Bool[Array, "R X
     return rows[:, None] >= columns[None, :]
 
 
+def diagonal(x: Float[Array, "X X"]) -> Float[Array, "X X"]:
+    """Keeps the diagonal."""
+    row = _iota(x.shape[0])
+    return jnp.where(row[:, None] == row[None, :], x, 0)
+
+
 def decay_between(
     products: Products,
-    decay: Float[Array, "M"] | None,
+    decay: Float[Array, "M"],
     rows: Int[Array, "R"],
     columns: Int[Array, "X"],
-    ordinals: tuple[Int[Array, "R"], Int[Array, "X"]] | None,
-) -> Float[Array, "R X"] | None:
-    """What a row finds of what virtual token j wrote, for those that it comes after.
+    until: tuple[Float[Array, "R"], Float[Array, "X"]],
+) -> Float[Array, "R X"]:
+    """What a row finds of what virtual token j wrote, if it comes after it.
 
     Args:
       products: how to multiply.
       decay: logarithm of what each virtual token leaves of all that was written before it [M].
       rows: the last virtual token that has decayed what a row finds.
       columns: virtual tokens.
-      ordinals: documents of rows and of columns.
-
-    Returns:
-      Factors, without meaning above the diagonal; None: all of it.
+      until: sums of decays from the chunk's start to rows and to columns.
     """
-    factor = None
-    if decay is not None:
-        steps = _iota(decay.shape[0])
-        reached, later = reaches(rows, steps), steps[:, None] > columns[None, :]
-        if products.exact:
-            # Sums over what lies in between: a difference of running sums would lose the small
-            # decays after a large one.
-            addends = jnp.where(later, decay[:, None], 0)
-            sums = products.exact_dot(reached.astype(jnp.float32), addends)
-        else:
-            until_row = jnp.sum(jnp.where(reached, decay[None, :], 0), axis=1)
-            until_column = jnp.sum(jnp.where(later, 0, decay[:, None]), axis=0)
-            sums = jnp.minimum(until_row[:, None] - until_column[None, :], 0)
-        factor = jnp.exp(sums)
-    if ordinals is not None:
-        same = (ordinals[0][:, None] == ordinals[1][None, :]).astype(jnp.float32)
-        factor = same if factor is None else factor * same
-    return factor
-
-
-def decay_gradient(
-    products: Products, grad: Float[Array, "R M"], rows: Int[Array, "R"]
-) -> Float[Array, "M"]:
-    """The gradient of `decay_between`'s decay, all virtual tokens being columns.
-
-    Args:
-      products: how to multiply.
-      grad: of the logarithms of the factors; zero above the diagonal.
-      rows: as there.
-    """
-    steps = _iota(grad.shape[1])
-    reached, later = reaches(rows, steps), steps[:, None] > steps[None, :]
     if products.exact:
-        sums = products.exact_dot(reached.astype(jnp.float32), grad, "tn")
-        return jnp.sum(jnp.where(later, sums, 0), axis=1)
-    of_rows = jnp.sum(jnp.where(reached, jnp.sum(grad, axis=1)[:, None], 0), axis=0)
-    of_columns = jnp.sum(jnp.where(later, 0, jnp.sum(grad, axis=0)[None, :]), axis=1)
-    return of_rows - of_columns
+        # Sums over what lies in between: a difference of running sums would lose the small decays
+        # after a large one.
+        steps = _iota(decay.shape[0])
+        addends = jnp.where(steps[:, None] > columns[None, :], decay[:, None], 0)
+        sums = products.exact_dot(reaches(rows, steps).astype(jnp.float32), addends)
+    else:
+        sums = jnp.minimum(until[0][:, None] - until[1][None, :], 0)
+    return jnp.exp(sums)
 
 
 def invert_unit_lower_tile(products: Products, lower: Float[Array, "M M"]) -> Float[Array, "M M"]:
