@@ -48,6 +48,11 @@ def temporaries(compiled) -> int:
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+counted = pytest.mark.skipif(
+    not jax.__version__.startswith("0.10."), reason="counts are those of the compiler of jax 0.10"
+)
+
+
 def assert_costs(compiled, flops: float, num_bytes: float) -> None:
     costs = compiled.cost_analysis()
     got = costs["flops"], costs["bytes accessed"]
@@ -55,6 +60,7 @@ def assert_costs(compiled, flops: float, num_bytes: float) -> None:
     assert num_bytes / BYTES_BAND < got[1] < num_bytes * BYTES_BAND, got
 
 
+@counted
 @pytest.mark.parametrize(
     ("plan", "grad", "flops", "num_bytes"),
     [

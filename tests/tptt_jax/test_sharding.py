@@ -109,10 +109,7 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
 def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
     """What `run_on_eight_devices` has measured in a process of its own."""
     path = tmp_path_factory.mktemp("sharding")
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_cpu_use_fusion_emitters=false"
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     command = (
         f"from tests.tptt_jax.test_sharding import run_on_eight_devices as run; run({str(path)!r})"
     )

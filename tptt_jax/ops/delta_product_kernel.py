@@ -11,9 +11,8 @@ import numpy as np
 
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
 from tptt_jax.ops.delta_product_inputs import silence_padding
-from tptt_jax.ops.kernels.backward import run_backward
 from tptt_jax.ops.kernels.calls import KernelInputs, triton
-from tptt_jax.ops.kernels.forward import run_forward
+from tptt_jax.ops.kernels.partition import backward, forward
 from tptt_jax.ops.kernels.tiles import Cut, Products
 from tptt_jax.ops.token_shift import document_ordinals
 
@@ -49,8 +48,7 @@ def prefers_kernels(precision: jax.lax.PrecisionLike, *arrays: Array) -> bool:
     """Whether the kernels were measured to be faster than XLA's program here.
 
     They are for bfloat16 inputs at the default precision on a Hopper GPU, five to seven times
-    (docs/performance.md). Several devices take XLA's program, which can be divided among them.
-    TPTT_JAX_PALLAS=0 turns them off.
+    (docs/performance.md). TPTT_JAX_PALLAS=0 turns them off.
 
     Args:
       precision: of products.
@@ -60,7 +58,7 @@ def prefers_kernels(precision: jax.lax.PrecisionLike, *arrays: Array) -> bool:
         return False
     if any(x.dtype != jnp.bfloat16 for x in arrays) or not _is_default(precision):
         return False
-    if jax.default_backend() != "gpu" or jax.device_count() > 1:
+    if jax.default_backend() != "gpu":
         return False
     # Such as 9.0; AMD's have names such as gfx90a.
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
@@ -124,7 +122,7 @@ def _call(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _run(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
-    return run_forward(inputs, cut)
+    return forward(inputs, cut)
 
 
 def _run_forward(inputs: KernelInputs, cut: Cut) -> tuple[tuple[Array, Array], KernelInputs]:
@@ -134,7 +132,7 @@ def _run_forward(inputs: KernelInputs, cut: Cut) -> tuple[tuple[Array, Array], K
 def _run_backward(
     cut: Cut, inputs: KernelInputs, gradients: tuple[Array, Array]
 ) -> tuple[KernelInputs]:
-    grads = run_backward(inputs, *gradients, cut)
+    grads = backward(inputs, *gradients, cut)
     if inputs.ordinals is not None:
         none: Any = np.zeros(inputs.ordinals.shape, jax.dtypes.float0)
         grads = grads._replace(ordinals=none)

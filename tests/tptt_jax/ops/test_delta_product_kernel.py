@@ -1,11 +1,16 @@
 """The Pallas kernels: interpreted against the float64 recurrence, and lowered for CUDA."""
 
 import functools
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from tests.tptt_jax.ops.test_delta_product import (
     IDS,
@@ -116,3 +121,156 @@ def test_what_the_kernels_do_not_take_is_said(options, arguments):
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="xla, pallas or None"):
         chunk_delta_product(**cast(make_inputs(5)), implementation="triton")
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Not interpreted."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+
+@pytest.fixture
+def on_gpu(compiled, monkeypatch):
+    """As if a GPU were there, to choose a program."""
+
+    def set_capability(capability):
+        device = type("Device", (), {"compute_capability": capability})
+        monkeypatch.setattr(jax, "local_devices", lambda: [device])
+
+    set_capability("9.0")
+    return set_capability
+
+
+def half_precision(length=40, **options):
+    inputs = cast(make_inputs(length, steps=1, **options), jnp.bfloat16)
+    return inputs | {"log_decay": inputs["log_decay"].astype(jnp.float32)}
+
+
+def lowered_for_cuda(function, *args):
+    # Later releases of JAX ask which GPU.
+    device = AbstractDevice("NVIDIA H100", 132, "gpu")
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+KERNELS = {
+    "systems": 2,
+    "states": 2,
+    "outputs": 1,
+    "wanted": 1,
+    "states_back": 1,
+    "reads_back": 1,
+    "writes_back": 1,
+}
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("vector", [False, True], ids=["per head", "per channel"])
+@pytest.mark.parametrize("precision", ["auto", "highest"])
+def test_kernels_pass_the_compiler_for_gpus(compiled, precision, vector):
+    """Forward and backward, three query heads a state, documents, decay."""
+    inputs = half_precision(dim=64, value_dim=64, heads=6, decay=True, state=True, vector=vector)
+    ids = jnp.ones(inputs["q"].shape[:2], jnp.int32)
+
+    def loss(inputs):
+        out, state = kernels(**inputs, segment_ids=ids, precision=precision)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(state)
+
+    text = lowered_for_cuda(jax.value_and_grad(loss), inputs)
+    for name, times in KERNELS.items():
+        assert len(re.findall(rf'name = "delta_product_{name}"', text)) == times, name
+
+
+def test_where_kernels_are_preferred(on_gpu, monkeypatch):
+    def calls(inputs, **options):
+        text = str(jax.make_jaxpr(functools.partial(chunk_delta_product, **options))(**inputs))
+        return text.count("pallas_call")
+
+    inputs = half_precision(decay=True)
+    assert calls(inputs) == 3
+    assert calls(inputs, implementation="xla") == 0
+    assert calls(inputs, precision="highest") == 0
+    assert calls(inputs, state_activation="gelu") == 0
+    assert calls(inputs | {"k": inputs["k"].astype(jnp.float32)}) == 0
+    assert calls(half_precision(decay=True, dim=256)) == 0
+    for capability, expected in (("8.0", 0), ("10.0", 0), ("gfx90a", 0), ("9.0", 3)):
+        on_gpu(capability)
+        assert calls(inputs) == expected, capability
+    monkeypatch.setenv("TPTT_JAX_PALLAS", "0")
+    assert calls(inputs) == 0
+
+
+def test_nothing_is_left_to_kernels_on_a_cpu():
+    inputs = half_precision(decay=True)
+    assert "pallas_call" not in str(jax.make_jaxpr(chunk_delta_product)(**inputs))
+
+
+DIVIDED = """
+import functools, sys
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tests.tptt_jax.ops.test_delta_product import cast, make_inputs, weigh
+from tptt_jax.ops import chunk_delta_product
+from tptt_jax.sharding import make_mesh
+
+rows, heads = "data", "tensor"
+keys = P(rows, None, None, heads)
+places = {"q": P(rows, None, heads), "k": keys, "v": keys, "beta": keys,
+          "log_decay": P(rows, None, heads), "initial_state": P(rows, heads)}
+ids = np.repeat([[1, 2], [3, 3]], [30, 40], axis=1)
+
+def gradients(inputs, implementation):
+    run = functools.partial(chunk_delta_product, implementation=implementation)
+    return jax.grad(lambda x: weigh(run, x, ids), has_aux=True)(inputs)
+
+gradients = jax.jit(gradients, static_argnames="implementation")
+mesh = make_mesh("data=2,tensor=2")
+for vector in (False, True):
+    inputs = cast(make_inputs(70, decay=True, state=True, vector=vector))
+    want = gradients(inputs, "xla")
+    put = {name: jax.device_put(x, NamedSharding(mesh, places[name])) for name, x in inputs.items()}
+    compiled = gradients.lower(put, "pallas").compile()
+    got = compiled(put)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    for name, x in got[0].items():
+        assert x.sharding.is_equivalent_to(put[name].sharding, x.ndim), (name, x.sharding)
+    moved = [x for x in ("all-gather", "all-to-all", "permute") if x in compiled.as_text()]
+    assert not moved, moved
+print("as on one")
+"""
+
+
+def test_rows_and_heads_are_divided_among_devices():
+    """Four simulated devices; nothing travels between them."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", DIVIDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "as on one", done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_kernels_equal_the_program_of_xla(name):
+    inputs, ids = case(name)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def gradients(inputs, implementation):
+        run = functools.partial(chunk_delta_product, implementation=implementation)
+        return jax.grad(lambda x: weigh(run, x, ids), has_aux=True)(inputs)
+
+    got, want = (gradients(cast(inputs), each) for each in ("pallas", "xla"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, np.asarray(b, np.float64)) < 1e-4
+    out = kernel_gradients(cast(inputs, jnp.bfloat16), ids)[1][0]
+    # The inputs are rounded as well.
+    assert relative_error(out, np.asarray(want[1][0], np.float64)) < 3e-2

@@ -271,4 +271,3 @@ def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
         y.beta[...] = jnp.asarray(grad_beta).astype(y.beta.dtype)
     if y.until is not None and y.end is not None:
         y.until[...], y.end[...] = until, end
-

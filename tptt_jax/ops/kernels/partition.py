@@ -1,0 +1,97 @@
+"""Dividing the kernels among devices: every device runs its rows and its KV heads."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tptt_jax.array_typing import Array
+from tptt_jax.ops.kernels.backward import run_backward
+from tptt_jax.ops.kernels.calls import KernelInputs
+from tptt_jax.ops.kernels.forward import run_forward
+from tptt_jax.ops.kernels.tiles import Cut
+
+# Axes of the inputs; only rows (b) and KV heads (k) may be divided. Query heads are those of the
+# KV heads one after the other.
+_AXES = {
+    "q": "b t (k g) d",
+    "k": "b v k d",
+    "v": "b v k e",
+    "beta": "b k v",
+    "beta per channel": "b v k d",
+    "state": "b k d e",
+    "log_decay": "b k t",
+    "ordinals": "b t",
+}
+_OUT, _LAST = "b t (k g) e", _AXES["state"]
+
+
+def forward(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
+    """`run_forward` on all devices."""
+    if jax.device_count() == 1:
+        return run_forward(inputs, cut)
+    return _divide(lambda x: run_forward(x, cut), (inputs,), (_OUT, _LAST), inputs)
+
+
+def backward(inputs: KernelInputs, grad_out: Array, grad_last: Array, cut: Cut) -> KernelInputs:
+    """`run_backward` on all devices."""
+    if jax.device_count() == 1:
+        return run_backward(inputs, grad_out, grad_last, cut)
+    results = inputs._replace(ordinals=None)
+    return _divide(
+        lambda x, out, last: run_backward(x, out, last, cut),
+        (inputs, grad_out, grad_last),
+        _name_axes(results),
+        inputs,
+    )
+
+
+def _name_axes(inputs: KernelInputs) -> KernelInputs:
+    """The axes of every array that is there."""
+    beta = "beta per channel" if inputs.beta.ndim == 4 else "beta"
+    names: dict[str, Any] = {name: _AXES[name] for name in inputs._fields} | {"beta": _AXES[beta]}
+    return KernelInputs(
+        **{key: None if getattr(inputs, key) is None else names[key] for key in names}
+    )
+
+
+def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInputs) -> Any:
+    """Runs a function of trees whose arrays have named axes on each device's part."""
+    axes = (_name_axes(inputs), _OUT, _LAST)[: len(args)]
+    arrays, structure = jax.tree.flatten(args)
+    names, (result_names, result_structure) = jax.tree.leaves(axes), jax.tree.flatten(results)
+
+    def run_flat(*flat: Array) -> tuple[Array, ...]:
+        return tuple(jax.tree.leaves(run(*jax.tree.unflatten(structure, flat))))
+
+    divided = custom_partitioning(run_flat)
+
+    def partition(mesh: Any, shapes: Any, result_shapes: Any) -> Any:
+        del result_shapes
+        # Rows as q has them, heads as k has them: those divide the heads of q as well.
+        owners = {"b": _spec(shapes[0])[0], "k": _spec(shapes[1])[2]}
+
+        def place(named: str) -> NamedSharding:
+            letters = named.replace("(k g)", "k").split()
+            return NamedSharding(mesh, PartitionSpec(*(owners.get(x) for x in letters)))
+
+        sources, targets = tuple(map(place, names)), tuple(map(place, result_names))
+        return mesh, run_flat, targets, sources
+
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    divided.def_partition(
+        partition,
+        sharding_rule=f"{', '.join(names)} -> {', '.join(result_names)}",
+        # In the order in which q, k and v name them.
+        need_replication_factors=("t", "g", "d", "v", "e"),
+        g=group,
+    )
+    return jax.tree.unflatten(result_structure, divided(*arrays))
+
+
+def _spec(shape: Any) -> tuple[Any, ...]:
+    """What divides each axis."""
+    given = tuple(shape.sharding.spec)
+    return given + (None,) * (len(shape.shape) - len(given))
