@@ -50,11 +50,11 @@ def backward(inputs: KernelInputs, grad_out: Array, grad_last: Array, cut: Cut) 
 
 def _name_axes(inputs: KernelInputs) -> KernelInputs:
     """The axes of every array that is there."""
-    beta = "beta per channel" if inputs.beta.ndim == 4 else "beta"
-    names: dict[str, Any] = {name: _AXES[name] for name in inputs._fields} | {"beta": _AXES[beta]}
-    return KernelInputs(
-        **{key: None if getattr(inputs, key) is None else names[key] for key in names}
-    )
+    names = _AXES | {"beta": _AXES["beta per channel" if inputs.beta.ndim == 4 else "beta"]}
+    present: dict[str, Any] = {
+        key: None if array is None else names[key] for key, array in inputs._asdict().items()
+    }
+    return KernelInputs(**present)
 
 
 def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInputs) -> Any:
