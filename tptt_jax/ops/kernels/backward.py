@@ -1,4 +1,8 @@
-"""The kernels of the gradient; the forward pass up to the outputs is run again for it."""
+"""The kernels of the gradient; the forward pass up to the outputs is run again for it.
+
+What a product has made is never transposed for another, but made again transposed: Triton 3.4 to
+3.7.0 compiles that wrongly for Hopper (triton-lang/triton, seen by flash-linear-attention 640).
+"""
 
 import functools
 from typing import NamedTuple
@@ -90,10 +94,11 @@ def _want_solution(
 
 def _want(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], left_visible(cut, x)
+    k, visible = x.k[...], left_visible(cut, x, transposed=True)
     total = 0.0
     for g in range(group):
-        total += dot(dot(x.q[:, g], k, "nt") * visible, x.grad[:, g], "tn")
+        scores = dot(k, x.q[:, g], "nt") * visible
+        total += dot(scores, x.grad[:, g])
     y.wanted[...] = jnp.asarray(total).astype(y.wanted.dtype)
 
 
@@ -177,18 +182,19 @@ def _pull_reads(
 def _read_back(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
     k, visible = x.k[...], left_visible(cut, x)
+    visible_transposed = left_visible(cut, x, transposed=True)
     grad_key = until = 0.0
     for g in range(group):
         q = x.q[:, g]
-        grad_scores, grad_query = 0.0, 0.0
+        grad_scores = transposed = grad_query = 0.0
         for part in columns_of(x.grad):
-            grad = x.grad[:, g, part]
-            grad_scores += dot(grad, x.solution[:, part], "nt")
+            grad, solution = x.grad[:, g, part], x.solution[:, part]
+            grad_scores += dot(grad, solution, "nt")
+            transposed += dot(solution, grad, "nt")
             grad_query += dot(grad, x.states[:, part], "nt")
-        grad_scores *= visible
-        grad_query = scale_by(grad_query, x.into) + dot(grad_scores, k)
+        grad_query = scale_by(grad_query, x.into) + dot(grad_scores * visible, k)
         y.q[:, g] = grad_query.astype(y.q.dtype)
-        grad_key += dot(grad_scores, q, "tn")
+        grad_key += dot(transposed * visible_transposed, q)
         if y.until is not None:
             until += jnp.sum(grad_query * q.astype(jnp.float32), axis=1)
     y.k[...] = jnp.asarray(grad_key).astype(y.k.dtype)
@@ -243,8 +249,10 @@ def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
     y.v[...] = scale(value, beta).astype(y.v.dtype)
     grad_beta = 0.0 if per_channel else jnp.sum(value * read_wide(x.v), axis=1)
     value = value.astype(dtype)
-    grad_lower = -dot(value, x.solution[...], "nt") * left_below(cut, x)
-    grad_lower = grad_lower.astype(dtype)
+    solution = x.solution[...]
+    grad_lower = (-dot(value, solution, "nt") * left_below(cut, x)).astype(dtype)
+    transposed = -dot(solution, value, "nt") * left_below(cut, x, transposed=True)
+    transposed = transposed.astype(dtype)
     until = end = jnp.float32(0)
     for part in columns_of(x.k):
         k = read_wide(x.k, slice(None), part)
@@ -255,7 +263,7 @@ def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
             # Tiles that are multiplied need not lie in registers.
             kept = jnp.sum(diagonal(dot(state, after, "nt")))
             end += kept * x.through[...] + jnp.sum(grad_key * k)
-        grad_key += dot(grad_lower, gated, "tn") + read_wide(x.k_by_reads, slice(None), part)
+        grad_key += dot(transposed, gated) + read_wide(x.k_by_reads, slice(None), part)
         grad_gated = scale_by(-dot(value, state, "nt"), x.into) + dot(grad_lower, k)
         if y.until is not None:
             until += jnp.sum(grad_gated * gated - grad_key * k, axis=1)

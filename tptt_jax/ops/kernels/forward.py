@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.kernels.calls import (
+    COLUMNS,
     KernelInputs,
     Layout,
     Operand,
@@ -20,9 +21,9 @@ from tptt_jax.ops.kernels.calls import (
 from tptt_jax.ops.kernels.factors import Factors, make_factors
 from tptt_jax.ops.kernels.tiles import (
     Cut,
+    cross,
     decay_between,
     invert_unit_lower_tile,
-    reaches,
     scale,
 )
 
@@ -82,7 +83,8 @@ def solve_systems(
             "values": layout.made(layout.new_made(inputs.v.shape[-1])),
             "inverse": layout.made(inverse),
         },
-        warps=2,
+        # Tiles of 128 channels do not fit into the registers of two warps.
+        warps=2 if max(inputs.k.shape[-1], inputs.v.shape[-1]) <= COLUMNS else 4,
     )
     return Systems(made.reads, made.values, made.inverse)
 
@@ -107,7 +109,8 @@ def run_states(inputs: KernelInputs, factors: Factors, systems: Systems, cut: Cu
             "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
             "last": layout.state(inputs.state),
         },
-        stages=3,
+        # Three chunks of float32 numbers do not fit into the shared memory.
+        stages=3 if cut.products.dtype == jnp.bfloat16 else 2,
     )
     return States(made.before, made.solution, made.last)
 
@@ -160,27 +163,36 @@ def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict
     }
 
 
-def left_below(cut: Cut, x: Refs, rows: slice = slice(None), columns: slice = slice(None)) -> Array:
+def left_below(
+    cut: Cut,
+    x: Refs,
+    rows: slice = slice(None),
+    columns: slice = slice(None),
+    *,
+    transposed: bool = False,
+) -> Array:
     """What virtual token i finds of what j wrote, a part of [M, M]; 0 if j is not before i."""
-    row, column = cut.written(rows), cut.written(columns)
-    factor = (row[:, None] > column[None, :]).astype(jnp.float32)
+    indices = cut.written(rows), cut.written(columns)
+    row, column = cross(*indices, transposed)
+    factor = (row > column).astype(jnp.float32)
     if x.decay is not None:
         until = (x.until[rows], x.until[columns])
-        factor *= decay_between(cut.products, x.decay[...], row, column, until)
+        factor *= decay_between(cut.products, x.decay[...], *indices, until, transposed=transposed)
     if x.documents is not None:
-        factor *= _same(x.documents[rows], x.documents[columns])
+        factor *= _same(x.documents[rows], x.documents[columns], transposed)
     return factor
 
 
-def left_visible(cut: Cut, x: Refs) -> Array:
+def left_visible(cut: Cut, x: Refs, *, transposed: bool = False) -> Array:
     """What token t finds of what virtual token j of its chunk wrote [C, M]; 0 if it is later."""
-    row, column = cut.read(), cut.written()
-    factor = reaches(row, column).astype(jnp.float32)
+    indices = cut.read(), cut.written()
+    row, column = cross(*indices, transposed)
+    factor = (row >= column).astype(jnp.float32)
     if x.decay is not None:
         until = (x.read_until[...], x.until[...])
-        factor *= decay_between(cut.products, x.decay[...], row, column, until)
+        factor *= decay_between(cut.products, x.decay[...], *indices, until, transposed=transposed)
     if x.documents is not None:
-        factor *= _same(x.read_documents[...], x.documents[...])
+        factor *= _same(x.read_documents[...], x.documents[...], transposed)
     return factor
 
 
@@ -189,8 +201,9 @@ def scale_by(x: Any, ref: Any, *where: Any) -> Array:
     return x if ref is None else scale(x, ref[where] if where else ref[...])
 
 
-def _same(rows: Array, columns: Array) -> Array:
-    return (rows[:, None] == columns[None, :]).astype(jnp.float32)
+def _same(rows: Array, columns: Array, transposed: bool) -> Array:
+    row, column = cross(rows, columns, transposed)
+    return (row == column).astype(jnp.float32)
 
 
 def _solve(cut: Cut, x: Refs, y: Refs) -> None:

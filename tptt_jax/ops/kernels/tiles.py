@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tptt_jax.array_typing import Array, Bool, Float, Int
+from tptt_jax.array_typing import Array, Float, Int, Shaped
 
 _THREE_TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 _TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32
@@ -87,9 +87,13 @@ def scale(x: Float[Array, "R X"], factor: Float[Array, "R"] | Float[Array, "R X"
     return x * (factor[:, None] if factor.ndim == 1 else factor)
 
 
-def reaches(rows: Int[Array, "R"], columns: Int[Array, "X"]) -> Bool[Array, "R X"]:
-    """Whether a row is virtual token j, the column, or comes after it."""
-    return rows[:, None] >= columns[None, :]
+def cross(
+    rows: Shaped[Array, "R"], columns: Shaped[Array, "X"], transposed: bool = False
+) -> tuple[Shaped[Array, "R 1"], Shaped[Array, "1 X"]]:
+    """Spreads two vectors over a tile [R, X], or [X, R]."""
+    if transposed:
+        return rows[None, :], columns[:, None]
+    return rows[:, None], columns[None, :]
 
 
 def diagonal(x: Float[Array, "X X"]) -> Float[Array, "X X"]:
@@ -104,6 +108,8 @@ def decay_between(
     rows: Int[Array, "R"],
     columns: Int[Array, "X"],
     until: tuple[Float[Array, "R"], Float[Array, "X"]],
+    *,
+    transposed: bool = False,
 ) -> Float[Array, "R X"]:
     """What a row finds of what virtual token j wrote, if it comes after it.
 
@@ -113,16 +119,20 @@ def decay_between(
       rows: the last virtual token that has decayed what a row finds.
       columns: virtual tokens.
       until: sums of decays from the chunk's start to rows and to columns.
+      transposed: whether the result is [X, R].
     """
-    if products.exact:
-        # Sums over what lies in between: a difference of running sums would lose the small decays
-        # after a large one.
-        steps = _iota(decay.shape[0])
-        addends = jnp.where(steps[:, None] > columns[None, :], decay[:, None], 0)
-        sums = products.exact_dot(reaches(rows, steps).astype(jnp.float32), addends)
-    else:
-        sums = jnp.minimum(until[0][:, None] - until[1][None, :], 0)
-    return jnp.exp(sums)
+    if not products.exact:
+        of_row, of_column = cross(*until, transposed)
+        return jnp.exp(jnp.minimum(of_row - of_column, 0))
+    # Sums over what lies in between: a difference of running sums would lose the small decays
+    # after a large one.
+    steps = _iota(decay.shape[0])
+    row, step = cross(rows, steps, transposed)
+    reached = (row >= step).astype(jnp.float32)
+    step, column = cross(steps, columns, transposed)
+    addends = jnp.where(step > column, cross(decay, columns, transposed)[0], 0)
+    pair = (addends, reached) if transposed else (reached, addends)
+    return jnp.exp(products.exact_dot(*pair))
 
 
 def invert_unit_lower_tile(products: Products, lower: Float[Array, "M M"]) -> Float[Array, "M M"]:
