@@ -15,12 +15,12 @@ from tptt_jax.ops.delta_product_inputs import (
     compute_dtype,
     silence_padding,
 )
-from tptt_jax.ops.delta_product_kernel import (
+from tptt_jax.ops.delta_product_plan import (
+    ChunkPlan,
     can_run_kernels,
-    kernel_delta_product,
+    plan_chunks,
     prefers_kernels,
 )
-from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals
 from tptt_jax.ops.triangular import invert_unit_lower
@@ -106,6 +106,9 @@ def chunk_delta_product(
     if initial_state is not None:
         state = initial_state.astype(dtype)
     if _takes_kernels(implementation, q, k, v, state_activation, precision):
+        # Where there is no GPU nobody waits for Pallas.
+        from tptt_jax.ops.delta_product_kernel import kernel_delta_product
+
         return kernel_delta_product(q, k, v, beta, log_decay, state, segment_ids, precision)
     plan = plan_chunks(length, chunk_size, exact=state_activation != "none")
     chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, plan)
@@ -129,16 +132,15 @@ def _takes_kernels(
 ) -> bool:
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"implementation must be xla, pallas or None, got {implementation!r}.")
-    can = state_activation == "none" and can_run_kernels(q, v)
+    can = state_activation == "none" and can_run_kernels(q, k, v)
     if implementation == "pallas" and not can:
         raise ValueError(
             f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
             f'state_activation={state_activation!r}: use implementation="xla".'
         )
-    return can and (
-        implementation == "pallas"
-        or (implementation is None and prefers_kernels(precision, q, k, v))
-    )
+    if implementation is None:
+        return can and prefers_kernels(precision, q, k, v)
+    return implementation == "pallas"
 
 
 def step_delta_product(

@@ -96,6 +96,15 @@ def choose_precision(*arrays: Array) -> Literal["default", "highest"]:
     return "default" if half else "highest"
 
 
+def is_default_precision(precision: jax.lax.PrecisionLike) -> bool:
+    """Whether products may be as fast as the machine makes them.
+
+    Args:
+      precision: of products.
+    """
+    return precision in (None, "default", jax.lax.Precision.DEFAULT)
+
+
 def silence_padding(valid: Bool[Array, "..."], arrays: _Tree) -> _Tree:
     """A tree of arrays, whose leading axes are those of `valid`, with zeros where it is False.
 

@@ -1,8 +1,6 @@
 """The DeltaProduct operator as Pallas kernels for NVIDIA GPUs."""
 
 import functools
-import os
-import re
 from typing import Any
 
 import jax
@@ -10,59 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
-from tptt_jax.ops.delta_product_inputs import silence_padding
-from tptt_jax.ops.kernels.calls import KernelInputs, triton
+from tptt_jax.ops.delta_product_inputs import is_default_precision, silence_padding
+from tptt_jax.ops.kernels.calls import KernelInputs
 from tptt_jax.ops.kernels.partition import backward, forward
 from tptt_jax.ops.kernels.tiles import Cut, Products
 from tptt_jax.ops.token_shift import document_ordinals
 
 # Virtual tokens of a chunk: rows of one matrix instruction of Hopper.
 _WRITES = 64
-# Below 16 a product fills no matrix instruction; above 128 tiles do not fit.
-_CHANNELS = (16, 128)
-_MOST_STEPS = 4
-_LARGEST_GROUP = 16
+# Fewer channels fill no matrix instruction.
+_FEWEST_CHANNELS = 16
 # exp of what is smaller is 0 in float32, and 0 * -inf would be NaN.
 _LOWEST_DECAY = -1000
-
-
-def can_run_kernels(q: Float[Array, "B T H D"], v: Float[Array, "B T N K Dv"]) -> bool:
-    """Whether the kernels do what is asked, on any machine.
-
-    Args:
-      q: queries.
-      v: values.
-    """
-    length, heads, dim = q.shape[1:]
-    steps, kv_heads, value_dim = v.shape[2:]
-    return (
-        length > 0
-        and steps <= _MOST_STEPS
-        and heads // kv_heads <= _LARGEST_GROUP
-        and max(dim, value_dim) <= _CHANNELS[1]
-        and jnp.float64 not in (q.dtype, v.dtype)
-    )
-
-
-def prefers_kernels(precision: jax.lax.PrecisionLike, *arrays: Array) -> bool:
-    """Whether the kernels were measured to be faster than XLA's program here.
-
-    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to seven times
-    (docs/performance.md). TPTT_JAX_PALLAS=0 turns them off.
-
-    Args:
-      precision: of products.
-      *arrays: inputs of the operator that are multiplied.
-    """
-    if os.environ.get("TPTT_JAX_PALLAS") == "0" or triton is None:
-        return False
-    if any(x.dtype != jnp.bfloat16 for x in arrays) or not _is_default(precision):
-        return False
-    if jax.default_backend() != "gpu":
-        return False
-    # Such as 9.0; AMD's have names such as gfx90a.
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    return re.fullmatch(r"9\.\d+", capability) is not None
 
 
 def kernel_delta_product(
@@ -97,10 +54,10 @@ def kernel_delta_product(
     """
     _, length, _, dim = q.shape
     value_dim = v.shape[-1]
-    rounded = q.dtype == jnp.bfloat16 and _is_default(precision)
+    rounded = q.dtype == jnp.bfloat16 and is_default_precision(precision)
     products = Products(
         dtype=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
-        exact=not _is_default(precision),
+        exact=not is_default_precision(precision),
         interpret=jax.default_backend() != "gpu",
     )
     ordinals = None
@@ -185,16 +142,12 @@ def _arrange(
     )
 
 
-def _is_default(precision: jax.lax.PrecisionLike) -> bool:
-    return precision in (None, "default", jax.lax.Precision.DEFAULT)
-
-
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
 def _channels(size: int) -> int:
-    return max(_power_of_2(size), _CHANNELS[0])
+    return max(_power_of_2(size), _FEWEST_CHANNELS)
 
 
 def _pad(x: Array, sizes: dict[int, int]) -> Array:

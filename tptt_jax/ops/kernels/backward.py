@@ -132,7 +132,8 @@ def _run_states_back(
             "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
             "first": layout.state(inputs.state),
         },
-        stages=2,
+        # The next chunk's queries wait in the shared memory: those of many heads do not fit.
+        stages=2 if layout.group <= 2 else 1,
     )
     return StateGradients(made.after, made.solution, made.first)
 
