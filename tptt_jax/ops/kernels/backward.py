@@ -133,7 +133,7 @@ def _run_states_back(
             "first": layout.state(inputs.state),
         },
         # The next chunk's queries wait in the shared memory: those of many heads do not fit.
-        stages=2 if layout.group <= 2 else 1,
+        stages=2 if layout.group * cut.products.dtype.itemsize <= 4 else 1,
     )
     return StateGradients(made.after, made.solution, made.first)
 
