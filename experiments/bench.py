@@ -17,7 +17,12 @@ from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
 from tptt_jax.config import Precision, Remat
 from tptt_jax.ops import chunk_delta_product
-from tptt_jax.ops.delta_product_plan import plan_chunks
+from tptt_jax.ops.delta_product_inputs import choose_precision
+from tptt_jax.ops.delta_product_plan import (
+    choose_implementation,
+    kernel_chunk_size,
+    plan_chunks,
+)
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import TrainMode, split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
@@ -126,13 +131,17 @@ def _operator(work: OpWork) -> Job:
     if work.grad:
         every = (0, 1, 2, 3, 4)
         function = jax.jit(jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), every))
+    precision = choose_precision(q, k, v) if work.precision == "auto" else work.precision
+    chunk_size = plan_chunks(work.tokens, work.chunk_size).chunk_size
+    if (work.implementation or choose_implementation(q, k, v, precision)) == "pallas":
+        chunk_size = kernel_chunk_size(work.householder)
     flops = operator_flops(
         tokens=work.batch * work.tokens,
         heads=work.heads,
         kv_heads=kv_heads,
         head_dim=work.head_dim,
         householder=work.householder,
-        chunk_size=plan_chunks(work.tokens, work.chunk_size).chunk_size,
+        chunk_size=chunk_size,
     )
     # Gradients take twice as much as the forward pass, which they need as well.
     return Job(

@@ -17,9 +17,9 @@ from tptt_jax.ops.delta_product_inputs import (
 )
 from tptt_jax.ops.delta_product_plan import (
     ChunkPlan,
-    can_run_kernels,
+    check_kernels,
+    choose_implementation,
     plan_chunks,
-    prefers_kernels,
 )
 from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals
@@ -84,7 +84,8 @@ def chunk_delta_product(
       implementation: "xla" runs anywhere. "pallas" are kernels for NVIDIA GPUs (interpreted
         where there is none: slow, for tests); they choose their own chunk size and take neither
         float64, a state_activation, more than 4 Householder steps nor heads of more than 128
-        channels. None: the kernels where they were measured to be faster, see `prefers_kernels`.
+        channels. None: the kernels where they were measured to be faster, see
+        `choose_implementation`.
 
     Returns:
       Output [B, T, H, Dv] in q's dtype, and the final state [B, K, D, Dv] in float32
@@ -95,6 +96,8 @@ def chunk_delta_product(
     """
     check_inputs(q, k, v, beta, log_decay, initial_state, segment_ids)
     check_activation(state_activation)
+    if implementation not in (None, "xla", "pallas"):
+        raise ValueError(f"implementation must be xla, pallas or None, got {implementation!r}.")
     if precision == "auto":
         precision = choose_precision(q, k, v)
     if chunk_size < 1:
@@ -105,7 +108,10 @@ def chunk_delta_product(
     state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
-    if _takes_kernels(implementation, q, k, v, state_activation, precision):
+    if implementation is None and state_activation == "none":
+        implementation = choose_implementation(q, k, v, precision)
+    if implementation == "pallas":
+        check_kernels(q, k, v, state_activation)
         # Where there is no GPU nobody waits for Pallas.
         from tptt_jax.ops.delta_product_kernel import kernel_delta_product
 
@@ -120,27 +126,6 @@ def chunk_delta_product(
     state, out = scan_blocks(run_block, state, chunks)
     out = jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, value_dim)
     return out[:, :length], state
-
-
-def _takes_kernels(
-    implementation: str | None,
-    q: Array,
-    k: Array,
-    v: Array,
-    state_activation: str,
-    precision: jax.lax.PrecisionLike,
-) -> bool:
-    if implementation not in (None, "xla", "pallas"):
-        raise ValueError(f"implementation must be xla, pallas or None, got {implementation!r}.")
-    can = state_activation == "none" and can_run_kernels(q, k, v)
-    if implementation == "pallas" and not can:
-        raise ValueError(
-            f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
-            f'state_activation={state_activation!r}: use implementation="xla".'
-        )
-    if implementation is None:
-        return can and prefers_kernels(precision, q, k, v)
-    return implementation == "pallas"
 
 
 def step_delta_product(

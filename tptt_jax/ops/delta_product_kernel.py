@@ -9,13 +9,12 @@ import numpy as np
 
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
 from tptt_jax.ops.delta_product_inputs import is_default_precision, silence_padding
+from tptt_jax.ops.delta_product_plan import kernel_chunk_size
 from tptt_jax.ops.kernels.calls import KernelInputs
 from tptt_jax.ops.kernels.partition import backward, forward
 from tptt_jax.ops.kernels.tiles import Cut, Products
 from tptt_jax.ops.token_shift import document_ordinals
 
-# Virtual tokens of a chunk: rows of one matrix instruction of Hopper.
-_WRITES = 64
 # Fewer channels fill no matrix instruction.
 _FEWEST_CHANNELS = 16
 # exp of what is smaller is 0 in float32, and 0 * -inf would be NaN.
@@ -66,8 +65,8 @@ def kernel_delta_product(
         q, k, v, beta = silence_padding(valid, (q, k, v, beta))
         log_decay = silence_padding(valid, log_decay)
         ordinals = document_ordinals(segment_ids)
-    steps = _power_of_2(k.shape[2])
-    cut = Cut(_WRITES // steps, steps, products)
+    steps = k.shape[2]
+    cut = Cut(kernel_chunk_size(steps), _power_of_2(steps), products)
     inputs = _arrange(q, k, v, beta, log_decay, state, ordinals, cut)
     out, last = _call(inputs, cut)
     return out[:, :length, :, :value_dim], last[..., :dim, :value_dim]

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.delta_product_inputs import compute_dtype, is_default_precision
 
+# Virtual tokens of a kernel's chunk: rows of one matrix instruction of Hopper.
+_KERNEL_WRITES = 64
 # What the kernels have tiles for.
 _MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
 
@@ -69,16 +71,58 @@ def plan_chunks(length: int, chunk_size: int, *, exact: bool = False) -> ChunkPl
     return ChunkPlan(size, blocks, -(-count // blocks))
 
 
-def can_run_kernels(
-    q: Float[Array, "B T H D"], k: Float[Array, "B T N K D"], v: Float[Array, "B T N K Dv"]
-) -> bool:
-    """Whether the Pallas kernels do what is asked, on any machine.
+def choose_implementation(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    precision: jax.lax.PrecisionLike,
+) -> Literal["xla", "pallas"]:
+    """The Pallas kernels where they were measured to be faster than XLA's program.
+
+    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to eight times.
+    TPTT_JAX_PALLAS=0 turns them off.
 
     Args:
       q: queries.
       k: keys.
       v: values.
+      precision: of products.
     """
+    if jax.default_backend() != "gpu" or os.environ.get("TPTT_JAX_PALLAS") == "0":
+        return "xla"
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not is_default_precision(precision):
+        return "xla"
+    # Such as 9.0; AMD's have names such as gfx90a.
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    if re.fullmatch(r"9\.\d+", capability) is None or not _fits_kernels(q, k, v):
+        return "xla"
+    # Later releases of JAX are to drop it.
+    known = importlib.util.find_spec("jax.experimental.pallas.triton")
+    return "xla" if known is None else "pallas"
+
+
+def check_kernels(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    state_activation: str,
+) -> None:
+    """Raises ValueError if the Pallas kernels do not do what is asked, on any machine.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      state_activation: must be "none".
+    """
+    if state_activation != "none" or not _fits_kernels(q, k, v):
+        raise ValueError(
+            f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
+            f'state_activation={state_activation!r}: use implementation="xla".'
+        )
+
+
+def _fits_kernels(q: Array, k: Array, v: Array) -> bool:
     _, length, heads, dim = q.shape
     steps, kv_heads, value_dim = v.shape[2:]
     return (
@@ -90,23 +134,10 @@ def can_run_kernels(
     )
 
 
-def prefers_kernels(precision: jax.lax.PrecisionLike, *arrays: Array) -> bool:
-    """Whether the Pallas kernels were measured to be faster than XLA's program here.
-
-    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to eight times.
-    TPTT_JAX_PALLAS=0 turns them off.
+def kernel_chunk_size(steps: int) -> int:
+    """Tokens of a chunk of the kernels; a token has as many virtual ones as a power of 2.
 
     Args:
-      precision: of products.
-      *arrays: inputs of the operator that are multiplied.
+      steps: Householder steps N of a token.
     """
-    if jax.default_backend() != "gpu" or os.environ.get("TPTT_JAX_PALLAS") == "0":
-        return False
-    if any(x.dtype != jnp.bfloat16 for x in arrays) or not is_default_precision(precision):
-        return False
-    # Such as 9.0; AMD's have names such as gfx90a.
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    if re.fullmatch(r"9\.\d+", capability) is None:
-        return False
-    # Later releases of JAX are to drop it.
-    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+    return _KERNEL_WRITES // (1 << (steps - 1).bit_length())
