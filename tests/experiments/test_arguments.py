@@ -68,7 +68,7 @@ def test_an_operator_brings_its_own_fields(operator):
 
 def test_precision_of_the_memory_is_a_flag():
     assert parse("--liza.precision", "high").liza == LizaConfig(precision="high")
-    assert parse().liza.precision == "highest"
+    assert parse().liza.precision == "auto"
 
 
 def test_memory_and_adapters_can_be_left_out():
