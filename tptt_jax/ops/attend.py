@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float
 from tptt_jax.ops.residuals import save_mixed
@@ -135,8 +136,8 @@ def _grouped(x: Array, part: KeyValues) -> Array:
 def _dot_keys(q: Array, keys: Array) -> Array:
     """[B, T, K, G, D] x [B, S, K, D] or [B, T, S, K, D] -> [B, K, G, T, S]."""
     if keys.ndim == 4:
-        # What is transposed is q and the result, never the far larger logits and weights.
-        return jnp.einsum("bkgtd,bskd->bkgts", jnp.transpose(q, (0, 2, 3, 1, 4)), keys)
+        logits = _batched(_by_head(q), jnp.swapaxes(keys, 1, 2), 3, 3)
+        return logits.reshape(*logits.shape[:2], -1, q.shape[1], keys.shape[1])
     # One dot product per token and key: as a batched product this would be B T K tiny ones.
     logits = jnp.sum(q[:, :, None] * keys[:, :, :, :, None], axis=-1)  # [B, T, S, K, G]
     return jnp.transpose(logits, (0, 3, 4, 1, 2))
@@ -145,7 +146,8 @@ def _dot_keys(q: Array, keys: Array) -> Array:
 def _weigh_values(weights: Array, values: Array) -> Array:
     """[B, K, G, T, S] x [B, S, K, D] or [B, T, S, K, D] -> [B, T, K, G, D]."""
     if values.ndim == 4:
-        out = jnp.einsum("bkgts,bskd->bkgtd", weights, values)
+        out = _batched(_all_queries(weights), jnp.swapaxes(values, 1, 2), 3, 2)
+        out = out.reshape(*weights.shape[:4], values.shape[-1])
         return jnp.transpose(out, (0, 3, 1, 2, 4))
     per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.sum(per_token[..., None] * values[:, :, :, :, None], axis=2)
@@ -154,9 +156,27 @@ def _weigh_values(weights: Array, values: Array) -> Array:
 def _gather_tokens(x: Array, queries: Array, keys: Array) -> Array:
     """[B, K, G, T, S] x [B, T, K, G, D] -> what `keys` look like, and in their dtype."""
     if keys.ndim == 4:
-        # What is transposed is again what is small: queries and result.
-        by_head = jnp.transpose(queries, (0, 2, 3, 1, 4))
-        out = jnp.einsum("bkgtd,bkgts->bkds", by_head, x)
+        out = _batched(_by_head(queries), _all_queries(x), 2, 2)
         return jnp.transpose(out, (0, 3, 1, 2)).astype(keys.dtype)
     per_token = jnp.transpose(x, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.einsum("btskg,btkgd->btskd", per_token, queries).astype(keys.dtype)
+
+
+def _batched(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """Matrix products over axes of [B, K, X, Y], as they lie in memory.
+
+    XLA multiplies matrices that lie either way, unless there are more axes: those it transposes
+    first.
+    """
+    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0, 1), (0, 1))))
+
+
+def _by_head(queries: Array) -> Array:
+    """[B, T, K, G, D] -> [B, K, G * T, D]."""
+    by_head = jnp.transpose(queries, (0, 2, 3, 1, 4))
+    return by_head.reshape(*by_head.shape[:2], -1, by_head.shape[-1])
+
+
+def _all_queries(x: Array) -> Array:
+    """[B, K, G, T, S] -> [B, K, G * T, S]."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
