@@ -288,7 +288,8 @@ def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     assert "no time was left" in late["parts"]["op-n1"]["skipped"]
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
     assert "did not end" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
-    reports = 'import time; print(\'{"a": 1}\\n{"a": 2}\\n{\', flush=True); time.sleep(99)'
+    lines = '{"a": 1}\n{"a": 2}\n{"a'
+    reports = f"import time; print({lines!r}, end='', flush=True); time.sleep(99)"
     part = bench_gpu._run_part([sys.executable, "-c", reports], 2, os.environ)
     assert part == {"a": 2, "stopped": "did not end in 2 s"}
     with pytest.raises(ValueError, match="there is no part op-n3; there are op-n1, "):
