@@ -133,7 +133,7 @@ def _operator(work: OpWork) -> Job:
         function = jax.jit(jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), every))
     precision = choose_precision(q, k, v) if work.precision == "auto" else work.precision
     chunk_size = plan_chunks(work.tokens, work.chunk_size).chunk_size
-    if (work.implementation or choose_implementation(q, k, v, precision)) == "pallas":
+    if (work.implementation or choose_implementation(q, k, v, beta, precision)) == "pallas":
         chunk_size = kernel_chunk_size(work.householder)
     flops = operator_flops(
         tokens=work.batch * work.tokens,

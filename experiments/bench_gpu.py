@@ -60,7 +60,7 @@ def bench_gpu(
     Args:
       output: directory of gpu.json; context.json and context.png are in its folder context.
       only: names of parts; none: all.
-      minutes: after which no part starts and the one that runs ends.
+      minutes: after which no part starts and the one that runs ends; no part may take more than 4.
       smoke: tiny sizes, to see on any machine that everything runs.
       peer_python: interpreter that has torch with CUDA and flash-linear-attention.
     """
@@ -149,7 +149,10 @@ def _run_part(command: list[str], seconds: float, environment: Mapping[str, str]
         why = f"did not end in {seconds:.0f} s"
         # A part that reports as it goes keeps what it has measured, in whole lines.
         *lines, _ = (stopped.stdout or b"").decode().split("\n")
-        return json.loads(lines[-1]) | {"stopped": why} if lines else {"failed": why}
+        try:
+            return json.loads(lines[-1]) | {"stopped": why}
+        except (IndexError, ValueError):
+            return {"failed": why}
     lines = ended.stdout.strip().splitlines()
     if ended.returncode == 0 and lines:
         return json.loads(lines[-1])
@@ -168,7 +171,7 @@ def _timed(done: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def _describe(result: dict[str, Any]) -> str:
-    for key in ("failed", "skipped"):
+    for key in ("failed", "skipped", "stopped"):
         if key in result:
             return f"{key}: {result[key]}"
     if "tokens_per_s" in result:

@@ -464,7 +464,7 @@ class LizaConfig:
     """Of the matrix products that read and write the memory of a row: "highest" is float32
     on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
     does the same in all three). "auto" is "highest" in a float32 model and "default" in one of
-    half precision. The state, the triangular solve and single tokens stay exact."""
+    half precision. The state, the inverse of each chunk's system and single tokens stay exact."""
     memory_rank: int = 0
     """Rank of the memory's own low-rank deltas on the q, k and v projections; 0: none."""
     memory_alpha: float = 16.0

@@ -112,11 +112,10 @@ def main() -> None:
         name = f"op-n{householder}{'' if gated else '-ungated'}{'-grad' if grad else ''}"
         try:
             run = prepare(arguments, householder, gated=gated, grad=grad)
+            seconds, peak = measure(run, arguments.repeats)
+            result["median_s"][name], result["peak_gb"][name] = seconds, peak
         except RuntimeError as error:
-            result["refused"][name] = str(error)
-            continue
-        seconds, peak = measure(run, arguments.repeats)
-        result["median_s"][name], result["peak_gb"][name] = seconds, peak
+            result["refused"][name] = f"{type(error).__name__}: {error}"
         # Whoever stops it early keeps what there is.
         print(json.dumps(result), flush=True)
 

@@ -78,13 +78,16 @@ def chunk_delta_product(
       chunk_size: tokens per chunk at most, see `plan_chunks`; any T will do.
       state_activation: "gelu" applies `activate_state` after each complete chunk, counted
         from the start of the row: the only option whose result depends on chunk_size.
-      precision: of the matrix products outside the triangular solve, which is always exact.
-        "auto": as exact as the inputs: "highest" (float32 on every backend), or "default"
-        where q, k and v all have half precision.
+      precision: of the matrix products outside the triangular solve, which is always exact
+        (kernels in bfloat16 round the inverse before they apply it). "auto": as exact as the
+        inputs: "highest" (float32 on every backend), or "default" where q, k and v all have half
+        precision.
       implementation: "xla" runs anywhere. "pallas" are kernels for NVIDIA GPUs (interpreted
         where there is none: slow, for tests); they choose their own chunk size and take neither
         float64, a state_activation, more than 4 Householder steps nor heads of more than 128
-        channels. None: the kernels where they were measured to be faster, see
+        channels; where several devices are, not under `jax.vmap` either, and under
+        `jax.shard_map` only with check_vma=False.
+        None: the kernels where they were measured to be faster, see
         `choose_implementation`.
 
     Returns:
@@ -109,9 +112,9 @@ def chunk_delta_product(
     if initial_state is not None:
         state = initial_state.astype(dtype)
     if implementation is None and state_activation == "none":
-        implementation = choose_implementation(q, k, v, precision)
+        implementation = choose_implementation(q, k, v, beta, precision)
     if implementation == "pallas":
-        check_kernels(q, k, v, state_activation)
+        check_kernels(q, k, v, beta, state_activation)
         # Where there is no GPU nobody waits for Pallas.
         from tptt_jax.ops.delta_product_kernel import kernel_delta_product
 

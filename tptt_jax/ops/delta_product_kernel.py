@@ -9,7 +9,7 @@ import numpy as np
 
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, State
 from tptt_jax.ops.delta_product_inputs import is_default_precision, silence_padding
-from tptt_jax.ops.delta_product_plan import kernel_chunk_size
+from tptt_jax.ops.delta_product_plan import kernel_chunk_size, power_of_2
 from tptt_jax.ops.kernels.calls import KernelInputs
 from tptt_jax.ops.kernels.partition import backward, forward
 from tptt_jax.ops.kernels.tiles import Cut, Products
@@ -35,8 +35,8 @@ def kernel_delta_product(
 
     Chunks have 64 virtual tokens. bfloat16 inputs at the default precision are multiplied as
     bfloat16 numbers, W, U, R and states rounded to them; others as TF32, or as three TF32 products
-    that keep all bits of float32. The state from chunk to chunk and the systems' solution are
-    float32.
+    that keep all bits of float32. The state from chunk to chunk and the inverse of (I + L) are
+    float32 until they are multiplied.
 
     Args:
       q: queries [B, T, H, D].
@@ -53,7 +53,8 @@ def kernel_delta_product(
     """
     _, length, _, dim = q.shape
     value_dim = v.shape[-1]
-    rounded = q.dtype == jnp.bfloat16 and is_default_precision(precision)
+    half = all(x.dtype == jnp.bfloat16 for x in (q, k, v))
+    rounded = half and is_default_precision(precision)
     products = Products(
         dtype=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
         exact=not is_default_precision(precision),
@@ -66,7 +67,7 @@ def kernel_delta_product(
         log_decay = silence_padding(valid, log_decay)
         ordinals = document_ordinals(segment_ids)
     steps = k.shape[2]
-    cut = Cut(kernel_chunk_size(steps), _power_of_2(steps), products)
+    cut = Cut(kernel_chunk_size(steps), power_of_2(steps), products)
     inputs = _arrange(q, k, v, beta, log_decay, state, ordinals, cut)
     out, last = _call(inputs, cut)
     return out[:, :length, :, :value_dim], last[..., :dim, :value_dim]
@@ -141,12 +142,8 @@ def _arrange(
     )
 
 
-def _power_of_2(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _channels(size: int) -> int:
-    return max(_power_of_2(size), _FEWEST_CHANNELS)
+    return max(power_of_2(size), _FEWEST_CHANNELS)
 
 
 def _pad(x: Array, sizes: dict[int, int]) -> Array:

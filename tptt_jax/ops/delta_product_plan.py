@@ -75,6 +75,7 @@ def choose_implementation(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T N K D"],
     v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
     precision: jax.lax.PrecisionLike,
 ) -> Literal["xla", "pallas"]:
     """The Pallas kernels where they were measured to be faster than XLA's program.
@@ -86,6 +87,7 @@ def choose_implementation(
       q: queries.
       k: keys.
       v: values.
+      beta: write gate.
       precision: of products.
     """
     if jax.default_backend() != "gpu" or os.environ.get("TPTT_JAX_PALLAS") == "0":
@@ -94,35 +96,45 @@ def choose_implementation(
         return "xla"
     # Such as 9.0; AMD's have names such as gfx90a.
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    if re.fullmatch(r"9\.\d+", capability) is None or not _fits_kernels(q, k, v):
+    if re.fullmatch(r"9\.\d+", capability) is None or not _fits_kernels(q, k, v, beta):
         return "xla"
-    # Later releases of JAX are to drop it.
-    known = importlib.util.find_spec("jax.experimental.pallas.triton")
-    return "xla" if known is None else "pallas"
+    return "pallas" if _has_compiler() else "xla"
 
 
 def check_kernels(
     q: Float[Array, "B T H D"],
     k: Float[Array, "B T N K D"],
     v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
     state_activation: str,
 ) -> None:
-    """Raises ValueError if the Pallas kernels do not do what is asked, on any machine.
+    """Raises ValueError if the Pallas kernels do not do what is asked.
 
     Args:
       q: queries.
       k: keys.
       v: values.
+      beta: write gate.
       state_activation: must be "none".
     """
-    if state_activation != "none" or not _fits_kernels(q, k, v):
+    if jax.default_backend() == "gpu" and not _has_compiler():
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend for Pallas, which the kernels need: "
+            f'use implementation="xla".'
+        )
+    if state_activation != "none" or not _fits_kernels(q, k, v, beta):
         raise ValueError(
             f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
             f'state_activation={state_activation!r}: use implementation="xla".'
         )
 
 
-def _fits_kernels(q: Array, k: Array, v: Array) -> bool:
+def _has_compiler() -> bool:
+    """Whether this JAX compiles Pallas kernels with Triton; later releases are to drop it."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def _fits_kernels(q: Array, k: Array, v: Array, beta: Array) -> bool:
     _, length, heads, dim = q.shape
     steps, kv_heads, value_dim = v.shape[2:]
     return (
@@ -130,7 +142,7 @@ def _fits_kernels(q: Array, k: Array, v: Array) -> bool:
         and steps <= _MOST_STEPS
         and heads // kv_heads <= _LARGEST_GROUP
         and max(dim, value_dim) <= _MOST_CHANNELS
-        and compute_dtype(q, k, v) == jnp.float32
+        and compute_dtype(q, k, v, beta) == jnp.float32
     )
 
 
@@ -140,4 +152,9 @@ def kernel_chunk_size(steps: int) -> int:
     Args:
       steps: Householder steps N of a token.
     """
-    return _KERNEL_WRITES // (1 << (steps - 1).bit_length())
+    return _KERNEL_WRITES // power_of_2(steps)
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of 2 that is not smaller."""
+    return 1 << (size - 1).bit_length()

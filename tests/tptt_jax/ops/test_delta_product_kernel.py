@@ -215,10 +215,10 @@ from tests.tptt_jax.ops.test_delta_product import cast, make_inputs, weigh
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.sharding import make_mesh
 
-rows, heads = "data", "tensor"
-keys = P(rows, None, None, heads)
-places = {"q": P(rows, None, heads), "k": keys, "v": keys, "beta": keys,
-          "log_decay": P(rows, None, heads), "initial_state": P(rows, heads)}
+rows, tensor = "data", "tensor"
+keys = P(rows, None, None, tensor)
+places = {"q": P(rows, None, tensor), "k": keys, "v": keys, "beta": keys,
+          "log_decay": P(rows, None, tensor), "initial_state": P(rows, tensor)}
 ids = np.repeat([[1, 2], [3, 3]], [30, 40], axis=1)
 
 def gradients(inputs, implementation):
@@ -227,8 +227,11 @@ def gradients(inputs, implementation):
 
 gradients = jax.jit(gradients, static_argnames="implementation")
 mesh = make_mesh("data=2,tensor=2")
-for vector in (False, True):
-    inputs = cast(make_inputs(70, decay=True, state=True, vector=vector))
+for vector, heads, kv_heads in ((False, 4, 2), (True, 4, 2), (False, 2, 2), (False, 4, 1)):
+    options = {"heads": heads, "kv_heads": kv_heads, "vector": vector}
+    inputs = cast(make_inputs(70, decay=True, state=True, **options))
+    if kv_heads == 1:
+        places = {name: P(rows) for name in places}
     want = gradients(inputs, "xla")
     put = {name: jax.device_put(x, NamedSharding(mesh, places[name])) for name, x in inputs.items()}
     compiled = gradients.lower(put, "pallas").compile()

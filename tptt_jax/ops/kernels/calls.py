@@ -64,14 +64,12 @@ class Layout(NamedTuple):
     Attributes:
       cut: of a row.
       inputs: give all sizes.
-      whole: whether a program sees all chunks, and `columns` of the values' channels.
-      columns: of a program of that kind.
+      whole: whether a program sees all chunks, and `COLUMNS` of the values' channels.
     """
 
     cut: Cut
     inputs: KernelInputs
     whole: bool = False
-    columns: int = COLUMNS
 
     @property
     def chunks(self) -> int:
@@ -164,7 +162,7 @@ class Layout(NamedTuple):
         return of_chunk * self.chunks if self.whole else of_chunk
 
     def _width(self, width: int) -> int:
-        return min(self.columns, width)
+        return min(COLUMNS, width)
 
 
 def run_kernel(

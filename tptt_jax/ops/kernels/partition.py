@@ -59,7 +59,13 @@ def _name_axes(inputs: KernelInputs) -> KernelInputs:
 
 def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInputs) -> Any:
     """Runs a function of trees whose arrays have named axes on each device's part."""
+    kv_heads = inputs.k.shape[2]
+    group = inputs.q.shape[2] // kv_heads
     axes = (_name_axes(inputs), _OUT, _LAST)[: len(args)]
+    if group == 1 or kv_heads == 1:
+        # An axis may be made of several only if none of them has the size 1.
+        heads = "k" if group == 1 else "g"
+        axes, results = jax.tree.map(lambda x: x.replace("(k g)", heads), (axes, results))
     arrays, structure = jax.tree.flatten(args)
     names, (result_names, result_structure) = jax.tree.leaves(axes), jax.tree.flatten(results)
 
@@ -80,13 +86,14 @@ def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInpu
         sources, targets = tuple(map(place, names)), tuple(map(place, result_names))
         return mesh, run_flat, targets, sources
 
-    group = inputs.q.shape[2] // inputs.k.shape[2]
+    # In the order in which q, k and v name them.
+    sizes: dict[str, Any] = {"g": group} if group > 1 and kv_heads > 1 else {}
+    whole = [x for x in ("t", "g", "d", "v", "e") if x != "g" or group > 1]
     divided.def_partition(
         partition,
         sharding_rule=f"{', '.join(names)} -> {', '.join(result_names)}",
-        # In the order in which q, k and v name them.
-        need_replication_factors=("t", "g", "d", "v", "e"),
-        g=group,
+        need_replication_factors=tuple(whole),
+        **sizes,
     )
     return jax.tree.unflatten(result_structure, divided(*arrays))
 
