@@ -17,7 +17,7 @@ from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
 from tptt_jax.config import Precision, Remat
 from tptt_jax.ops import chunk_delta_product
-from tptt_jax.ops.delta_product_inputs import choose_precision
+from tptt_jax.ops.delta_product_inputs import resolve_precision
 from tptt_jax.ops.delta_product_plan import (
     choose_implementation,
     kernel_chunk_size,
@@ -131,7 +131,7 @@ def _operator(work: OpWork) -> Job:
     if work.grad:
         every = (0, 1, 2, 3, 4)
         function = jax.jit(jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), every))
-    precision = choose_precision(q, k, v) if work.precision == "auto" else work.precision
+    precision = resolve_precision(work.precision, q, k, v)
     chunk_size = plan_chunks(work.tokens, work.chunk_size).chunk_size
     if (work.implementation or choose_implementation(q, k, v, beta, precision)) == "pallas":
         chunk_size = kernel_chunk_size(work.householder)

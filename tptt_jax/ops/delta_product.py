@@ -11,8 +11,8 @@ from tptt_jax.ops.chunk_scan import ChunkTerms, scan_chunks
 from tptt_jax.ops.delta_product_inputs import (
     check_activation,
     check_inputs,
-    choose_precision,
     compute_dtype,
+    resolve_precision,
     silence_padding,
 )
 from tptt_jax.ops.delta_product_plan import (
@@ -101,8 +101,7 @@ def chunk_delta_product(
     check_activation(state_activation)
     if implementation not in (None, "xla", "pallas"):
         raise ValueError(f"implementation must be xla, pallas or None, got {implementation!r}.")
-    if precision == "auto":
-        precision = choose_precision(q, k, v)
+    precision = resolve_precision(precision, q, k, v)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     batch, length, heads, dim = q.shape

@@ -86,12 +86,17 @@ def compute_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.result_type(jnp.float32, *(x.dtype for x in arrays))
 
 
-def choose_precision(*arrays: Array) -> Literal["default", "highest"]:
-    """The precision of products that is as exact as what is multiplied.
+def resolve_precision(
+    precision: jax.lax.PrecisionLike | Literal["auto"], *arrays: Array
+) -> jax.lax.PrecisionLike:
+    """What "auto" stands for: products as exact as what is multiplied.
 
     Args:
-      *arrays: "default" if all have half precision, else "highest".
+      precision: "auto" becomes "default" if all arrays have half precision, else "highest".
+      *arrays: inputs of the operator that are multiplied.
     """
+    if precision != "auto":
+        return precision
     half = all(x.dtype in (jnp.bfloat16, jnp.float16) for x in arrays)
     return "default" if half else "highest"
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,9 +9,12 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.delta_product_inputs import compute_dtype, is_default_precision
+from tptt_jax.ops.gpu import compute_capability
 
 # Virtual tokens of a kernel's chunk: rows of one matrix instruction of Hopper.
 _KERNEL_WRITES = 64
+# Architecture that the kernels were measured on.
+_HOPPER = 9
 # What the kernels have tiles for.
 _MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
 
@@ -90,15 +92,14 @@ def choose_implementation(
       beta: write gate.
       precision: of products.
     """
-    if jax.default_backend() != "gpu" or os.environ.get("TPTT_JAX_PALLAS") == "0":
+    if os.environ.get("TPTT_JAX_PALLAS") == "0" or not is_default_precision(precision):
         return "xla"
-    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not is_default_precision(precision):
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
         return "xla"
-    # Such as 9.0; AMD's have names such as gfx90a.
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    if re.fullmatch(r"9\.\d+", capability) is None or not _fits_kernels(q, k, v, beta):
+    capability = compute_capability()
+    if capability is None or capability[0] != _HOPPER or not _has_compiler():
         return "xla"
-    return "pallas" if _has_compiler() else "xla"
+    return "pallas"
 
 
 def check_kernels(

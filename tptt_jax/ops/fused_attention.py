@@ -1,6 +1,5 @@
 """Softmax attention over whole rows as one cuDNN kernel (FlashAttention-2, arXiv:2307.08691)."""
 
-import re
 from typing import Literal
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.ops.attend import KeyValues
+from tptt_jax.ops.gpu import compute_capability
 from tptt_jax.ops.softmax_attention import segment_starts
 
 # cuDNN takes head_dim 256 on Hopper and later, 128 wherever it runs.
@@ -105,9 +105,5 @@ def _pair_mask(segment_ids: Int[Array, "B T"], window: int | None) -> Bool[Array
 
 
 def _has_flash_attention() -> bool:
-    if jax.default_backend() != "gpu":
-        return False
-    # Such as 9.0; AMD's have names such as gfx90a.
-    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
-    match = re.match(r"(\d+)\.\d+$", capability)
-    return match is not None and int(match[1]) >= _OLDEST_ARCHITECTURE
+    capability = compute_capability()
+    return capability is not None and capability[0] >= _OLDEST_ARCHITECTURE
