@@ -116,24 +116,28 @@ def apply_softmax(
       [B, T, H, D] in q's dtype, zero on padding; and the rotated keys.
     """
     sink_queries = rotate(q, context.sink_angles) if settings.sinks else None
-    q, k = rotate(q, context.angles), rotate(k, context.angles)
+    keys = rotate(k, context.angles)
     if cache is not None:
-        return _attend_cached(settings, context, q, k, v, cache, sink_queries), k
+        q = rotate(q, context.angles)
+        return _attend_cached(settings, context, q, keys, v, cache, sink_queries), keys
     sinks = None
     if sink_queries is not None:
-        sinks = _row_sinks(context, sink_queries, k, v, settings.sinks)
+        sinks = _row_sinks(context, sink_queries, keys, v, settings.sinks)
     ids, window, softcap = context.segment_ids, settings.window, settings.softcap
     if can_fuse(q, segment_ids=ids, sinks=sinks, softcap=softcap):
-        return fused_attention(q, k, v, segment_ids=ids, window=window, scale=settings.scale), k
+        q = rotate(q, context.angles)
+        out = fused_attention(q, keys, v, segment_ids=ids, window=window, scale=settings.scale)
+        return out, keys
     out = attend_sequence(
         *(q, k, v),
+        angles=context.angles,
         segment_ids=ids,
         window=window,
         sinks=sinks,
         scale=settings.scale,
         softcap=softcap,
     )
-    return out, k
+    return out, keys
 
 
 def extend_cache(

@@ -2,8 +2,9 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,10 +16,19 @@ _NUM_DIGITS = 4
 
 
 class RotaryAngles(NamedTuple):
-    """Cosine and sine of every token's rotation."""
+    """Every token's rotation, as factors on the channels of a head.
 
-    cos: Float[Array, "B T half_D"]
-    sin: Float[Array, "B T half_D"]
+    Attributes:
+      cos: of each channel itself [B, T, D].
+      sin: of the channel D / 2 away [B, T, D]; in the first half it has a minus sign.
+    """
+
+    cos: Float[Array, "B T D"]
+    sin: Float[Array, "B T D"]
+
+    def cut(self, first: int, last: int) -> Self:
+        """The rotations of tokens `first` to `last` - 1."""
+        return type(self)(self.cos[:, first:last], self.sin[:, first:last])
 
 
 def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
@@ -65,14 +75,17 @@ def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: in
       head_dim: even.
 
     Returns:
-      Cosine and sine, float32 [B, T, head_dim / 2].
+      Factors, float32 [B, T, head_dim].
     """
     mask = (1 << _DIGIT_BITS) - 1
     angle = sum(
         jnp.asarray(table)[(positions >> (_DIGIT_BITS * place)) & mask]
         for place, table in enumerate(_digit_tables(config, head_dim))
     )
-    return RotaryAngles(jnp.cos(angle), jnp.sin(angle))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return RotaryAngles(
+        jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    )
 
 
 def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Array, "B T H D"]:
@@ -85,13 +98,29 @@ def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Arr
     Returns:
       [B, T, H, D] in x's dtype.
     """
-    if angles is None:
-        return x
+    return x if angles is None else _rotate(x, angles)
+
+
+@jax.custom_vjp
+def _rotate(x: Array, angles: RotaryAngles) -> Array:
+    """The gradient is the rotation back.
+
+    Autodiff would pad halves and add them. On CPU XLA fuses that with all that made the
+    gradient, and the loop branches at every element.
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    halves = wide.reshape(*x.shape[:-1], 2, -1)
-    cos, sin = angles.cos[:, :, None, None], angles.sin[:, :, None, None]
-    # Turned around, not taken apart and joined: XLA's loop over the latter branches at every
-    # element on CPU.
-    sign = jnp.array([[-1.0], [1.0]], wide.dtype)
-    rotated = halves * cos + jnp.flip(halves, axis=-2) * (sign * sin)
-    return rotated.reshape(x.shape).astype(x.dtype)
+    half = x.shape[-1] // 2
+    others = jnp.concatenate([wide[..., half:], wide[..., :half]], axis=-1)
+    rotated = wide * angles.cos[:, :, None] + others * angles.sin[:, :, None]
+    return rotated.astype(x.dtype)
+
+
+def _rotate_forward(x: Array, angles: RotaryAngles) -> tuple[Array, RotaryAngles]:
+    return _rotate(x, angles), angles
+
+
+def _rotate_backward(angles: RotaryAngles, gradient: Array) -> tuple[Array, None]:
+    return _rotate(gradient, RotaryAngles(angles.cos, -angles.sin)), None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)

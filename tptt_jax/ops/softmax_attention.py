@@ -7,6 +7,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.attend import KeyValues, attend
 from tptt_jax.ops.residuals import scan_blocks
+from tptt_jax.ops.rope import RotaryAngles, rotate
 
 # Rows are cut into this many pieces of at least so many queries; what lies above the diagonal
 # and outside a piece is never computed.
@@ -19,6 +20,7 @@ def attend_sequence(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     *,
+    angles: RotaryAngles | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     window: int | None = None,
     sinks: KeyValues | None = None,
@@ -29,9 +31,12 @@ def attend_sequence(
     """Causal attention over whole rows in O(T min(T, window)) work and O(T) memory.
 
     Args:
-      q: rotated queries [B, T, H, D].
-      k: rotated keys [B, T, K, D].
+      q: queries [B, T, H, D].
+      k: keys [B, T, K, D].
       v: values [B, T, K, D].
+      angles: rotations that q and k still need; None: none. Pieces of short rows are rotated
+        one by one: gradients of whole rows, put together from pieces, would be rotated at
+        twice the cost on CPU.
       segment_ids: [B, T]; a query sees its own document only, 0 is padding. With a
         window, padding must not lie inside a document.
       window: tokens seen, the current one included; None: all before.
@@ -54,6 +59,9 @@ def attend_sequence(
     starts = segment_starts(segment_ids)
     # What belongs to single queries is cut with them; keys of a whole row are not.
     row_sinks, query_sinks = _split_sinks(sinks)
+    in_pieces = tokens <= _PIECES * block
+    if not in_pieces:
+        q, k = rotate(q, angles), rotate(k, angles)
 
     of_queries = (q, segment_ids, starts, query_sinks)
 
@@ -68,15 +76,18 @@ def attend_sequence(
             parts.append(KeyValues(**(row_sinks | own)))
         return attend(q, parts, scale=scale, softcap=softcap)
 
-    if tokens <= _PIECES * block:
+    if in_pieces:
         size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
         pieces = []
         for first in range(0, max(tokens, 1), size):
             last = min(first + size, tokens)
             first_key = 0 if window is None else max(0, first - window + 1)
-            queries = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
-            seen = tuple(x[:, first_key:last] for x in (k, v, segment_ids))
-            pieces.append(attend_some(queries, seen, first, first_key))
+            own, *others = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
+            keys, *rest = (x[:, first_key:last] for x in (k, v, segment_ids))
+            if angles is not None:
+                own = rotate(own, angles.cut(first, last))
+                keys = rotate(keys, angles.cut(first_key, last))
+            pieces.append(attend_some((own, *others), (keys, *rest), first, first_key))
         return jnp.concatenate(pieces, axis=1)
 
     num_blocks = -(-tokens // block)

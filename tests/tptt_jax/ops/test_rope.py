@@ -109,8 +109,10 @@ def test_angles_are_exact_at_any_position(name):
     exact = positions[..., None].astype(np.float64) * frequencies
     got = angles_of(jnp.asarray(positions, jnp.int32), config, HEAD_DIM)
     assert got.cos.dtype == got.sin.dtype == jnp.float32
-    for values, function in ((got.cos, np.cos), (got.sin, np.sin)):
-        assert np.abs(np.asarray(values, np.float64) - function(exact)).max() < 1e-5
+    assert got.cos.shape == got.sin.shape == (*positions.shape, HEAD_DIM)
+    halves = [np.split(np.asarray(x, np.float64), 2, axis=-1) for x in got]
+    for values, function in zip(sum(halves, []), (np.cos, np.cos, lambda x: -np.sin(x), np.sin)):
+        assert np.abs(values - function(exact)).max() < 1e-5
 
 
 def _heads(seed, heads=3, dim=HEAD_DIM):
