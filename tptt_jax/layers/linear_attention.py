@@ -98,7 +98,7 @@ class DeltaMemory(nnx.Module):
         Returns:
           Output [B, T, H, D] in q's dtype and the state after the last token.
         """
-        dtype, size = q.dtype, q.shape
+        dtype = q.dtype
         q, k, v = (
             y if delta is None else y + delta(x).reshape(y.shape).astype(dtype)
             for delta, y in ((self.q_delta, q), (self.k_delta, k), (self.v_delta, v))
@@ -110,13 +110,14 @@ class DeltaMemory(nnx.Module):
         else:
             assert length is not None, "a state comes with the number of tokens it has seen"
             out, state = self._extend(q, k, v, segment_ids, state, length)
-        out = rms_normalize(save_mixed(out).reshape(*size[:2], -1))
+        # Over all heads; XLA's loops on CPU are slow where axes are joined.
+        out = rms_normalize(save_mixed(out), axis=(-2, -1))
         if dropout_key is not None and self.config.dropout > 0:
             rate = self.config.dropout
             key = jax.random.fold_in(dropout_key, path_number("memory"))
             keep = save_mixed(jax.random.bernoulli(key, 1 - rate, out.shape))
             out = jnp.where(keep, out / (1 - rate), 0)
-        return out.reshape(size).astype(dtype), state
+        return out.astype(dtype), state
 
     def _run_rows(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         config = self.config

@@ -7,10 +7,12 @@ from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import ModelConfig, Norm
 
 
-def rms_normalize(x: Float[Array, "... D"], eps: float = 1e-6) -> Float[Array, "... D"]:
-    """Divides by sqrt(mean(x^2) + eps) over the last axis, in float32 or wider."""
+def rms_normalize(
+    x: Float[Array, "... D"], eps: float = 1e-6, *, axis: int | tuple[int, ...] = -1
+) -> Float[Array, "... D"]:
+    """Divides by sqrt(mean(x^2) + eps) over `axis`, in float32 or wider."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return wide * jnp.reciprocal(jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps))
+    return wide * jnp.reciprocal(jnp.sqrt(jnp.mean(wide * wide, axis=axis, keepdims=True) + eps))
 
 
 class NormLayer(nnx.Module):

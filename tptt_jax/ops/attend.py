@@ -147,8 +147,9 @@ def _weigh_values(weights: Array, values: Array) -> Array:
     """[B, K, G, T, S] x [B, S, K, D] or [B, T, S, K, D] -> [B, T, K, G, D]."""
     if values.ndim == 4:
         out = _batched(_all_queries(weights), jnp.swapaxes(values, 1, 2), 3, 2)
-        out = out.reshape(*weights.shape[:4], values.shape[-1])
-        return jnp.transpose(out, (0, 3, 1, 2, 4))
+        batch, kv_heads, groups, tokens, _ = weights.shape
+        out = jnp.transpose(out.reshape(batch, -1, tokens, values.shape[-1]), (0, 2, 1, 3))
+        return out.reshape(batch, tokens, kv_heads, groups, -1)
     per_token = jnp.transpose(weights, (0, 3, 4, 1, 2))  # [B, T, S, K, G]
     return jnp.sum(per_token[..., None] * values[:, :, :, :, None], axis=2)
 
@@ -173,8 +174,9 @@ def _batched(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 
 def _by_head(queries: Array) -> Array:
     """[B, T, K, G, D] -> [B, K, G * T, D]."""
-    by_head = jnp.transpose(queries, (0, 2, 3, 1, 4))
-    return by_head.reshape(*by_head.shape[:2], -1, by_head.shape[-1])
+    batch, tokens, kv_heads, _, dim = queries.shape
+    by_head = jnp.transpose(queries.reshape(batch, tokens, -1, dim), (0, 2, 1, 3))
+    return by_head.reshape(batch, kv_heads, -1, dim)
 
 
 def _all_queries(x: Array) -> Array:

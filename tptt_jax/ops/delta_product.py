@@ -214,7 +214,7 @@ def _arrange_chunks(chunks: _Chunks, dtype) -> _Chunks:
     if valid is not None:
         arrays = silence_padding(valid, arrays)
     q, k, v, beta, log_decay = jax.tree.map(lambda x: x.astype(dtype), arrays)
-    q = jnp.transpose(q.reshape(batch, n, size, kv_heads, -1, q.shape[-1]), (1, 0, 3, 4, 2, 5))
+    q = jnp.transpose(q, (1, 0, 3, 2, 4)).reshape(n, batch, kv_heads, -1, q.shape[-1])
     k, v, beta = (jnp.transpose(x, (1, 0, 4, 2, 3, 5)) for x in (k, v, beta))
     q, k, v, beta = (x.reshape(*x.shape[:3], -1, x.shape[-1]) for x in (q, k, v, beta))
     if log_decay is not None:
