@@ -209,7 +209,7 @@ def _arrange_chunks(chunks: _Chunks, dtype) -> _Chunks:
     q becomes [n, B, K, G * C, D] (the query heads of a group one after the other), k, v and
     beta [n, B, K, M, D], log_decay [n, B, K, C] and ordinals [n, B, 1, C + 1].
     """
-    batch, n, size, _, kv_heads, _ = chunks.k.shape
+    batch, n, _, _, kv_heads, _ = chunks.k.shape
     *arrays, valid, ordinals, is_complete = chunks
     if valid is not None:
         arrays = silence_padding(valid, arrays)

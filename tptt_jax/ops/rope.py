@@ -83,9 +83,7 @@ def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: in
         for place, table in enumerate(_digit_tables(config, head_dim))
     )
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return RotaryAngles(
-        jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    )
+    return RotaryAngles(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
 
 
 def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Array, "B T H D"]:

@@ -82,12 +82,12 @@ def attend_sequence(
         for first in range(0, max(tokens, 1), size):
             last = min(first + size, tokens)
             first_key = 0 if window is None else max(0, first - window + 1)
-            own, *others = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
-            keys, *rest = (x[:, first_key:last] for x in (k, v, segment_ids))
+            some_q, *others = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
+            some_k, *rest = (x[:, first_key:last] for x in (k, v, segment_ids))
             if angles is not None:
-                own = rotate(own, angles.cut(first, last))
-                keys = rotate(keys, angles.cut(first_key, last))
-            pieces.append(attend_some((own, *others), (keys, *rest), first, first_key))
+                some_q = rotate(some_q, angles.cut(first, last))
+                some_k = rotate(some_k, angles.cut(first_key, last))
+            pieces.append(attend_some((some_q, *others), (some_k, *rest), first, first_key))
         return jnp.concatenate(pieces, axis=1)
 
     num_blocks = -(-tokens // block)

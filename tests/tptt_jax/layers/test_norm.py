@@ -59,5 +59,11 @@ def test_squares_of_low_precision_inputs_do_not_overflow():
     assert_allclose(norm(x), np.ones((1, DIM)), rtol=1e-3)
 
 
+def test_two_axes_are_one_longer_axis():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 4, 3, DIM)), jnp.float32)
+    joined = rms_normalize(x.reshape(2, 4, -1)).reshape(x.shape)
+    assert_allclose(rms_normalize(x, axis=(-2, -1)), joined, atol=1e-6)
+
+
 def test_zeros_stay_zeros():
     assert_array_equal(rms_normalize(jnp.zeros((1, DIM))), np.zeros((1, DIM)))

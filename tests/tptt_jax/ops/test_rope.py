@@ -12,7 +12,8 @@ from numpy.testing import assert_allclose
 
 from tests.contracts import quick_jit
 from tptt_jax.config import RopeConfig
-from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotary_frequencies, rotate
+from tptt_jax.ops import rope
+from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotary_frequencies
 
 HEAD_DIM = 64
 CONFIGS = {
@@ -21,7 +22,7 @@ CONFIGS = {
     "llama3": RopeConfig(theta=5e5, scaling="llama3", factor=32.0),
 }
 angles_of = quick_jit(rotary_angles, static_argnums=(1, 2))
-rotate = quick_jit(rotate)
+rotate = quick_jit(rope.rotate)
 
 
 def _plain_frequencies(theta, head_dim):
@@ -109,10 +110,10 @@ def test_angles_are_exact_at_any_position(name):
     exact = positions[..., None].astype(np.float64) * frequencies
     got = angles_of(jnp.asarray(positions, jnp.int32), config, HEAD_DIM)
     assert got.cos.dtype == got.sin.dtype == jnp.float32
-    assert got.cos.shape == got.sin.shape == (*positions.shape, HEAD_DIM)
-    halves = [np.split(np.asarray(x, np.float64), 2, axis=-1) for x in got]
-    for values, function in zip(sum(halves, []), (np.cos, np.cos, lambda x: -np.sin(x), np.sin)):
-        assert np.abs(values - function(exact)).max() < 1e-5
+    cos, sin = np.cos(exact), np.sin(exact)
+    wanted = np.concatenate([cos, cos], axis=-1), np.concatenate([-sin, sin], axis=-1)
+    for values, want in zip(got, wanted, strict=True):
+        assert np.abs(np.asarray(values, np.float64) - want).max() < 1e-5
 
 
 def _heads(seed, heads=3, dim=HEAD_DIM):
@@ -157,3 +158,23 @@ def test_rotation_has_an_inverse_and_keeps_lengths():
     assert_allclose(jnp.linalg.norm(turned, axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
     back = rotate(turned, jax.tree.map(lambda x: x, RotaryAngles(angles.cos, -angles.sin)))
     assert_allclose(back, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_is_the_rotation_back(dtype):
+    x, weights = jnp.asarray(_heads(5), dtype), jnp.asarray(_heads(6), dtype)
+    angles = angles_of(jnp.asarray([[2, 30, 400, 5000]]), RopeConfig(), HEAD_DIM)
+
+    def loss(x):
+        return jnp.sum((rope.rotate(x, angles) * weights).astype(jnp.float32))
+
+    def by_halves(x):
+        first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        cos, sin = angles.cos[:, :, None, :32], angles.sin[:, :, None, 32:]
+        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+        return jnp.sum(turned * weights.astype(jnp.float32))
+
+    got, want = jax.grad(loss)(x), jax.grad(by_halves)(x)
+    assert got.dtype == dtype
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.02
+    assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance)

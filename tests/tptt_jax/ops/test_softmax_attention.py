@@ -1,5 +1,7 @@
 """Softmax attention against loops over queries in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,9 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import QUICK, quick_jit
+from tptt_jax.config import RopeConfig
 from tptt_jax.ops.attend import KeyValues, attend
+from tptt_jax.ops.rope import rotary_angles, rotate
 from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
 
 T, HEADS, KV_HEADS, DIM = 19, 4, 2, 6
@@ -204,6 +208,32 @@ def test_low_precision_inputs_have_a_float32_softmax():
     got = attend_rows(*args, segment_ids=jnp.asarray(IDS), scale=SCALE)
     assert got.dtype == jnp.bfloat16
     assert_allclose(got.astype(jnp.float32), _slow(*args, IDS), atol=0.03)
+
+
+@pytest.mark.parametrize("block", [4, 512], ids=["blocks", "pieces"])
+@pytest.mark.parametrize("window", [None, 70])
+def test_rotations_that_are_still_needed(window, block):
+    """Pieces of 128 queries, keys before the window left out, and whole rows in blocks."""
+    args = _inputs(300)
+    positions = jnp.asarray(np.random.default_rng(7).integers(0, 900, (2, 300)))
+    angles = rotary_angles(positions, RopeConfig(), DIM)
+    options = {"window": window, "scale": SCALE, "block": block}
+
+    def ready(q, k, v):
+        return attend_sequence(rotate(q, angles), rotate(k, angles), v, **options)
+
+    def loss(run, *args):
+        out = run(*args)
+        return jnp.sum(jnp.sin(out)), out
+
+    def run(attention):
+        step = jax.value_and_grad(functools.partial(loss, attention), (0, 1, 2), has_aux=True)
+        (_, out), gradients = jax.jit(step, **QUICK)(*args)
+        return out, *gradients
+
+    late = run(functools.partial(attend_sequence, angles=angles, **options))
+    for got, want in zip(late, run(ready), strict=True):
+        assert_allclose(got, want, atol=2e-5)
 
 
 def test_many_large_values_do_not_overflow_in_half_precision():
