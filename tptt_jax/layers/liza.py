@@ -148,10 +148,8 @@ class LizaAttention(nnx.Module):
         """
         q, k, v = self._project(x, dropout_key)
         soft = linear = rotated = values = None
-        if self.liza is None or self.liza.softmax:
-            values = self._clip(v)
-            soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
-            soft, rotated = tokens.softmax(soft_q, soft_k, values)
+        # The memory first: its loops then run beside attention's gradient on CPU, where XLA takes
+        # what is ready in the order of the program.
         if self.memory is not None and use_memory:
             linear, memory_state = self.memory(
                 *(x, q, k, v),
@@ -160,6 +158,10 @@ class LizaAttention(nnx.Module):
                 length=tokens.length,
                 dropout_key=dropout_key,
             )
+        if self.liza is None or self.liza.softmax:
+            values = self._clip(v)
+            soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
+            soft, rotated = tokens.softmax(soft_q, soft_k, values)
         out = self._mix(soft, linear, tokens.share, dropout_key)
         return LizaOutput(out, rotated, values, memory_state, Branches(soft, linear))
 
