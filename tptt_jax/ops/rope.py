@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,6 @@ class RotaryAngles(NamedTuple):
 
     cos: Float[Array, "B T D"]
     sin: Float[Array, "B T D"]
-
-    def cut(self, first: int, last: int) -> Self:
-        """The rotations of tokens `first` to `last` - 1."""
-        return type(self)(self.cos[:, first:last], self.sin[:, first:last])
 
 
 def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Softmax attention over whole rows: windows with sinks, packed documents."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -82,11 +84,10 @@ def attend_sequence(
         for first in range(0, max(tokens, 1), size):
             last = min(first + size, tokens)
             first_key = 0 if window is None else max(0, first - window + 1)
-            some_q, *others = jax.tree.map(lambda x, a=first, b=last: x[:, a:b], of_queries)
-            some_k, *rest = (x[:, first_key:last] for x in (k, v, segment_ids))
-            if angles is not None:
-                some_q = rotate(some_q, angles.cut(first, last))
-                some_k = rotate(some_k, angles.cut(first_key, last))
+            some_q, *others = _tokens(of_queries, first, last)
+            some_k, *rest = _tokens((k, v, segment_ids), first_key, last)
+            some_q = rotate(some_q, _tokens(angles, first, last))
+            some_k = rotate(some_k, _tokens(angles, first_key, last))
             pieces.append(attend_some((some_q, *others), (some_k, *rest), first, first_key))
         return jnp.concatenate(pieces, axis=1)
 
@@ -150,6 +151,11 @@ def _sequence_mask(
         mask &= (key > query - window)[None]
     # Not only the same id: an id that comes back later is another document.
     return mask & (key[None] >= starts[:, :, None] + num_sinks)
+
+
+def _tokens(tree: Any, first: int, last: int) -> Any:
+    """Tokens `first` to `last` - 1 of arrays [B, T, ...]; None stays None."""
+    return jax.tree.map(lambda x: x[:, first:last], tree)
 
 
 def _pad_tokens(x: Array, before: int, after: int) -> Array:
