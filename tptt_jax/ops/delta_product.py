@@ -87,8 +87,8 @@ def chunk_delta_product(
         float64, a state_activation, more than 4 Householder steps nor heads of more than 128
         channels; where several devices are, not under `jax.vmap` either, and under
         `jax.shard_map` only with check_vma=False.
-        None: the kernels where they were measured to be faster, see
-        `choose_implementation`.
+        None: the kernels where they were measured to be faster and, in a short trial of this
+        process, compute the same, see `choose_implementation`.
 
     Returns:
       Output [B, T, H, Dv] in q's dtype, and the final state [B, K, D, Dv] in float32
@@ -111,7 +111,7 @@ def chunk_delta_product(
     if initial_state is not None:
         state = initial_state.astype(dtype)
     if implementation is None and state_activation == "none":
-        implementation = choose_implementation(q, k, v, beta, precision)
+        implementation = choose_implementation(q, k, v, beta, log_decay, segment_ids, precision)
     if implementation == "pallas":
         check_kernels(q, k, v, beta, state_activation)
         # Where there is no GPU nobody waits for Pallas.

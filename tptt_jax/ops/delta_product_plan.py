@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tptt_jax.array_typing import Array, Float
+from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.ops.delta_product_inputs import compute_dtype, is_default_precision
 from tptt_jax.ops.gpu import compute_capability
 
@@ -78,28 +78,46 @@ def choose_implementation(
     k: Float[Array, "B T N K D"],
     v: Float[Array, "B T N K Dv"],
     beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
+    log_decay: Float[Array, "B T K"] | None,
+    segment_ids: SegmentIds | None,
     precision: jax.lax.PrecisionLike,
 ) -> Literal["xla", "pallas"]:
     """The Pallas kernels where they were measured to be faster than XLA's program.
 
-    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to eight times.
-    TPTT_JAX_PALLAS=0 turns them off.
+    They are for bfloat16 inputs at the default precision on a Hopper GPU, five to eight times, and
+    are tried first, see `kernels_agree`. TPTT_JAX_PALLAS=0 turns them off, 1 leaves out the trial.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       beta: write gate.
+      log_decay: forget gate, or None.
+      segment_ids: document ids, or None.
       precision: of products.
     """
-    if os.environ.get("TPTT_JAX_PALLAS") == "0" or not is_default_precision(precision):
+    asked = os.environ.get("TPTT_JAX_PALLAS")
+    if asked == "0" or not is_default_precision(precision):
         return "xla"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
         return "xla"
     capability = compute_capability()
     if capability is None or capability[0] != _HOPPER or not _has_compiler():
         return "xla"
-    return "pallas"
+    if asked == "1":
+        return "pallas"
+    from tptt_jax.ops.kernel_trial import KernelKind, kernels_agree  # imports the operator
+
+    kind = KernelKind(
+        dim=q.shape[3],
+        value_dim=v.shape[-1],
+        steps=k.shape[2],
+        group=q.shape[2] // k.shape[3],
+        per_channel=beta.ndim == 5,
+        decay=log_decay is not None,
+        documents=segment_ids is not None,
+    )
+    return "pallas" if kernels_agree(kind) else "xla"
 
 
 def check_kernels(

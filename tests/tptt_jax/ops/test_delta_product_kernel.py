@@ -187,6 +187,7 @@ def test_where_kernels_are_preferred(on_gpu, monkeypatch):
         text = str(jax.make_jaxpr(functools.partial(chunk_delta_product, **options))(**inputs))
         return text.count("pallas_call")
 
+    monkeypatch.setenv("TPTT_JAX_PALLAS", "1")  # without a trial, which needs a GPU
     inputs = half_precision(decay=True)
     assert calls(inputs) == 3
     assert calls(inputs, implementation="xla") == 0
@@ -213,6 +214,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests.tptt_jax.ops.test_delta_product import cast, make_inputs, weigh
 from tptt_jax.ops import chunk_delta_product
+from tptt_jax.ops.kernel_trial import KernelKind, kernels_agree
 from tptt_jax.sharding import make_mesh
 
 rows, tensor = "data", "tensor"
@@ -242,6 +244,9 @@ for vector, heads, kv_heads in ((False, 4, 2), (True, 4, 2), (False, 2, 2), (Fal
         assert x.sharding.is_equivalent_to(put[name].sharding, x.ndim), (name, x.sharding)
     moved = [x for x in ("all-gather", "all-to-all", "permute") if x in compiled.as_text()]
     assert not moved, moved
+kind = KernelKind(16, 16, 1, 2, per_channel=False, decay=True, documents=True)
+with jax.set_mesh(mesh):
+    assert kernels_agree(kind)
 print("as on one")
 """
 
