@@ -90,7 +90,7 @@ class DecodeWork(ModelChoice):
 
 
 def bench_op(work: Options[OpWork], timing: Options[Timing]) -> dict[str, Any]:
-    """Times the chunked DeltaProduct operator on random inputs."""
+    """Times the chunked DeltaProduct operator on random inputs, and says which implementation."""
     return measure("op", work, _operator, timing)
 
 
@@ -150,6 +150,7 @@ def _operator(work: OpWork) -> Job:
         lambda: jax.block_until_ready(function(q, k, v, beta, log_decay)),
         work.batch * work.tokens,
         3 * flops if work.grad else flops,
+        {"implementation": chosen},
     )
 
 

@@ -5,9 +5,10 @@ import datetime
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import jax
@@ -56,11 +57,13 @@ class Job(NamedTuple):
       run: does it once and waits for the end.
       tokens: that one run handles.
       flops: that one run needs, see `experiments.flops`.
+      about: what else the result says.
     """
 
     run: Callable[[], object]
     tokens: int
     flops: float
+    about: Mapping[str, Any] = MappingProxyType({})
 
 
 def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
       the accelerator or on a CPU of the process (`host_peak_gb` in any case);
       `matmul_ceiling_flops`, FLOP/s of a large square matrix product in the dtype of the work,
       right after it; `model_flops`, the arithmetic that the work needs; `floor_s`, the seconds
-      that it takes at the ceiling; `utilisation`, floor_s / median_s.
+      that it takes at the ceiling; `utilisation`, floor_s / median_s; what the job says of itself.
 
     Raises:
       ValueError: if the baseline is none for this work.
@@ -92,6 +95,7 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
         "bench": bench,
         **machine(),
         "workload": workload,
+        **job.about,
         "median_s": median,
         "tokens_per_s": job.tokens / median,
         "first_run_s": first,

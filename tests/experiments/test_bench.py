@@ -66,9 +66,15 @@ def test_results(arguments, tokens, capsys):
     check_meaning(result, tokens)
     name, *rest = arguments.split()
     assert result["bench"] == name
+    assert result.get("implementation") == ("xla" if name == "op" else None)
     # The workload says what was done, and nothing of how it was measured.
     assert "repeats" not in result["workload"]
     assert result["workload"]["tokens"] == int(rest[rest.index("--tokens") + 1])
+
+
+def test_kernels_that_are_asked_for_run(capsys):
+    result = run("op --tokens 3 --heads 1 --head-dim 16 --implementation pallas", capsys)
+    assert result["implementation"] == "pallas"
 
 
 @pytest.mark.parametrize("options", ["", "--window 5", "--documents 3", "--documents 2 --window 4"])
