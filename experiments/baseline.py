@@ -55,8 +55,10 @@ def compare(now: dict[str, Any], baseline: dict[str, Any], path: Path) -> dict[s
 
     Returns:
       `speedup` and `first_run_speedup`, baseline seconds per second now; `memory_saving`, the
-      baseline's peak per peak now; what the baseline was, and whether on another device.
+      baseline's peak per peak now; what the baseline was, and whether on another device or by
+      another program.
     """
+    program = now.get("implementation")
     speedup, first_run_speedup, memory_saving = (baseline[x] / now[x] for x in _MEASURED)
     return {
         "baseline": str(path),
@@ -64,6 +66,7 @@ def compare(now: dict[str, Any], baseline: dict[str, Any], path: Path) -> dict[s
         "baseline_jax": baseline.get("jax"),
         "baseline_device": baseline.get("device"),
         "device_differs": baseline.get("device") != now["device"],
+        "implementation_differs": baseline.get("implementation", program) != program,
         "speedup": speedup,
         "first_run_speedup": first_run_speedup,
         "memory_saving": memory_saving,

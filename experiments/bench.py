@@ -17,12 +17,9 @@ from experiments.timing import Job, Options, Timing, check_positive, measure
 from tptt_jax import LoraConfig, generate
 from tptt_jax.config import Precision, Remat
 from tptt_jax.ops import chunk_delta_product
+from tptt_jax.ops.delta_product_choice import choose_implementation
 from tptt_jax.ops.delta_product_inputs import resolve_precision
-from tptt_jax.ops.delta_product_plan import (
-    choose_implementation,
-    kernel_chunk_size,
-    plan_chunks,
-)
+from tptt_jax.ops.delta_product_plan import kernel_chunk_size, plan_chunks
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import TrainMode, split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step

@@ -155,7 +155,9 @@ def _run_part(command: list[str], seconds: float, environment: Mapping[str, str]
             return {"failed": why}
     lines = ended.stdout.strip().splitlines()
     if ended.returncode == 0 and lines:
-        return json.loads(lines[-1])
+        # Such as that kernels fail here, and what is taken instead.
+        said = [line for line in ended.stderr.splitlines() if "UserWarning: " in line]
+        return json.loads(lines[-1]) | ({"warnings": said} if said else {})
     last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
     return {"failed": f"exit status {ended.returncode}: {last:.500}"}
 

@@ -17,6 +17,7 @@ from experiments.bench import COMMANDS
 from experiments.random_models import SHAPES, ModelChoice
 from tests.parity import fla_operator
 from tptt_jax import LizaConfig, LoraConfig
+from tptt_jax.ops import delta_product_choice, kernel_trial
 
 OP = "op --tokens 40 --heads 2 --head-dim 8 --chunk-size 16 --repeats 1"
 TINY = "--random-weights tiny --no-liza --repeats 1"
@@ -72,9 +73,13 @@ def test_results(arguments, tokens, capsys):
     assert result["workload"]["tokens"] == int(rest[rest.index("--tokens") + 1])
 
 
-def test_kernels_that_are_asked_for_run(capsys):
-    result = run("op --tokens 3 --heads 1 --head-dim 16 --implementation pallas", capsys)
-    assert result["implementation"] == "pallas"
+@pytest.mark.parametrize("agree", [True, False])
+def test_the_result_says_which_program_ran(agree, capsys, monkeypatch):
+    """As if a GPU were there whose kernels are right, or wrong."""
+    monkeypatch.setattr(delta_product_choice, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel_trial, "kernels_agree", lambda kind: agree)
+    result = run("op --tokens 3 --heads 1 --head-dim 16 --dtype bfloat16 --repeats 1", capsys)
+    assert result["implementation"] == ("pallas" if agree else "xla")
 
 
 @pytest.mark.parametrize("options", ["", "--window 5", "--documents 3", "--documents 2 --window 4"])
@@ -137,6 +142,10 @@ def test_ratios_above_one_are_better():
     found = compare(now, then, None)
     assert (found["speedup"], found["first_run_speedup"], found["memory_saving"]) == (3, 2, 0.5)
     assert not found["device_differs"]
+    # Earlier results do not say it.
+    assert not compare(now | {"implementation": "xla"}, then, None)["implementation_differs"]
+    kernels = then | {"implementation": "pallas"}
+    assert compare(now | {"implementation": "xla"}, kernels, None)["implementation_differs"]
 
 
 BAD_BASELINES = {
@@ -292,6 +301,9 @@ def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     assert not report["passed"]
     late = bench_gpu.bench_gpu(tmp_path, minutes=0)
     assert "no time was left" in late["parts"]["op-n1"]["skipped"]
+    warns = "import warnings; warnings.warn('kernels fail'); print('{}')"
+    part = bench_gpu._run_part([sys.executable, "-c", warns], 60, os.environ)
+    assert part == {"warnings": ["<string>:1: UserWarning: kernels fail"]}
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
     assert "did not end" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
     lines = '{"a": 1}\n{"a": 2}\n{"a'

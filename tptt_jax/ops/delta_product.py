@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Float, SegmentIds, State
 from tptt_jax.ops.chunk_scan import ChunkTerms, scan_chunks
+from tptt_jax.ops.delta_product_choice import check_kernels, choose_implementation
 from tptt_jax.ops.delta_product_inputs import (
     check_activation,
     check_inputs,
@@ -15,12 +16,7 @@ from tptt_jax.ops.delta_product_inputs import (
     resolve_precision,
     silence_padding,
 )
-from tptt_jax.ops.delta_product_plan import (
-    ChunkPlan,
-    check_kernels,
-    choose_implementation,
-    plan_chunks,
-)
+from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals
 from tptt_jax.ops.triangular import invert_unit_lower

@@ -1,5 +1,6 @@
 """Softmax attention over whole rows: windows with sinks, packed documents."""
 
+import functools
 from typing import Any
 
 import jax
@@ -32,7 +33,7 @@ def attend_sequence(
 ) -> Float[Array, "B T H D"]:
     """Causal attention over whole rows in O(T min(T, window)) work and O(T) memory.
 
-    Without a window five eighths of all pairs are multiplied, half of them would do.
+    Without a window a row in four parts multiplies five eighths of all pairs, where half would do.
 
     Args:
       q: queries [B, T, H, D].
@@ -48,8 +49,9 @@ def attend_sequence(
         none counts twice.
       scale: factor on the logits.
       softcap: see `attend`.
-      block: rows longer than four times this are scanned, so many queries at a time. Either way
-        a row is cut into four parts at most, each of which leaves out what comes after it.
+      block: rows longer than four times this are scanned, so many queries at a time. Without a
+        window, or if it is shorter, a row is cut into four parts at most, each of which leaves
+        out what comes after it.
 
     Returns:
       [B, T, H, D] in q's dtype; zero on padding.
@@ -96,20 +98,23 @@ def attend_sequence(
 
     num_blocks = -(-tokens // block)
     pad = num_blocks * block - tokens
-    reach = num_blocks * block if window is None else min(window, num_blocks * block)
-    before = 0 if window is None else reach
-    k, v, key_ids = (_pad_tokens(x, before, pad) for x in (k, v, segment_ids))
+    before = 0 if window is None else window
+    of_keys = tuple(_pad_tokens(x, before, pad) for x in (k, v, segment_ids))
     blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), of_queries)
 
     def run_group(start: int, stop: int) -> Array:
-        """Blocks to keys before the end of the group; with a window to those that it allows."""
+        """Blocks, each to the keys that its window allows, or all to those before the end."""
+        keys_before = _tokens(of_keys, 0, before + stop * block)
 
         def run(_: None, numbered: tuple) -> tuple[None, Array]:
             index, queries = numbered
-            first = 0 if window is None else index * block
-            size = stop * block if window is None else block + before
-            seen = tuple(lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in (k, v, key_ids))
-            return None, attend_some(queries, seen, index * block, first - before)
+            seen = keys_before
+            if window is not None:
+                size = block + before
+                cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+                seen = jax.tree.map(lambda x: cut(x, index * block), keys_before)
+            first_key = 0 if window is None else index * block - before
+            return None, attend_some(queries, seen, index * block, first_key)
 
         group = jax.tree.map(lambda x: x[start:stop], blocks)
         return scan_blocks(run, None, (jnp.arange(start, stop), group))[1]

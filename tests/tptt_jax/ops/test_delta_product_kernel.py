@@ -244,7 +244,7 @@ for vector, heads, kv_heads in ((False, 4, 2), (True, 4, 2), (False, 2, 2), (Fal
         assert x.sharding.is_equivalent_to(put[name].sharding, x.ndim), (name, x.sharding)
     moved = [x for x in ("all-gather", "all-to-all", "permute") if x in compiled.as_text()]
     assert not moved, moved
-kind = KernelKind(16, 16, 1, 2, per_channel=False, decay=True, documents=True)
+kind = KernelKind(16, 16, 1, 2, "float32", per_channel=False, decay=True, documents=True)
 with jax.set_mesh(mesh):
     assert kernels_agree(kind)
 print("as on one")

@@ -236,15 +236,20 @@ def test_rotations_that_are_still_needed(window, block):
         assert_allclose(got, want, atol=2e-5)
 
 
-@pytest.mark.parametrize("block", [32, 512], ids=["groups of blocks", "pieces"])
-def test_what_comes_after_a_part_of_a_row_is_not_multiplied(block):
-    """Masked numbers count for nothing, but NaN times 0 is NaN: it shows who was multiplied."""
-    q, k, v = _inputs(384)
-    # Parts are three of twelve blocks of 32, or one of three pieces of 128.
-    first = {32: 288, 512: 256}[block]
-    got = attend_rows(q, k, v.at[:, first:].set(jnp.nan), scale=SCALE, block=block)
-    assert_allclose(got[:, :first], attend_rows(q, k, v, scale=SCALE)[:, :first], atol=1e-5)
-    assert bool(jnp.all(jnp.isnan(got[:, first:])))
+@pytest.mark.parametrize(
+    ("block", "length", "ends"),
+    # Groups of three blocks, of two and a rest, and pieces.
+    [(32, 384, (96, 192, 288)), (32, 140, (64, 128)), (512, 384, (128, 256))],
+    ids=["blocks", "odd", "pieces"],
+)
+def test_what_comes_after_a_part_of_a_row_is_not_multiplied(block, length, ends):
+    """Masked numbers count for nothing, but NaN times 0 is NaN: it shows what was multiplied."""
+    q, k, v = _inputs(length)
+    want = attend_rows(q, k, v, scale=SCALE, block=2048)
+    for end in ends:
+        got = attend_rows(q, k, v.at[:, end:].set(jnp.nan), scale=SCALE, block=block)
+        assert_allclose(got[:, :end], want[:, :end], atol=1e-5)
+        assert bool(jnp.all(jnp.isnan(got[:, end:])))
 
 
 def test_many_large_values_do_not_overflow_in_half_precision():
