@@ -130,8 +130,8 @@ def _operator(work: OpWork) -> Job:
         function = jax.jit(jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), every))
     precision = resolve_precision(work.precision, q, k, v)
     chunk_size = plan_chunks(work.tokens, work.chunk_size).chunk_size
-    chosen = work.implementation
-    chosen = chosen or choose_implementation(q, k, v, beta, log_decay, None, precision)
+    asked = work.implementation
+    chosen = asked or choose_implementation(q, k, v, beta, log_decay, None, precision)
     if chosen == "pallas":
         chunk_size = kernel_chunk_size(work.householder)
     flops = operator_flops(

@@ -92,11 +92,12 @@ def _find_problem(kind: KernelKind) -> str | None:
 
 def _compare(kind: KernelKind) -> dict[str, float]:
     """What the kernels and the recurrence differ by, by name of the result or the gradient."""
+    data = _random_inputs(kind)
     # New threads know of no trace, mesh or precision that surrounds this call, and both compile
     # at the same time.
     with ThreadPoolExecutor(2) as threads:
         by_kernels, by_recurrence = (
-            threads.submit(_results, kind, use_kernels=each) for each in (True, False)
+            threads.submit(_results, *data, use_kernels=each) for each in (True, False)
         )
         try:
             want = by_recurrence.result()
@@ -106,12 +107,14 @@ def _compare(kind: KernelKind) -> dict[str, float]:
     return {name: _largest_error(got[name], want[name]) for name in want}
 
 
-def _results(kind: KernelKind, *, use_kernels: bool) -> dict[str, np.ndarray]:
-    inputs, segment_ids, weights = jax.tree.map(jnp.asarray, _random_inputs(kind))
-    state = inputs.pop("initial_state")
+def _results(
+    inputs: dict[str, Any], segment_ids: Any, weights: tuple[Any, Any], *, use_kernels: bool
+) -> dict[str, np.ndarray]:
+    """The output, the last state and all gradients, by name."""
+    inputs, segment_ids, weights = jax.tree.map(jnp.asarray, (inputs, segment_ids, weights))
 
-    def run(inputs: dict[str, Any], state: Any) -> tuple[Any, dict[str, Any]]:
-        q, k, v, beta = (inputs[name] for name in ("q", "k", "v", "beta"))
+    def run(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        q, k, v, beta, state = (inputs[x] for x in ("q", "k", "v", "beta", "initial_state"))
         decay = inputs.get("log_decay")
         if use_kernels:
             out, last = kernel_delta_product(q, k, v, beta, decay, state, segment_ids, "default")
@@ -123,9 +126,8 @@ def _results(kind: KernelKind, *, use_kernels: bool) -> dict[str, np.ndarray]:
 
     if not use_kernels:
         inputs = {name: x.astype(jnp.float32) for name, x in inputs.items()}
-    gradients, results = jax.jit(jax.grad(run, (0, 1), has_aux=True))(inputs, state)
-    by_name = gradients[0] | {"initial_state": gradients[1]}
-    results |= {f"the gradient of {name}": x for name, x in by_name.items()}
+    gradients, results = jax.jit(jax.grad(run, has_aux=True))(inputs)
+    results |= {f"the gradient of {name}": x for name, x in gradients.items()}
     return {name: np.asarray(x, np.float64) for name, x in jax.device_get(results).items()}
 
 

@@ -1,6 +1,6 @@
 """Softmax attention over whole rows: windows with sinks, packed documents."""
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def attend_sequence(
     if not in_pieces:
         q, k = rotate(q, angles), rotate(k, angles)
 
-    of_queries = (q, segment_ids, starts, query_sinks)
+    of_queries, of_keys = (q, segment_ids, starts, query_sinks), (k, v, segment_ids)
 
     def attend_some(
         queries: tuple, seen: tuple, first: Array | int, first_key: Array | int
@@ -84,47 +84,66 @@ def attend_sequence(
         return attend(q, parts, scale=scale, softcap=softcap)
 
     if in_pieces:
-        size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
-        pieces = []
-        for first in range(0, max(tokens, 1), size):
-            last = min(first + size, tokens)
-            first_key = 0 if window is None else max(0, first - window + 1)
-            some_q, *others = _tokens(of_queries, first, last)
-            some_k, *rest = _tokens((k, v, segment_ids), first_key, last)
-            some_q = rotate(some_q, _tokens(angles, first, last))
-            some_k = rotate(some_k, _tokens(angles, first_key, last))
-            pieces.append(attend_some((some_q, *others), (some_k, *rest), first, first_key))
-        return jnp.concatenate(pieces, axis=1)
+        return _run_pieces(attend_some, of_queries, of_keys, angles, window)
+    return _run_blocks(attend_some, of_queries, of_keys, window, block)
 
+
+def _run_pieces(
+    attend_some: Callable[..., Array],
+    of_queries: tuple,
+    of_keys: tuple,
+    angles: RotaryAngles | None,
+    window: int | None,
+) -> Array:
+    """A short row, piece by piece, each rotated by itself."""
+    tokens = of_queries[0].shape[1]
+    size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
+    pieces = []
+    for first in range(0, max(tokens, 1), size):
+        last = min(first + size, tokens)
+        first_key = 0 if window is None else max(0, first - window + 1)
+        q, *others = _tokens(of_queries, first, last)
+        k, *rest = _tokens(of_keys, first_key, last)
+        q = rotate(q, _tokens(angles, first, last))
+        k = rotate(k, _tokens(angles, first_key, last))
+        pieces.append(attend_some((q, *others), (k, *rest), first, first_key))
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _run_blocks(
+    attend_some: Callable[..., Array],
+    of_queries: tuple,
+    of_keys: tuple,
+    window: int | None,
+    block: int,
+) -> Array:
+    """A long row, group by group, each scanned in blocks."""
+    batch, tokens, *heads = of_queries[0].shape
     num_blocks = -(-tokens // block)
     pad = num_blocks * block - tokens
-    before = 0 if window is None else window
-    of_keys = tuple(_pad_tokens(x, before, pad) for x in (k, v, segment_ids))
-    blocks = jax.tree.map(lambda x: _cut(_pad_tokens(x, 0, pad), num_blocks), of_queries)
+    of_keys = _pad_tokens(of_keys, window or 0, pad)
+    blocks = jax.tree.map(lambda x: _cut(x, num_blocks), _pad_tokens(of_queries, 0, pad))
 
     def run_group(start: int, stop: int) -> Array:
         """Blocks, each to the keys that its window allows, or all to those before the end."""
-        keys_before = _tokens(of_keys, 0, before + stop * block)
+        keys_before = _tokens(of_keys, 0, (window or 0) + stop * block)
 
         def run(_: None, numbered: tuple) -> tuple[None, Array]:
             index, queries = numbered
-            seen = keys_before
-            if window is not None:
-                size = block + before
-                cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=size, axis=1)
-                seen = jax.tree.map(lambda x: cut(x, index * block), keys_before)
-            first_key = 0 if window is None else index * block - before
-            return None, attend_some(queries, seen, index * block, first_key)
+            first = index * block
+            if window is None:
+                return None, attend_some(queries, keys_before, first, 0)
+            size = window + block
+            seen = (lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in keys_before)
+            return None, attend_some(queries, tuple(seen), first, first - window)
 
         group = jax.tree.map(lambda x: x[start:stop], blocks)
         return scan_blocks(run, None, (jnp.arange(start, stop), group))[1]
 
     size = -(-num_blocks // _PIECES) if window is None else num_blocks
-    groups = [
-        run_group(start, min(start + size, num_blocks)) for start in range(0, num_blocks, size)
-    ]
-    out = jnp.moveaxis(jnp.concatenate(groups), 0, 1)
-    return out.reshape(q.shape[0], -1, *q.shape[2:])[:, :tokens]
+    starts = range(0, num_blocks, size)
+    out = jnp.concatenate([run_group(x, min(x + size, num_blocks)) for x in starts])
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *heads)[:, :tokens]
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -176,10 +195,15 @@ def _tokens(tree: Any, first: int, last: int) -> Any:
     return jax.tree.map(lambda x: x[:, first:last], tree)
 
 
-def _pad_tokens(x: Array, before: int, after: int) -> Array:
-    widths = [(0, 0)] * x.ndim
-    widths[1] = (before, after)
-    return jnp.pad(x, widths)
+def _pad_tokens(tree: Any, before: int, after: int) -> Any:
+    """The same arrays with zeros before and after their tokens."""
+
+    def pad(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (before, after)
+        return jnp.pad(x, widths)
+
+    return jax.tree.map(pad, tree)
 
 
 def _cut(x: Array, num_blocks: int) -> Array:

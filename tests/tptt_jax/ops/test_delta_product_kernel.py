@@ -35,6 +35,15 @@ CASES = {
 }
 
 
+def half_precision(inputs):
+    """In bfloat16, but for what is float32 in any model."""
+    wide = ("log_decay", "initial_state")
+    return {
+        key: jnp.asarray(x, jnp.float32 if key in wide else jnp.bfloat16)
+        for key, x in inputs.items()
+    }
+
+
 def case(name):
     return make_inputs(**CASES[name]), jnp.asarray(IDS) if "packed" in name else None
 
@@ -68,10 +77,7 @@ def test_values_and_every_gradient_equal_the_float64_recurrence(name):
 def test_bfloat16_products_stay_within_one_percent(name):
     """At the default precision running sums of decays stand for the sums in between, too."""
     inputs, ids = case(name)
-    half = {
-        key: jnp.asarray(x, jnp.float32 if key in ("log_decay", "initial_state") else jnp.bfloat16)
-        for key, x in inputs.items()
-    }
+    half = half_precision(inputs)
     rounded = {key: np.asarray(x, np.float64) for key, x in half.items()}
     with jax.enable_x64(True):
         exact = oracle_gradients(cast(rounded, jnp.float64), ids)
@@ -141,11 +147,6 @@ def on_gpu(compiled, monkeypatch):
     return set_capability
 
 
-def half_precision(length=40, **options):
-    inputs = cast(make_inputs(length, steps=1, **options), jnp.bfloat16)
-    return inputs | {"log_decay": inputs["log_decay"].astype(jnp.float32)}
-
-
 def lowered_for_cuda(function, *args):
     # Later releases of JAX ask which GPU.
     device = AbstractDevice("NVIDIA H100", 132, "gpu")
@@ -170,7 +171,8 @@ KERNELS = {
 @pytest.mark.parametrize("precision", ["auto", "highest"])
 def test_kernels_pass_the_compiler_for_gpus(compiled, precision, vector):
     """Forward and backward, three query heads a state, documents, decay."""
-    inputs = half_precision(dim=64, value_dim=64, heads=6, decay=True, state=True, vector=vector)
+    options = {"dim": 64, "value_dim": 64, "heads": 6, "decay": True, "state": True}
+    inputs = half_precision(make_inputs(40, steps=1, vector=vector, **options))
     ids = jnp.ones(inputs["q"].shape[:2], jnp.int32)
 
     def loss(inputs):
@@ -188,13 +190,14 @@ def test_where_kernels_are_preferred(on_gpu, monkeypatch):
         return text.count("pallas_call")
 
     monkeypatch.setenv("TPTT_JAX_PALLAS", "1")  # without a trial, which needs a GPU
-    inputs = half_precision(decay=True)
+    inputs = half_precision(make_inputs(40, steps=1, decay=True))
     assert calls(inputs) == 3
     assert calls(inputs, implementation="xla") == 0
     assert calls(inputs, precision="highest") == 0
     assert calls(inputs, state_activation="gelu") == 0
     assert calls(inputs | {"k": inputs["k"].astype(jnp.float32)}) == 0
-    assert calls(half_precision(decay=True, dim=256)) == 0
+    wide = make_inputs(40, steps=1, decay=True, dim=256)
+    assert calls(half_precision(wide)) == 0
     for capability, expected in (("8.0", 0), ("10.0", 0), ("gfx90a", 0), ("9.0", 3)):
         on_gpu(capability)
         assert calls(inputs) == expected, capability
@@ -203,7 +206,7 @@ def test_where_kernels_are_preferred(on_gpu, monkeypatch):
 
 
 def test_nothing_is_left_to_kernels_on_a_cpu():
-    inputs = half_precision(decay=True)
+    inputs = half_precision(make_inputs(40, steps=1, decay=True))
     assert "pallas_call" not in str(jax.make_jaxpr(chunk_delta_product)(**inputs))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.tptt_jax.ops.test_delta_product import cast, make_inputs
+from tests.tptt_jax.ops.test_delta_product import make_inputs
+from tests.tptt_jax.ops.test_delta_product_kernel import half_precision
 from tptt_jax import LinearAttention, LizaConfig
 from tptt_jax.ops import chunk_delta_product, delta_product_choice, kernel_trial
 from tptt_jax.ops.delta_product_kernel import kernel_delta_product
@@ -117,12 +118,8 @@ def test_several_processes_do_not_choose_apart(monkeypatch):
         kernels_agree(PLAIN)
 
 
-def half_precision(**options):
-    inputs = cast(make_inputs(40, steps=1, dim=16, value_dim=16, **options), jnp.bfloat16)
-    return {
-        name: x.astype(jnp.float32) if name in ("log_decay", "initial_state") else x
-        for name, x in inputs.items()
-    }
+def small_inputs(**options):
+    return half_precision(make_inputs(40, steps=1, dim=16, value_dim=16, **options))
 
 
 def traced(inputs, **arguments):
@@ -131,7 +128,7 @@ def traced(inputs, **arguments):
 
 def test_the_operator_takes_kernels_that_were_tried(on_hopper):
     """In the middle of a trace, with a mesh, precisions and a loop around it."""
-    inputs = half_precision(decay=True)
+    inputs = small_inputs(decay=True)
 
     @jax.jit
     def loop(inputs):
@@ -157,9 +154,9 @@ def test_the_operator_takes_kernels_that_were_tried(on_hopper):
 def test_the_operator_leaves_kernels_that_fail(on_hopper, monkeypatch):
     break_kernels(monkeypatch, lambda q, k, v: (2 * q, k, v))
     with pytest.warns(UserWarning, match="XLA's program is taken"):
-        assert "pallas_call" not in traced(half_precision())
+        assert "pallas_call" not in traced(small_inputs())
     monkeypatch.setenv("TPTT_JAX_PALLAS", "1")
-    assert "pallas_call" in traced(half_precision())
+    assert "pallas_call" in traced(small_inputs())
 
 
 def test_each_kind_has_its_own_trial(on_hopper, monkeypatch):
@@ -171,7 +168,7 @@ def test_each_kind_has_its_own_trial(on_hopper, monkeypatch):
         ({"decay": True, "heads": 6}, {"segment_ids": ids}),
         ({"vector": True}, {}),
     ):
-        traced(half_precision(**options), **arguments)
+        traced(small_inputs(**options), **arguments)
     assert [each[3:] for each in tried] == [
         (2, "bfloat16", False, False, False),
         (3, "bfloat16", False, True, True),
