@@ -2,12 +2,13 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -19,6 +20,7 @@ from tptt_jax.config import (
     ModelConfig,
     NormPlacement,
     Remat,
+    memory_layers,
 )
 from tptt_jax.layers.cache import (
     KeyValueCache,
@@ -32,9 +34,7 @@ from tptt_jax.layers.moe import ExpertsMLP
 from tptt_jax.layers.norm import NormLayer, residual_norm
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
-    apply_softmax,
     extend_cache,
-    softmax_settings,
 )
 from tptt_jax.ops.residuals import saves_marked, saves_products
 
@@ -45,7 +45,7 @@ class StackCache(NamedTuple):
     Attributes:
       softmax: one cache per kind of layer, with a leading axis over the layers of that
         kind; None in a purely linear model.
-      memory: with a leading axis over all layers; None without a memory.
+      memory: with a leading axis over the layers whose memory runs; None without any.
     """
 
     softmax: dict[LayerKind, KeyValueCache] | None
@@ -82,6 +82,31 @@ def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
     raise ValueError(f"the model has {config.num_layers} layers, counted from 0, got {layer}.")
 
 
+def memory_location(
+    config: ModelConfig, liza: LizaConfig | None, layer: int
+) -> tuple[int, int] | None:
+    """Where a layer's memory parameters lie, as `layer_location`; None if it has no memory.
+
+    Their leading axis counts only the layers of the stack that have a memory.
+    """
+    number, _ = layer_location(config, layer)
+    mine = stack_memory(config, liza, layer_stacks(config)[number])
+    return (number, mine.index(layer)) if layer in mine else None
+
+
+def stack_memory(
+    config: ModelConfig, liza: LizaConfig | None, layers: Sequence[int]
+) -> tuple[int, ...]:
+    """Those of some layers that have a memory."""
+    remembering = set(memory_layers(config, liza))
+    return tuple(layer for layer in layers if layer in remembering)
+
+
+def is_memory(path: tuple[Any, ...], _: Any) -> bool:
+    """Whether a parameter of a layer belongs to its memory: a filter for `nnx.split`."""
+    return "memory" in path or "mag" in path
+
+
 class DecoderLayer(nnx.Module):
     """Attention and MLP around the residual stream."""
 
@@ -91,6 +116,7 @@ class DecoderLayer(nnx.Module):
         liza: LizaConfig | None,
         lora: LoraConfig | None,
         *,
+        with_memory: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
@@ -100,7 +126,9 @@ class DecoderLayer(nnx.Module):
             return residual_norm(config, dtype) if config.norm_placement in placements else None
 
         self.attn_norm = nnx.data(norm("before", "both"))
-        self.self_attn = LizaAttention(config, liza, lora, dtype=dtype, rngs=rngs)
+        self.self_attn = LizaAttention(
+            config, liza, lora, with_memory=with_memory, dtype=dtype, rngs=rngs
+        )
         self.attn_post_norm = nnx.data(norm("after", "both"))
         self.mlp_norm = nnx.data(norm("before", "both"))
         feed_forward = ExpertsMLP if config.num_experts else MLP
@@ -108,17 +136,33 @@ class DecoderLayer(nnx.Module):
         self.mlp_post_norm = nnx.data(norm("after", "both"))
 
     def __call__(
-        self, x: Hidden, tokens: LayerTokens, *, dropout_key: Array | None = None, **kwargs: Any
+        self,
+        x: Hidden,
+        tokens: LayerTokens,
+        *,
+        memory_state: MemoryState | None = None,
+        use_memory: bool = True,
+        dropout_key: Array | None = None,
     ) -> tuple[Hidden, LizaOutput]:
-        """[B, T, E] -> [B, T, E]; `kwargs` are those of LizaAttention."""
-        normal = _apply(self.attn_norm, x)
-        attended = self.self_attn(normal, tokens, dropout_key=dropout_key, **kwargs)
-        x = x + _apply(self.attn_post_norm, attended.out)
-        out = self.mlp(_apply(self.mlp_norm, x), dropout_key)
-        return x + _apply(self.mlp_post_norm, out), attended
+        """[B, T, E] -> [B, T, E]; arguments as those of `LizaAttention`."""
+        attended = self.self_attn(
+            apply_norm(self.attn_norm, x),
+            tokens,
+            memory_state=memory_state,
+            use_memory=use_memory,
+            dropout_key=dropout_key,
+        )
+        return self.add(x, attended.out, dropout_key), attended
+
+    def add(self, x: Hidden, attended: Hidden, dropout_key: Array | None = None) -> Hidden:
+        """Adds what attention gave to the residual stream, and what the MLP makes of the sum."""
+        x = x + apply_norm(self.attn_post_norm, attended)
+        out = self.mlp(apply_norm(self.mlp_norm, x), dropout_key)
+        return x + apply_norm(self.mlp_post_norm, out)
 
 
-def _apply(norm: NormLayer | None, x: Hidden) -> Hidden:
+def apply_norm(norm: NormLayer | None, x: Hidden) -> Hidden:
+    """A norm that a layer may not have."""
     return x if norm is None else norm(x)
 
 
@@ -130,8 +174,41 @@ REMAT_POLICIES: dict[Remat, Callable | None] = {
 
 
 def _rematerialize(body: Callable, remat: Remat) -> Callable:
-    """Even "none" keeps only what is dear: to write, clear and read the rest takes longer."""
+    """Even "none" saves only expensive intermediates: writing and reading the rest takes longer."""
     return jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+
+
+def init_stack(
+    config: ModelConfig,
+    liza: LizaConfig | None,
+    lora: LoraConfig | None,
+    layers: range,
+    *,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+) -> DecoderLayer:
+    """A module whose parameters have a leading axis over some layers of one shape.
+
+    Parameters of the memory have one over the layers of the stack that have a memory.
+    """
+    remembering = stack_memory(config, liza, layers)
+    sizes = config.of_layer(layers[0])
+
+    def make_layer(key: Array) -> DecoderLayer:
+        return DecoderLayer(
+            *(sizes, liza, lora),
+            with_memory=bool(remembering),
+            dtype=dtype,
+            rngs=nnx.Rngs(key),
+        )
+
+    keys = jax.random.split(rngs.params(), len(layers))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(keys[0])))
+    state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
+    of_memory, others = nnx.split_state(state, is_memory, ...)
+    places = np.array([layers.index(layer) for layer in remembering], int)
+    of_memory = jax.tree.map(lambda x: x[places], of_memory)
+    return nnx.merge(graphdef, of_memory, others)
 
 
 def init_stack_caches(
@@ -159,10 +236,11 @@ def init_stack_caches(
                     sizes, liza, kind, batch=batch, max_tokens=max_tokens, dtype=dtype
                 )
                 softmax[kind] = stacked(one, kinds.count(kind))
-        if liza is not None:
+        running = 0 if liza is None else sum(map(liza.runs_memory, kinds))
+        if liza is not None and running:
             heads = (sizes.num_heads, sizes.num_kv_heads, sizes.head_dim)
             one = init_memory_state(liza, batch, *heads, dtype)
-            memory = stacked(one, len(kinds))
+            memory = stacked(one, running)
         stacks.append(StackCache(softmax, memory))
     return tuple(stacks)
 
@@ -221,20 +299,18 @@ class StackRun:
         """
         if isinstance(layers, nnx.List):
             return self._run_unstacked(layers, x, cache)
-        graphdef, parameters = nnx.split(layers)
-        count = len(self.kinds)
+        graphdef, of_memory, parameters = nnx.split(layers, is_memory, ...)
         kinds = tuple(dict.fromkeys(self.kinds))
         kind_number = jnp.array([kinds.index(kind) for kind in self.kinds])
-        # The how-maniest layer of its kind: where its softmax cache lies.
-        rank = jnp.array([self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)])
-        keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-        memory = None if cache is None else cache.memory
+        keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, len(self.kinds))
 
         def body(x: Hidden, inputs: tuple) -> tuple[Hidden, tuple]:
-            parameters, kind_number, rank, key, memory = inputs
-            x, attended = nnx.merge(graphdef, parameters)(
+            (parameters, of_memory), (kind_number, rank), key, memory = inputs
+            x, attended = nnx.merge(graphdef, of_memory, parameters)(
                 x,
-                self._layer_tokens(kinds, kind_number, rank, cache),
+                LayerTokens(self.contexts, kinds, kind_number, _softmax(cache), rank, self.share),
                 memory_state=memory,
                 use_memory=self.use_memory,
                 dropout_key=key,
@@ -242,30 +318,57 @@ class StackRun:
             new = None if cache is None else (attended.keys, attended.values, attended.memory)
             return x, (new, attended.branches if self.return_branches else None)
 
-        inputs = (parameters, kind_number, rank, keys, memory)
+        has, runs = self._flags("has_memory"), self._flags("runs_memory")
+        inputs = (
+            (parameters, _spread(of_memory, has)),
+            (kind_number, jnp.array(self._ranks)),
+            keys,
+            None if cache is None else _spread(cache.memory, runs),
+        )
         # With a cache nobody asks for a gradient.
         run = body if cache is not None else _rematerialize(body, self.remat)
         x, (new, branches) = lax.scan(run, x, inputs)
-        return x, None if cache is None else self._extend(cache, *new), branches
+        if cache is None:
+            return x, None, branches
+        keys, values, memory = new
+        if cache.memory is not None and not all(runs):
+            memory = jax.tree.map(lambda m: m[np.flatnonzero(runs)], memory)
+        return x, self._extend(cache, keys, values, memory), branches
+
+    def _flags(self, name: str) -> list[bool]:
+        """Whether each layer has, or runs, a memory."""
+        return [self.liza is not None and getattr(self.liza, name)(kind) for kind in self.kinds]
+
+    @property
+    def _ranks(self) -> list[int]:
+        """Index of each layer among the layers of the same kind: where its softmax cache lies."""
+        return [self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)]
 
     def _run_unstacked(
         self, layers: nnx.List, x: Hidden, cache: StackCache | None
     ) -> tuple[Hidden, StackCache | None, Branches | None]:
         """The same layers as modules of their own, see `tptt_jax.inference.unstack`."""
-        new, branches = [], []
+        new, branches, memories = [], [], []
+        runs = self._flags("runs_memory")
         for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
-            rank = jnp.asarray(self.kinds[:i].count(kind))
-            memory = None if cache is None else jax.tree.map(lambda m, i=i: m[i], cache.memory)
+            state = None
+            if cache is not None and runs[i]:
+                index = sum(runs[:i])
+                state = jax.tree.map(lambda m, index=index: m[index], cache.memory)
             x, attended = layer(
                 x,
-                self._layer_tokens((kind,), jnp.asarray(0), rank, cache),
-                memory_state=memory,
+                LayerTokens(
+                    self.contexts, (kind,), None, _softmax(cache), self._ranks[i], self.share
+                ),
+                memory_state=state,
                 use_memory=self.use_memory,
             )
-            new.append((attended.keys, attended.values, attended.memory))
+            new.append((attended.keys, attended.values))
             branches.append(attended.branches)
-        keys, values, memory = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
-        joined = jax.tree.map(lambda *leaves: jnp.stack(leaves), *branches)
+            if runs[i]:
+                memories.append(attended.memory)
+        keys, values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *new)
+        memory = jax.tree.map(lambda *leaves: jnp.stack(leaves), *memories) if memories else None
         new_cache = None
         if cache is not None:
             # What is written must depend on the last layer's result: XLA then sees that every
@@ -275,31 +378,9 @@ class StackRun:
                 y if y is None else jnp.where(spoiled, jnp.nan, y) for y in (keys, values)
             )
             new_cache = self._extend(cache, keys, values, memory)
-        return x, new_cache, joined if self.return_branches else None
-
-    def _layer_tokens(
-        self,
-        kinds: tuple[LayerKind, ...],
-        kind_number: Int[Array, ""],
-        rank: Int[Array, ""],
-        cache: StackCache | None,
-    ) -> LayerTokens:
-        def attend(kind: LayerKind, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            settings = softmax_settings(self.config, self.liza, kind)
-            mine = None
-            if cache is not None:
-                assert cache.softmax is not None
-                mine = jax.tree.map(lambda x: x[rank], cache.softmax[kind])
-            return apply_softmax(settings, self.contexts[kind], q, k, v, mine)
-
-        def softmax(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
-            options = [functools.partial(attend, kind) for kind in kinds]
-            if len(options) == 1:
-                return options[0](q, k, v)
-            return lax.switch(kind_number, options, q, k, v)
-
-        any_context = self.contexts[kinds[0]]
-        return LayerTokens(softmax, any_context.segment_ids, any_context.length, self.share)
+        if not self.return_branches:
+            return x, new_cache, None
+        return x, new_cache, jax.tree.map(lambda *leaves: jnp.stack(leaves), *branches)
 
     def _extend(
         self,
@@ -319,3 +400,20 @@ class StackRun:
             write = functools.partial(extend_cache, self.contexts[kind])
             softmax[kind] = jax.vmap(write)(old, keys[mine], values[mine])
         return StackCache(softmax, memory)
+
+
+def _softmax(cache: StackCache | None) -> dict[LayerKind, KeyValueCache] | None:
+    return None if cache is None else cache.softmax
+
+
+def _spread(tree: Any, flags: Sequence[bool]) -> Any:
+    """Gives every layer the entry of its own; layers without one get any, which they do not read.
+
+    Args:
+      tree: arrays with a leading axis over the layers whose flag is set, or None.
+      flags: one for each layer.
+    """
+    if tree is None or all(flags) or not any(flags):
+        return tree
+    index = np.maximum(np.cumsum(flags) - 1, 0)
+    return jax.tree.map(lambda x: x[index], tree)

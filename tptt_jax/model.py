@@ -1,6 +1,5 @@
 """The language model: embeddings, scanned stacks of layers, the LM head."""
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,7 +9,7 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
-from tptt_jax.decoder import Cache, DecoderLayer, StackRun, init_stack_caches, layer_stacks
+from tptt_jax.decoder import Cache, StackRun, init_stack, init_stack_caches, layer_stacks
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
@@ -104,19 +103,10 @@ class CausalLM(nnx.Module):
         self.config, self.liza, self.lora = config, liza, lora
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
-        def make_layer(sizes: ModelConfig, key: Array) -> DecoderLayer:
-            return DecoderLayer(sizes, liza, lora, dtype=dtype, rngs=nnx.Rngs(key))
-
-        def make_state(sizes: ModelConfig, key: Array) -> nnx.State:
-            return nnx.state(make_layer(sizes, key))
-
-        self.stacks = nnx.List()
-        for layers in layer_stacks(config):
-            sizes = config.of_layer(layers[0])
-            keys = jax.random.split(rngs.params(), len(layers))
-            graphdef = nnx.graphdef(nnx.eval_shape(functools.partial(make_layer, sizes, keys[0])))
-            state = jax.vmap(functools.partial(make_state, sizes))(keys)
-            self.stacks.append(nnx.merge(graphdef, state))
+        self.stacks = nnx.List(
+            init_stack(config, liza, lora, layers, dtype=dtype, rngs=rngs)
+            for layers in layer_stacks(config)
+        )
         if lora is not None:
             lora.check_targets(
                 m.path for _, m in nnx.iter_modules(self) if isinstance(m, Projection)
@@ -145,6 +135,7 @@ class CausalLM(nnx.Module):
         *,
         cache: Cache | None = None,
         use_memory: bool = True,
+        window: Int[Array, ""] | None = None,
         return_branches: bool = False,
         remat: Remat = "none",
         dropout_key: Array | None = None,
@@ -158,6 +149,8 @@ class CausalLM(nnx.Module):
           positions: [B, T] within the document; None counts them.
           cache: from `init_cache` or from the call before.
           use_memory: False leaves the memory out; a window stays.
+          window: a window below the model's own, as a traced scalar: changing it compiles
+            nothing. Not where a cache is used.
           return_branches: also return both attention branches of every layer.
           remat: what the backward pass computes again: "none": only what takes longer to
             keep; "dots": all but products with weights; "full": whole layers.
@@ -176,6 +169,7 @@ class CausalLM(nnx.Module):
             positions,
             cache=cache,
             use_memory=use_memory,
+            window=window,
             return_branches=return_branches,
             remat=remat,
             dropout_key=dropout_key,
@@ -190,6 +184,7 @@ class CausalLM(nnx.Module):
         *,
         cache: Cache | None = None,
         use_memory: bool = True,
+        window: Int[Array, ""] | None = None,
         return_branches: bool = False,
         remat: Remat = "none",
         dropout_key: Array | None = None,
@@ -197,6 +192,8 @@ class CausalLM(nnx.Module):
         """`__call__` without the LM head: hidden states [B, T, E], cache, branches."""
         if not use_memory and self.liza is not None and not self.liza.softmax:
             raise ValueError("a purely linear model cannot run without its memory.")
+        if window is not None and cache is not None:
+            raise ValueError("a cache keeps the model's own window: leave window None.")
         order = None
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
@@ -207,7 +204,9 @@ class CausalLM(nnx.Module):
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
         contexts: dict[LayerKind, TokenContext] = {
-            kind: token_context(self.config, self.liza, kind, positions, segment_ids, length)
+            kind: token_context(
+                self.config, self.liza, kind, positions, segment_ids, length, window
+            )
             for kind in dict.fromkeys(self.config.layer_kinds)
         }
         x = self.embed(tokens, positions)

@@ -10,6 +10,7 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
+from tptt_jax.config import runs_memory
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
 from tptt_jax.model import CausalLM
 
@@ -106,7 +107,7 @@ def check_state(
             f"the state has {state.batch_size} rows, the prompts have {batch_size}: "
             "fork_state(state, copies) gives every row copies."
         )
-    if (use_memory and model.liza is not None) != state.has_memory:
+    if (use_memory and runs_memory(model.config, model.liza)) != state.has_memory:
         raise ValueError(
             f"the state was read {'with' if state.has_memory else 'without'} the memory: go on the "
             f"same way, with use_memory={state.has_memory}."

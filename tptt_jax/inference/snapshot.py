@@ -52,11 +52,18 @@ def model_fingerprint(model: CausalLM) -> str:
         None if config is None else dataclasses.asdict(config)
         for config in (model.config, model.liza, model.lora)
     ]
-    if configs[1] is not None and configs[1]["precision"] in ("auto", "highest"):
-        # States from before there was a choice are as good.
-        del configs[1]["precision"]
+    if configs[1] is not None:
+        _drop_later_options(configs[1])
     lines.append(json.dumps([*configs, str(jnp.dtype(model.dtype))], sort_keys=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _drop_later_options(liza: dict[str, Any]) -> None:
+    """States from before there was a choice are as good as those that name it."""
+    if liza["precision"] in ("auto", "highest"):
+        del liza["precision"]
+    if liza["writes"] == "all":
+        del liza["writes"]
 
 
 def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Bool, Float
-from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
+from tptt_jax.config import LayerKind, LizaConfig, ModelConfig, runs_memory
 from tptt_jax.decoder import Cache, StackCache, init_stack_caches
 from tptt_jax.layers.cache import KeyValueCache, softmax_window
 from tptt_jax.model import CausalLM
@@ -42,7 +42,7 @@ class ReadState(NamedTuple):
     @property
     def has_memory(self) -> bool:
         """Whether the memory was written."""
-        return all(stack.memory is not None for stack in self.cache.stacks)
+        return any(stack.memory is not None for stack in self.cache.stacks)
 
 
 def init_state(
@@ -57,7 +57,7 @@ def init_state(
         `generate` give them more when they need it.
       use_memory: False leaves the memory out.
     """
-    with_memory = use_memory and model.liza is not None
+    with_memory = use_memory and runs_memory(model.config, model.liza)
     capacity = cache_capacity(model.config, model.liza, max_tokens)
     return _empty_state(model.config, model.liza, batch_size, capacity, model.dtype, with_memory)
 
@@ -81,7 +81,7 @@ def state_bytes(
     """
     capacity = cache_capacity(config, liza, max_tokens)
     make = functools.partial(_empty_state, config, liza, batch_size, capacity, dtype)
-    shapes = jax.eval_shape(functools.partial(make, liza is not None))
+    shapes = jax.eval_shape(functools.partial(make, runs_memory(config, liza)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
@@ -112,7 +112,7 @@ def grow_state(model: CausalLM, state: ReadState, max_tokens: int) -> ReadState:
 
     def grow(kind: LayerKind, cache: KeyValueCache) -> KeyValueCache:
         window = softmax_window(model.config, model.liza, kind)
-        wanted = capacity if window is None else min(window, capacity)
+        wanted = capacity if window is None else window
         # Tokens lie in the order of their positions: a ring that must grow has not turned.
         missing = ((0, 0), (0, 0), (0, max(wanted - cache.keys.shape[2], 0)), (0, 0), (0, 0))
         if not missing[2][1]:

@@ -1,11 +1,14 @@
 """Decoding on CPU: one module per layer instead of a scan over stacked ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
+from tptt_jax.config import memory_layers
+from tptt_jax.decoder import DecoderLayer, is_memory, layer_stacks
 from tptt_jax.model import CausalLM
 
 # Below this, weights stay in the processor's own caches and copies of them are cheap.
@@ -33,18 +36,36 @@ def unstack_layers(model: CausalLM) -> CausalLM:
     if sum(leaf.nbytes for leaf in leaves) < _WORTHWHILE_BYTES:
         return model
     apart = nnx.merge(*nnx.split(model))
-    apart.stacks = nnx.List([nnx.List(_layers(stack)) for stack in model.stacks])
+    remembering = memory_layers(model.config, model.liza)
+    apart.stacks = nnx.List(
+        [
+            nnx.List(_layers(stack, [layer in remembering for layer in layers]))
+            for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
+        ]
+    )
     return apart
 
 
-def _layers(stack: Any) -> list[Any]:
-    graphdef, state = nnx.split(stack)
+def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer]:
+    """The layers of a stack; parameters of the memory are for those that have one."""
+    graphdef, of_memory, others = nnx.split(stack, is_memory, ...)
+    memories = iter(_apart(of_memory, sum(remembers)))
+    bare = nnx.merge(*nnx.split(stack))
+    bare.self_attn.memory = bare.self_attn.mag = nnx.data(None)
+    bare_graphdef = nnx.graphdef(bare)
+    return [
+        nnx.merge(graphdef, next(memories), layer)
+        if has_memory
+        else nnx.merge(bare_graphdef, layer)
+        for layer, has_memory in zip(_apart(others, len(remembers)), remembers, strict=True)
+    ]
+
+
+def _apart(state: nnx.State, count: int) -> list[nnx.State]:
+    """The entries of a stacked state, one by one."""
     leaves, treedef = jax.tree.flatten(state)
     parts = [_views(leaf) for leaf in leaves]
-    return [
-        nnx.merge(graphdef, jax.tree.unflatten(treedef, layer))
-        for layer in zip(*parts, strict=True)
-    ]
+    return [jax.tree.unflatten(treedef, [part[i] for part in parts]) for i in range(count)]
 
 
 def _views(stacked: jax.Array) -> list[jax.Array]:

@@ -10,10 +10,10 @@ from tptt_jax.ops import tptt_reference
 
 
 class TokenHistory(NamedTuple):
-    """The last raw tokens, right-aligned, that gates and virtual tokens still need.
+    """The last written tokens, right-aligned, that gates and virtual tokens still need.
 
     Attributes:
-      keys: projected, before anything else [B, h, K, D].
+      keys: as the memory takes them, before anything else [B, h, K, D].
       values: likewise [B, h, K, D].
     """
 
@@ -74,7 +74,9 @@ def history_length(liza: LizaConfig) -> int:
     rule = liza.recurrence
     if liza.operator == "tptt_reference":
         return tptt_reference.history_length(rule, liza.chunk_size)
-    alpha, beta = (0 if gate == "constant" else 2 for gate in (rule.alpha_gate, rule.beta_gate))
+    alpha, beta = (
+        2 if gate in ("k", "v", "kv") else 0 for gate in (rule.alpha_gate, rule.beta_gate)
+    )
     tokens = 0 if rule.trick == "rotary" else rule.num_householder - 1
     # An expanded write gate is differenced over gates that look back themselves.
     return max(alpha, tokens, beta + tokens if liza.expand_gates else beta)
@@ -115,11 +117,11 @@ def init_key_value_cache(
       liza: None for the plain base model.
       kind: of the layer.
       batch: rows.
-      max_tokens: longest context it must hold; a windowed layer holds its window.
+      max_tokens: longest context that a layer without a window must hold.
       dtype: of keys and values.
     """
     window = softmax_window(config, liza, kind)
-    slots = max_tokens if window is None else min(window, max_tokens)
+    slots = max_tokens if window is None else window
     sinks = num_sinks(config, liza, kind)
     ring = jnp.zeros((batch, slots, config.num_kv_heads, config.head_dim), dtype)
     first = jnp.zeros((batch, sinks, config.num_kv_heads, config.head_dim), dtype)

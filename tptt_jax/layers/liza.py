@@ -1,22 +1,27 @@
 """One attention layer: shared projections, softmax and memory, mixed by Memory as Gate."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from tptt_jax.array_typing import Array, Float, Hidden, Int, SegmentIds
-from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.layers.cache import MemoryState
-from tptt_jax.layers.linear_attention import DeltaMemory
+from tptt_jax.array_typing import Array, Float, Hidden, Int
+from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.layers.cache import KeyValueCache, MemoryState
+from tptt_jax.layers.eviction import evict
+from tptt_jax.layers.gates import MassGate, MemoryGate
 from tptt_jax.layers.lora import Projection
+from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
+from tptt_jax.layers.mixing import match_rms, mix_heads, mix_projected, root_mean_square
 from tptt_jax.layers.norm import NormLayer, query_key_norm
-
-
-class MagParam(nnx.Param):
-    """The logit of the memory's share; it has a learning rate of its own."""
+from tptt_jax.layers.softmax_attention import (
+    TokenContext,
+    apply_softmax,
+    softmax_settings,
+)
+from tptt_jax.ops.attend import Attended
 
 
 class Branches(NamedTuple):
@@ -24,7 +29,7 @@ class Branches(NamedTuple):
 
     Attributes:
       softmax: [B, T, H, D], None in a purely linear model.
-      linear: [B, T, H, D], unit RMS over all heads, None without a memory.
+      linear: [B, T, H, D], None without a memory; zero in layers that have none.
     """
 
     softmax: Float[Array, "B T H D"] | None
@@ -35,16 +40,31 @@ class LayerTokens(NamedTuple):
     """What an attention layer is told about the tokens of a call.
 
     Attributes:
-      softmax: (q, k, v) -> (attended [B, T, H, D], rotated keys), as layers of this kind do it.
-      segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
-      length: tokens of each row before this call [B]; None without a cache.
+      contexts: of the tokens, for layers of each kind.
+      kinds: the kinds that this layer may be of.
+      kind: which of them it is; None: there is only one.
+      caches: softmax caches with a leading axis over the layers of each kind; None without a cache.
+      rank: this layer's index on that axis.
       share: the memory's share mu if it is scheduled, else None.
     """
 
-    softmax: Callable[[Array, Array, Array], tuple[Array, Array]]
-    segment_ids: SegmentIds | None = None
-    length: Int[Array, "B"] | None = None
+    contexts: dict[LayerKind, TokenContext]
+    kinds: tuple[LayerKind, ...]
+    kind: Int[Array, ""] | None = None
+    caches: dict[LayerKind, KeyValueCache] | None = None
+    rank: Int[Array, ""] | int = 0
     share: Float[Array, ""] | None = None
+
+    @property
+    def any_context(self) -> TokenContext:
+        """For what does not depend on the kind: segments and lengths."""
+        return self.contexts[self.kinds[0]]
+
+    def cache_of(self, kind: LayerKind) -> KeyValueCache | None:
+        """This layer's softmax cache, if it is of this kind."""
+        if self.caches is None:
+            return None
+        return KeyValueCache(*(x[self.rank] for x in self.caches[kind]))
 
 
 class LizaOutput(NamedTuple):
@@ -65,17 +85,35 @@ class LizaOutput(NamedTuple):
     branches: Branches
 
 
-class MemoryGate(nnx.Module):
-    """mu = sigmoid(logit), one per head (TPTT's Memory as Gate, learned)."""
+class Projected(NamedTuple):
+    """What a layer's projections make of its input.
 
-    def __init__(self, num_heads: int, init: float) -> None:
-        """Creates the logits [H], float32, such that every share starts at `init`."""
-        logit = jnp.log(init) - jnp.log1p(-init)
-        self.logit = MagParam(jnp.full((num_heads,), logit, jnp.float32), axes=("heads",))
+    Attributes:
+      x: the input [B, T, E].
+      q: raw queries [B, T, H, D].
+      k: raw keys [B, T, K, D].
+      v: raw values [B, T, K, D].
+      soft_q: queries as softmax attention takes them, before the rotary embedding.
+      soft_k: keys likewise.
+      soft_v: values likewise.
+    """
 
-    def __call__(self) -> Float[Array, "H"]:
-        """The share of the memory in each head."""
-        return jax.nn.sigmoid(self.logit[...])
+    x: Hidden
+    q: Float[Array, "B T H D"]
+    k: Float[Array, "B T K D"]
+    v: Float[Array, "B T K D"]
+    soft_q: Float[Array, "B T H D"]
+    soft_k: Float[Array, "B T K D"]
+    soft_v: Float[Array, "B T K D"]
+
+
+class _Mixed(NamedTuple):
+    """One kind of layer's attention with a memory of evicted tokens."""
+
+    out: Array  # [B, T, H, D]
+    keys: Array
+    memory: MemoryState | None
+    branches: Branches
 
 
 class LizaAttention(nnx.Module):
@@ -87,11 +125,15 @@ class LizaAttention(nnx.Module):
         liza: LizaConfig | None,
         lora: LoraConfig | None,
         *,
+        with_memory: bool = True,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        """Creates the projections, the q/k norms, and what the memory needs of its own."""
-        self.liza = liza
+        """Creates the projections, the q/k norms, and what the memory needs of its own.
+
+        `with_memory` is False in layers that have none though `liza` describes the model's.
+        """
+        self.config, self.liza = config, liza
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         self.qk_norm, self.clip_qkv = config.qk_norm, config.clip_qkv
@@ -122,10 +164,12 @@ class LizaAttention(nnx.Module):
             self.q_norm = query_key_norm(config, config.num_heads, dtype)
             self.k_norm = query_key_norm(config, config.num_kv_heads, dtype)
         self.memory = self.mag = nnx.data(None)
-        if liza is not None:
+        if liza is not None and with_memory:
             sizes = (embed, config.num_heads, config.num_kv_heads, config.head_dim)
             self.memory = DeltaMemory(*sizes, liza, rngs=rngs)
-            if liza.mag == "learned" and liza.softmax:
+            if liza.mag == "mass":
+                self.mag = MassGate(config.num_heads, config.head_dim)
+            elif liza.mag == "learned" and liza.softmax:
                 self.mag = MemoryGate(config.num_heads, liza.mag_init)
 
     def __call__(
@@ -141,29 +185,128 @@ class LizaAttention(nnx.Module):
 
         Args:
           x: [B, T, E], normalised.
-          tokens: how softmax attention runs in this layer, segments, scheduled share.
+          tokens: where they stand, what is cached of those before, the scheduled share.
           memory_state: what the memory carries; None attends within the rows alone.
           use_memory: False leaves the memory out: the base model's attention.
           dropout_key: turns dropout on.
         """
-        q, k, v = self._project(x, dropout_key)
-        soft = linear = rotated = values = None
+        made = self._projected(x, dropout_key)
+        remembers = self.memory is not None and use_memory
+        if not remembers or (self.liza is not None and self.liza.writes == "all"):
+            return self._run_beside(made, tokens, memory_state, remembers, dropout_key)
+        mixed = self._run_evicted(made, tokens, memory_state, dropout_key)
+        return LizaOutput(
+            self._project_out(mixed.out, dropout_key),
+            mixed.keys,
+            made.soft_v,
+            mixed.memory,
+            mixed.branches,
+        )
+
+    def _run_beside(
+        self,
+        made: Projected,
+        tokens: LayerTokens,
+        memory_state: MemoryState | None,
+        remembers: bool,
+        dropout_key: Array | None,
+    ) -> LizaOutput:
+        """Softmax attention, and a memory of all tokens beside it."""
+        soft = linear = keys = values = None
         # The memory first: its loops then run beside attention's gradient on CPU, where XLA takes
         # what is ready in the order of the program.
-        if self.memory is not None and use_memory:
+        if self.memory is not None and remembers:
+            written = MemoryTokens(made.k, made.v, tokens.any_context.segment_ids)
             linear, memory_state = self.memory(
-                *(x, q, k, v),
-                segment_ids=tokens.segment_ids,
+                *(made.x, made.q, written),
                 state=memory_state,
-                length=tokens.length,
+                length=tokens.any_context.length,
                 dropout_key=dropout_key,
             )
         if self.liza is None or self.liza.softmax:
-            values = self._clip(v)
-            soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
-            soft, rotated = tokens.softmax(soft_q, soft_k, values)
+            options = [functools.partial(self._attend, kind, tokens) for kind in tokens.kinds]
+            soft, keys = _switch(tokens.kind, options, made)
+            values = made.soft_v
         out = self._mix(soft, linear, tokens.share, dropout_key)
-        return LizaOutput(out, rotated, values, memory_state, Branches(soft, linear))
+        return LizaOutput(out, keys, values, memory_state, Branches(soft, linear))
+
+    def _attend(self, kind: LayerKind, tokens: LayerTokens, made: Projected) -> tuple[Array, Array]:
+        """Softmax attention [B, T, H, D] and rotated keys."""
+        attended, keys = self._softmax(kind, tokens, made)
+        return attended.out, keys
+
+    def _softmax(
+        self, kind: LayerKind, tokens: LayerTokens, made: Projected
+    ) -> tuple[Attended, Array]:
+        settings = softmax_settings(self.config, self.liza, kind)
+        qkv = (made.soft_q, made.soft_k, made.soft_v)
+        return apply_softmax(settings, tokens.contexts[kind], *qkv, tokens.cache_of(kind))
+
+    def _run_evicted(
+        self,
+        made: Projected,
+        tokens: LayerTokens,
+        memory_state: MemoryState | None,
+        dropout_key: Array | None,
+    ) -> _Mixed:
+        """Softmax attention, and behind its window a memory of what that has lost."""
+
+        def run(kind: LayerKind, made: Projected, state: MemoryState | None) -> _Mixed:
+            return self._mix_evicted(kind, tokens, made, state, dropout_key)
+
+        options = [functools.partial(run, kind) for kind in tokens.kinds]
+        return _switch(tokens.kind, options, made, memory_state)
+
+    def _mix_evicted(
+        self,
+        kind: LayerKind,
+        tokens: LayerTokens,
+        made: Projected,
+        state: MemoryState | None,
+        dropout_key: Array | None,
+    ) -> _Mixed:
+        assert self.liza is not None
+        assert self.memory is not None
+        settings, context = softmax_settings(self.config, self.liza, kind), tokens.contexts[kind]
+        is_idle = not self.liza.runs_memory(kind) or context.never_evicts(settings.window)
+        if is_idle:
+            attended, keys = self._softmax(kind, tokens, made)
+            branches = Branches(attended.out, jnp.zeros_like(attended.out))
+            return _Mixed(attended.out, keys, state, branches)
+        cache = tokens.cache_of(kind)
+        lost = evict(settings, context, made.soft_k, made.soft_v, cache)
+        linear, state = self.memory(
+            *(made.x, made.soft_q, lost.tokens),
+            state=state,
+            length=lost.before,
+            dropout_key=dropout_key,
+        )
+        attended, keys = self._softmax(kind, tokens, made)
+        branches = Branches(attended.out, linear)
+        if self.liza.linear_scale == "match":
+            linear = match_rms(linear, attended.out)
+        share = self._share(made.soft_q, attended, lost.count, tokens.share)
+        mixed = attended.out + share.astype(linear.dtype) * (linear - attended.out)
+        return _Mixed(mixed, keys, state, branches)
+
+    def _share(self, q: Array, attended: Attended, count: Array, scheduled: Array | None) -> Array:
+        """The memory's share [B, T, H or 1, 1], 0 while it is empty."""
+        if isinstance(self.mag, MassGate):
+            assert attended.log_mass is not None
+            return self.mag(q, attended.log_mass, count)
+        share = scheduled if self.mag is None else self.mag()[:, None]
+        return jnp.where(count[..., None, None] > 0, jnp.asarray(share), 0)
+
+    def _projected(self, x: Array, key: Array | None) -> Projected:
+        q, k, v = self._project(x, key)
+        if self.liza is not None and not self.liza.softmax:
+            return Projected(x, q, k, v, q, k, v)
+        soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
+        return Projected(x, q, k, v, soft_q, soft_k, self._clip(v))
+
+    def _project_out(self, x: Array, key: Array | None, *, use_bias: bool = True) -> Array:
+        """Heads [B, T, H, D] to the residual stream [B, T, E]."""
+        return self.o_proj(x.reshape(*x.shape[:2], -1), key, use_bias=use_bias)
 
     def _project(self, x: Array, key: Array | None) -> tuple[Array, ...]:
         """Raw queries [B, T, H, D], keys and values [B, T, K, D]."""
@@ -189,14 +332,13 @@ class LizaAttention(nnx.Module):
     def _mix(
         self, soft: Array | None, linear: Array | None, share: Array | None, key: Array | None
     ) -> Array:
-        def project(x: Array, *, use_bias: bool = True) -> Array:
-            return self.o_proj(x.reshape(*x.shape[:2], -1), key, use_bias=use_bias)
-
+        project = functools.partial(self._project_out, key=key)
         if soft is None or linear is None:
             only = linear if soft is None else soft
             assert only is not None, "a purely linear model cannot run without its memory"
             return project(only)
         assert self.liza is not None
+        assert not isinstance(self.mag, MassGate)
         mu = jnp.asarray(share if self.mag is None else self.mag()[:, None], soft.dtype)
         projected = self.liza.linear_scale == "projected"
         if not projected and not self.liza.cross_gate:
@@ -217,37 +359,8 @@ class LizaAttention(nnx.Module):
         return soft_term + linear_term
 
 
-def mix_heads(
-    soft: Float[Array, "B T H D"], linear: Float[Array, "B T H D"], share: Array, match: bool
-) -> Float[Array, "B T H D"]:
-    """(1 - share) soft + share linear, the latter with the RMS of the former if `match`."""
-    linear = match_rms(linear, soft) if match else linear
-    return (1 - share) * soft + share * linear
-
-
-def mix_projected(soft: Hidden, linear: Hidden, share: Array, liza: LizaConfig) -> Hidden:
-    """How tptt 0.12.1 mixes: both branches with the output projection's bias [B, T, E]."""
-    if liza.linear_scale == "projected":
-        linear = linear * root_mean_square(soft)
-    soft, linear = (1 - share) * soft, share * linear
-    return soft + linear + soft * linear if liza.cross_gate else soft + linear
-
-
-def root_mean_square(x: Hidden) -> Float[Array, "B T 1"]:
-    """sqrt(mean(x^2) + 1e-5) over the last axis, in float32, then x's dtype."""
-    wide = x.astype(jnp.float32)
-    return jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + 1e-5).astype(x.dtype)
-
-
-def match_rms(
-    linear: Float[Array, "B T H D"], soft: Float[Array, "B T H D"]
-) -> Float[Array, "B T H D"]:
-    """Gives every head of `linear` the RMS that it has in `soft`, token by token."""
-    wide = jnp.promote_types(soft.dtype, jnp.float32)
-
-    def mean_square(x: Array) -> Array:
-        return jnp.mean(jnp.square(x.astype(wide)), axis=-1, keepdims=True)
-
-    # Unit RMS over all heads came before, so 1e-6 only guards heads that are silent.
-    ratio = jnp.sqrt((mean_square(soft) + 1e-12) / (mean_square(linear) + 1e-6))
-    return linear * ratio.astype(linear.dtype)
+def _switch(kind: Array | None, options: list, *operands: Any) -> Any:
+    """Runs the option of this number, or the only one."""
+    if kind is None or len(options) == 1:
+        return options[0](*operands)
+    return lax.switch(kind, options, *operands)

@@ -16,7 +16,7 @@ from tptt_jax.layers.cache import (
     write_ring,
     write_sinks,
 )
-from tptt_jax.ops.attend import KeyValues, attend
+from tptt_jax.ops.attend import Attended, KeyValues, attend
 from tptt_jax.ops.fused_attention import can_fuse, fused_attention
 from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
 from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
@@ -34,6 +34,10 @@ class TokenContext(NamedTuple):
       length: tokens of each row before this call [B]; None without a cache.
       angles: rotation of every token; None: positions are in the embeddings.
       sink_angles: rotation of queries that look at the sinks, likewise; None without sinks.
+      window: tokens that softmax attention sees, where a call chooses fewer than the layer's
+        window; None: the layer's window.
+      evicted_angles: rotation of the token that leaves the window at each place, with a cache;
+        None: nothing leaves, or positions are in the embeddings.
     """
 
     positions: Positions
@@ -41,6 +45,15 @@ class TokenContext(NamedTuple):
     length: Int[Array, "B"] | None
     angles: RotaryAngles | None
     sink_angles: RotaryAngles | None
+    window: Int[Array, ""] | None = None
+    evicted_angles: RotaryAngles | None = None
+
+    def never_evicts(self, window: int | None) -> bool:
+        """Whether no token of these rows can leave a window: they are not longer."""
+        if window is None:
+            return True
+        is_narrowed = self.window is not None
+        return self.length is None and not is_narrowed and self.positions.shape[1] <= window
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
@@ -57,6 +70,7 @@ class SoftmaxSettings(NamedTuple):
     sinks: int
     scale: float
     softcap: float | None
+    needs_mass: bool = False
 
 
 def softmax_settings(
@@ -68,6 +82,7 @@ def softmax_settings(
         num_sinks(config, liza, kind),
         config.attention_scale,
         config.attention_softcap,
+        liza is not None and liza.mag == "mass" and liza.runs_memory(kind),
     )
 
 
@@ -78,20 +93,35 @@ def token_context(
     positions: Positions,
     segment_ids: SegmentIds | None,
     length: Int[Array, "B"] | None,
+    window: Int[Array, ""] | None = None,
 ) -> TokenContext:
-    """Computes the rotations that all layers of a kind share."""
+    """Computes the rotations that all layers of a kind share.
+
+    Args:
+      config: of the model.
+      liza: of its memory and window.
+      kind: of the layers.
+      positions: within the document [B, T].
+      segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
+      length: tokens of each row before this call [B]; None without a cache.
+      window: a window below the one that `liza` gives; None: that one.
+    """
+    widest = softmax_window(config, liza, kind)
+    if kind == "sliding" or widest is None:
+        window = None
     if config.position_embedding == "learned":
-        return TokenContext(positions, segment_ids, length, None, None)
+        return TokenContext(positions, segment_ids, length, None, None, window)
     rope = config.rope_of(kind)
-    sink_angles = None
-    if sinks := num_sinks(config, liza, kind):
-        window = softmax_window(config, liza, kind)
-        assert window is not None
-        # Farther than this no query is from a sink, whatever the length of the document.
-        capped = jnp.minimum(positions, window + sinks)
-        sink_angles = rotary_angles(capped, rope, config.head_dim)
+    sink_angles = evicted_angles = None
+    seen = widest if window is None else window
+    if seen is not None:
+        if sinks := num_sinks(config, liza, kind):
+            # Farther than this no query is from a sink, whatever the length of the document.
+            sink_angles = rotary_angles(jnp.minimum(positions, seen + sinks), rope, config.head_dim)
+        if length is not None and liza is not None and liza.writes == "evicted":
+            evicted_angles = rotary_angles(jnp.maximum(positions - seen, 0), rope, config.head_dim)
     angles = rotary_angles(positions, rope, config.head_dim)
-    return TokenContext(positions, segment_ids, length, angles, sink_angles)
+    return TokenContext(positions, segment_ids, length, angles, sink_angles, window, evicted_angles)
 
 
 def apply_softmax(
@@ -101,7 +131,7 @@ def apply_softmax(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
     cache: KeyValueCache | None = None,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"]]:
+) -> tuple[Attended, Float[Array, "B T K D"]]:
     """Rotates q and k, and attends to this call's tokens and to the cache.
 
     Args:
@@ -113,26 +143,31 @@ def apply_softmax(
       cache: of the layer before this call; it is read only, see `extend_cache`.
 
     Returns:
-      [B, T, H, D] in q's dtype, zero on padding; and the rotated keys.
+      Output [B, T, H, D] in q's dtype, zero on padding, and the log of the softmax's normaliser;
+      and the rotated keys.
     """
     sink_queries = rotate(q, context.sink_angles) if settings.sinks else None
     keys = rotate(k, context.angles)
     if cache is not None:
         q = rotate(q, context.angles)
         return _attend_cached(settings, context, q, keys, v, cache, sink_queries), keys
-    sinks = None
-    if sink_queries is not None:
-        sinks = _row_sinks(context, sink_queries, keys, v, settings.sinks)
     ids, window, softcap = context.segment_ids, settings.window, settings.softcap
-    if can_fuse(q, segment_ids=ids, sinks=sinks, softcap=softcap):
+    sinks = None
+    if sink_queries is not None and not context.never_evicts(window):
+        sinks = _row_sinks(context, sink_queries, keys, v, settings.sinks)
+    # JAX rounds the normaliser of cuDNN's attention to half precision, which is too coarse a
+    # measure of the memory's share.
+    needs_mass = settings.needs_mass or context.window is not None
+    if not needs_mass and can_fuse(q, segment_ids=ids, sinks=sinks, softcap=softcap):
         q = rotate(q, context.angles)
         out = fused_attention(q, keys, v, segment_ids=ids, window=window, scale=settings.scale)
-        return out, keys
+        return Attended(out, None), keys
     out = attend_sequence(
         *(q, k, v),
         angles=context.angles,
         segment_ids=ids,
         window=window,
+        narrower=context.window,
         sinks=sinks,
         scale=settings.scale,
         softcap=softcap,
@@ -199,7 +234,7 @@ def _attend_cached(
     v: Array,
     cache: KeyValueCache,
     sink_queries: Array | None,
-) -> Array:
+) -> Attended:
     """Attends to the ring, the tokens of this call and the sinks from either.
 
     Queries are taken so many at a time that their logits fit a fixed space, however long
@@ -213,10 +248,12 @@ def _attend_cached(
     if sink_queries is not None:
         sinks = (write_sinks(cache.sink_keys, k, *place), write_sinks(cache.sink_values, v, *place))
 
-    def attend_block(queries: _Queries) -> Array:
+    window = settings.window if context.window is None else context.window
+
+    def attend_block(queries: _Queries) -> Attended:
         parts = [
-            KeyValues(cache.keys, cache.values, _visible(settings, queries, old)),
-            KeyValues(k, v, _visible(settings, queries, new)),
+            KeyValues(cache.keys, cache.values, _visible(settings, window, queries, old)),
+            KeyValues(k, v, _visible(settings, window, queries, new)),
         ]
         if sinks is not None:
             reached = jnp.arange(settings.sinks) <= queries.positions[..., None]
@@ -230,16 +267,25 @@ def _attend_cached(
     if tokens <= block:
         return attend_block(queries)
     pad = -tokens % block
-    out = lax.map(attend_block, jax.tree.map(lambda x: _cut(x, block, pad), queries))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :tokens]
+    blocks = lax.map(attend_block, jax.tree.map(lambda x: _cut(x, block, pad), queries))
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :tokens]
+
+    return jax.tree.map(join, blocks)
 
 
-def _visible(settings: SoftmaxSettings, queries: _Queries, key_positions: Array) -> Array:
+def _visible(
+    settings: SoftmaxSettings,
+    window: int | Array | None,
+    queries: _Queries,
+    key_positions: Array,
+) -> Array:
     """[B, T, S]: filled, not later, inside the window, and not a sink."""
     seen, query = key_positions[:, None], queries.positions[..., None]
     mask = (seen >= 0) & (seen <= query) & queries.valid[..., None]
-    if settings.window is not None:
-        mask &= seen > query - settings.window
+    if window is not None:
+        mask &= seen > query - window
     return mask if queries.sink_queries is None else mask & (seen >= settings.sinks)
 
 

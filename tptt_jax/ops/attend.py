@@ -32,16 +32,31 @@ class KeyValues(NamedTuple):
     queries: Float[Array, "B T H D"] | None = None
 
 
+class Attended(NamedTuple):
+    """What softmax attention gives.
+
+    Attributes:
+      out: the weighted mean of the values [B, T, H, D], in the queries' dtype.
+      log_mass: logarithm of the softmax's normaliser, the log-sum-exp of all visible logits
+        [B, T, H], at least float32; about -5e29 where a query sees nothing. None from a kernel
+        that does not give it.
+    """
+
+    out: Float[Array, "B T H D"]
+    log_mass: Float[Array, "B T H"] | None
+
+
 def attend(
     q: Float[Array, "B T H D"],
     parts: Sequence[KeyValues],
     *,
     scale: float,
     softcap: float | None = None,
-) -> Float[Array, "B T H D"]:
+) -> Attended:
     """softmax(scale q k^T) v over all parts together; the softmax is in float32.
 
-    Keeping the parts apart saves joining them, which for a cache would copy it.
+    Keeping the parts apart saves joining them, which for a cache would copy it. Both results have
+    gradients.
 
     Args:
       q: queries [B, T, H, D], rotated. H is a multiple of K.
@@ -50,19 +65,21 @@ def attend(
       softcap: logits x become softcap * tanh(x / softcap).
 
     Returns:
-      [B, T, H, D] in q's dtype; zero where a query may see nothing.
+      Output, zero where a query may see nothing, and the log of the normaliser.
     """
     return _attend(q, tuple(parts), scale, softcap)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _attend(q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None) -> Array:
+def _attend(
+    q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None
+) -> Attended:
     return _attend_forward(q, parts, scale, softcap)[0]
 
 
 def _attend_forward(
     q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None
-) -> tuple[Array, tuple]:
+) -> tuple[Attended, tuple]:
     """Output, and what the gradient is made from: logits are made again, not kept."""
     logits = [_masked_logits(_queries_of(q, part), part, scale, softcap) for part in parts]
     tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
@@ -82,18 +99,20 @@ def _attend_forward(
     out = out / jnp.transpose(total, (0, 3, 1, 2, 4)) if divide_last else out
     out = out.reshape(q.shape).astype(q.dtype)
     out, log_total = save_mixed(out), save_mixed(top + jnp.log(total))
-    return out, (q, parts, out, log_total)
+    return Attended(out, _by_query(log_total)), (q, parts, out, log_total)
 
 
 def _attend_backward(
-    scale: float, softcap: float | None, kept: tuple, gradient: Array
+    scale: float, softcap: float | None, kept: tuple, gradient: Attended
 ) -> tuple[Array, tuple[KeyValues, ...]]:
     q, parts, out, log_total = kept
     wide = log_total.dtype
-    grouped = _grouped(gradient.astype(q.dtype), parts[0])
+    grouped = _grouped(gradient.out.astype(q.dtype), parts[0])
     # What a change of the total does to every weight [B, K, G, T, 1].
     products = jnp.einsum("btkgd,btkgd->bkgt", grouped, _grouped(out, parts[0]))
-    common = products.astype(wide)[..., None]
+    assert gradient.log_mass is not None
+    of_mass = jnp.moveaxis(gradient.log_mass.astype(wide), 1, 2).reshape(products.shape)
+    common = (products.astype(wide) - of_mass)[..., None]
     gradients, grad_q = [], jnp.zeros_like(q)
     for part in parts:
         queries = _queries_of(q, part)
@@ -114,6 +133,12 @@ def _attend_backward(
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _by_query(x: Array) -> Array:
+    """[B, K, G, T, 1] -> [B, T, H]."""
+    batch, _, _, tokens, _ = x.shape
+    return jnp.moveaxis(x.reshape(batch, -1, tokens), 1, 2)
 
 
 def _queries_of(q: Array, part: KeyValues) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
-from tptt_jax.ops.attend import KeyValues, attend
+from tptt_jax.ops.attend import Attended, KeyValues, attend
 from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.rope import RotaryAngles, rotate
 
@@ -26,11 +26,12 @@ def attend_sequence(
     angles: RotaryAngles | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     window: int | None = None,
+    narrower: Int[Array, ""] | None = None,
     sinks: KeyValues | None = None,
     scale: float,
     softcap: float | None = None,
     block: int = 512,
-) -> Float[Array, "B T H D"]:
+) -> Attended:
     """Causal attention over whole rows in O(T min(T, window)) work and O(T) memory.
 
     Without a window a row in four parts multiplies five eighths of all pairs, where half would do.
@@ -45,6 +46,7 @@ def attend_sequence(
       segment_ids: [B, T]; a query sees its own document only, 0 is padding. With a
         window, padding must not lie inside a document.
       window: tokens seen, the current one included; None: all before.
+      narrower: a traced window of at most `window` that is used in its place; None: `window`.
       sinks: first tokens that stay visible. The window leaves them to the sinks, so that
         none counts twice.
       scale: factor on the logits.
@@ -54,11 +56,12 @@ def attend_sequence(
         out what comes after it.
 
     Returns:
-      [B, T, H, D] in q's dtype; zero on padding.
+      Output [B, T, H, D] in q's dtype, zero on padding, and the log of the normaliser [B, T, H].
     """
     tokens = q.shape[1]
     if window is not None and window >= tokens:
         window = None
+    seen_at_most = window if narrower is None else narrower
     if segment_ids is None:
         segment_ids = jnp.ones((1, tokens), jnp.int32)
     segment_ids = jnp.broadcast_to(segment_ids, q.shape[:2])
@@ -74,10 +77,10 @@ def attend_sequence(
 
     def attend_some(
         queries: tuple, seen: tuple, first: Array | int, first_key: Array | int
-    ) -> Array:
+    ) -> Attended:
         """Consecutive queries to consecutive keys, from these places in the row on."""
         (q, ids, starts, own), (keys, values, key_ids) = queries, seen
-        mask = _sequence_mask(ids, key_ids, starts, first, first_key, window, num_sinks)
+        mask = _sequence_mask(ids, key_ids, starts, first, first_key, seen_at_most, num_sinks)
         parts = [KeyValues(keys, values, mask)]
         if own is not None:
             parts.append(KeyValues(**(row_sinks | own)))
@@ -89,12 +92,12 @@ def attend_sequence(
 
 
 def _run_pieces(
-    attend_some: Callable[..., Array],
+    attend_some: Callable[..., Attended],
     of_queries: tuple,
     of_keys: tuple,
     angles: RotaryAngles | None,
     window: int | None,
-) -> Array:
+) -> Attended:
     """A short row, piece by piece, each rotated by itself."""
     tokens = of_queries[0].shape[1]
     size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
@@ -107,28 +110,28 @@ def _run_pieces(
         q = rotate(q, _tokens(angles, first, last))
         k = rotate(k, _tokens(angles, first_key, last))
         pieces.append(attend_some((q, *others), (k, *rest), first, first_key))
-    return jnp.concatenate(pieces, axis=1)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=1), *pieces)
 
 
 def _run_blocks(
-    attend_some: Callable[..., Array],
+    attend_some: Callable[..., Attended],
     of_queries: tuple,
     of_keys: tuple,
     window: int | None,
     block: int,
-) -> Array:
+) -> Attended:
     """A long row, group by group, each scanned in blocks."""
-    batch, tokens, *heads = of_queries[0].shape
+    batch, tokens = of_queries[0].shape[:2]
     num_blocks = -(-tokens // block)
     pad = num_blocks * block - tokens
     of_keys = _pad_tokens(of_keys, window or 0, pad)
     blocks = jax.tree.map(lambda x: _cut(x, num_blocks), _pad_tokens(of_queries, 0, pad))
 
-    def run_group(start: int, stop: int) -> Array:
+    def run_group(start: int, stop: int) -> Attended:
         """Blocks, each to the keys that its window allows, or all to those before the end."""
         keys_before = _tokens(of_keys, 0, (window or 0) + stop * block)
 
-        def run(_: None, numbered: tuple) -> tuple[None, Array]:
+        def run(_: None, numbered: tuple) -> tuple[None, Attended]:
             index, queries = numbered
             first = index * block
             if window is None:
@@ -142,8 +145,13 @@ def _run_blocks(
 
     size = -(-num_blocks // _PIECES) if window is None else num_blocks
     starts = range(0, num_blocks, size)
-    out = jnp.concatenate([run_group(x, min(x + size, num_blocks)) for x in starts])
-    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, *heads)[:, :tokens]
+    groups = [run_group(x, min(x + size, num_blocks)) for x in starts]
+
+    def join(*parts: Array) -> Array:
+        whole = jnp.moveaxis(jnp.concatenate(parts), 0, 1)
+        return whole.reshape(batch, -1, *whole.shape[3:])[:, :tokens]
+
+    return jax.tree.map(join, *groups)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -176,7 +184,7 @@ def _sequence_mask(
     starts: Array,
     first_query: Array | int,
     first_key: Array | int,
-    window: int | None,
+    window: int | Array | None,
     num_sinks: int,
 ) -> Array:
     """[B, T, S]: same document, not later, inside the window, and not a sink."""

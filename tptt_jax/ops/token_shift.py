@@ -27,6 +27,26 @@ def document_ordinals(segment_ids: SegmentIds) -> Int[Array, "B T"]:
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
+def document_lengths(segment_ids: SegmentIds) -> Int[Array, "B T"]:
+    """Tokens of the document up to and including each token [B, T]; padding counts none.
+
+    Args:
+      segment_ids: document ids [B, T], 0 for padding.
+    """
+    valid = segment_ids != 0
+    count = jnp.cumsum(valid, axis=1)
+    last_id = _previous_valid_id(segment_ids)
+    before = jnp.where(valid & (segment_ids != last_id), count - 1, 0)
+    return count - jax.lax.cummax(before, axis=1)
+
+
+def _previous_valid_id(segment_ids: Array) -> Array:
+    index = jnp.where(segment_ids != 0, jnp.arange(segment_ids.shape[1]), -1)
+    previous = jax.lax.cummax(jnp.pad(index[:, :-1], ((0, 0), (1, 0)), constant_values=-1), axis=1)
+    found = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
+    return jnp.where(previous >= 0, found, 0)
+
+
 def shift_tokens(
     x: Shaped[Array, "B T ..."], steps: int, segment_ids: SegmentIds | None = None
 ) -> tuple[Shaped[Array, "B T ..."], Bool[Array, "B T"]]:

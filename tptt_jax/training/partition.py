@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tptt_jax.array_typing import Array
-from tptt_jax.layers.liza import MagParam
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM, MagShare
 
 TrainMode = Literal["lora", "projections", "full"]
@@ -24,13 +24,13 @@ def is_trainable(mode: TrainMode, path: Path, variable: nnx.Variable) -> bool:
     """Whether a parameter is trained.
 
     Args:
-      mode: "lora": adapters, the memory's own deltas and its learned shares;
+      mode: "lora": adapters and the memory's own parameters;
         "projections": those and the q, k, v, o projections themselves (the paper's
         LoRA-minus); "full": every parameter.
       path: of the variable in the model.
       variable: the variable.
     """
-    if isinstance(variable, (nnx.LoRAParam, MagParam)):
+    if isinstance(variable, (nnx.LoRAParam, MemoryParam)):
         return True
     if not isinstance(variable, nnx.Param):
         return False

@@ -1,0 +1,49 @@
+"""What a model, its memory and its adapters are: frozen, validated, without input or output."""
+
+from tptt_jax.config.adapters import LoraConfig
+from tptt_jax.config.memory import (
+    OPERATORS,
+    Gate,
+    LinearScale,
+    LizaConfig,
+    Mag,
+    Operator,
+    Precision,
+    Recurrence,
+    Trick,
+    Writes,
+    memory_layers,
+    runs_memory,
+)
+from tptt_jax.config.model import (
+    MAX_LAYERS,
+    LayerKind,
+    ModelConfig,
+    Norm,
+    NormPlacement,
+    Remat,
+    RopeConfig,
+)
+
+__all__ = [
+    "MAX_LAYERS",
+    "OPERATORS",
+    "Gate",
+    "LayerKind",
+    "LinearScale",
+    "LizaConfig",
+    "LoraConfig",
+    "Mag",
+    "ModelConfig",
+    "Norm",
+    "NormPlacement",
+    "Operator",
+    "Precision",
+    "Recurrence",
+    "Remat",
+    "RopeConfig",
+    "Trick",
+    "Writes",
+    "memory_layers",
+    "runs_memory",
+]

@@ -1,0 +1,291 @@
+"""What a Titan's memory is: what it writes, how it forgets, how it is mixed with the softmax."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from tptt_jax.config.checks import MAX_RANK, check_at_least, check_at_most, check_choice
+from tptt_jax.config.model import LayerKind, ModelConfig
+
+Writes = Literal["evicted", "all"]
+Operator = Literal[
+    "delta_rule",
+    "delta_rule_v",
+    "delta_rule_kv",
+    "delta_rule_gelu",
+    "gated_delta_rule",
+    "delta_product",
+    "delta_product_r",
+    "delta_product_c",
+    "gated_delta_product",
+    "tptt_reference",
+]
+Trick = Literal["derivative", "rotary", "combined"]
+Gate = Literal["projected", "k", "v", "kv", "constant"]
+Mag = Literal["mass", "learned", "scheduled"]
+LinearScale = Literal["learned", "match", "unit", "projected"]
+Precision = Literal["auto", "highest", "high", "default"]
+
+# What each of the paper's operators sets, unless the caller says otherwise.
+OPERATORS: dict[str, dict[str, Any]] = {
+    "delta_rule": {"num_householder": 1},
+    "delta_rule_v": {"num_householder": 1, "beta_gate": "v"},
+    "delta_rule_kv": {"num_householder": 1, "beta_gate": "kv"},
+    "delta_rule_gelu": {"num_householder": 1, "state_activation": "gelu"},
+    "gated_delta_rule": {"num_householder": 1, "alpha_gate": "k"},
+    "delta_product": {"num_householder": 2},
+    "delta_product_r": {"num_householder": 2, "trick": "rotary"},
+    "delta_product_c": {"num_householder": 2, "trick": "combined"},
+    "gated_delta_product": {"num_householder": 2, "alpha_gate": "k"},
+}
+_OPERATOR_DEFAULTS: dict[str, Any] = {
+    "num_householder": 2,
+    "trick": "derivative",
+    "beta_gate": "k",
+    "alpha_gate": "constant",
+    "state_activation": "none",
+}
+# What `writes` sets, unless the caller says otherwise.
+_WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
+    "evicted": {
+        **{"operator": "gated_delta_rule", "mag": "mass", "linear_scale": "learned"},
+        "memory_rank": 16,
+    },
+    "all": {
+        **{"operator": "delta_product", "mag": "learned", "linear_scale": "match"},
+        "memory_rank": 0,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """A resolved update rule: what an operator's name stands for."""
+
+    num_householder: int
+    trick: Trick
+    beta_gate: Gate
+    alpha_gate: Gate
+    state_activation: Literal["none", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LizaConfig:
+    """The linear-attention memory of a model's layers, and how it is mixed in.
+
+    By default the memory holds what softmax attention with a window has lost (docs/memory.md):
+    set `softmax_window`. ``LizaConfig(writes="all")`` is a memory beside the softmax, as TPTT has
+    it; `paper` gives the paper's own setting.
+
+    Fields that are None take what `writes` and `operator` say:
+    ``LizaConfig(operator="delta_rule")`` has one Householder step and
+    ``LizaConfig(operator="delta_rule", num_householder=3)`` has three. After construction they
+    hold the resolved values; to switch an existing configuration to another operator use
+    `with_operator`.
+    """
+
+    writes: Writes = "evicted"
+    """"evicted": a token enters the memory when it leaves the window, sinks never do; layers that
+    the base model windows itself have no memory. "all": every token, in every layer."""
+    operator: Operator | None = None
+    """Named update rule of the paper; sets the five fields below it. None: gated_delta_rule with
+    writes="evicted", else delta_product. "tptt_reference" computes what the package tptt 0.12.1
+    does, for adapters that were trained with it (see `LizaConfig.tptt_reference`)."""
+    num_householder: int | None = None
+    """Householder steps per token (the paper's order n); gated_delta_rule: 1, delta_product: 2."""
+    trick: Trick | None = None
+    """How a token becomes num_householder virtual tokens; delta_product: derivative."""
+    beta_gate: Gate | None = None
+    """What the write gate is computed from. "projected": a learned linear map of the token's keys
+    and values, the default with writes="evicted"; "k", "v", "kv": TPTT's causal means; "constant":
+    0.5."""
+    alpha_gate: Gate | None = None
+    """What the forget gate is computed from, likewise; "constant": nothing is forgotten."""
+    state_activation: Literal["none", "gelu"] | None = None
+    """Non-linearity on the state after every chunk_size tokens (paper eq. 8); the only option
+    whose result depends on chunk_size; delta_product: none."""
+    vector_beta: bool = False
+    """One write gate per channel (paper eq. 3) instead of one per head."""
+    expand_gates: bool = False
+    """Expand the write gate into virtual tokens like k and v, as the paper's text has it; a
+    differenced gate turns negative and lets the state grow."""
+    mag: Mag | None = None
+    """How large the memory's share of the output is. "mass": the estimated softmax mass of the
+    evicted tokens over all mass, per head and token; the default with writes="evicted".
+    "learned": one logit per head, the default with writes="all"; "scheduled": one value for the
+    model, set from outside."""
+    mag_init: float = 0.05
+    """Share at the start, in (0, 1), for "learned"; in [0, 1] for "scheduled"."""
+    linear_scale: LinearScale | None = None
+    """Size of the memory's output. "learned": a factor per head and query; the default with
+    writes="evicted". "match": each head gets the RMS of its softmax output; the default with
+    writes="all". "unit": the paper's unit RMS; "projected": the reference's base_scale_attn, after
+    the projection."""
+    cross_gate: bool = False
+    """Add the product of both terms to their sum, after the projection."""
+    softmax: bool = True
+    """False: a purely linear model (share 1, unit scale) without softmax and KV cache; needs
+    writes="all"."""
+    softmax_window: int | None = None
+    """Tokens that softmax attention sees, the current one included; None: all, and a memory of
+    evicted tokens is idle."""
+    softmax_sinks: int = 4
+    """First tokens of a document that a windowed layer goes on seeing (arXiv:2309.17453)."""
+    chunk_size: int = 64
+    """Tokens per chunk of the parallel form; the result does not depend on it."""
+    precision: Precision = "auto"
+    """Of the matrix products that read and write the memory of a row: "highest" is float32
+    on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
+    does the same in all three). "auto" is "highest" in a float32 model and "default" in one of
+    half precision. The state, the inverse of each chunk's system and single tokens stay exact."""
+    memory_rank: int | None = None
+    """Rank of the memory's own low-rank deltas on queries, keys and values; 0: none. None: 16 with
+    writes="evicted", else 0."""
+    memory_alpha: float = 16.0
+    """Those deltas are scaled by memory_alpha / memory_rank."""
+    dropout: float = 0.0
+    """Dropout on the memory's output while training."""
+
+    def __post_init__(self) -> None:
+        """Resolves what is None and rejects impossible combinations."""
+        check_choice("writes", self.writes, Writes)
+        self._fill(_WRITES_DEFAULTS[self.writes])
+        check_choice("operator", self.operator, Operator)
+        self._fill(self._operator_defaults())
+        check_choice("trick", self.trick, Trick)
+        check_choice("beta_gate", self.beta_gate, Gate)
+        check_choice("alpha_gate", self.alpha_gate, Gate)
+        check_choice("mag", self.mag, Mag)
+        check_choice("linear_scale", self.linear_scale, LinearScale)
+        check_choice("state_activation", self.state_activation, Literal["none", "gelu"])
+        check_choice("precision", self.precision, Precision)
+        check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window")
+        check_at_least(self, 0, "softmax_sinks", "memory_rank")
+        check_at_most(self, MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        self._check_share()
+        self._check_operator()
+        self._check_writes()
+
+    def _fill(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+
+    def _operator_defaults(self) -> dict[str, Any]:
+        assert self.operator is not None
+        values = _OPERATOR_DEFAULTS | OPERATORS.get(self.operator, {})
+        if self.writes == "all":
+            return values
+        # The operator says whether there is a gate; what is best to compute it from is measured.
+        gates = {name: values[name] for name in ("beta_gate", "alpha_gate")}
+        return values | {n: "projected" if gate == "k" else gate for n, gate in gates.items()}
+
+    def _check_share(self) -> None:
+        if self.mag == "learned" and not 0 < self.mag_init < 1:
+            raise ValueError(f"mag_init must lie strictly between 0 and 1, got {self.mag_init}.")
+        if not 0 <= self.mag_init <= 1:
+            raise ValueError(f"mag_init must lie between 0 and 1, got {self.mag_init}.")
+
+    def _check_operator(self) -> None:
+        projected = "projected" in (self.beta_gate, self.alpha_gate)
+        if self.operator == "tptt_reference" and (
+            self.vector_beta or self.expand_gates or projected or self.writes != "all"
+        ):
+            raise ValueError(
+                'operator "tptt_reference" has gates of its own kind and writes every token: use '
+                'writes="all", and leave vector_beta, expand_gates and the gates alone.'
+            )
+        if self.beta_gate == "projected" and (self.vector_beta or self.expand_gates):
+            raise ValueError(
+                'beta_gate="projected" gives one gate per head and step: leave vector_beta and '
+                'expand_gates False, or use beta_gate="k".'
+            )
+
+    def _check_writes(self) -> None:
+        if not self.softmax:
+            if self.writes == "evicted":
+                raise ValueError(
+                    "softmax=False has no window from which tokens could be evicted: use "
+                    'writes="all".'
+                )
+            if self.cross_gate:
+                raise ValueError("softmax=False leaves nothing to mix with: use cross_gate=False.")
+            object.__setattr__(self, "linear_scale", "unit")
+        if self.writes == "all":
+            for name, value in (("mag", "mass"), ("linear_scale", "learned")):
+                if getattr(self, name) == value:
+                    raise ValueError(
+                        f'{name}="{value}" measures the memory against evicted tokens: use '
+                        'writes="evicted".'
+                    )
+        elif self.cross_gate or self.linear_scale == "projected":
+            raise ValueError(
+                'cross_gate and linear_scale="projected" mix a memory of every token: use '
+                'writes="all".'
+            )
+
+    @property
+    def recurrence(self) -> Recurrence:
+        """What `operator` and the five fields below it come to."""
+        return Recurrence(**{name: getattr(self, name) for name in _OPERATOR_DEFAULTS})
+
+    def has_memory(self, kind: LayerKind) -> bool:
+        """Whether layers of this kind have a memory; what the base model windows loses nothing."""
+        return self.writes == "all" or kind == "full"
+
+    def runs_memory(self, kind: LayerKind) -> bool:
+        """Whether that memory ever has something to hold."""
+        is_idle = self.writes == "evicted" and self.softmax_window is None
+        return self.has_memory(kind) and not is_idle
+
+    def with_operator(self, operator: Operator) -> Self:
+        """This configuration with another operator and everything that operator sets."""
+        return dataclasses.replace(
+            self, **dict.fromkeys(_OPERATOR_DEFAULTS, None), operator=operator
+        )
+
+    @classmethod
+    def named(cls, operator: Operator, **changes: Any) -> Self:
+        """The default memory with one of the paper's operators.
+
+        Example:
+          >>> LizaConfig.named("gated_delta_product", softmax_window=256).num_householder
+          2
+        """
+        return cls(operator=operator, **changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> Self:
+        """TPTT's own setting: every token, unit scale, one scheduled share (0.01 to 0.5)."""
+        settings = {"mag": "scheduled", "mag_init": 0.01, "linear_scale": "unit"}
+        return cls(**{"writes": "all", **settings} | changes)
+
+    @classmethod
+    def tptt_reference(cls, mode: str = "delta_product", **changes: Any) -> Self:
+        """What the package tptt 0.12.1 computes by default in one of its nine operator modes.
+
+        Its settings are called `chunk_size` (max_chunk_size), `mag_init` (mag_weight), `cross_gate`
+        and `linear_scale="projected"` (base_scale_attn) here.
+
+        Raises:
+          ValueError: if there is no such mode.
+        """
+        if mode not in OPERATORS:
+            raise ValueError(f"mode must be one of {', '.join(OPERATORS)}, got {mode!r}.")
+        package: dict[str, Any] = {"mag": "scheduled", "mag_init": 0.5, "linear_scale": "unit"}
+        settings = {"writes": "all", **package} | OPERATORS[mode] | changes
+        return cls(**settings, operator="tptt_reference")
+
+
+def memory_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
+    """The layers of a model that have a memory, in order."""
+    if liza is None:
+        return ()
+    return tuple(i for i, kind in enumerate(config.layer_kinds) if liza.has_memory(kind))
+
+
+def runs_memory(config: ModelConfig, liza: LizaConfig | None) -> bool:
+    """Whether any layer's memory ever has something to hold."""
+    return liza is not None and any(map(liza.runs_memory, set(config.layer_kinds)))

@@ -1,0 +1,87 @@
+"""The tokens that leave a layer's window while those of a call enter it."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.layers.cache import KeyValueCache
+from tptt_jax.layers.memory import MemoryTokens
+from tptt_jax.layers.softmax_attention import SoftmaxSettings, TokenContext
+from tptt_jax.ops.eviction import delay_tokens, evicted_ids
+from tptt_jax.ops.rope import RotaryAngles, rotate
+
+
+class Evicted(NamedTuple):
+    """What the window has lost at each place of a call.
+
+    Attributes:
+      tokens: the token that leaves at each place; sinks leave, but are not written.
+      count: written tokens so far [B, T].
+      before: tokens that had left before the call [B]; None without a cache.
+    """
+
+    tokens: MemoryTokens
+    count: Int[Array, "B T"]
+    before: Int[Array, "B"] | None
+
+
+def evict(
+    settings: SoftmaxSettings,
+    context: TokenContext,
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    cache: KeyValueCache | None = None,
+) -> Evicted:
+    """Finds the tokens that leave the window.
+
+    With a cache they come out of its ring, whose keys are rotated back, or, in a call longer than
+    the window, from the call itself.
+
+    Args:
+      settings: window and sinks of the layer.
+      context: of the tokens of the call.
+      k: their keys [B, T, K, D], not rotated.
+      v: their values [B, T, K, D].
+      cache: of the layer before the call; None: rows start with it.
+    """
+    assert settings.window is not None, "without a window no token leaves"
+    window = settings.window if context.window is None else context.window
+    left = context.positions - window
+    ids = evicted_ids(context.positions, context.segment_ids, window)
+    before = None
+    if cache is None:
+        keys, values = (delay_tokens(x, window, settings.window) for x in (k, v))
+    else:
+        assert context.length is not None
+        keys, values = _from_cache(context, cache, left, k, v)
+        before = jnp.maximum(context.length - window, 0)
+    tokens = MemoryTokens(keys, values, ids, left >= settings.sinks)
+    return Evicted(tokens, jnp.maximum(left - settings.sinks + 1, 0), before)
+
+
+def _from_cache(
+    context: TokenContext,
+    cache: KeyValueCache,
+    left: Int[Array, "B T"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+) -> tuple[Array, Array]:
+    """Keys, rotated back, and values of the tokens at positions `left`; below 0 anything."""
+    assert context.length is not None
+    rows = jnp.arange(k.shape[0])[:, None]
+    slot = left % cache.keys.shape[1]
+    keys = _rotate_back(cache.keys[rows, slot].astype(k.dtype), context.evicted_angles)
+    values = cache.values[rows, slot].astype(v.dtype)
+    if k.shape[1] <= cache.keys.shape[1] and context.window is None:
+        return keys, values
+    # Tokens of a long call that enter the window and leave it again.
+    order = jnp.argsort(~context.valid, axis=1, stable=True)
+    since = left - context.length[:, None]
+    place = jnp.take_along_axis(order, jnp.clip(since, 0, k.shape[1] - 1), axis=1)
+    is_new = (since >= 0)[..., None, None]
+    return jnp.where(is_new, k[rows, place], keys), jnp.where(is_new, v[rows, place], values)
+
+
+def _rotate_back(x: Array, angles: RotaryAngles | None) -> Array:
+    return x if angles is None else rotate(x, RotaryAngles(angles.cos, -angles.sin))

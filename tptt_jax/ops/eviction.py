@@ -1,0 +1,50 @@
+"""Tokens on their way out of a window: a row of tokens, some places later."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from tptt_jax.array_typing import Array, Int, Positions, SegmentIds, Shaped
+
+
+def delay_tokens(
+    x: Shaped[Array, "B T ..."], steps: int | Int[Array, ""], most: int | None = None
+) -> Shaped[Array, "B T ..."]:
+    """Gives place t what place t - steps holds, and zeros to the first `steps` places.
+
+    Args:
+      x: one value per token [B, T, ...].
+      steps: places; an integer, or a traced scalar of at most `most`.
+      most: upper bound of a traced `steps`.
+
+    Returns:
+      The delayed values, like x.
+    """
+    tokens = x.shape[1]
+    if isinstance(steps, int):
+        steps = min(steps, tokens)
+        return jnp.pad(x[:, : tokens - steps], _before(x, steps))
+    assert most is not None, "a traced number of steps needs a bound"
+    most = min(most, tokens)
+    return lax.dynamic_slice_in_dim(jnp.pad(x, _before(x, most)), most - steps, tokens, axis=1)
+
+
+def evicted_ids(
+    positions: Positions, segment_ids: SegmentIds | None, window: int | Int[Array, ""]
+) -> Int[Array, "B T"]:
+    """The document of the token that leaves the window at each place, 0 where none does.
+
+    The token at position p lets position p - window go.
+
+    Args:
+      positions: within the document [B, T].
+      segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
+      window: tokens that stay visible, the current one included.
+    """
+    leaves = positions >= window
+    if segment_ids is None:
+        return leaves.astype(jnp.int32)
+    return jnp.where(leaves, segment_ids, 0)
+
+
+def _before(x: Array, count: int) -> tuple[tuple[int, int], ...]:
+    return ((0, 0), (count, 0), *((0, 0),) * (x.ndim - 2))
