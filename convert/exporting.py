@@ -40,7 +40,7 @@ def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> N
     family = family_of(model.config.family)
     content = _config_json(family, model.config, np.dtype(model.dtype), base)
     variables = variables_of(model)
-    plan = plan_for(family.rules(model.config), model.config, variables)
+    plan = plan_for(family.rules(model.config), model, variables)
     if base is not None:
         _copy_code(base.path, directory, content)
     _write_directory(model, directory, base, content, plan, variables)
@@ -63,7 +63,7 @@ def write_titan(model: CausalLM, directory: Path, base: Pretrained | None) -> No
             'operator "tptt_reference" is not in the "titan" file; use format "tptt".'
         )
     variables = variables_of(model)
-    plan = plan_for(titan.FAMILY.rules(config), config, variables, memory=True)
+    plan = plan_for(titan.FAMILY.rules(config), model, variables, memory=True)
     content = titan.FAMILY.config_json(config) | {
         "auto_map": titan.AUTO_MAP,
         "dtype": np.dtype(model.dtype).name,

@@ -48,7 +48,6 @@ def describe(source: Source, contexts: Sequence[int], window: int) -> dict[str, 
         raise ValueError(f"context must be lengths of at least 1 token, got {list(contexts)}.")
     variants: dict[str, LizaConfig | None] = {
         "base": None,
-        "Titan": LizaConfig(),
         f"Titan, window {window}": LizaConfig(softmax_window=window),
     }
     report: dict[str, Any] = {}
@@ -119,7 +118,8 @@ class _State:
                 layers, _, slots = cache.keys.shape[:3]
                 slot = _nbytes_per_layer((cache.keys, cache.values)) // slots
                 most = None if slots == _ANY_CONTEXT else _nbytes_per_layer(cache)
-                counts[kind, slot, most, memory] += layers
+                runs = self.liza is not None and self.liza.runs_memory(kind)
+                counts[kind, slot, most, memory if runs else 0] += layers
         names = ("kind", "kv_bytes_per_token", "kv_bytes_at_most", "memory_bytes")
         return [
             dict(zip(names, row, strict=True)) | {"layers": layers}

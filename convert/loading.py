@@ -18,9 +18,9 @@ from convert.progress import track
 from convert.rules import Rule
 from convert.sources import Pretrained
 from convert.tensors import empty_aligned
-from tptt_jax import CausalLM, ModelConfig
+from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
-from tptt_jax.decoder import layer_location
+from tptt_jax.decoder import is_memory, layer_location, memory_location
 from tptt_jax.sharding import sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
@@ -42,9 +42,9 @@ def is_base(variable: nnx.Variable) -> bool:
 
 
 def plan_for(
-    rules: Sequence[Rule], config: ModelConfig, variables: Variables, *, memory: bool = False
+    rules: Sequence[Rule], model: CausalLM, variables: Variables, *, memory: bool = False
 ) -> tuple[Conversion, ...]:
-    """Applies a key table to the base weights of a model (see `build_plan`).
+    """Applies a key table to the base weights of a model, abstract or not (see `build_plan`).
 
     With `memory`, also to the memory's own parameters; adapters of projections never count.
     """
@@ -53,8 +53,13 @@ def plan_for(
         for name, (_, variable) in variables.items()
         if is_base(variable) or (memory and ".lora." not in name)
     }
-    locate = functools.partial(layer_location, config)
-    return build_plan(rules, shapes, config.num_layers, locate)
+
+    def locate(layer: int, path: str) -> tuple[int, int] | None:
+        if is_memory(tuple(path.split(".")), None):
+            return memory_location(model.config, model.liza, layer)
+        return layer_location(model.config, layer)
+
+    return build_plan(rules, shapes, model.config.num_layers, locate)
 
 
 def load_model(
@@ -80,7 +85,7 @@ def load_model(
     abstract = nnx.eval_shape(build)
     variables = variables_of(abstract)
     memory = pretrained.liza is not None
-    plan = plan_for(pretrained.rules, pretrained.config, variables, memory=memory)
+    plan = plan_for(pretrained.rules, abstract, variables, memory=memory)
     plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
     check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)
     _check_tied_head(pretrained, plan)

@@ -13,8 +13,9 @@ from convert.tensors import TensorInfo
 _LAYER = "layers.{layer}."
 _EXPERT = "{expert}"
 
-LayerLocation = Callable[[int], tuple[int, int]]
-"""Layer of the checkpoint -> (stack, index on the stacked axis)."""
+LayerLocation = Callable[[int, str], tuple[int, int] | None]
+"""Layer of the checkpoint and our parameter in it -> (stack, index on the stacked axis); None where
+this layer does not have the parameter."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def build_plan(
       rules: the family's key table.
       parameters: shape of every parameter that a checkpoint must hold, by dot-joined path.
       num_layers: layers of the model.
-      locate: place of each layer in the model's stacks.
+      locate: place of each layer's parameters in the model's stacks.
 
     Returns:
       The conversions, embedding and layers in the order of the rules. They fill every one of
@@ -69,7 +70,8 @@ def build_plan(
     for rule in rules:
         if any(_LAYER in target for target in rule.targets):
             for layer in range(num_layers):
-                plan.extend(_apply(rule, parameters, layer, locate(layer)))
+                if location := locate(layer, rule.targets[0]):
+                    plan.extend(_apply(rule, parameters, layer, location))
         else:
             plan.extend(_apply(rule, parameters, None, None))
     _check_coverage(plan, parameters)

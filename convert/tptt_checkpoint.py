@@ -151,7 +151,7 @@ def fit_tptt(checkpoint: TpttCheckpoint, config: ModelConfig) -> FittedTptt:
 def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
     variables = variables_of(model)
     rules = family_of(model.config.family).rules(model.config)
-    plan = plan_for(rules, model.config, variables)
+    plan = plan_for(rules, model, variables)
     moves = [move for move in plan if checkpoint.weights.keys() & set(move.sources)]
     wanted = {
         name: shape

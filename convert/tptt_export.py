@@ -99,7 +99,7 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
     wrong = {
         'mag = "learned"': liza.softmax and liza.mag == "learned",
         'linear_scale = "match"': liza.linear_scale == "match",
-        "memory_rank": liza.memory_rank > 0,
+        "memory_rank": bool(liza.memory_rank),
         "softmax_sinks with a softmax_window": liza.softmax_window and liza.softmax_sinks,
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
@@ -164,7 +164,7 @@ def _weights(model: CausalLM, places: list[Place], base: Pretrained) -> dict[str
     has_lora = model.lora is not None
     adapted = {place.module for place in places}
     variables = variables_of(model)
-    plan = plan_for(base.rules, model.config, variables)
+    plan = plan_for(base.rules, model, variables)
     tensors = {}
     for move in plan:
         ours = []

@@ -8,6 +8,7 @@ against this, is therefore a bound from below and never above 1.
 """
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import memory_layers, runs_memory
 from tptt_jax.layers.cache import num_sinks, softmax_window
 from tptt_jax.ops.delta_product_plan import plan_chunks
 from tptt_jax.training.partition import TrainMode
@@ -96,7 +97,7 @@ def weights_flops(config: ModelConfig, liza: LizaConfig | None) -> float:
 
 
 def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig | None) -> float:
-    """One token through all low-rank adapters, the memory's own deltas among them."""
+    """One token through all low-rank adapters, the memory's own deltas and gates among them."""
     total = 0.0
     for layer in range(config.num_layers):
         for path, (rows, columns) in layer_projections(config.of_layer(layer)).items():
@@ -104,9 +105,26 @@ def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig
             adapted = not config.num_experts or not path.startswith("mlp.") or "router" in path
             if lora is not None and adapted and lora.matches(path):
                 total += 2.0 * lora.rank * (rows + columns)
-            if liza is not None and path.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj"):
-                total += 2.0 * liza.memory_rank * (rows + columns)
-    return total
+    return total + sum(
+        _memory_delta_flops(config.of_layer(layer), liza)
+        for layer in memory_layers(config, liza)
+        if liza is not None
+    )
+
+
+def _memory_delta_flops(config: ModelConfig, liza: LizaConfig) -> float:
+    """One token through the memory's deltas and projected gates in one layer."""
+    width, kv_width = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
+    source = 2 * kv_width if liza.writes == "evicted" else config.embed_dim
+    assert liza.memory_rank is not None
+    deltas = liza.memory_rank * (config.embed_dim + width + 2 * (source + kv_width))
+    steps = {"beta_gate": liza.recurrence.num_householder, "alpha_gate": 1}
+    gates = sum(
+        2 * kv_width * config.num_kv_heads * count
+        for gate, count in steps.items()
+        if getattr(liza, gate) == "projected"
+    )
+    return 2.0 * (deltas + gates)
 
 
 def head_flops(config: ModelConfig) -> float:
@@ -147,7 +165,7 @@ def _visible_pairs(tokens: int, window: int | None, sinks: int) -> float:
 
 def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> float:
     """The memory's operator over tokens read together, in all layers."""
-    if liza is None or tokens == 0:
+    if liza is None or tokens == 0 or not runs_memory(config, liza):
         return 0.0
     exact = liza.recurrence.state_activation != "none"
     return sum(
@@ -159,7 +177,7 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
             householder=liza.recurrence.num_householder,
             chunk_size=plan_chunks(tokens, liza.chunk_size, exact=exact).chunk_size,
         )
-        for heads, kv_heads, _ in map(config.layer_sizes, range(config.num_layers))
+        for heads, kv_heads, _ in map(config.layer_sizes, memory_layers(config, liza))
     )
 
 
@@ -203,7 +221,7 @@ def decoding_flops(
     per_row += tokens * head_flops(config) + attention_flops(config, liza, prompt + tokens)
     per_row += memory_flops(config, liza, prompt)
     if liza is not None:
-        for heads, kv_heads, _ in map(config.layer_sizes, range(config.num_layers)):
+        for heads, kv_heads, _ in map(config.layer_sizes, memory_layers(config, liza)):
             step = step_flops(
                 heads=heads,
                 kv_heads=kv_heads,

@@ -65,7 +65,8 @@ def read_liza(fields: Fields) -> LizaConfig | None:
       ConversionError: if the description is none of a memory.
     """
     raw = fields.object("liza").raw
-    return _build(LizaConfig, raw, fields.origin) if raw else None
+    # Exports from before there was a choice write every token.
+    return _build(LizaConfig, {"writes": "all", **raw}, fields.origin) if raw else None
 
 
 def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
@@ -130,8 +131,12 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     for name in ("q_delta", "k_delta", "v_delta"):
         path = f"{attention}.memory.{name}"
         rules += [Rule(f"{path}.a", f"{path}.a"), Rule(f"{path}.b", f"{path}.b")]
+    for name in ("gates.beta", "gates.keep"):
+        rules += linear(f"{attention}.memory.{name}", f"{attention}.memory.{name}")
+    for name in ("mag.logit", "mag.weight", "mag.slope", "mag.bias"):
+        rules.append(Rule(f"{attention}.{name}", f"{attention}.{name}"))
     rules += [
-        Rule(f"{attention}.mag.logit", f"{attention}.mag.logit"),
+        *_norm(f"{attention}.memory.scale", f"{attention}.memory.scale"),
         Rule(f"{mlp}.router.weight", f"{mlp}.router.kernel", TRANSPOSE),
     ]
     for name in ("gate_proj", "up_proj", "down_proj"):

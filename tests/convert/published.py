@@ -120,8 +120,9 @@ def check_published(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
         rngs = nnx.Rngs(0)
         return CausalLM(config, LizaConfig(), LoraConfig(), dtype=jnp.dtype("bfloat16"), rngs=rngs)
 
-    variables = variables_of(nnx.eval_shape(build))
+    model = nnx.eval_shape(build)
+    variables = variables_of(model)
     tensors = {name: TensorInfo(shape, "BF16", 0) for name, shape in shapes.items()}
-    plan = match_names(plan_for(family.rules(config), config, variables), tensors, family.prefix)
+    plan = match_names(plan_for(family.rules(config), model, variables), tensors, family.prefix)
     check_tensors(plan, tensors, lambda name: is_match(family.ignored, name))
     return sum(len(move.sources) for move in plan)

@@ -33,9 +33,7 @@ def gradient_errors(theirs: Any, ours: CausalLM) -> dict[str, float]:
     torch.nn.functional.cross_entropy(logits, torch.as_tensor(TOKENS[:, 1:]).flatten()).backward()
     wanted = as_stored({name: p.grad for name, p in theirs.named_parameters()})
     gradients = _loss_gradients(ours)
-    plan = plan_for(
-        family_of(ours.config.family).rules(ours.config), ours.config, variables_of(ours)
-    )
+    plan = plan_for(family_of(ours.config.family).rules(ours.config), ours, variables_of(ours))
     assert {name for move in plan for name in move.sources} == wanted.keys()
     errors = {}
     for move in plan:

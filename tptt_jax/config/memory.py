@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from tptt_jax.config.checks import MAX_RANK, check_at_least, check_at_most, check_choice
 from tptt_jax.config.model import LayerKind, ModelConfig
 
-Writes = Literal["evicted", "all"]
+Writes = Literal["evicted", "all", "none"]
 Operator = Literal[
     "delta_rule",
     "delta_rule_v",
@@ -55,6 +55,10 @@ _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
         **{"operator": "delta_product", "mag": "learned", "linear_scale": "match"},
         "memory_rank": 0,
     },
+    "none": {
+        **{"operator": "gated_delta_rule", "mag": "mass", "linear_scale": "learned"},
+        "memory_rank": 0,
+    },
 }
 
 
@@ -86,7 +90,8 @@ class LizaConfig:
 
     writes: Writes = "evicted"
     """"evicted": a token enters the memory when it leaves the window, sinks never do; layers that
-    the base model windows itself have no memory. "all": every token, in every layer."""
+    the base model windows itself have no memory. "all": every token, in every layer. "none": there
+    is no memory, only a window."""
     operator: Operator | None = None
     """Named update rule of the paper; sets the five fields below it. None: gated_delta_rule with
     writes="evicted", else delta_product. "tptt_reference" computes what the package tptt 0.12.1
@@ -205,7 +210,7 @@ class LizaConfig:
 
     def _check_writes(self) -> None:
         if not self.softmax:
-            if self.writes == "evicted":
+            if self.writes != "all":
                 raise ValueError(
                     "softmax=False has no window from which tokens could be evicted: use "
                     'writes="all".'
@@ -233,7 +238,7 @@ class LizaConfig:
 
     def has_memory(self, kind: LayerKind) -> bool:
         """Whether layers of this kind have a memory; what the base model windows loses nothing."""
-        return self.writes == "all" or kind == "full"
+        return self.writes == "all" or (self.writes == "evicted" and kind == "full")
 
     def runs_memory(self, kind: LayerKind) -> bool:
         """Whether that memory ever has something to hold."""

@@ -1,7 +1,7 @@
 """Decoding on CPU: one module per layer instead of a scan over stacked ones."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -37,12 +37,11 @@ def unstack_layers(model: CausalLM) -> CausalLM:
         return model
     apart = nnx.merge(*nnx.split(model))
     remembering = memory_layers(model.config, model.liza)
-    apart.stacks = nnx.List(
-        [
-            nnx.List(_layers(stack, [layer in remembering for layer in layers]))
-            for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
-        ]
-    )
+    stacks = [
+        nnx.List(_layers(stack, [layer in remembering for layer in layers]))
+        for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
+    ]
+    apart.stacks = cast("nnx.List[DecoderLayer]", nnx.List(stacks))
     return apart
 
 

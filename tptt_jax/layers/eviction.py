@@ -17,12 +17,12 @@ class Evicted(NamedTuple):
 
     Attributes:
       tokens: the token that leaves at each place; sinks leave, but are not written.
-      count: written tokens so far [B, T].
+      held: tokens that the memory holds, the one of this place included [B, T].
       before: tokens that had left before the call [B]; None without a cache.
     """
 
     tokens: MemoryTokens
-    count: Int[Array, "B T"]
+    held: Int[Array, "B T"]
     before: Int[Array, "B"] | None
 
 

@@ -8,7 +8,7 @@ from tptt_jax.array_typing import Array, Bool, Hidden, Int, SegmentIds
 from tptt_jax.config import LizaConfig
 from tptt_jax.layers.cache import MemoryState, init_memory_state
 from tptt_jax.layers.lora import Projection
-from tptt_jax.layers.memory import DeltaMemory
+from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 
 
 class LinearAttention(nnx.Module):

@@ -164,7 +164,7 @@ class LizaAttention(nnx.Module):
             self.q_norm = query_key_norm(config, config.num_heads, dtype)
             self.k_norm = query_key_norm(config, config.num_kv_heads, dtype)
         self.memory = self.mag = nnx.data(None)
-        if liza is not None and with_memory:
+        if liza is not None and with_memory and liza.writes != "none":
             sizes = (embed, config.num_heads, config.num_kv_heads, config.head_dim)
             self.memory = DeltaMemory(*sizes, liza, rngs=rngs)
             if liza.mag == "mass":
@@ -285,17 +285,17 @@ class LizaAttention(nnx.Module):
         branches = Branches(attended.out, linear)
         if self.liza.linear_scale == "match":
             linear = match_rms(linear, attended.out)
-        share = self._share(made.soft_q, attended, lost.count, tokens.share)
+        share = self._share(made.soft_q, attended, lost.held, tokens.share)
         mixed = attended.out + share.astype(linear.dtype) * (linear - attended.out)
         return _Mixed(mixed, keys, state, branches)
 
-    def _share(self, q: Array, attended: Attended, count: Array, scheduled: Array | None) -> Array:
+    def _share(self, q: Array, attended: Attended, held: Array, scheduled: Array | None) -> Array:
         """The memory's share [B, T, H or 1, 1], 0 while it is empty."""
         if isinstance(self.mag, MassGate):
             assert attended.log_mass is not None
-            return self.mag(q, attended.log_mass, count)
+            return self.mag(q, attended.log_mass, held)
         share = scheduled if self.mag is None else self.mag()[:, None]
-        return jnp.where(count[..., None, None] > 0, jnp.asarray(share), 0)
+        return jnp.where(held[..., None, None] > 0, jnp.asarray(share), 0)
 
     def _projected(self, x: Array, key: Array | None) -> Projected:
         q, k, v = self._project(x, key)

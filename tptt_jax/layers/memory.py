@@ -194,7 +194,8 @@ class DeltaMemory(nnx.Module):
 
     def _run_rows(self, q: Array, tokens: MemoryTokens) -> Array:
         config, ids = self.config, tokens.segment_ids
-        inputs = (_activate(q), *self._written(tokens))
+        keys, values, beta, log_decay = self._written(tokens)
+        inputs = (_activate(q), keys, values, beta, log_decay)
         activation = config.recurrence.state_activation
         if activation != "none" and ids is not None:
             # Chunks of the row are not chunks of its documents: count tokens one by one.
@@ -242,7 +243,8 @@ class DeltaMemory(nnx.Module):
     ) -> tuple[Array, MemoryState]:
         config, valid = self.config, tokens.valid
         ids = valid.astype(jnp.int32)
-        inputs = (_activate(q), *self._written_after(tokens, state.history, length))
+        keys, values, beta, log_decay = self._written_after(tokens, state.history, length)
+        inputs = (_activate(q), keys, values, beta, log_decay)
         activation = config.recurrence.state_activation
         if activation != "none":
             after = (length[:, None] + jnp.cumsum(ids, axis=1)) % config.chunk_size == 0

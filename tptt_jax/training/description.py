@@ -13,7 +13,9 @@ from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.partition import TrainMode
 
 _DESCRIPTION = "checkpoint.json"
-_FORMAT = "tptt_jax checkpoint 1"
+_FORMAT = "tptt_jax checkpoint 2"
+# Before there was a choice, a memory wrote every token.
+_FIRST_FORMAT = "tptt_jax checkpoint 1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,11 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         )
     try:
         values = json.loads(target.read_text())
-        if values.pop("format", None) != _FORMAT:
+        version = values.pop("format", None)
+        if version not in (_FORMAT, _FIRST_FORMAT):
             raise ValueError(f'its "format" is not {_FORMAT!r}')
+        if version == _FIRST_FORMAT and values["liza"] is not None:
+            values["liza"] = {"writes": "all"} | values["liza"]
         for name, kind in (("liza", LizaConfig), ("lora", LoraConfig)):
             if values[name] is not None:
                 _check_types(kind, values[name])
