@@ -320,10 +320,10 @@ class StackRun:
 
         has, runs = self._flags("has_memory"), self._flags("runs_memory")
         inputs = (
-            (parameters, _spread(of_memory, has)),
+            (parameters, spread_memory(of_memory, has)),
             (kind_number, jnp.array(self._ranks)),
             keys,
-            None if cache is None else _spread(cache.memory, runs),
+            None if cache is None else spread_memory(cache.memory, runs),
         )
         # With a cache nobody asks for a gradient.
         run = body if cache is not None else _rematerialize(body, self.remat)
@@ -406,8 +406,8 @@ def _softmax(cache: StackCache | None) -> dict[LayerKind, KeyValueCache] | None:
     return None if cache is None else cache.softmax
 
 
-def _spread(tree: Any, flags: Sequence[bool]) -> Any:
-    """Gives every layer the entry of its own; layers without one get any, which they do not read.
+def spread_memory(tree: Any, flags: Sequence[bool]) -> Any:
+    """Gives every layer its own entry; layers without one get another's and must not read it.
 
     Args:
       tree: arrays with a leading axis over the layers whose flag is set, or None.

@@ -198,7 +198,7 @@ class CausalLM(nnx.Module):
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
             # Windows count places, so padding must not lie inside a document.
-            order = jnp.argsort(segment_ids == 0, axis=1, stable=True)
+            order = order_padding(segment_ids)
             tokens, segment_ids = _take(tokens, order), _take(segment_ids, order)
             positions = None if positions is None else _take(positions, order)
         if positions is None:
@@ -293,6 +293,11 @@ def base_model(model: CausalLM) -> CausalLM:
     values = dict(nnx.to_flat_state(nnx.state(model)))
     flat = [(path, values[path]) for path, _ in nnx.to_flat_state(nnx.state(abstract))]
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
+
+
+def order_padding(segment_ids: SegmentIds) -> Int[Array, "B T"]:
+    """The order of places that moves padding behind the tokens of its row."""
+    return jnp.argsort(segment_ids == 0, axis=1, stable=True)
 
 
 def count_positions(

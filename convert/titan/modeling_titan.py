@@ -7,9 +7,19 @@ family; config.json says what it is made of.
 Every attention layer makes q, k and v once, and two branches read them (TPTT, arXiv:2506.17671):
 
     softmax   o_s = softmax(scale q k^T) v        perhaps over a window and the first tokens
-    memory    o_m = S^T q, where each token writes N virtual tokens (k_j, v_j) into the state S:
+    memory    o_m = c S^T q, where each token writes N virtual tokens (k_j, v_j) into the state S:
               S <- exp(g) S,   then for j = 1..N:   S <- S + k_j (beta_j v_j - S^T (beta_j k_j))^T
     mixture   o = (1 - mu) o_s + mu o_m           "Memory as Gate"
+
+Which tokens those are, `liza["writes"]` says. "all": each one as it comes, in every layer. "none":
+there is no memory. "evicted": each one as it leaves the window of W tokens, but never the first
+ones, which stay visible; layers that the base model windows itself have no memory. At position p
+the memory then holds n = p - W - sinks + 1 tokens, and the share mu is 0 until there are any. It is
+a constant, or ("mass") an estimate of how much of a full softmax the window has lost:
+
+    mu = sigmoid(w q + a log n + b - log Z),   Z = sum exp(scale q k^T) over window and first tokens
+
+The factor c is 1, or ("learned") exp(u q + c_0).
 
 Axes: B batch, T tokens of a call, S cached tokens, H query heads, K key/value heads, G = H / K,
 D head dimension, N virtual tokens of a token, C tokens of a chunk, M = C N, E embedding.
@@ -25,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
+from transformers.initialization import copy_
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -101,6 +112,9 @@ class TitanConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         for name, value in given.items():
             setattr(self, name, value)
+        if self.liza is not None:
+            # Files from before there was a choice write every token.
+            self.liza = {"writes": "all", **self.liza}
 
     def layer_size(self, layer: int) -> tuple[int, int, int]:
         """Query heads, key/value heads and MLP width of one layer."""
@@ -130,6 +144,17 @@ class TitanConfig(PreTrainedConfig):
             return 0
         return self.liza["softmax_sinks"]
 
+    def has_memory(self, kind: str) -> bool:
+        """Whether layers of this kind have a memory; what the base model windows loses nothing."""
+        writes = "none" if self.liza is None else self.liza["writes"]
+        return writes == "all" or (writes == "evicted" and kind == "full")
+
+    def evicts(self, kind: str, tokens: int) -> bool:
+        """Whether rows of so many tokens have lost some to a memory of evicted ones."""
+        window = self.window(kind)
+        is_late = self.liza is not None and self.liza["writes"] == "evicted"
+        return is_late and kind == "full" and window is not None and tokens > window
+
 
 # --- From one call to the next -------------------------------------------------------------------
 
@@ -138,7 +163,7 @@ class LayerCache:
     """What one layer carries: tensors [B, ...] by name.
 
     keys, values: the last tokens [B, S, K, D], right-aligned; first_keys, first_values: the
-    document's first; state [B, K, D, D] and the last raw_keys, raw_values of the memory.
+    document's first; state [B, K, D, D] and the last written raw_keys, raw_values of the memory.
     """
 
     is_compileable = is_croppable = is_sliding = supports_early_init = False
@@ -329,6 +354,10 @@ class Rotation(NamedTuple):
         angles = (positions[..., None, None].double() * frequencies) % (2 * math.pi)
         return cls(angles.cos().float(), angles.sin().float())
 
+    def back(self) -> "Rotation":
+        """The opposite rotations."""
+        return Rotation(self.cos, -self.sin)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates channel i of [B, T, heads, D] together with channel i + D / 2."""
         first, second = widen(x).chunk(2, dim=-1)
@@ -347,24 +376,34 @@ class LayerContext(NamedTuple):
       rotation: of their queries and keys; None: positions are in the embeddings.
       first_rotation: of queries that look at the first tokens, whose distance is capped at
         window + sinks and so never leaves what was trained.
+      held: tokens in a memory of evicted ones at each place [B, T], below 1: none; None: there is
+        no such memory, or no row has lost a token yet.
+      rotation_back: of cached tokens that leave the window, at the first W places.
     """
 
     rows: Rows
-    rotation: Rotation | None
-    first_rotation: Rotation | None
+    rotation: Rotation | None = None
+    first_rotation: Rotation | None = None
+    held: Tensor | None = None
+    rotation_back: Rotation | None = None
 
     @classmethod
     def of_kind(cls, config: TitanConfig, kind: str, rows: Rows) -> "LayerContext":
         """Computes the rotations of "full" or "sliding" layers."""
+        window, sinks, positions = config.window(kind), config.num_sinks(kind), rows.positions()
+        first = held = back = None
+        if window is not None and config.evicts(kind, rows.longest):
+            held = positions + 1 - window - sinks
         if config.position_embedding != "rotary":
-            return cls(rows, None, None)
-        rope, positions, first = config.rope, rows.positions(), None
+            return cls(rows, held=held)
+        rope = config.rope
         if kind == "sliding" and config.sliding_rope is not None:
             rope = config.sliding_rope
-        window, sinks = config.window(kind), config.num_sinks(kind)
         if window is not None and sinks:
             first = Rotation.at(positions.clamp(max=window + sinks), rope, config.head_dim)
-        return cls(rows, Rotation.at(positions, rope, config.head_dim), first)
+        if window is not None and held is not None:
+            back = Rotation.at(positions[:, :window] - window, rope, config.head_dim).back()
+        return cls(rows, Rotation.at(positions, rope, config.head_dim), first, held, back)
 
 
 class SoftmaxAttention(nn.Module):
@@ -378,10 +417,39 @@ class SoftmaxAttention(nn.Module):
         self.softcap = config.attention_softcap
         self.window, self.sinks = config.window(kind), config.num_sinks(kind)
 
+    def evicted(
+        self, k: Tensor, v: Tensor, context: LayerContext, cache: LayerCache
+    ) -> tuple[Tensor, Tensor]:
+        """Key, not rotated, and value [B, T, K, D] of the token that each place lets go.
+
+        They come out of the cache, before this call's tokens go in, or from the call itself; what
+        stands where no token leaves has no meaning.
+        """
+        assert self.window is not None, "without a window no token leaves"
+        tokens, lost = k.shape[1], []
+        for name, new, back in (("keys", k, context.rotation_back), ("values", v, None)):
+            old = cache.get(name, new)
+            missing = self.window - old.shape[1]
+            old = F.pad(old[:, : tokens - missing], (0, 0, 0, 0, missing, 0))
+            lost.append(torch.cat([old if back is None else back(old), new], dim=1)[:, :tokens])
+        return lost[0], lost[1]
+
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, context: LayerContext, cache: LayerCache
-    ) -> Tensor:
-        """Q [B, T, H, D], k and v [B, T, K, D] -> [B, T, H, D]; the tokens go into the cache."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends, and puts the tokens into the cache.
+
+        Args:
+          q: queries [B, T, H, D], not rotated.
+          k: keys [B, T, K, D], likewise.
+          v: values [B, T, K, D].
+          context: of the tokens.
+          cache: of the layer.
+
+        Returns:
+          [B, T, H, D], and the log of the softmax's normaliser [B, T, H], at least float32, where
+          tokens are evicted.
+        """
         rows, first_q = context.rows, q
         if context.rotation is not None:
             if context.first_rotation is not None:
@@ -390,30 +458,34 @@ class SoftmaxAttention(nn.Module):
         keys = torch.cat([cache.get("keys", k), k], dim=1)
         values = torch.cat([cache.get("values", v), v], dim=1)
         first = self._first_tokens(k, v, rows, cache) if self.sinks else None
+        # Rows that fit into the window get the base model's attention, to the bit.
+        sinks = 0 if self.window is None or rows.longest <= self.window else self.sinks
         held = keys.shape[1] - rows.tokens
         positions = rows.positions(held)
-        outs = []
+        outs, masses = [], []
         for start in range(0, rows.tokens, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, rows.tokens)
             begin = 0 if self.window is None else max(0, held + start + 1 - self.window)
             place = positions[:, None, begin : held + stop]
             query = positions[:, held + start : held + stop, None]
-            visible = (place >= self.sinks) & (place <= query)
+            visible = (place >= sinks) & (place <= query)
             if self.window is not None:
                 visible &= place > query - self.window
             logits = self._logits(q[:, start:stop], keys[:, begin : held + stop], visible)
             seen = values[:, begin : held + stop]
-            if first is not None:
-                visible = torch.arange(self.sinks, device=q.device) <= query
+            if first is not None and sinks:
+                visible = torch.arange(sinks, device=q.device) <= query
                 logits = torch.cat(
                     [self._logits(first_q[:, start:stop], first[0], visible), logits], dim=-1
                 )
                 seen = torch.cat([first[1], seen], dim=1)
             weights = logits.softmax(dim=-1).to(v.dtype)
+            if context.held is not None:
+                masses.append(logits.logsumexp(dim=-1).flatten(1, 2).mT)
             outs.append(torch.einsum("bkgts,bskd->btkgd", weights, seen).flatten(2, 3))
         size = rows.longest if self.window is None else min(self.window, rows.longest)
         cache.tensors |= {"keys": rows.last(keys, size), "values": rows.last(values, size)}
-        return torch.cat(outs, dim=1)
+        return torch.cat(outs, dim=1), torch.cat(masses, dim=1) if masses else None
 
     def _logits(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         """[B, K, G, T, S] in at least float32."""
@@ -600,85 +672,173 @@ class LowRankDelta(nn.Module):
         return (widen(x) @ widen(self.a)) @ widen(self.b) * self.scale
 
 
+class Affine(nn.Module):
+    """x W^T + b in float32, a small map of the memory's own."""
+
+    def __init__(self, in_dim: int, bias: list[float]) -> None:
+        """Creates a weight [out_dim, in_dim] and a bias that starts as this one [out_dim]."""
+        super().__init__()
+        self.start = bias
+        self.weight = nn.Parameter(torch.empty(len(bias), in_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(len(bias), dtype=torch.float32))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts as the bias alone."""
+        nn.init.zeros_(self.weight)
+        copy_(self.bias, torch.tensor(self.start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_dim] -> [..., out_dim], at least float32."""
+        return F.linear(widen(x), widen(self.weight), widen(self.bias))
+
+
+class HeadMap(nn.Module):
+    """w q + b of every head in float32, perhaps with a log n added."""
+
+    def __init__(self, heads: int, dim: int, bias: float, *, slope: bool = False) -> None:
+        """Creates w [H, D], b [H] that starts as `bias`, and perhaps a [H]."""
+        super().__init__()
+        self.start = bias
+        self.weight = nn.Parameter(torch.empty(heads, dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.slope = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if slope else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts with w = 0 and a = 1."""
+        nn.init.zeros_(self.weight)
+        nn.init.constant_(self.bias, self.start)
+        if self.slope is not None:
+            nn.init.ones_(self.slope)
+
+    def forward(self, q: Tensor, n: Tensor | None = None) -> Tensor:
+        """Queries [B, T, H, D], and n [B, T] if it counts -> [B, T, H]."""
+        out = (widen(q) * self.weight).sum(-1) + self.bias
+        if self.slope is None or n is None:
+            return out
+        return out + self.slope * n.to(out.dtype).log()[..., None]
+
+
 class DeltaMemory(nn.Module):
-    """Gates, virtual tokens, the recurrence, and unit RMS over all heads."""
+    """Gates, virtual tokens, the recurrence, and the size of the output."""
 
     def __init__(self, config: TitanConfig, heads: int, kv_heads: int) -> None:
-        """Creates low-rank deltas of its own on q, k and v if `memory_rank` asks for them."""
+        """Creates what `liza` asks for: low-rank deltas, gates, a factor on the output."""
         super().__init__()
         liza = self.liza = config.liza
+        dim, width = config.head_dim, config.hidden_size
         self.q_delta = self.k_delta = self.v_delta = None
         if liza["memory_rank"]:
-            width, kv_width = heads * config.head_dim, kv_heads * config.head_dim
-            self.q_delta = LowRankDelta(config.hidden_size, width, liza)
-            self.k_delta = LowRankDelta(config.hidden_size, kv_width, liza)
-            self.v_delta = LowRankDelta(config.hidden_size, kv_width, liza)
-        # Raw tokens before the current one that gates and virtual tokens depend on.
-        gates = [0 if liza[gate] == "constant" else 2 for gate in ("alpha_gate", "beta_gate")]
+            source = 2 * kv_heads * dim if liza["writes"] == "evicted" else width
+            self.q_delta = LowRankDelta(width, heads * dim, liza)
+            self.k_delta = LowRankDelta(source, kv_heads * dim, liza)
+            self.v_delta = LowRankDelta(source, kv_heads * dim, liza)
+        # Gates that are learned; forget gates start with half-lives of 38 to 280 tokens.
+        self.gates = nn.ModuleDict()
+        if liza["beta_gate"] == "projected":
+            start = [0.0] * liza["num_householder"] * kv_heads
+            self.gates["beta"] = Affine(2 * kv_heads * dim, start)
+        if liza["alpha_gate"] == "projected":
+            spread = [4 + 2 * i / max(kv_heads - 1, 1) for i in range(kv_heads)]
+            start = spread if kv_heads > 1 else [5.0]
+            self.gates["keep"] = Affine(2 * kv_heads * dim, start)
+        self.scale = HeadMap(heads, dim, 0.0) if liza["linear_scale"] == "learned" else None
+        # Every place writes the token `delay` places before, and never the first ones.
+        self.delay = self.sinks = 0
+        if liza["writes"] == "evicted":
+            self.delay, self.sinks = config.window("full") or 0, config.num_sinks("full")
+        # Written tokens before the current one that gates and virtual tokens depend on.
+        alpha, beta = (
+            2 if liza[gate] in ("k", "v", "kv") else 0 for gate in ("alpha_gate", "beta_gate")
+        )
         steps = 0 if liza["trick"] == "rotary" else liza["num_householder"] - 1
-        self.history = max(*gates, steps, gates[1] + steps if liza["expand_gates"] else 0)
+        self.history = max(alpha, beta, steps, beta + steps if liza["expand_gates"] else 0)
 
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: LayerCache
     ) -> Tensor:
-        """Writes the tokens and reads at each of them.
+        """Writes a token and reads at each place.
 
         Args:
           x: input of the layer [B, T, E].
-          q: raw queries [B, T, H, D], before any norm or rotation.
-          k: raw keys [B, T, K, D].
-          v: raw values [B, T, K, D].
-          rows: where the tokens stand.
-          cache: of the layer; it takes the tokens in.
+          q: queries [B, T, H, D] before any rotation; raw, or after any q norm if the memory
+            holds evicted tokens.
+          k: keys [B, T, K, D] of the written tokens, likewise.
+          v: their values [B, T, K, D].
+          rows: where the tokens of this call stand.
+          cache: of the layer; it takes the written tokens in.
 
         Returns:
-          [B, T, H, D], all heads of a token together with an RMS of 1.
+          [B, T, H, D]; without a learned scale all heads of a token together have an RMS of 1.
         """
-        q, k, v = (
-            y if delta is None else y + delta(x).view(y.shape).to(y.dtype)
-            for delta, y in ((self.q_delta, q), (self.k_delta, k), (self.v_delta, v))
-        )
-        k = torch.cat([cache.get("raw_keys", k, self.history), k], dim=1)
-        v = torch.cat([cache.get("raw_values", v, self.history), v], dim=1)
-        writes = self._writes(k, v, rows.positions(self.history) >= 0)
-        writes = writes.map(lambda x: x[:, self.history :])
-        if rows.is_padded:
-            valid = rows.valid()
-            writes = writes.map(lambda x: x * valid.view(*valid.shape, *(1,) * (x.ndim - 2)))
         # Its float32 is not for autocast to lower.
         with torch.autocast(q.device.type, enabled=False):
-            out = self._recur(activate_keys(q), writes, rows, cache)
+            pair = torch.cat([k.flatten(2), v.flatten(2)], dim=-1)
+            source = pair if self.liza["writes"] == "evicted" else x
+            deltas = ((self.q_delta, q, x), (self.k_delta, k, source), (self.v_delta, v, source))
+            asked, k, v = (
+                y if delta is None else y + delta(z).view(y.shape).to(y.dtype)
+                for delta, y, z in deltas
+            )
+            writes = self._writes(pair, k, v, rows, cache)
+            out = self._recur(activate_keys(asked), writes, rows, cache)
+            if self.scale is not None:
+                out = out * self.scale(q).clamp(-4, 4).exp()[..., None]
+            else:
+                out = rms_normalize(out.to(q.dtype).flatten(2)).view(q.shape)
+            return F.dropout(out, self.liza["dropout"], self.training).to(q.dtype)
+
+    def _writes(self, pair: Tensor, k: Tensor, v: Tensor, rows: Rows, cache: LayerCache) -> Writes:
+        """What the tokens of each place do; `pair` is k and v before deltas [B, T, 2 K D]."""
+        liza, count, tokens = self.liza, self.liza["num_householder"], rows.tokens
+        positions = rows.positions(self.history) - self.delay
+        known = positions >= 0
+        k = torch.cat([cache.get("raw_keys", k, self.history), k], dim=1)
+        v = torch.cat([cache.get("raw_values", v, self.history), v], dim=1)
+        k, v = (x * known[..., None, None] for x in (k, v))
         cache.tensors["raw_keys"] = rows.last(k, self.history)
         cache.tensors["raw_values"] = rows.last(v, self.history)
-        out = rms_normalize(out.to(q.dtype).flatten(2))
-        out = F.dropout(out, self.liza["dropout"], self.training)
-        return out.view(q.shape).to(q.dtype)
-
-    def _writes(self, k: Tensor, v: Tensor, known: Tensor) -> Writes:
-        """Of tokens [B, T, K, D]; `known` is False before a document's first token."""
-        liza, count = self.liza, self.liza["num_householder"]
-        beta = log_gate(liza["beta_gate"], k, v, known).exp()
-        if liza["expand_gates"]:
-            beta = virtual_tokens(beta * known[..., None, None], count, liza["trick"])
-        else:
-            beta = beta[:, :, None].expand(-1, -1, count, -1, -1)
-        if not liza["vector_beta"]:
-            beta = beta.mean(-1, keepdim=True)
-        log_decay = None
-        if liza["alpha_gate"] != "constant":
-            gates = log_gate(liza["alpha_gate"], k, v, known)
-            # Rounding must not turn a gate of almost 1 into growth.
-            log_decay = (gates.logsumexp(-1) - math.log(gates.shape[-1])).clamp(max=0)
         keys = virtual_tokens(activate_keys(k), count, liza["trick"])
-        values = virtual_tokens(v * v.shape[-1] ** -0.5, count, liza["trick"])
-        return Writes(keys, values, beta, log_decay)
+        values = v if self.scale is not None else v * v.shape[-1] ** -0.5
+        values = virtual_tokens(values, count, liza["trick"])
+        writes = Writes(keys, values, *self._gates(pair, k, v, known))
+        # What comes from earlier calls has been written.
+        writes = writes.map(lambda x: x[:, x.shape[1] - tokens :])
+        if not rows.is_padded and not self.delay:
+            return writes
+        written = (positions[:, self.history :] >= self.sinks) & rows.valid()
+        return writes.map(lambda x: x * written.view(*written.shape, *(1,) * (x.ndim - 2)))
+
+    def _gates(
+        self, pair: Tensor, k: Tensor, v: Tensor, known: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Write gates [B, T, N, K, 1 or D], and the logarithm of the forget gate [B, T, K]."""
+        liza, count = self.liza, self.liza["num_householder"]
+        if "beta" in self.gates:
+            beta = self.gates["beta"](pair).sigmoid().unflatten(-1, (count, -1))[..., None]
+        else:
+            beta = log_gate(liza["beta_gate"], k, v, known).exp()
+            if liza["expand_gates"]:
+                beta = virtual_tokens(beta * known[..., None, None], count, liza["trick"])
+            else:
+                beta = beta[:, :, None].expand(-1, -1, count, -1, -1)
+            if not liza["vector_beta"]:
+                beta = beta.mean(-1, keepdim=True)
+        if "keep" in self.gates:
+            return beta, F.logsigmoid(self.gates["keep"](pair))
+        if liza["alpha_gate"] == "constant":
+            return beta, None
+        gates = log_gate(liza["alpha_gate"], k, v, known)
+        # Rounding must not turn a gate of almost 1 into growth.
+        return beta, (gates.logsumexp(-1) - math.log(gates.shape[-1])).clamp(max=0)
 
     def _recur(self, q: Tensor, writes: Writes, rows: Rows, cache: LayerCache) -> Tensor:
         """[B, T, H, D], and the new state in the cache."""
-        size = self.liza["chunk_size"]
+        size, length = self.liza["chunk_size"], rows.length - self.delay
         activates = self.liza["state_activation"] == "gelu"
-        if activates and bool((rows.length % size).any()):
-            size = 1  # Chunks are counted from the first token of each row.
+        if activates and bool((length % size).any()):
+            size = 1  # Chunks are counted from the first written token of each row.
         heads, dim = writes.k.shape[-2:]
         state = cache.tensors.get("state")
         if state is None:
@@ -691,8 +851,8 @@ class DeltaMemory(nn.Module):
             out, state = run(q[:, start:stop], part, state)
             outs.append(out)
             if activates:
-                seen = rows.length + stop
-                due = (seen % self.liza["chunk_size"] == 0) & (stop <= rows.counts)
+                seen = length + stop
+                due = (seen > 0) & (seen % self.liza["chunk_size"] == 0) & (stop <= rows.counts)
                 state = torch.where(due[:, None, None, None], activate_state(state), state)
         cache.tensors["state"] = state
         return torch.cat(outs, dim=1)
@@ -751,9 +911,12 @@ class TitanAttention(nn.Module):
             self.k_norm = TitanNorm(config, kv_heads * dim if full else dim, bias=False)
         if self.liza is None or self.liza["softmax"]:
             self.softmax = SoftmaxAttention(config, config.layer_kind(layer))
-        if self.liza is not None:
+        if config.has_memory(config.layer_kind(layer)):
             self.memory = DeltaMemory(config, heads, kv_heads)
-            if self.liza["mag"] == "learned" and self.liza["softmax"]:
+            if self.liza["mag"] == "mass":
+                # A small share at the start: nothing has taught the memory yet.
+                self.mag = HeadMap(heads, dim, -4.0, slope=True)
+            elif self.liza["mag"] == "learned" and self.liza["softmax"]:
                 self.mag = MemoryGate(heads, self.liza["mag_init"])
 
     def forward(
@@ -761,15 +924,27 @@ class TitanAttention(nn.Module):
     ) -> Tensor:
         """[B, T, E] -> [B, T, E]; `share` is mu where it is the same for all heads."""
         q, k, v = self._project(x)
-        soft = linear = None
+        soft, mass, written = None, None, (q, k, v)
         if self.softmax is not None:
-            soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
-            soft = self.softmax(soft_q, soft_k, self._clip(v), context, cache)
-        if self.memory is not None:
-            linear = self.memory(x, q, k, v, context.rows, cache)
+            q, k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
+            v = self._clip(v)
+            if context.held is not None:
+                written = (q, *self.softmax.evicted(k, v, context, cache))
+            soft, mass = self.softmax(q, k, v, context, cache)
+        linear = None
+        if self.memory is not None and (self.liza["writes"] == "all" or context.held is not None):
+            linear = self.memory(x, *written, context.rows, cache)
         if soft is None or linear is None:
             return self.o_proj((linear if soft is None else soft).flatten(2))  # pyright: ignore
-        return self._mix(soft, linear, share if self.mag is None else self.mag())
+        return self._mix(soft, linear, self._share(q, mass, context.held, share))
+
+    def _share(self, q: Tensor, mass: Tensor | None, held: Tensor | None, common: Any) -> Any:
+        """mu, to be multiplied with [B, T, H, D]; 0 where a memory of evicted tokens is empty."""
+        if mass is not None and held is not None and isinstance(self.mag, HeadMap):
+            share = torch.sigmoid(self.mag(q, held.clamp(min=1)) - mass)[..., None]
+        else:
+            share = common if self.mag is None else self.mag()
+        return share if held is None else share * (held > 0)[..., None, None]
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
         """Raw queries [B, T, H, D], keys and values [B, T, K, D]."""
@@ -971,7 +1146,8 @@ class TitanForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TitanNorm | LowRankDelta | MemoryGate | TitanExperts):
+        own = (TitanNorm, TitanExperts, LowRankDelta, Affine, HeadMap, MemoryGate)
+        if isinstance(module, own):
             module.reset_parameters()
 
     @classmethod
@@ -1089,8 +1265,21 @@ def check_settings(config: TitanConfig) -> None:
         "qk_norm": (None, "head", "full"),
         "position_embedding": ("rotary", "learned"),
     }
+    gates = ("projected", "k", "v", "kv", "constant")
+    liza_choices = {
+        "writes": ("evicted", "all", "none"),
+        "mag": ("mass", "learned", "scheduled"),
+        "linear_scale": ("learned", "match", "unit", "projected"),
+        "beta_gate": gates,
+        "alpha_gate": gates,
+        "trick": ("derivative", "rotary", "combined"),
+        "state_activation": ("none", "gelu"),
+    }
+    given = {name: getattr(config, name) for name in choices}
+    if config.liza is not None:
+        choices, given = choices | liza_choices, given | config.liza
+        if config.liza["operator"] == "tptt_reference":
+            raise ValueError('operator "tptt_reference" is not in this file: use the package tptt.')
     for name, known in choices.items():
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} must be one of {known}, got {getattr(config, name)!r}.")
-    if config.liza is not None and config.liza["operator"] == "tptt_reference":
-        raise ValueError('operator "tptt_reference" is not in this file: use the package tptt.')
+        if given.get(name) not in known:
+            raise ValueError(f"{name} must be one of {known}, got {given.get(name)!r}.")

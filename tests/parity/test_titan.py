@@ -1,6 +1,9 @@
 """The "titan" export in torch against our own models, in float32 on the CPU."""
 
+import copy
 import functools
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from tests.contracts import quick_jit, random_tokens, randomize, relative_error
 from tests.tiny import BOS, EOS, PAD, make_tokenizer
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
 from tptt_jax.config import RopeConfig
+from tptt_jax.model import base_model
 
 torch = pytest.importorskip("torch", reason="runs the exported model in torch")
 transformers = pytest.importorskip("transformers")
@@ -46,37 +50,77 @@ OLMOE: dict[str, Any] = {
 LLAMA3 = RopeConfig(scaling="llama3", theta=100.0, factor=4.0, original_max_positions=32)
 WINDOW: dict[str, Any] = {"softmax_window": 6, "softmax_sinks": 2, "chunk_size": 8}
 
+
+def beside(**settings: Any) -> LizaConfig:
+    """A memory of every token, beside the softmax."""
+    return LizaConfig(writes="all", **settings)
+
+
 CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
     "base model": ({"rope": LLAMA3, "attention_bias": True}, None),
-    "delta_product": ({"rope": RopeConfig(scaling="linear", factor=2.0)}, LizaConfig()),
-    "delta_rule_v, unit": ({}, LizaConfig(operator="delta_rule_v", linear_scale="unit")),
-    "delta_rule_kv, vector": ({}, LizaConfig(operator="delta_rule_kv", vector_beta=True)),
-    "delta_rule_gelu": ({}, LizaConfig(operator="delta_rule_gelu", chunk_size=4)),
-    "gated, rank": ({}, LizaConfig(operator="gated_delta_product", memory_rank=3, **WINDOW)),
-    "rotary, N = 4": ({}, LizaConfig(operator="delta_product_r", num_householder=4)),
+    "delta_product": ({"rope": RopeConfig(scaling="linear", factor=2.0)}, beside()),
+    "delta_rule_v, unit": ({}, beside(operator="delta_rule_v", linear_scale="unit")),
+    "delta_rule_kv, vector": ({}, beside(operator="delta_rule_kv", vector_beta=True)),
+    "delta_rule_gelu": ({}, beside(operator="delta_rule_gelu", chunk_size=4)),
+    "gated, rank": ({}, beside(operator="gated_delta_product", memory_rank=3, **WINDOW)),
+    "rotary, N = 4": ({}, beside(operator="delta_product_r", num_householder=4)),
     "combined, expanded gates": (
         {},
+        beside(operator="delta_product_c", num_householder=3, expand_gates=True, vector_beta=True),
+    ),
+    "constant write gate": ({}, beside(beta_gate="constant", alpha_gate="kv")),
+    "projected gates": ({}, beside(beta_gate="projected", alpha_gate="projected")),
+    "scheduled, cross gate": ({}, beside(mag="scheduled", mag_init=0.3, cross_gate=True)),
+    "projected": ({"attention_out_bias": True}, beside(linear_scale="projected", mag_init=0.3)),
+    "linear": ({"qk_norm": "head"}, beside(softmax=False, operator="gated_delta_rule")),
+    "window": ({}, beside(**WINDOW)),
+    "window without sinks": ({}, beside(softmax_window=5, softmax_sinks=0)),
+    "gemma": (GEMMA, beside(**WINDOW)),
+    "gpt2": (GPT2, beside(**WINDOW)),
+    "openelm": (OPENELM, beside(**WINDOW)),
+    "olmo": (OLMO, beside(mag_init=0.3)),
+    "olmo2": (OLMO2, beside()),
+    "olmoe": (OLMOE, beside()),
+    "olmoe, normalized": (OLMOE | {"normalize_expert_weights": True, "gated_mlp": False}, None),
+    "only a window": ({}, LizaConfig(writes="none", **WINDOW)),
+    "evicted, no window": ({"attention_bias": True}, LizaConfig()),
+    "evicted, long window": ({"rope": LLAMA3}, LizaConfig(softmax_window=60)),
+}
+# A memory of what the window has lost.
+EVICTED: dict[str, tuple[dict[str, Any], LizaConfig]] = {
+    "evicted": ({}, LizaConfig(**WINDOW)),
+    "evicted, no sinks": ({}, LizaConfig(softmax_window=5, softmax_sinks=0, chunk_size=8)),
+    "evicted, more sinks": ({}, LizaConfig(softmax_window=3, softmax_sinks=7, memory_rank=0)),
+    "evicted, order 2": ({}, LizaConfig.named("gated_delta_product", **WINDOW)),
+    "evicted, combined": ({}, LizaConfig(num_householder=3, trick="combined", **WINDOW)),
+    "evicted, k gates": ({}, LizaConfig(beta_gate="k", alpha_gate="k", **WINDOW)),
+    "evicted, expanded gates": (
+        {},
         LizaConfig(
-            operator="delta_product_c", num_householder=3, expand_gates=True, vector_beta=True
+            **{"beta_gate": "kv", "alpha_gate": "v", "num_householder": 3, "trick": "combined"},
+            **{"expand_gates": True, "vector_beta": True},
+            **WINDOW,
         ),
     ),
-    "constant write gate": ({}, LizaConfig(beta_gate="constant", alpha_gate="kv")),
-    "scheduled, cross gate": ({}, LizaConfig(mag="scheduled", mag_init=0.3, cross_gate=True)),
-    "projected": (
-        {"attention_out_bias": True},
-        LizaConfig(linear_scale="projected", mag_init=0.3),
+    "evicted, gelu": (
+        {},
+        LizaConfig(state_activation="gelu", num_householder=2, **WINDOW | {"chunk_size": 4}),
     ),
-    "linear": ({"qk_norm": "head"}, LizaConfig(softmax=False, operator="gated_delta_rule")),
-    "window": ({}, LizaConfig(**WINDOW)),
-    "window without sinks": ({}, LizaConfig(softmax_window=5, softmax_sinks=0)),
-    "gemma": (GEMMA, LizaConfig(**WINDOW)),
-    "gpt2": (GPT2, LizaConfig(**WINDOW)),
-    "openelm": (OPENELM, LizaConfig(**WINDOW)),
-    "olmo": (OLMO, LizaConfig(mag_init=0.3)),
-    "olmo2": (OLMO2, LizaConfig()),
-    "olmoe": (OLMOE, LizaConfig()),
-    "olmoe, normalized": (OLMOE | {"normalize_expert_weights": True, "gated_mlp": False}, None),
+    "evicted, learned share": (
+        {},
+        LizaConfig(mag="learned", linear_scale="match", mag_init=0.3, **WINDOW),
+    ),
+    "evicted, scheduled share": (
+        {"attention_out_bias": True},
+        LizaConfig(mag="scheduled", linear_scale="unit", mag_init=0.4, **WINDOW),
+    ),
+    "evicted, gemma": (GEMMA, LizaConfig(**WINDOW)),
+    "evicted, gpt2": (GPT2, LizaConfig(**WINDOW)),
+    "evicted, openelm": (OPENELM, LizaConfig(**WINDOW)),
+    "evicted, olmo2": (OLMO2 | {"clip_qkv": 0.5}, LizaConfig(**WINDOW)),
+    "evicted, olmoe": (OLMOE, LizaConfig(**WINDOW)),
 }
+CASES |= EVICTED
 TOKENS = random_tokens((2, 45))
 
 
@@ -102,6 +146,15 @@ def reload(path: Path, **options):
     return model.eval()
 
 
+def strengthen(model: CausalLM) -> CausalLM:
+    """Raises the share of a memory of evicted tokens, next to nothing at the start."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path[-2:] == ("mag", "bias"):
+            raised = variable.replace(variable.get_value() + 4)
+            nnx.update(model, nnx.from_flat_state([(path, raised)]))
+    return model
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(our model, its export in torch) of a case."""
@@ -110,7 +163,7 @@ def pair(tmp_path_factory):
     def build(name: str):
         changes, liza = CASES[name]
         config = ModelConfig.tiny(**changes, bos_token_id=BOS, pad_token_id=PAD)
-        ours = randomize(CausalLM(config, liza, rngs=nnx.Rngs(0)))
+        ours = strengthen(randomize(CausalLM(config, liza, rngs=nnx.Rngs(0))))
         path = tmp_path_factory.mktemp("titan") / "model"
         export_pretrained(ours, path, "titan")
         return ours, reload(path)
@@ -118,9 +171,9 @@ def pair(tmp_path_factory):
     return build
 
 
-def our_logits(model: CausalLM, tokens: np.ndarray) -> np.ndarray:
+def our_logits(model: CausalLM, tokens: np.ndarray, **options) -> np.ndarray:
     graphdef, state = nnx.split(model)
-    call = quick_jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens).logits)
+    call = quick_jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens, **options).logits)
     return np.asarray(call(state, jnp.asarray(tokens)))
 
 
@@ -135,6 +188,27 @@ def test_logits(pair, name):
     assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 1e-4
 
 
+@pytest.mark.parametrize("name", EVICTED)
+def test_what_is_evicted_matters(pair, name):
+    """Or else nothing here would notice a wrong memory."""
+    ours, theirs = pair(name)
+    logits = torch_logits(theirs, TOKENS)
+    without = our_logits(ours, TOKENS, use_memory=False)
+    # From this place on there is something to read.
+    first = ours.liza.softmax_window + ours.liza.softmax_sinks
+    assert relative_error(logits[:, :first], without[:, :first]) <= 1e-4
+    assert relative_error(logits[:, first:], without[:, first:]) >= 0.2
+
+
+@pytest.mark.parametrize("name", ["evicted", "evicted, gemma", "evicted, no window"])
+def test_rows_that_fit_into_the_window_are_the_base_models(pair, name, tmp_path):
+    ours, theirs = pair(name)
+    export_pretrained(base_model(ours), tmp_path / "base", "titan")
+    tokens = TOKENS[:, : ours.liza.softmax_window]
+    base = reload(tmp_path / "base")
+    np.testing.assert_array_equal(torch_logits(theirs, tokens), torch_logits(base, tokens))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_cache_and_padding(pair, name):
     """Neither the split into calls nor padding changes what the exported model computes."""
@@ -142,8 +216,8 @@ def test_cache_and_padding(pair, name):
     whole = torch_logits(model, TOKENS, use_cache=False)
     size = np.abs(whole).max()
     done, cache, mask = [0, 0], None, np.zeros((2, 0), np.int64)
-    # Tokens of both rows in each call: 6 places, of which some are padding, then single ones.
-    for counts in ([6, 3], [1, 6], [6, 0], [1, 1], [1, 1], [6, 5]):
+    # Tokens of both rows in each call, of which some are padding. Calls longer than a window too.
+    for counts in ([6, 3], [1, 6], [6, 0], [1, 1], [1, 1], [6, 5], [13, 9], [1, 14], [1, 1]):
         width = max(counts)
         piece, valid = random_tokens((2, width), seed=sum(done)), np.zeros((2, width), np.int64)
         for row, count in enumerate(counts):
@@ -166,7 +240,7 @@ def test_cache_and_padding(pair, name):
             done[row] += count
 
 
-@pytest.mark.parametrize("name", ["base model", "gemma"])
+@pytest.mark.parametrize("name", ["base model", "gemma", "evicted"])
 def test_blocks_of_queries(pair, name, monkeypatch):
     """Long rows are attended to in blocks, which change nothing."""
     _, model = pair(name)
@@ -175,7 +249,10 @@ def test_blocks_of_queries(pair, name, monkeypatch):
     np.testing.assert_allclose(torch_logits(model, TOKENS), whole, rtol=1e-4, atol=1e-4)
 
 
-GREEDY = ("delta_rule_gelu", "gated, rank", "gemma", "gpt2")
+GREEDY = (
+    *("delta_rule_gelu", "gated, rank", "gemma", "gpt2", "only a window"),
+    *("evicted", "evicted, k gates", "evicted, gemma", "evicted, gpt2"),
+)
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -190,16 +267,18 @@ def test_greedy_text_of_unequal_prompts(pair, name):
     np.testing.assert_array_equal(got[:, 21:].numpy(), np.asarray(wanted.tokens))
 
 
-def test_beams_reorder_the_memory(pair):
-    _, model = pair("gated, rank")
+@pytest.mark.parametrize("name", ["gated, rank", "evicted, combined"])
+def test_beams_reorder_the_memory(pair, name):
+    _, model = pair(name)
     prompts = torch.as_tensor(random_tokens((2, 9), seed=3)).long()
     options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
     with_cache, without = (model.generate(prompts, use_cache=use, **options) for use in (1, 0))
     assert torch.equal(with_cache, without)
 
 
-def test_sampling_and_several_sequences(pair):
-    _, model = pair("window")
+@pytest.mark.parametrize("name", ["window", "evicted"])
+def test_sampling_and_several_sequences(pair, name):
+    _, model = pair(name)
     prompts = torch.as_tensor(random_tokens((2, 9), seed=3)).long()
     options = {"max_new_tokens": 7, "do_sample": True, "num_return_sequences": 2}
     torch.manual_seed(0)
@@ -208,7 +287,13 @@ def test_sampling_and_several_sequences(pair):
     assert torch.equal(model.generate(prompts, use_cache=False, **options), with_cache)
 
 
-@pytest.mark.parametrize(("name", "bounded"), [("window", True), ("linear", True), ("olmo", False)])
+BOUNDED = {
+    **{"window": True, "linear": True, "olmo": False},
+    **{"evicted": True, "evicted, k gates": True, "evicted, no window": False},
+}
+
+
+@pytest.mark.parametrize(("name", "bounded"), BOUNDED.items())
 def test_the_cache_is_bounded_by_the_window(pair, name, bounded):
     _, model = pair(name)
     sizes, cache = [], None
@@ -220,10 +305,11 @@ def test_the_cache_is_bounded_by_the_window(pair, name, bounded):
     assert (sizes[1] == sizes[2]) == bounded
 
 
-def test_continuing_a_conversation(pair):
+@pytest.mark.parametrize(("name", "tokens"), [("gemma", 9), ("evicted", 9), ("evicted", 3)])
+def test_continuing_a_conversation(pair, name, tokens):
     """What `generate` returns goes on where it stopped, with the new turn's tokens only."""
-    _, model = pair("gemma")
-    prompt = torch.as_tensor(random_tokens((1, 9), seed=3)).long()
+    _, model = pair(name)
+    prompt = torch.as_tensor(random_tokens((1, tokens), seed=3)).long()
     options = {"max_new_tokens": 5, "do_sample": False}
     first = model.generate(prompt, return_dict_in_generate=True, **options)
     more = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
@@ -241,7 +327,10 @@ def test_packed_rows_are_refused(pair):
         model(tokens, attention_mask=torch.ones(2, 1, 45, 45))
 
 
-@pytest.mark.parametrize("name", ["gated, rank", "delta_rule_gelu", "gemma"])
+GRADIENTS = ("gated, rank", "delta_rule_gelu", "gemma")
+
+
+@pytest.mark.parametrize("name", [*GRADIENTS, "evicted", "evicted, expanded gates"])
 def test_gradients(pair, name):
     """In one direction of the embeddings, against the difference quotient in float64."""
     model = reload(pair(name)[1].name_or_path).double()
@@ -265,7 +354,7 @@ def test_gradients(pair, name):
     assert not x.grad[mask == 0].any()
 
 
-@pytest.mark.parametrize("name", ["gated, rank", "olmoe"])
+@pytest.mark.parametrize("name", ["gated, rank", "olmoe", "evicted", "evicted, olmoe"])
 def test_training_under_autocast(pair, name):
     model = reload(pair(name)[1].name_or_path).train()
     tokens = torch.as_tensor(TOKENS).long()
@@ -285,8 +374,9 @@ def test_a_cache_of_another_kind_is_refused(pair):
         model(torch.as_tensor(TOKENS).long(), cache=transformers.DynamicCache())
 
 
-def test_gradient_checkpointing_changes_nothing(pair):
-    model = reload(pair("olmoe")[1].name_or_path).train()
+@pytest.mark.parametrize("name", ["olmoe", "evicted, gemma"])
+def test_gradient_checkpointing_changes_nothing(pair, name):
+    model = reload(pair(name)[1].name_or_path).train()
     tokens = torch.as_tensor(TOKENS[:, :20]).long()
     grads = []
     for enable in (False, True):
@@ -300,9 +390,9 @@ def test_gradient_checkpointing_changes_nothing(pair):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora_of_peft(pair, tmp_path):
+@pytest.mark.parametrize("name", ["gated, rank", "evicted"])
+def test_lora_of_peft(pair, tmp_path, name):
     peft = pytest.importorskip("peft")
-    name = "gated, rank"
     model = reload(pair(name)[1].name_or_path)
     tokens = torch.as_tensor(TOKENS).long()
     targets = ["q_proj", "v_proj", "down_proj"]
@@ -351,16 +441,73 @@ def test_a_new_model_of_the_same_kind(pair):
     torch.testing.assert_close(share, torch.full_like(share, 0.05))
 
 
-def test_halves(tmp_path):
+@pytest.mark.parametrize("name", ["evicted", "evicted, openelm"])
+def test_a_new_memory_starts_as_ours(pair, name):
+    theirs = pair(name)[1]
+    model = transformers.AutoModelForCausalLM.from_config(theirs.config, trust_remote_code=True)
+    config = ModelConfig.tiny(**CASES[name][0], bos_token_id=BOS, pad_token_id=PAD)
+    ours = CausalLM(config, CASES[name][1], rngs=nnx.Rngs(0))
+    layer = ours.stacks[0].self_attn
+    mine = model.layers[0].self_attn
+    pairs = [
+        *(
+            (getattr(mine.mag, name), getattr(layer.mag, name))
+            for name in ("weight", "slope", "bias")
+        ),
+        *(
+            (getattr(mine.memory.scale, name), getattr(layer.memory.scale, name))
+            for name in ("weight", "bias")
+        ),
+        *(
+            (getattr(mine.memory.gates, name).bias, getattr(layer.memory.gates, name).bias)
+            for name in ("beta", "keep")
+        ),
+    ]
+    for got, wanted in pairs:
+        np.testing.assert_allclose(got.detach().numpy(), np.asarray(wanted.get_value())[0])
+
+
+@pytest.mark.parametrize(
+    "liza", [LizaConfig(writes="all", memory_rank=2), LizaConfig(**WINDOW)], ids=["all", "evicted"]
+)
+def test_halves(tmp_path, liza):
     """bfloat16 weights stay bfloat16; what the memory learns stays float32."""
-    liza = LizaConfig(memory_rank=2)
     ours = CausalLM(ModelConfig.tiny(), liza, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    export_pretrained(randomize(ours), tmp_path / "m", "titan")
+    export_pretrained(strengthen(randomize(ours)), tmp_path / "m", "titan")
     theirs = reload(tmp_path / "m", dtype="auto")
     for name, parameter in theirs.named_parameters():
         memory = ".mag." in name or ".memory." in name
         assert parameter.dtype == (torch.float32 if memory else torch.bfloat16), name
     assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 5e-2
+
+
+@pytest.mark.parametrize("name", ["window", "gemma"])
+def test_a_directory_from_before_writes_was_a_choice(pair, tmp_path, name):
+    """It means "all"."""
+    theirs = pair(name)[1]
+    shutil.copytree(theirs.name_or_path, tmp_path / "old")
+    path = tmp_path / "old" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["liza"].pop("writes") == "all"
+    path.write_text(json.dumps(config))
+    np.testing.assert_array_equal(
+        torch_logits(reload(tmp_path / "old"), TOKENS), torch_logits(theirs, TOKENS)
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"writes": "some"}, {"mag": "huge"}, {"linear_scale": "bits"}, {"beta_gate": "q"}),
+        *({"alpha_gate": "x"}, {"trick": "magic"}, {"operator": "tptt_reference"}),
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_the_file_does_not_know_is_refused(pair, change):
+    config = copy.deepcopy(pair("evicted")[1].config)
+    config.liza |= change
+    with pytest.raises(ValueError, match=next(iter(change))):
+        transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -370,7 +517,8 @@ def talking(tmp_path_factory):
     config = ModelConfig.tiny(
         vocab_size=500, bos_token_id=BOS, eos_token_ids=(EOS,), pad_token_id=PAD
     )
-    ours = CausalLM(config, LizaConfig(), rngs=nnx.Rngs(0))
+    ours = CausalLM(config, LizaConfig(softmax_window=8, softmax_sinks=2), rngs=nnx.Rngs(0))
+    ours = strengthen(randomize(ours))
     export_pretrained(ours, source)
     make_tokenizer(begin=True).save_pretrained(source)
     export_pretrained(ours, path, "titan", source=source)
@@ -427,11 +575,17 @@ def test_lm_eval(talking):
         assert got == tokenizer.decode(np.asarray(new.tokens)[0], skip_special_tokens=True)
 
 
+REAL = {
+    "all": LizaConfig(writes="all", softmax_window=16, mag_init=0.1),
+    "evicted": LizaConfig(softmax_window=16),
+}
+
+
 @pytest.mark.slow
-def test_real_weights(demo_model_path, tmp_path):
+@pytest.mark.parametrize("liza", REAL.values(), ids=REAL)
+def test_real_weights(demo_model_path, tmp_path, liza):
     """Gemma 3 270M with a window, so that the memory, sinks and sliding layers all matter."""
-    liza = LizaConfig(softmax_window=16, mag_init=0.1)
-    ours = load_pretrained("demo", liza)
+    ours = strengthen(load_pretrained("demo", liza))
     export_pretrained(ours, tmp_path / "gemma", "titan", source="demo")
     theirs = reload(tmp_path / "gemma")
     text = python_docs_text()[2000:2400]

@@ -10,7 +10,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers.cache import KeyValueCache, MemoryState
-from tptt_jax.layers.eviction import evict
+from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.gates import MassGate, MemoryGate
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
@@ -190,13 +190,13 @@ class LizaAttention(nnx.Module):
           use_memory: False leaves the memory out: the base model's attention.
           dropout_key: turns dropout on.
         """
-        made = self._projected(x, dropout_key)
+        made = self.project(x, dropout_key)
         remembers = self.memory is not None and use_memory
         if not remembers or (self.liza is not None and self.liza.writes == "all"):
             return self._run_beside(made, tokens, memory_state, remembers, dropout_key)
         mixed = self._run_evicted(made, tokens, memory_state, dropout_key)
         return LizaOutput(
-            self._project_out(mixed.out, dropout_key),
+            self.project_out(mixed.out, dropout_key),
             mixed.keys,
             made.soft_v,
             mixed.memory,
@@ -275,36 +275,59 @@ class LizaAttention(nnx.Module):
             return _Mixed(attended.out, keys, state, branches)
         cache = tokens.cache_of(kind)
         lost = evict(settings, context, made.soft_k, made.soft_v, cache)
-        linear, state = self.memory(
+        # Before attention, as in `_run_beside`.
+        linear, state = self.read_evicted(made, lost, state, dropout_key)
+        attended, keys = self._softmax(kind, tokens, made)
+        mixed = self.mix_evicted(made, attended, linear, lost, tokens.share)
+        return _Mixed(mixed, keys, state, Branches(attended.out, linear))
+
+    def read_evicted(
+        self,
+        made: Projected,
+        lost: Evicted,
+        state: MemoryState | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T H D"], MemoryState | None]:
+        """Writes what the window has lost into the memory, and reads it at each place."""
+        assert self.memory is not None
+        return self.memory(
             *(made.x, made.soft_q, lost.tokens),
             state=state,
             length=lost.before,
             dropout_key=dropout_key,
         )
-        attended, keys = self._softmax(kind, tokens, made)
-        branches = Branches(attended.out, linear)
+
+    def mix_evicted(
+        self,
+        made: Projected,
+        attended: Attended,
+        linear: Float[Array, "B T H D"],
+        lost: Evicted,
+        scheduled: Float[Array, ""] | None = None,
+    ) -> Float[Array, "B T H D"]:
+        """o_in + share (o_memory - o_in); the share is 0 while the memory is empty."""
+        assert self.liza is not None
         if self.liza.linear_scale == "match":
             linear = match_rms(linear, attended.out)
-        share = self._share(made.soft_q, attended, lost.held, tokens.share)
-        mixed = attended.out + share.astype(linear.dtype) * (linear - attended.out)
-        return _Mixed(mixed, keys, state, branches)
-
-    def _share(self, q: Array, attended: Attended, held: Array, scheduled: Array | None) -> Array:
-        """The memory's share [B, T, H or 1, 1], 0 while it is empty."""
         if isinstance(self.mag, MassGate):
             assert attended.log_mass is not None
-            return self.mag(q, attended.log_mass, held)
-        share = scheduled if self.mag is None else self.mag()[:, None]
-        return jnp.where(held[..., None, None] > 0, jnp.asarray(share), 0)
+            share = self.mag(made.soft_q, attended.log_mass, lost.held)
+        else:
+            share = jnp.asarray(scheduled if self.mag is None else self.mag()[:, None])
+            share = jnp.where(lost.held[..., None, None] > 0, share, 0)
+        return attended.out + share.astype(linear.dtype) * (linear - attended.out)
 
-    def _projected(self, x: Array, key: Array | None) -> Projected:
+    def project(self, x: Hidden, key: Array | None = None) -> Projected:
+        """Queries, keys and values [B, T, heads, D] of an input [B, T, E]."""
         q, k, v = self._project(x, key)
         if self.liza is not None and not self.liza.softmax:
             return Projected(x, q, k, v, q, k, v)
         soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
         return Projected(x, q, k, v, soft_q, soft_k, self._clip(v))
 
-    def _project_out(self, x: Array, key: Array | None, *, use_bias: bool = True) -> Array:
+    def project_out(
+        self, x: Float[Array, "B T H D"], key: Array | None = None, *, use_bias: bool = True
+    ) -> Hidden:
         """Heads [B, T, H, D] to the residual stream [B, T, E]."""
         return self.o_proj(x.reshape(*x.shape[:2], -1), key, use_bias=use_bias)
 
@@ -332,7 +355,7 @@ class LizaAttention(nnx.Module):
     def _mix(
         self, soft: Array | None, linear: Array | None, share: Array | None, key: Array | None
     ) -> Array:
-        project = functools.partial(self._project_out, key=key)
+        project = functools.partial(self.project_out, key=key)
         if soft is None or linear is None:
             only = linear if soft is None else soft
             assert only is not None, "a purely linear model cannot run without its memory"

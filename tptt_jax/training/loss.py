@@ -1,6 +1,6 @@
 """Cross-entropy that never holds the logits of the whole batch."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from tptt_jax.ops.cross_entropy import (
     slice_rows,
     token_cross_entropy,
 )
+from tptt_jax.ops.distillation import token_divergence
 
 
 class Targets(NamedTuple):
@@ -115,6 +116,7 @@ def causal_lm_loss(
     loss_mask: Bool[Array, "B T"] | None = None,
     *,
     use_memory: bool = True,
+    window: Int[Array, ""] | None = None,
     remat: Remat = "none",
     train_head: bool = False,
     dropout_key: Array | None = None,
@@ -127,6 +129,7 @@ def causal_lm_loss(
       segment_ids: packed documents, 0 = padding.
       loss_mask: True on tokens whose prediction counts; None: all.
       use_memory: False leaves the memory out.
+      window: below the model's own, as a traced scalar; None: that.
       remat: what the backward pass computes again.
       train_head: whether the head (or the tied embedding) needs a gradient.
       dropout_key: turns dropout on.
@@ -135,7 +138,12 @@ def causal_lm_loss(
       (sum in nats, count), float32 scalars; the mean is their quotient.
     """
     hidden, _, _ = model.forward_hidden(
-        tokens, segment_ids, use_memory=use_memory, remat=remat, dropout_key=dropout_key
+        tokens,
+        segment_ids,
+        use_memory=use_memory,
+        window=window,
+        remat=remat,
+        dropout_key=dropout_key,
     )
     targets = next_token_targets(tokens, segment_ids, loss_mask)
     head, vocab_axis = model.head_matrix()
@@ -147,4 +155,46 @@ def causal_lm_loss(
         softcap=model.config.final_softcap,
         train_head=train_head,
     )
+    return total, jnp.sum(targets.weights)
+
+
+def distillation_loss(
+    model: CausalLM,
+    teacher: CausalLM,
+    tokens: Tokens,
+    segment_ids: SegmentIds | None = None,
+    loss_mask: Bool[Array, "B T"] | None = None,
+    *,
+    share: float = 1.0,
+    window: Int[Array, ""] | None = None,
+    remat: Remat = "none",
+    dropout_key: Array | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed KL(teacher || model) of the next tokens, mixed with their negative log-likelihood.
+
+    Args:
+      model: the student; its head is the teacher's and is not trained.
+      teacher: e.g. `base_model(model)`; it gets no gradient.
+      tokens: [B, T].
+      segment_ids: packed documents, 0 = padding.
+      loss_mask: True on tokens whose prediction counts; None: all.
+      share: of the divergence; what is left to 1 goes to the likelihood of the text.
+      window: below the student's own, as a traced scalar; None: that.
+      remat: what the backward pass computes again.
+      dropout_key: turns dropout on, in the student.
+
+    Returns:
+      (sum in nats, count), float32 scalars; the mean is their quotient.
+    """
+    wanted = jax.lax.stop_gradient(teacher.forward_hidden(tokens, segment_ids)[0])
+    hidden, _, _ = model.forward_hidden(
+        tokens, segment_ids, window=window, remat=remat, dropout_key=dropout_key
+    )
+    targets = next_token_targets(tokens, segment_ids, loss_mask)
+    head, vocab_axis = model.head_matrix()
+    options: Any = {"softcap": model.config.final_softcap, "vocab_axis": vocab_axis}
+    divergence = token_divergence(hidden, wanted, head, **options)
+    total = share * jnp.sum(divergence * targets.weights)
+    if share < 1:
+        total += (1 - share) * chunked_cross_entropy(hidden, head, targets, **options)
     return total, jnp.sum(targets.weights)

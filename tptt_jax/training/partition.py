@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tptt_jax.array_typing import Array
+from tptt_jax.decoder import is_memory
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM, MagShare
 
-TrainMode = Literal["lora", "projections", "full"]
+TrainMode = Literal["lora", "projections", "full", "memory"]
 Path = tuple[Any, ...]
 
 # Parameters by dotted path, e.g. "stacks.0.layers.0.self_attn.q_proj.lora.a".
@@ -26,10 +27,12 @@ def is_trainable(mode: TrainMode, path: Path, variable: nnx.Variable) -> bool:
     Args:
       mode: "lora": adapters and the memory's own parameters;
         "projections": those and the q, k, v, o projections themselves (the paper's
-        LoRA-minus); "full": every parameter.
+        LoRA-minus); "full": every parameter; "memory": the memory's own parameters alone.
       path: of the variable in the model.
       variable: the variable.
     """
+    if mode == "memory":
+        return is_memory(path, variable) and isinstance(variable, nnx.Param)
     if isinstance(variable, (nnx.LoRAParam, MemoryParam)):
         return True
     if not isinstance(variable, nnx.Param):
@@ -139,6 +142,12 @@ def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> N
     if share is not None and model.mag_share is not None:
         changed.append((("mag_share",), model.mag_share.replace(share)))
     nnx.update(model, nnx.from_flat_state(changed))
+
+
+def is_base_weight(name: str) -> bool:
+    """Whether a dotted path names a weight of the pretrained model."""
+    path = tuple(name.split("."))
+    return "lora" not in path and not is_memory(path, None)
 
 
 def dotted(path: Path) -> str:

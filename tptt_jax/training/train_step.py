@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
 from tptt_jax.config import Remat
-from tptt_jax.model import CausalLM
+from tptt_jax.model import CausalLM, base_model
 from tptt_jax.sharding import replicated
-from tptt_jax.training.loss import causal_lm_loss
+from tptt_jax.training.loss import causal_lm_loss, distillation_loss
 from tptt_jax.training.optimizer import is_share
-from tptt_jax.training.partition import Partition, Trainable
+from tptt_jax.training.partition import Partition, Trainable, is_base_weight
 from tptt_jax.training.schedules import MagSchedule
 
 
@@ -105,6 +105,7 @@ def make_train_step(
     mag_schedule: MagSchedule | None = None,
     remat: Remat = "none",
     dropout: bool = True,
+    distill: float = 0.0,
 ) -> TrainStep:
     """Compiles ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
 
@@ -117,20 +118,28 @@ def make_train_step(
       mag_schedule: for models with a scheduled share; None leaves it as it is.
       remat: what the backward pass computes again.
       dropout: whether adapters drop inputs.
+      distill: share of the loss that is the divergence from the base model's own predictions.
+
+    Raises:
+      ValueError: if the model is to be distilled from weights that are trained themselves.
     """
+    if distill and any(is_base_weight(name) for name in partition.template):
+        raise ValueError(
+            "distillation needs the base model's weights as they are: train adapters or the "
+            "memory, not the weights themselves."
+        )
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
 
     def loss_of(
         trainable: Trainable, share: Array | None, frozen: nnx.State, batch: Batch, key: Array
     ) -> tuple[Array, Array]:
         model = partition.merge(trainable, share, frozen)
-        total, count = causal_lm_loss(
-            model,
-            *batch,
-            remat=remat,
-            train_head=train_head,
-            dropout_key=key if dropout else None,
-        )
+        options: Any = {"remat": remat, "dropout_key": key if dropout else None}
+        if distill:
+            teacher = base_model(model)
+            total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
+        else:
+            total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
         return total / jnp.maximum(count, 1), count
 
     def train_step(

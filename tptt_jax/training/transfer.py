@@ -1,0 +1,152 @@
+"""A pass of the base model that shows every layer what its window has lost.
+
+The hidden states are the base model's own throughout: each layer sees what it saw in pretraining,
+and whatever is done with a layer's memory changes no other layer. So all memories can be fitted in
+one pass, with gradients inside each layer only.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from tptt_jax.array_typing import Array, Int, SegmentIds, Tokens
+from tptt_jax.config import LayerKind, LizaConfig
+from tptt_jax.decoder import DecoderLayer, apply_norm, is_memory, layer_stacks, spread_memory
+from tptt_jax.layers.eviction import Evicted, evict
+from tptt_jax.layers.liza import LizaAttention, Projected
+from tptt_jax.layers.softmax_attention import (
+    TokenContext,
+    apply_softmax,
+    softmax_settings,
+    token_context,
+)
+from tptt_jax.model import CausalLM, count_positions, order_padding
+from tptt_jax.ops.attend import Attended
+
+Visit = Callable[[LizaAttention, "LayerView"], Any]
+
+
+class LayerView(NamedTuple):
+    """What one layer of the base model computes, and what it would with a window.
+
+    Attributes:
+      made: queries, keys and values.
+      full: the base model's own attention.
+      windowed: attention to the window and the sinks alone.
+      lost: the tokens that leave the window.
+    """
+
+    made: Projected
+    full: Attended
+    windowed: Attended
+    lost: Evicted
+
+
+def visit_layers(
+    model: CausalLM,
+    tokens: Tokens,
+    segment_ids: SegmentIds | None,
+    visit: Visit,
+    *,
+    window: Int[Array, ""] | None = None,
+) -> list[Any]:
+    """Runs the base model, and `visit` on every layer that has a memory of evicted tokens.
+
+    Args:
+      model: a Titan whose memory runs (`runs_memory`).
+      tokens: [B, T].
+      segment_ids: packed documents, 0 = padding; None: one document per row.
+      visit: attention module and view to arrays; it is traced once for each shape of layers.
+      window: below the model's own, as a traced scalar; None: that.
+
+    Returns:
+      What `visit` gave, for every stack of layers with a leading axis over its layers with a
+      memory; None for a stack without any.
+    """
+    if segment_ids is not None:
+        order = order_padding(segment_ids)
+        tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
+    positions = count_positions(tokens.shape, segment_ids, None)
+    place = (positions, segment_ids, None)
+    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(model.config.layer_kinds))
+
+    def contexts(liza: LizaConfig | None, window: Array | None) -> dict[LayerKind, TokenContext]:
+        return {kind: token_context(model.config, liza, kind, *place, window) for kind in kinds}
+
+    whole, narrow = contexts(None, None), contexts(model.liza, window)
+    x, found = model.embed(tokens, positions), []
+    for number, layers in enumerate(layer_stacks(model.config)):
+        stack: tuple[LayerKind, ...] = tuple(model.config.layer_kinds[i] for i in layers)
+        x, seen = _visit_stack(model.stacks[number], stack, whole, narrow, x, visit)
+        found.append(seen)
+    return found
+
+
+def _visit_stack(
+    layers: DecoderLayer,
+    kinds: tuple[LayerKind, ...],
+    whole: dict[LayerKind, TokenContext],
+    narrow: dict[LayerKind, TokenContext],
+    x: Array,
+    visit: Visit,
+) -> tuple[Array, Any]:
+    liza = layers.self_attn.liza
+    assert liza is not None
+    has = [liza.has_memory(kind) for kind in kinds]
+    graphdef, of_memory, parameters = nnx.split(layers, is_memory, ...)
+    different = tuple(dict.fromkeys(kinds))
+    numbers = jnp.array([different.index(kind) for kind in kinds])
+
+    def body(x: Array, inputs: tuple) -> tuple[Array, Any]:
+        parameters, of_memory, number = inputs
+        layer = nnx.merge(graphdef, of_memory, parameters)
+        made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
+
+        def run(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
+            return _visit_layer(layer.self_attn, kind, whole[kind], narrow[kind], made, visit)
+
+        def skip(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
+            full = _full_attention(layer.self_attn, kind, whole[kind], made).out
+            shown = [functools.partial(run, other) for other in different if liza.has_memory(other)]
+            seen = jax.eval_shape(shown[0], made)[1] if shown else None
+            return full, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
+
+        options = [
+            functools.partial(run if liza.has_memory(kind) else skip, kind) for kind in different
+        ]
+        full, seen = lax.switch(number, options, made)
+        return layer.add(x, layer.self_attn.project_out(full)), seen
+
+    x, seen = lax.scan(body, x, (parameters, spread_memory(of_memory, has), numbers))
+    mine = np.flatnonzero(has)
+    return x, jax.tree.map(lambda leaf: leaf[mine], seen)
+
+
+def _visit_layer(
+    attention: LizaAttention,
+    kind: LayerKind,
+    whole: TokenContext,
+    narrow: TokenContext,
+    made: Projected,
+    visit: Visit,
+) -> tuple[Array, Any]:
+    """The base model's attention [B, T, H, D], and what `visit` makes of the layer."""
+    full = _full_attention(attention, kind, whole, made)
+    settings = softmax_settings(attention.config, attention.liza, kind)
+    qkv = (made.soft_q, made.soft_k, made.soft_v)
+    windowed, _ = apply_softmax(settings, narrow, *qkv)
+    lost = evict(settings, narrow, made.soft_k, made.soft_v)
+    return full.out, visit(attention, LayerView(made, full, windowed, lost))
+
+
+def _full_attention(
+    attention: LizaAttention, kind: LayerKind, context: TokenContext, made: Projected
+) -> Attended:
+    settings = softmax_settings(attention.config, None, kind)._replace(needs_mass=True)
+    return apply_softmax(settings, context, made.soft_q, made.soft_k, made.soft_v)[0]
