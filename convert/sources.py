@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.demo import DEMO_SOURCES, demo_file
+from convert.demo import DEFAULT_MODEL, PACKAGED_SOURCES, packaged_file
 from convert.errors import ConversionError
 from convert.families import Family, family_of, family_of_architecture
 from convert.families.family import is_match
@@ -89,7 +89,8 @@ def locate(source: Source, *, weights: bool = True) -> Path:
 
     Args:
       source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", or
-        "demo", which never means a directory of that name: write "./demo".
+        a packaged model ("smollm2-135m", "gemma3-270m"), whose name never means a directory:
+        write "./smollm2-135m".
       weights: whether the weights of a hub model are needed, or its small files only.
 
     Returns:
@@ -99,14 +100,15 @@ def locate(source: Source, *, weights: bool = True) -> Path:
       ConversionError: if there is no such thing, or it could not be fetched.
     """
     name = os.fspath(source)
-    if name in DEMO_SOURCES:
-        return demo_file()
+    if name in PACKAGED_SOURCES:
+        return packaged_file(name)
     path = Path(source).expanduser()
     if path.exists():
         return path
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
         raise ConversionError(
-            f"{name} does not exist; give a model directory, a .gguf file, a hub id or demo."
+            f"{name} does not exist; give a model directory, a .gguf file, a hub id or "
+            f"{DEFAULT_MODEL}."
         )
     return _fetch(name, weights=weights)
 
@@ -230,5 +232,5 @@ def find_checkpoint(source: Source) -> Description | None:
 
 def _description(source: Source) -> Description | None:
     path = Path(source).expanduser()
-    is_ours = os.fspath(source) not in DEMO_SOURCES and is_checkpoint(path)
+    is_ours = os.fspath(source) not in PACKAGED_SOURCES and is_checkpoint(path)
     return read_description(path) if is_ours else None

@@ -14,46 +14,66 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from convert.command_line import run_command
+from convert.demo import DEFAULT_MODEL
 from experiments.data import DataConfig, check_literals
+from experiments.training.fit_config import FitConfig
 from experiments.yaml_defaults import config_path, read_yaml, resolved_yaml, unresolved_defaults
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.training.optimizer import OptimizerConfig
 from tptt_jax.training.partition import TrainMode
 from tptt_jax.training.schedules import MagSchedule
 
-__all__ = ["DEMO_STEPS", "FinetuneConfig", "parse_arguments", "resolved_yaml", "run_configured"]
+__all__ = [
+    "DEMO_CONFIG",
+    "DEMO_STEPS",
+    "FinetuneConfig",
+    "parse_arguments",
+    "resolved_yaml",
+    "run_configured",
+    "run_finetune",
+]
 
 Config = TypeVar("Config")
 
 DEMO_STEPS = 20
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 _SHARED_FLAGS = "Also takes --json (one JSON object as the last line of stdout) and --debug."
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """Gives a pretrained model a linear-attention memory and trains it; without flags, the demo.
+    """Gives a pretrained model a memory, fits it to the model, and trains it on text.
 
-    The demo teaches Gemma 3 270M the Python language reference. Both come with the installation,
-    so it needs no network.
+    Without --model, --data and --config this is the demo: SmolLM2 135M behind a window of 64
+    tokens, on the Python language reference. Both come with the installation, so it needs no
+    network.
     """
 
     config: Path | None = None
     """YAML file whose values are the defaults of this run; flags override it."""
-    model: str = "demo"
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory
-    or a checkpoint; the --lora options must be those that these were trained with."""
+    model: str = DEFAULT_MODEL
+    """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
+    a .gguf file, a PEFT directory or a checkpoint; the --lora options must be those that these were
+    trained with."""
     output: Path = Path("runs/demo")
     """Directory for checkpoints, metrics, plot and adapter."""
     data: DataConfig = field(default_factory=DataConfig)
     liza: LizaConfig = field(default_factory=LizaConfig)
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out and train the plain model."""
+    """Leave the memory out and train the plain model, behind --liza.softmax-window if it is set."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    window_range: tuple[int, int] | None = None
+    """Smallest and largest softmax window: each step of fitting and training draws one, so that one
+    Titan serves several. None: always --liza.softmax-window."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainMode = "lora"
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
-    memory's own parameters are trained in any case."""
+    memory's own parameters are trained in any case; "memory": they alone."""
+    distill: float = 0.0
+    """Share of the training loss, 0 to 1, that is the divergence from the base model's own
+    predictions; the rest is the likelihood of the text."""
     steps: int | None = None
-    """Training steps; None: what epochs says, or 20. With epochs: at most so many."""
+    """Training steps; None: what epochs says, or 20. With epochs: at most so many. 0: only fit."""
     epochs: float | None = None
     """Passes over the data; None: what steps says."""
     batch_size: int = 2
@@ -61,7 +81,8 @@ class FinetuneConfig:
     learning_rate: float = 1e-3
     """Of adapters or weights, at its highest."""
     mag_learning_rate: float | None = None
-    """Of the memory's learned share, whose logits need long steps; None: 100 x learning_rate."""
+    """Of what decides the memory's share. None: learning_rate for mass gates, 100 times that for
+    single logits (--liza.mag learned), which need long steps."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How both rates fall after the warm-up, to a tenth."""
     warmup_steps: int = 2
@@ -107,13 +128,20 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Rejects values that no run can have."""
         check_literals(self)
-        minima = {"steps": 1, "batch_size": 1, "checkpoint_every": 1}
+        minima = {"steps": 0, "batch_size": 1, "checkpoint_every": 1}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
+        if self.distill and self.train in ("projections", "full"):
+            raise ValueError(
+                "--distill needs the base model's weights as they are: use --train lora or "
+                f"memory, not {self.train}."
+            )
         if self.mag_schedule != "constant" and self.liza.mag != "scheduled":
             raise ValueError(
                 f"mag_schedule = {self.mag_schedule!r} needs a share that is not learned: add "
@@ -124,8 +152,13 @@ class FinetuneConfig:
 
     @property
     def memory(self) -> LizaConfig | None:
-        """`liza`, or None for the plain model."""
-        return None if self.no_liza else self.liza
+        """`liza`, without its memory or None if that is not wanted."""
+        if not self.no_liza:
+            return self.liza
+        if self.liza.softmax_window is None:
+            return None
+        kept = {name: getattr(self.liza, name) for name in ("softmax_window", "softmax_sinks")}
+        return LizaConfig(writes="none", **kept)
 
     @property
     def adapters(self) -> LoraConfig | None:
@@ -138,12 +171,16 @@ class FinetuneConfig:
         rate = self.mag_learning_rate
         return OptimizerConfig(
             learning_rate=self.learning_rate,
-            mag_learning_rate=100 * self.learning_rate if rate is None else rate,
+            mag_learning_rate=self._share_factor * self.learning_rate if rate is None else rate,
             lr_schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
             weight_decay=self.weight_decay,
             grad_clip=self.grad_clip,
         )
+
+    @property
+    def _share_factor(self) -> float:
+        return 1.0 if self.liza.mag == "mass" else 100.0
 
     @property
     def mag(self) -> MagSchedule | None:
@@ -163,7 +200,7 @@ class FinetuneConfig:
     def total_steps(self, num_rows: int) -> int:
         """Steps of the whole run on `num_rows` rows of training data."""
         if self.epochs is None:
-            return self.steps or DEMO_STEPS
+            return DEMO_STEPS if self.steps is None else self.steps
         by_epochs = max(1, math.ceil(self.epochs * num_rows / self.batch_size))
         return by_epochs if self.steps is None else min(self.steps, by_epochs)
 
@@ -201,6 +238,20 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
         if not stop.code:
             raise
         raise ValueError(_one_sentence(complaint.getvalue())) from None
+
+
+def run_finetune(
+    function: Callable[[FinetuneConfig], dict[str, Any] | None],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+) -> int:
+    """`run_configured` for fine-tuning: what names no model, data or configuration is the demo."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    chosen = {flag.partition("=")[0] for flag in given}
+    if not chosen & {"--model", "--data", "--config", "--help", "-h"}:
+        given = ["--config", str(DEMO_CONFIG), *given]
+    return run_configured(function, FinetuneConfig, given, prog=prog)
 
 
 def run_configured(

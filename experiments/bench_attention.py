@@ -67,6 +67,7 @@ def bench_attention(work: Options[AttentionWork]) -> dict[str, Any]:
     fused = functools.partial(fused_attention, implementation=implementation)
     options = {"segment_ids": ids, "window": work.window, "scale": work.head_dim**-0.5}
     results, seconds = {}, {}
+
     def bounded(*args: jax.Array, **options: Any) -> jax.Array:
         return attend_sequence(*args, **options).out
 

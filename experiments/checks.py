@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.demo import DEMO_SOURCES
+from convert.demo import PACKAGED_SOURCES
 from experiments.arguments import FinetuneConfig
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -15,7 +15,7 @@ def describe_run(config: FinetuneConfig) -> Description:
     """What a checkpoint of this run needs besides its arrays."""
     source = config.model
     # A relative path means another place from another folder.
-    if source not in DEMO_SOURCES and Path(source).expanduser().exists():
+    if source not in PACKAGED_SOURCES and Path(source).expanduser().exists():
         source = str(Path(source).expanduser().resolve())
     return Description(
         source=source,

@@ -28,8 +28,9 @@ class EvaluateConfig:
     """Measures a base model or a fine-tuned one."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
-    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
+    a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
+    trained on, or smollm2-135m."""
     adapter: Path | None = None
     """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     task: Literal["perplexity-by-position"] = "perplexity-by-position"

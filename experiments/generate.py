@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from convert.demo import DEFAULT_MODEL
 from experiments.arguments import run_configured
 from experiments.models import is_tuned, load_model
 from experiments.process import prepare_process
@@ -34,8 +35,9 @@ class GenerateConfig:
     """Continues a prompt with a base model, a fine-tuned one, or both."""
 
     model: str | None = None
-    """"demo" (Gemma 3 270M), a Hugging Face directory, a Hub id, a .gguf file, a PEFT directory,
-    or a run of experiments.finetune; None: what the adapter was trained on, or the demo."""
+    """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
+    a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
+    trained on, or smollm2-135m."""
     adapter: Path | None = None
     """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     prompt: str | None = None
@@ -100,7 +102,7 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, reads, generates, prints; returns what --json prints."""
     prepare_process()
-    if config.compare and config.adapter is None and not is_tuned(config.model or "demo"):
+    if config.compare and config.adapter is None and not is_tuned(config.model or DEFAULT_MODEL):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     loaded = load_model(
         config.model, config.adapter, window=config.window, dtype=jnp.dtype(config.dtype)

@@ -18,10 +18,10 @@ class StepRecord:
     step: int
     """Steps done, this one included: the first step is 1."""
     loss: float
-    """Mean over the step's targets, in nats per token."""
+    """Mean over the step's targets, in nats per token; of attention transfer the mean gap left."""
     tokens_per_s: float
-    learning_rate: float
-    grad_norm: float
+    learning_rate: float | None = None
+    grad_norm: float | None = None
     """Before clipping."""
     mu_mean: float | None = None
     """Share of the memory, over all layers and heads; None without a memory."""
@@ -31,6 +31,9 @@ class StepRecord:
     """Wall time of this step."""
     eval_loss: float | None = None
     """Held-out loss after this step, where it was measured."""
+    gap_left: list[float] | None = None
+    """Of attention transfer, for every layer with a memory: squared error of its output over that
+    of its window alone."""
 
 
 class MetricsWriter:
@@ -72,8 +75,9 @@ def _line(record: StepRecord) -> str:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in dataclasses.asdict(record).items()
     }
-    if finite["eval_loss"] is None:
-        del finite["eval_loss"]
+    for name in ("eval_loss", "gap_left"):
+        if finite[name] is None:
+            del finite[name]
     return json.dumps(finite) + "\n"
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
+from convert.demo import DEFAULT_MODEL
 from convert.sources import find_checkpoint
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.training.description import Description, is_checkpoint, read_description
@@ -42,7 +43,8 @@ def load_model(
     """Loads a model and its tokenizer, which takes about as long, at the same time.
 
     Args:
-      model: what `load_pretrained` takes; None: what the adapter was trained on, or "demo".
+      model: what `load_pretrained` takes; None: what the adapter was trained on, or
+        "smollm2-135m".
       adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
       window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
         the model was trained with.
@@ -62,7 +64,7 @@ def load_model(
     if tuned is not None:
         source = model or tuned.source
     else:
-        source = model or ("demo" if adapter is None else str(adapter))
+        source = model or (DEFAULT_MODEL if adapter is None else str(adapter))
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, source)
         over = None if model is None and tuned is None else adapter
@@ -82,7 +84,8 @@ def _load_weights(
     def windowed(liza: LizaConfig | None) -> LizaConfig | None:
         if window is None:
             return liza
-        liza = dataclasses.replace(liza or LizaConfig(), softmax_window=window)
+        # A base model behind a window has no memory: nobody has fitted one.
+        liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
         return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
     if tuned is None:

@@ -9,6 +9,7 @@ import tyro
 from flax import nnx
 
 from convert import load_pretrained
+from convert.demo import DEFAULT_MODEL
 from experiments.timing import check_positive
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 
@@ -26,7 +27,7 @@ class ModelChoice:
     """What to run, and how."""
 
     model: str | None = None
-    """What `load_pretrained` takes; None: "demo", or random weights."""
+    """What `load_pretrained` takes; None: "smollm2-135m", or random weights."""
     random_weights: Shape | None = None
     """Instead of a model: random weights of this shape, which need no download and take as long."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -38,7 +39,7 @@ class ModelChoice:
         """Rejects two models at once, and takes the demo if there is none."""
         check_positive(self)
         if self.random_weights is None:
-            object.__setattr__(self, "model", self.model or "demo")
+            object.__setattr__(self, "model", self.model or DEFAULT_MODEL)
         elif self.model is not None:
             raise ValueError(
                 f"give a model ({self.model}) or random_weights ({self.random_weights}), not both."

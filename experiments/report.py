@@ -33,16 +33,22 @@ class TrainingProgress:
     """
 
     def __init__(
-        self, total_steps: int, *, first_step: int = 0, console: Console | None = None
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        console: Console | None = None,
+        title: str = "step",
     ) -> None:
-        """Prepares for the steps after `first_step`, up to `total_steps`."""
+        """Prepares for the steps after `first_step`, up to `total_steps`, of what `title` says."""
         self._total = total_steps
+        self._title = title
         self._first = first_step
         self._console = console or Console()
         self._recent: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._last_line = -math.inf
         self._bar = Progress(
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn(title + " {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(),
             TextColumn("{task.description}"),
             console=self._console,
@@ -71,14 +77,15 @@ class TrainingProgress:
         ends = record.step in (self._first + 1, self._total)
         if ends or now - self._last_line >= _PLAIN_SECONDS:
             self._last_line = now
-            self.note(f"step {record.step}/{self._total}  {text}")
+            self.note(f"{self._title} {record.step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
         """Prints a line of its own."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, record: StepRecord) -> str:
-        parts = [f"loss {record.loss:.3f}"]
+        name = "loss" if record.gap_left is None else "gap left"
+        parts = [f"{name} {record.loss:.3f}"]
         if record.mu_mean is not None:
             parts.append(f"mu {record.mu_mean:.3f}")
         parts.append(f"{record.tokens_per_s:,.0f} tokens/s")

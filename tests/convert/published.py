@@ -118,7 +118,9 @@ def check_published(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
 
     def build() -> CausalLM:
         rngs = nnx.Rngs(0)
-        return CausalLM(config, LizaConfig(), LoraConfig(), dtype=jnp.dtype("bfloat16"), rngs=rngs)
+        return CausalLM(
+            config, LizaConfig(writes="all"), LoraConfig(), dtype=jnp.dtype("bfloat16"), rngs=rngs
+        )
 
     model = nnx.eval_shape(build)
     variables = variables_of(model)

@@ -212,8 +212,8 @@ def test_inspect_counts_what_a_cache_takes(tmp_path, monkeypatch, capsys):
     assert status == 0
     variants = {
         "base": None,
-        "Titan": LizaConfig(),
-        "Titan, window 6": LizaConfig(softmax_window=6),
+        "Titan": LizaConfig(writes="all"),
+        "Titan, window 6": LizaConfig(writes="all", softmax_window=6),
     }
     for row in found["state"]:
         model = load_pretrained(path, variants[row["model"]])

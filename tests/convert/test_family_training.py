@@ -41,7 +41,9 @@ def tiny(content) -> ModelConfig:
 def test_learns_and_goes_back(tmp_path, content):
     base = randomize(CausalLM(tiny(content), rngs=nnx.Rngs(0)))
     export_pretrained(base, tmp_path / "base")
-    model = load_pretrained(tmp_path / "base", LizaConfig(softmax_window=5), LoraConfig(rank=2))
+    model = load_pretrained(
+        tmp_path / "base", LizaConfig(writes="all", softmax_window=5), LoraConfig(rank=2)
+    )
     partition, trainable, share = split_trainable(model, "lora")
     kinds = {name.rsplit(".", 2)[-2] for name in trainable}
     assert kinds == {"lora", "mag"}, "adapters on attention, shares, nothing else"
@@ -75,7 +77,7 @@ def test_learns_and_goes_back(tmp_path, content):
 
 @pytest.mark.parametrize("family", ["openelm", "olmoe", "gpt2"])
 def test_decodes_as_it_reads(family):
-    liza = LizaConfig(softmax_window=5)
+    liza = LizaConfig(writes="all", softmax_window=5)
     model = randomize(CausalLM(tiny(FAMILIES[family]), liza, rngs=nnx.Rngs(0)))
     tokens = random_tokens((1, 9), vocab_size=101)
     new = np.asarray(generate(model, tokens, 6, stop_tokens=()).tokens)

@@ -251,7 +251,9 @@ def test_tokenizers(tiny_model_dir, tmp_path, data):
 
 def test_checkpoint_descriptions(tmp_path):
     base = write_directory(tmp_path / "base", LLAMA)
-    description = Description(source=str(base), liza=LizaConfig(), lora=LoraConfig(), train="lora")
+    description = Description(
+        source=str(base), liza=LizaConfig(writes="all"), lora=LoraConfig(), train="lora"
+    )
     good = json.loads(description.to_json())
     path = tmp_path / "run"
     path.mkdir()

@@ -149,7 +149,7 @@ def test_stored_halves(tmp_path, stored):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_of_the_base_weights(llama, dtype):
     lora = LoraConfig(rank=2, targets=("v_proj",))
-    model = load_pretrained(llama, LizaConfig(), lora, dtype=jnp.dtype(dtype))
+    model = load_pretrained(llama, LizaConfig(writes="all"), lora, dtype=jnp.dtype(dtype))
     for name, value in values_of(model).items():
         adapter = any(part in name for part in (".lora.", ".memory.", ".mag."))
         assert value.dtype == (np.float32 if adapter else jnp.dtype(dtype)), name
@@ -161,7 +161,7 @@ def test_other_dtypes_are_refused(llama):
 
 
 def test_adapters_are_initialised_as_the_model_does(llama):
-    liza, lora = LizaConfig(memory_rank=2), LoraConfig(rank=2, targets=("q_proj",))
+    liza, lora = LizaConfig(writes="all", memory_rank=2), LoraConfig(rank=2, targets=("q_proj",))
     plain = values_of(load_pretrained(llama))
     model = load_pretrained(llama, liza, lora, seed=7)
 
@@ -185,7 +185,7 @@ def test_the_seed_decides_the_adapters(llama):
 
 
 def test_a_scheduled_share_is_loaded(llama):
-    liza = LizaConfig(mag="scheduled", mag_init=0.25)
+    liza = LizaConfig(writes="all", mag="scheduled", mag_init=0.25)
     assert float(load_pretrained(llama, liza).mag_share[...]) == 0.25
 
 
@@ -234,7 +234,7 @@ def test_demo_without_its_package(monkeypatch):
 def test_export_gives_back_the_tensors(tmp_path, config, dtype):
     tensors = random_tensors(hf_shapes(config), jnp.dtype(dtype))
     source = write_directory(tmp_path / "a", config, tensors)
-    model = load_pretrained(source, LizaConfig(), dtype=jnp.dtype(dtype))
+    model = load_pretrained(source, LizaConfig(writes="all"), dtype=jnp.dtype(dtype))
     export_pretrained(model, tmp_path / "b", source=source)
     written = SafetensorsDirectory(tmp_path / "b")
     assert written.tensors.keys() == tensors.keys()
@@ -406,7 +406,7 @@ from convert.loading import variables_of
 from tptt_jax import LizaConfig, LoraConfig
 from tptt_jax.sharding import make_mesh, sharding_of
 mesh = make_mesh("fsdp=2,tensor=2")
-arguments = (LizaConfig(), LoraConfig(rank=2, targets=("q_proj",)))
+arguments = (LizaConfig(writes="all"), LoraConfig(rank=2, targets=("q_proj",)))
 one = load_pretrained(sys.argv[1], *arguments)
 many = load_pretrained(sys.argv[1], *arguments, mesh=mesh)
 split = 0

@@ -25,10 +25,27 @@ from tptt_jax.config import RopeConfig
 MODELING = Path(convert.__file__).with_name("titan") / "modeling_titan.py"
 CASES = {
     "defaults": ({}, LizaConfig()),
+    "every token": ({}, LizaConfig(writes="all")),
+    "only a window": ({}, LizaConfig(writes="none", softmax_window=8)),
+    "window": ({}, LizaConfig(softmax_window=6, softmax_sinks=2)),
+    "order 2": ({}, LizaConfig.named("gated_delta_product", mag="learned", softmax_window=6)),
+    "gates of the paper": (
+        {},
+        LizaConfig(
+            **{"beta_gate": "k", "alpha_gate": "projected", "memory_rank": 0},
+            **{"linear_scale": "match", "mag": "scheduled", "softmax_window": 6},
+        ),
+    ),
     "base model": ({"tie_embeddings": False}, None),
-    "scheduled": ({}, LizaConfig(mag="scheduled", mag_init=0.25)),
-    "deltas": ({"mlp_bias": True}, LizaConfig(memory_rank=2, operator="gated_delta_product")),
-    "linear": ({"attention_bias": True}, LizaConfig(softmax=False, precision="high")),
+    "scheduled": ({}, LizaConfig(writes="all", mag="scheduled", mag_init=0.25)),
+    "deltas": (
+        {"mlp_bias": True},
+        LizaConfig(writes="all", memory_rank=2, operator="gated_delta_product"),
+    ),
+    "linear": (
+        {"attention_bias": True},
+        LizaConfig(writes="all", softmax=False, precision="high"),
+    ),
     "ropes": (
         {
             "norm_offset": True,
@@ -40,6 +57,14 @@ CASES = {
             "rope": RopeConfig(scaling="llama3", factor=8.0),
             "eos_token_ids": (5, 6),
             "pad_token_id": 0,
+        },
+        LizaConfig(writes="all", softmax_window=5, softmax_sinks=1),
+    ),
+    "sliding layers": (
+        {
+            **{"norm_offset": True, "norm_placement": "both", "qk_norm": "head"},
+            **{"layer_kinds": ("sliding", "full", "sliding", "full"), "num_layers": 4},
+            **{"sliding_window": 9, "sliding_rope": RopeConfig(theta=77.0)},
         },
         LizaConfig(softmax_window=5, softmax_sinks=1),
     ),
@@ -54,13 +79,16 @@ CASES = {
             "attention_out_bias": True,
             "clip_qkv": 3.0,
         },
-        LizaConfig(),
+        LizaConfig(softmax_window=6),
     ),
     "layers of many sizes": (
         {"num_heads_per_layer": (2, 2, 4), "mlp_dim_per_layer": (8, 48, 48), "qk_norm": "full"},
-        LizaConfig(memory_rank=1),
+        LizaConfig(memory_rank=1, softmax_window=6),
     ),
-    "experts": ({"num_experts": 3, "experts_per_token": 2, "norm_weight": False}, LizaConfig()),
+    "experts": (
+        {"num_experts": 3, "experts_per_token": 2, "norm_weight": False},
+        LizaConfig(writes="all"),
+    ),
 }
 
 
@@ -85,24 +113,47 @@ def test_nothing_is_lost(tmp_path, name, dtype):
         np.testing.assert_array_equal(value, new[path], err_msg=path)
 
 
-def test_names_and_layout_of_torch(tmp_path):
-    """What PEFT looks for: linear layers [out, in] under the usual names."""
-    model = build("deltas")
-    export_pretrained(model, tmp_path / "t", "titan")
-    stored, values = SafetensorsDirectory(tmp_path / "t"), values_of(model)
-    names = {
+LAYOUT: dict[str, dict[str, tuple[str, str, tuple[int, ...]]]] = {
+    "deltas": {
         "self_attn.k_proj": ("weight", "kernel", (32, 32)),
         "self_attn.memory.k_delta": ("a", "a", (32, 2)),
         "self_attn.mag": ("logit", "logit", (4,)),
         "mlp.up_proj": ("weight", "kernel", (48, 32)),
         "attn_norm": ("weight", "weight", (32,)),
-    }
-    for module, (theirs, ours, shape) in names.items():
+    },
+    "window": {
+        "self_attn.memory.k_delta": ("a", "a", (64, 16)),
+        "self_attn.memory.gates.beta": ("weight", "kernel", (2, 64)),
+        "self_attn.memory.gates.keep": ("bias", "bias", (2,)),
+        "self_attn.memory.scale": ("weight", "weight", (4, 16)),
+        "self_attn.mag": ("slope", "slope", (4,)),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_names_and_layout_of_torch(tmp_path, name):
+    """What PEFT looks for: linear layers [out, in] under the usual names."""
+    model = build(name)
+    export_pretrained(model, tmp_path / "t", "titan")
+    stored, values = SafetensorsDirectory(tmp_path / "t"), values_of(model)
+    for module, (theirs, ours, shape) in LAYOUT[name].items():
         tensor = stored.read(f"layers.1.{module}.{theirs}")
         assert tensor.shape == shape
         value = values[f"stacks.0.{module}.{ours}"][1]
         np.testing.assert_array_equal(tensor, value.T if ours == "kernel" else value)
     assert "lm_head.weight" not in stored.tensors
+
+
+def test_sliding_layers_have_no_memory(tmp_path):
+    """In the file as in the model, whose stack of memories counts the other layers only."""
+    model = build("sliding layers")
+    export_pretrained(model, tmp_path / "t", "titan")
+    stored, values = SafetensorsDirectory(tmp_path / "t"), values_of(model)
+    biases = {name for name in stored.tensors if name.endswith("mag.bias")}
+    assert biases == {"layers.1.self_attn.mag.bias", "layers.3.self_attn.mag.bias"}
+    last = stored.read("layers.3.self_attn.mag.bias")
+    np.testing.assert_array_equal(last, values["stacks.0.self_attn.mag.bias"][1])
 
 
 def test_adapters_are_merged(tmp_path):
@@ -118,25 +169,34 @@ def test_adapters_are_merged(tmp_path):
 
 
 def test_the_directory_brings_its_memory_unless_one_is_given(tmp_path):
-    model = build("defaults")
+    model = build("every token")
     export_pretrained(model, tmp_path / "t", "titan")
-    other = LizaConfig(softmax_window=7)
+    other = LizaConfig(writes="all", softmax_window=7)
     again = load_pretrained(tmp_path / "t", other)
     assert again.liza == other
     values = values_of(again)
     for path, value in values_of(model).items():
         np.testing.assert_array_equal(values[path], value)
     with pytest.raises(ConversionError, match=r"missing: layers\.0\.self_attn\.memory\.k_delta\.a"):
-        load_pretrained(tmp_path / "t", LizaConfig(memory_rank=3))
+        load_pretrained(tmp_path / "t", LizaConfig(writes="all", memory_rank=3))
+    with pytest.raises(ConversionError, match=r"missing: layers\.0\.self_attn\.mag\.bias"):
+        load_pretrained(tmp_path / "t", LizaConfig(memory_rank=0))
 
 
-def test_a_directory_from_before_precision_was_a_choice(tmp_path):
-    export_pretrained(build("linear"), tmp_path / "t", "titan")
+def test_a_directory_from_before_there_was_a_choice(tmp_path):
+    """Of what is written, and of the precision."""
+    model = build("linear")
+    export_pretrained(model, tmp_path / "t", "titan")
     path = tmp_path / "t" / "config.json"
     config = json.loads(path.read_text())
     assert config["liza"].pop("precision") == "high"
+    assert config["liza"].pop("writes") == "all"
     path.write_text(json.dumps(config))
-    assert load_pretrained(tmp_path / "t").liza == LizaConfig(softmax=False)
+    again = load_pretrained(tmp_path / "t")
+    assert again.liza == LizaConfig(writes="all", softmax=False)
+    values = values_of(again)
+    for name, value in values_of(model).items():
+        np.testing.assert_array_equal(values[name], value)
 
 
 def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
@@ -149,7 +209,7 @@ def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
         np.testing.assert_array_equal(values[path], value)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "base model"])
+@pytest.mark.parametrize("name", ["scheduled", "window", "base model"])
 def test_verify_takes_the_memory_of_the_export(tmp_path, monkeypatch, capsys, name):
     export_pretrained(build(name), tmp_path / "t", "titan")
     arguments = ["convert", "verify", str(tmp_path / "t"), "--tokens", "12", "--json"]

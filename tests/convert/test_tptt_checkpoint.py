@@ -123,7 +123,7 @@ def test_settings_of_every_mode(saved, tmp_path):
     for mode in tptt.TpttConfig.RECURRENT_MODES:
         path = edited(saved[0], tmp_path / mode, operator_mode=mode, max_self_attn_length=32)
         liza = read_tptt_config(path).liza
-        assert liza.recurrence == LizaConfig(operator=mode).recurrence
+        assert liza.recurrence == LizaConfig(writes="all", operator=mode).recurrence
         assert (liza.softmax_window, liza.softmax_sinks) == (32, 0)
 
 
@@ -299,8 +299,14 @@ def test_exports_load_in_the_package(base, tmp_path, monkeypatch, liza, lora):
 REFERENCE = LizaConfig.tptt_reference()
 INEXPRESSIBLE = {
     "no memory": (None, "this model has no memory"),
-    "another operator": (LizaConfig(), 'is for operator "tptt_reference" only.*delta_product'),
-    "mixing": (LizaConfig(operator="tptt_reference"), 'linear_scale = "match", mag = "learned"'),
+    "another operator": (
+        LizaConfig(writes="all"),
+        'is for operator "tptt_reference" only.*delta_product',
+    ),
+    "mixing": (
+        LizaConfig(writes="all", operator="tptt_reference"),
+        'linear_scale = "match", mag = "learned"',
+    ),
     "sinks": (dataclasses.replace(REFERENCE, softmax_window=8), "softmax_sinks with a softmax_win"),
     "own deltas": (dataclasses.replace(REFERENCE, memory_rank=2), "memory_rank"),
 }

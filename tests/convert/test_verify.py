@@ -54,7 +54,9 @@ def test_a_gguf_file_is_compared_through_its_export(tmp_path):
 def test_a_run_is_checked_with_its_own_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     base = write_directory(tmp_path / "base", LLAMA)
-    liza = LizaConfig(operator="delta_rule_gelu", softmax_window=5, softmax_sinks=2, chunk_size=3)
+    liza = LizaConfig(
+        writes="all", operator="delta_rule_gelu", softmax_window=5, softmax_sinks=2, chunk_size=3
+    )
     save_run(tmp_path / "run", base, liza, LoraConfig(rank=2))
     checks, _ = verify_pretrained(tmp_path / "run", num_tokens=13)
     results = {(check.model, check.check): check.result for check in checks}

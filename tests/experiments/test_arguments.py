@@ -35,7 +35,9 @@ def test_no_arguments_are_the_demo(project_dir):
     config = parse()
     assert config == FinetuneConfig()
     assert (config.model, config.data.path, config.train) == ("demo", "python-docs", "lora")
-    assert config.liza == LizaConfig(operator="delta_product", num_householder=2, mag="learned")
+    assert config.liza == LizaConfig(
+        writes="all", operator="delta_product", num_householder=2, mag="learned"
+    )
     assert config.lora == LoraConfig(rank=8, alpha=16.0)
     assert config.grad_clip == 1.0
     spelled = parse("--config", str(project_dir / "experiments/configs/demo.yaml"))
@@ -54,25 +56,25 @@ def test_the_flags_of_the_public_face():
     assert config.model == "m.gguf"
     assert config.output == Path("out")
     assert config.data == DataConfig(path="d.jsonl", sequence_length=99, packing=False)
-    assert config.liza == LizaConfig(operator="delta_rule", softmax_window=512)
+    assert config.liza == LizaConfig(writes="all", operator="delta_rule", softmax_window=512)
     assert config.lora == LoraConfig(rank=4, targets=("q_proj", "v_proj"))
     assert (config.steps, config.batch_size, config.resume) == (7, 3, False)
 
 
 @pytest.mark.parametrize("operator", ["delta_rule", "delta_rule_gelu", "gated_delta_product"])
 def test_an_operator_brings_its_own_fields(operator):
-    assert parse("--liza.operator", operator).liza == LizaConfig(operator=operator)
+    assert parse("--liza.operator", operator).liza == LizaConfig(writes="all", operator=operator)
     three = parse("--liza.operator", operator, "--liza.num-householder", "3").liza
-    assert three == LizaConfig(operator=operator, num_householder=3)
+    assert three == LizaConfig(writes="all", operator=operator, num_householder=3)
 
 
 def test_precision_of_the_memory_is_a_flag():
-    assert parse("--liza.precision", "high").liza == LizaConfig(precision="high")
+    assert parse("--liza.precision", "high").liza == LizaConfig(writes="all", precision="high")
     assert parse().liza.precision == "auto"
 
 
 def test_memory_and_adapters_can_be_left_out():
-    assert parse().memory == LizaConfig()
+    assert parse().memory == LizaConfig(writes="all")
     assert parse("--no-liza").memory is None
     assert parse().adapters == LoraConfig()
     assert parse("--train", "projections").adapters is None
@@ -140,7 +142,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
         epochs=2.0,
         learning_rate=1e-3,
         data=DataConfig(path="d.csv", sequence_length=128),
-        liza=LizaConfig(mag_init=0.3),
+        liza=LizaConfig(writes="all", mag_init=0.3),
         lora=LoraConfig(targets=("q_proj",)),
     )
     assert parse(f"--config={path}").steps == 9
@@ -167,9 +169,11 @@ def test_yaml_shows_in_help(yaml_file, capsys):
 
 def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
     path = yaml_file("liza: {operator: delta_product_r, num_householder: 4}")
-    assert parse("--config", path).liza == LizaConfig(operator="delta_product_r", num_householder=4)
+    assert parse("--config", path).liza == LizaConfig(
+        writes="all", operator="delta_product_r", num_householder=4
+    )
     changed = parse("--config", path, "--liza.operator", "gated_delta_rule").liza
-    assert changed == LizaConfig(operator="gated_delta_rule", num_householder=4)
+    assert changed == LizaConfig(writes="all", operator="gated_delta_rule", num_householder=4)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +233,7 @@ def test_a_resolved_configuration_gives_itself_again(yaml_file, argv):
     assert parse("--config", path) == replace(config, config=Path(path))
 
 
-OTHER_LIZA = LizaConfig(operator="delta_rule", num_householder=3, mag_init=0.4)
+OTHER_LIZA = LizaConfig(writes="all", operator="delta_rule", num_householder=3, mag_init=0.4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +248,7 @@ class Other:
 def test_other_commands_keep_their_own_defaults():
     config = parse_arguments(["--prompt", "x", "--liza.operator", "delta_product_c"], Other)
     assert config.prompt == "x"
-    expected = LizaConfig(operator="delta_product_c", num_householder=3, mag_init=0.4)
+    expected = LizaConfig(writes="all", operator="delta_product_c", num_householder=3, mag_init=0.4)
     assert config.liza == expected
     with pytest.raises(ValueError, match="--prompt"):
         parse_arguments([], Other)
@@ -303,7 +307,7 @@ def test_learned_shares_move_a_hundred_times_faster_unless_told():
 
 def test_the_share_is_scheduled_only_if_it_is_not_learned():
     assert FinetuneConfig().mag is None
-    scheduled = LizaConfig(mag="scheduled", mag_init=0.1)
+    scheduled = LizaConfig(writes="all", mag="scheduled", mag_init=0.1)
     assert FinetuneConfig(liza=scheduled, no_liza=True).mag is None
     constant = FinetuneConfig(liza=scheduled).mag
     assert constant is not None

@@ -198,7 +198,7 @@ def test_bad_input(arguments, message, capsys):
 
 def test_random_weights_are_made_in_their_dtype():
     choice = ModelChoice(random_weights="tiny", dtype="bfloat16")
-    model = choice.load(LizaConfig(), LoraConfig())
+    model = choice.load(LizaConfig(writes="all"), LoraConfig())
     assert model.config == SHAPES["tiny"]()
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         is_ours = path[-1] in ("a", "b", "logit")

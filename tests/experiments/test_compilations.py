@@ -11,7 +11,7 @@ from tptt_jax import LizaConfig, LoraConfig
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"liza": LizaConfig(mag="scheduled"), "mag_schedule": "gradual"}],
+    [{}, {"liza": LizaConfig(writes="all", mag="scheduled"), "mag_schedule": "gradual"}],
     ids=["learned share", "scheduled share"],
 )
 def test_a_run_compiles_its_step_once(options, tiny_model_dir, tmp_path):

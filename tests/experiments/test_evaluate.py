@@ -18,8 +18,8 @@ from tptt_jax.inference import score
 
 LIZA = {
     "base": None,
-    "window": LizaConfig(softmax_window=7, mag_init=0.5),
-    "no softmax": LizaConfig(softmax=False),
+    "window": LizaConfig(writes="all", softmax_window=7, mag_init=0.5),
+    "no softmax": LizaConfig(writes="all", softmax=False),
 }
 
 

@@ -96,7 +96,7 @@ def adapter_error(source: Path, directory: Path, targets: list[str]) -> float:
 def titan_error(source: Path, target: Path) -> float:
     """Of the exported Titan in torch, its memory on."""
     transformers = pytest.importorskip("transformers")
-    liza = LizaConfig(softmax_window=16, mag_init=0.3)
+    liza = LizaConfig(writes="all", softmax_window=16, mag_init=0.3)
     ours = load_pretrained(source, liza)
     export_pretrained(ours, target, "titan", source)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)

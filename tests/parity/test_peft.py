@@ -124,7 +124,7 @@ def test_import_and_export(tmp_path, bases, name, settings):
 def test_our_own_adapters(tmp_path, bases, name, rslora):
     base, plain = bases[name]
     lora = LoraConfig(rank=4, alpha=3.0, targets=("mlp.up_proj", "o_proj"), use_rslora=rslora)
-    model = load_pretrained(base, LizaConfig(), lora)
+    model = load_pretrained(base, LizaConfig(writes="all"), lora)
     rng = np.random.default_rng(0)
     for stack in model.stacks:
         for projection in (stack.mlp.up_proj, stack.self_attn.o_proj):

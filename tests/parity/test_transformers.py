@@ -108,7 +108,7 @@ def test_bare_decoder(tmp_path):
 def test_export_loads_in_transformers(tmp_path, config):
     model = build(config)
     model.save_pretrained(tmp_path / "a")
-    ours = load_pretrained(tmp_path / "a", LizaConfig(), LoraConfig(rank=2))
+    ours = load_pretrained(tmp_path / "a", LizaConfig(writes="all"), LoraConfig(rank=2))
     export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
     exported = reload(tmp_path / "b")
     np.testing.assert_array_equal(torch_logits(exported, TOKENS), torch_logits(model, TOKENS))

@@ -1,25 +1,13 @@
-"""What the configurations accept, resolve and refuse."""
+"""What the configurations of models and adapters accept, resolve and refuse."""
 
 import dataclasses
 
 import pytest
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import OPERATORS, RopeConfig
+from tptt_jax.config import RopeConfig
 from tptt_jax.decoder import layer_stacks
 
-# (num_householder, trick, beta_gate, alpha_gate, state_activation), from the paper's table.
-PAPER = {
-    "delta_rule": (1, "derivative", "k", "constant", "none"),
-    "delta_rule_v": (1, "derivative", "v", "constant", "none"),
-    "delta_rule_kv": (1, "derivative", "kv", "constant", "none"),
-    "delta_rule_gelu": (1, "derivative", "k", "constant", "gelu"),
-    "gated_delta_rule": (1, "derivative", "k", "k", "none"),
-    "delta_product": (2, "derivative", "k", "constant", "none"),
-    "delta_product_r": (2, "rotary", "k", "constant", "none"),
-    "delta_product_c": (2, "combined", "k", "constant", "none"),
-    "gated_delta_product": (2, "derivative", "k", "k", "none"),
-}
 BAD_MODELS = {
     **{
         f"{name} = 0": ({name: 0}, f"{name} must be at least 1, got 0")
@@ -35,37 +23,6 @@ BAD_MODELS = {
     "kind": ({"layer_kinds": ("full", "wide", "full")}, "one of full, sliding, got 'wide'"),
     "no width": ({"layer_kinds": ("sliding",) * 3}, "sliding_window must say how wide"),
 }
-BAD_MEMORIES = {
-    **{
-        f"{name} = {value}": ({name: value}, f"{name} must be one of .*, got '{value}'")
-        for name, value in (
-            *(("operator", "delta"), ("trick", "integral"), ("beta_gate", "q")),
-            *(("alpha_gate", "q"), ("mag", "fixed"), ("linear_scale", "rms")),
-            *(("state_activation", "relu"), ("precision", "half")),
-        )
-    },
-    **{
-        f"{name} = {value}": ({name: value}, f"{name} must be at least {value + 1}, got {value}")
-        for name, value in (
-            *(("num_householder", 0), ("chunk_size", 0), ("softmax_window", 0)),
-            *(("softmax_sinks", -1), ("memory_rank", -1)),
-        )
-    },
-    **{
-        f"mag_init = {value}": ({"mag_init": value}, "mag_init must lie strictly between 0 and 1")
-        for value in (0.0, 1.0, -0.1, float("nan"))
-    },
-    **{
-        f"dropout = {value}": ({"dropout": value}, r"dropout must lie in \[0, 1\)")
-        for value in (1.0, -0.1, float("nan"))
-    },
-    "scheduled share": ({"mag": "scheduled", "mag_init": 1.1}, "between 0 and 1, got 1.1"),
-    "gates of the reference": (
-        {"operator": "tptt_reference", "vector_beta": True},
-        "has gates of its own kind",
-    ),
-    "nothing to cross": ({"softmax": False, "cross_gate": True}, "use cross_gate=False"),
-}
 BAD_ADAPTERS = {
     "rank": ({"rank": 0}, "rank must be at least 1, got 0"),
     "dropout": ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
@@ -78,7 +35,6 @@ BAD_ROPES = {
 }
 MAKERS = {
     "model": (ModelConfig.tiny, BAD_MODELS),
-    "memory": (LizaConfig, BAD_MEMORIES),
     "adapter": (LoraConfig, BAD_ADAPTERS),
     "rope": (RopeConfig, BAD_ROPES),
 }
@@ -95,63 +51,6 @@ MAKERS = {
 def test_impossible_values_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
-
-
-@pytest.mark.parametrize("operator", PAPER)
-def test_operators_set_what_the_paper_says(operator):
-    assert set(OPERATORS) == set(PAPER)
-    assert _resolved(LizaConfig(operator=operator)) == PAPER[operator]
-
-
-def _resolved(config):
-    names = ("num_householder", "trick", "beta_gate", "alpha_gate", "state_activation")
-    return tuple(getattr(config, name) for name in names)
-
-
-def test_the_caller_overrides_the_operator():
-    config = LizaConfig(operator="delta_rule_v", num_householder=3, trick="rotary", alpha_gate="kv")
-    assert _resolved(config) == (3, "rotary", "v", "kv", "none")
-    assert config.recurrence.num_householder == 3
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("delta_rule_gelu", "delta_product_c"), ("delta_product_c", "delta_rule_gelu")],
-)
-def test_with_operator_leaves_nothing_of_the_old_one(before, after):
-    config = LizaConfig(operator=before, mag_init=0.3, softmax_window=7)
-    changed = config.with_operator(after)
-    assert changed == LizaConfig(operator=after, mag_init=0.3, softmax_window=7)
-    assert _resolved(changed) == PAPER[after]
-    assert config.operator == before
-
-
-@pytest.mark.parametrize("mode", PAPER)
-def test_modes_of_the_reference_operator(mode):
-    config = LizaConfig.tptt_reference(mode, mag_init=1.0)
-    assert config.operator == "tptt_reference"
-    assert (config.mag, config.mag_init, config.linear_scale) == ("scheduled", 1.0, "unit")
-    assert _resolved(config) == PAPER[mode]
-    assert _resolved(LizaConfig.tptt_reference(mode, num_householder=3)) == (3, *PAPER[mode][1:])
-
-
-def test_an_unknown_mode_of_the_reference_operator():
-    with pytest.raises(ValueError, match=r"mode must be one of delta_rule, .*, got 'tptt'"):
-        LizaConfig.tptt_reference("tptt")
-
-
-def test_a_linear_model_has_unit_scale():
-    assert LizaConfig(softmax=False).linear_scale == "unit"
-    assert LizaConfig(softmax=False, linear_scale="match").linear_scale == "unit"
-
-
-def test_the_papers_recipe():
-    config = LizaConfig.paper()
-    assert (config.mag, config.mag_init, config.linear_scale) == ("scheduled", 0.01, "unit")
-    assert LizaConfig.paper(mag_init=0.2, operator="delta_rule").mag_init == 0.2
-    default = LizaConfig()
-    assert (default.mag, default.mag_init, default.linear_scale) == ("learned", 0.05, "match")
-    assert (default.softmax_sinks, default.operator) == (4, "delta_product")
 
 
 @pytest.mark.parametrize(

@@ -148,13 +148,13 @@ def test_splits_padding_and_packing_change_nothing(config, options):
     liza = None
     if options is not None:
         # Several chunks per row, and a share at which a wrong memory cannot hide.
-        liza = LizaConfig(**{"chunk_size": 4, "mag_init": 0.4} | options)
+        liza = LizaConfig(writes="all", **{"chunk_size": 4, "mag_init": 0.4} | options)
     model = randomize(CausalLM(config, liza, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
     verify_streaming_contract(model, random_tokens((2, 18)))
 
 
 def _titan(config=LLAMA, *, random=True, dtype=jnp.float32, rank=2, **options):
-    liza = LizaConfig(**{"chunk_size": 4, "mag_init": 0.4} | options)
+    liza = LizaConfig(writes="all", **{"chunk_size": 4, "mag_init": 0.4} | options)
     lora = LoraConfig(rank=rank) if rank else None
     model = CausalLM(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(0))
     return randomize(model) if random else model

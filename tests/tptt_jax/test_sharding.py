@@ -39,7 +39,7 @@ EXPERTS = ModelConfig.tiny(
     experts_per_token=2,
     qk_norm="full",
 )
-LIZA = LizaConfig(chunk_size=8, mag_init=0.3, memory_rank=2)
+LIZA = LizaConfig(writes="all", chunk_size=8, mag_init=0.3, memory_rank=2)
 STEPS = 4
 ADAPTER = "stacks.0.self_attn.q_proj.lora.b"
 

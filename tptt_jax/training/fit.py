@@ -19,21 +19,8 @@ from tptt_jax.layers.liza import LizaAttention
 from tptt_jax.model import CausalLM
 from tptt_jax.training.partition import Partition, Trainable, dotted
 from tptt_jax.training.schedules import learning_rate_schedule
+from tptt_jax.training.train_step import TrainState
 from tptt_jax.training.transfer import LayerView, visit_layers
-
-
-class FitState(NamedTuple):
-    """All that changes from step to step of a fit.
-
-    Attributes:
-      trainable: the memory's parameters by dotted path, float32.
-      opt_state: optax state over them.
-      step: steps done, int32.
-    """
-
-    trainable: Trainable
-    opt_state: optax.OptState
-    step: Int[Array, ""]
 
 
 class FitMetrics(NamedTuple):
@@ -47,7 +34,7 @@ class FitMetrics(NamedTuple):
 
 
 FitStep = Callable[
-    [FitState, nnx.State, Tokens, SegmentIds | None, Array | None], tuple[FitState, FitMetrics]
+    [TrainState, nnx.State, Tokens, SegmentIds | None, Array | None], tuple[TrainState, FitMetrics]
 ]
 
 
@@ -64,12 +51,6 @@ def make_fit_optimizer(learning_rate: float, steps: int) -> optax.GradientTransf
     return optax.adam(rate, b1=0.9, b2=0.95)
 
 
-def init_fit_state(trainable: Trainable, optimizer: optax.GradientTransformation) -> FitState:
-    """The state before the first step."""
-    trainable = jax.tree.map(jnp.copy, trainable)
-    return FitState(trainable, optimizer.init(trainable), jnp.zeros((), jnp.int32))
-
-
 def make_fit_step(partition: Partition, optimizer: optax.GradientTransformation) -> FitStep:
     """Compiles ``(state, frozen, tokens, segment_ids, window) -> (state, metrics)``.
 
@@ -81,17 +62,18 @@ def make_fit_step(partition: Partition, optimizer: optax.GradientTransformation)
     """
 
     def step(
-        state: FitState,
+        state: TrainState,
         frozen: nnx.State,
         tokens: Tokens,
         segment_ids: SegmentIds | None,
         window: Array | None,
-    ) -> tuple[FitState, FitMetrics]:
+    ) -> tuple[TrainState, FitMetrics]:
         model = partition.merge(state.trainable, None, frozen)
         gap_left, gradient = gap_gradients(model, tokens, segment_ids, window)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        return FitState(trainable, opt_state, state.step + 1), FitMetrics(gap_left)
+        state = state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1)
+        return state, FitMetrics(gap_left)
 
     return jax.jit(step, donate_argnums=0)
 

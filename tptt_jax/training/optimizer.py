@@ -16,7 +16,8 @@ class OptimizerConfig:
     learning_rate: float = 5e-4
     """Peak rate of everything but the learned shares."""
     mag_learning_rate: float = 5e-2
-    """Peak rate of the learned shares' logits; about 100x LoRA's moves them in time."""
+    """Peak rate of what decides the memory's share; about 100x LoRA's moves single logits in time,
+    mass gates take LoRA's own."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
     weight_decay: float = 0.0
@@ -42,13 +43,14 @@ class OptimizerConfig:
 
 
 def is_share(name: str) -> bool:
-    """Whether a dotted parameter path is the logit of a learned share."""
-    return name.endswith(".mag.logit")
+    """Whether a dotted parameter path decides the memory's share: a logit, or a mass gate."""
+    return ".mag." in name
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies: matrices only, whatever axis layers are stacked on."""
-    return name.rsplit(".", 1)[-1] in ("kernel", "embedding", "a", "b")
+    """Whether weight decay applies: matrices only, and no gates."""
+    is_matrix = name.rsplit(".", 1)[-1] in ("kernel", "embedding", "a", "b")
+    return is_matrix and not is_share(name) and ".memory.gates." not in name
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:

@@ -15,7 +15,6 @@ from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM, base_model
 from tptt_jax.sharding import replicated
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
-from tptt_jax.training.optimizer import is_share
 from tptt_jax.training.partition import Partition, Trainable, is_base_weight
 from tptt_jax.training.schedules import MagSchedule
 
@@ -59,7 +58,7 @@ class StepMetrics(NamedTuple):
       loss: mean nats per counted token.
       tokens: how many tokens counted.
       grad_norm: global norm before clipping.
-      mu_mean: mean share of the memory; NaN without one.
+      mu_mean: mean share of the memory; NaN where there is no one share, see `share_range`.
       mu_min: smallest share of any head.
       mu_max: largest share of any head.
     """
@@ -72,7 +71,8 @@ class StepMetrics(NamedTuple):
     mu_max: Array
 
 
-TrainStep = Callable[[TrainState, nnx.State, Batch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+"""(state, frozen, batch, window=None) -> (state, metrics)."""
 
 
 def init_train_state(
@@ -107,9 +107,10 @@ def make_train_step(
     dropout: bool = True,
     distill: float = 0.0,
 ) -> TrainStep:
-    """Compiles ``(state, frozen, batch) -> (state, metrics)``; the state is donated.
+    """Compiles ``(state, frozen, batch, window=None) -> (state, metrics)``; the state is donated.
 
-    Only the trainable side is differentiated. A scheduled share is computed inside,
+    `window` is a softmax window below the model's own, as a scalar, so that each step may draw
+    another. Only the trainable side is differentiated. A scheduled share is computed inside,
     from the step, so that changing it never recompiles.
 
     Args:
@@ -131,10 +132,15 @@ def make_train_step(
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
 
     def loss_of(
-        trainable: Trainable, share: Array | None, frozen: nnx.State, batch: Batch, key: Array
+        trainable: Trainable,
+        share: Array | None,
+        frozen: nnx.State,
+        batch: Batch,
+        window: Array | None,
+        key: Array,
     ) -> tuple[Array, Array]:
         model = partition.merge(trainable, share, frozen)
-        options: Any = {"remat": remat, "dropout_key": key if dropout else None}
+        options: Any = {"remat": remat, "window": window, "dropout_key": key if dropout else None}
         if distill:
             teacher = base_model(model)
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
@@ -143,14 +149,14 @@ def make_train_step(
         return total / jnp.maximum(count, 1), count
 
     def train_step(
-        state: TrainState, frozen: nnx.State, batch: Batch
+        state: TrainState, frozen: nnx.State, batch: Batch, window: Array | None = None
     ) -> tuple[TrainState, StepMetrics]:
         share = state.share
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
         key = jax.random.fold_in(state.key, state.step)
         (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.trainable, share, frozen, batch, key
+            state.trainable, share, frozen, batch, window, key
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
@@ -164,8 +170,11 @@ def make_train_step(
 
 
 def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:
-    """Mean, least and largest share of the memory over all heads; NaN without a memory."""
-    logits = [value.ravel() for name, value in trainable.items() if is_share(name)]
+    """Mean, least and largest share of the memory over all heads.
+
+    NaN where there is no memory, or its share differs from query to query.
+    """
+    logits = [value.ravel() for name, value in trainable.items() if name.endswith(".mag.logit")]
     if logits:
         values = jax.nn.sigmoid(jnp.concatenate(logits))
     else:

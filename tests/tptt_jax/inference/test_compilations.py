@@ -14,7 +14,7 @@ SMALL = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 # The model, and how many sizes its caches have for these lengths.
 MODELS = {
     "caches that double": (SMALL, None, 3),
-    "window": (SMALL, LizaConfig(softmax_window=8), 1),
+    "window": (SMALL, LizaConfig(writes="all", softmax_window=8), 1),
 }
 LENGTHS = (3, 70, 600, 1030)
 

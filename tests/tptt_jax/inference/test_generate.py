@@ -20,8 +20,8 @@ GEMMA_LIKE = ModelConfig.tiny(
 )
 MODELS = {
     "base": (ModelConfig.tiny(), None),
-    "titan": (GEMMA_LIKE, LizaConfig(softmax_window=7, mag_init=0.5)),
-    "no softmax": (ModelConfig.tiny(num_layers=2), LizaConfig(softmax=False)),
+    "titan": (GEMMA_LIKE, LizaConfig(writes="all", softmax_window=7, mag_init=0.5)),
+    "no softmax": (ModelConfig.tiny(num_layers=2), LizaConfig(writes="all", softmax=False)),
 }
 TOKENS = np.random.default_rng(0).integers(1, 97, (2, 23))
 
@@ -103,7 +103,7 @@ def test_sampling_is_reproducible_and_depends_on_the_key(model):
 
 
 def test_without_memory_it_is_the_base_model():
-    titan = CausalLM(ModelConfig.tiny(), LizaConfig(mag_init=0.5), rngs=nnx.Rngs(0))
+    titan = CausalLM(ModelConfig.tiny(), LizaConfig(writes="all", mag_init=0.5), rngs=nnx.Rngs(0))
     plain = CausalLM(ModelConfig.tiny(), rngs=nnx.Rngs(0))
     nnx.update(titan, nnx.state(plain))
     off = generate(titan, TOKENS, 12, use_memory=False).tokens

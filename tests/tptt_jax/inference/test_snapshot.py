@@ -17,12 +17,12 @@ from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, model_fingerprint, save_state
 
 TINY = ModelConfig.tiny(num_layers=2, mlp_dim=16)
-LIZA = LizaConfig(softmax_window=7)
+LIZA = LizaConfig(writes="all", softmax_window=7)
 CONFIGS = {
     "base": (TINY, None, jnp.float32),
     "window": (TINY, LIZA, jnp.float32),
     "bfloat16": (TINY, LIZA, jnp.bfloat16),
-    "no softmax": (TINY, LizaConfig(softmax=False), jnp.float32),
+    "no softmax": (TINY, LizaConfig(writes="all", softmax=False), jnp.float32),
 }
 TOKENS = random_tokens((2, 30))
 
@@ -67,18 +67,29 @@ def test_the_fingerprint_is_the_same_in_another_process():
         "from flax import nnx; from tptt_jax import *; "
         "from tptt_jax.inference.snapshot import model_fingerprint; "
         "config = ModelConfig.tiny(num_layers=2, mlp_dim=16); "
-        "print(model_fingerprint(CausalLM(config, LizaConfig(softmax_window=7), "
-        "rngs=nnx.Rngs(0))))"
+        "liza = LizaConfig(writes='all', softmax_window=7); "
+        "print(model_fingerprint(CausalLM(config, liza, rngs=nnx.Rngs(0))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == model_fingerprint(make())
 
 
-def test_states_from_before_precision_was_a_choice_are_still_read(monkeypatch):
+# The memory of LIZA as it was hashed before `precision` and `writes` were options.
+FIRST_OPTIONS = {
+    **{"operator": "delta_product", "num_householder": 2, "trick": "derivative"},
+    **{"beta_gate": "k", "alpha_gate": "constant", "state_activation": "none"},
+    **{"vector_beta": False, "expand_gates": False, "mag": "learned", "mag_init": 0.05},
+    **{"linear_scale": "match", "cross_gate": False, "softmax": True, "softmax_window": 7},
+    **{"softmax_sinks": 4, "chunk_size": 64, "memory_rank": 0, "memory_alpha": 16.0},
+    "dropout": 0.0,
+}
+
+
+def test_states_from_before_there_were_more_options_are_still_read(monkeypatch):
     hashed, dumps = [], json.dumps
     monkeypatch.setattr(json, "dumps", lambda x, **kw: (hashed.append(x), dumps(x, **kw))[1])
     model_fingerprint(make())
-    assert hashed[0][1].keys() == dataclasses.asdict(LIZA).keys() - {"precision"}
+    assert hashed[0][1] == FIRST_OPTIONS
 
 
 def changed_weight():

@@ -19,9 +19,9 @@ TINY = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 SLIDING = dataclasses.replace(TINY, layer_kinds=("sliding", "full"), sliding_window=600)
 CONFIGS = {
     "base": (TINY, None),
-    "window": (TINY, LizaConfig(softmax_window=7, mag_init=0.5)),
-    "sliding and full": (SLIDING, LizaConfig(mag_init=0.5)),
-    "no softmax": (TINY, LizaConfig(softmax=False)),
+    "window": (TINY, LizaConfig(writes="all", softmax_window=7, mag_init=0.5)),
+    "sliding and full": (SLIDING, LizaConfig(writes="all", mag_init=0.5)),
+    "no softmax": (TINY, LizaConfig(writes="all", softmax=False)),
 }
 TOKENS = random_tokens((2, 40))
 
@@ -77,7 +77,9 @@ def test_caches_grow_while_decoding_and_change_nothing():
     assert short.state.cache.stacks[0].softmax["full"].keys.shape[2] == 2048
     assert short.state.cache.stacks[0].softmax["sliding"].keys.shape[2] == 600
     small = read(model, prompt)
-    assert small.cache.stacks[0].softmax["sliding"].keys.shape[2] == 512
+    assert small.cache.stacks[0].softmax["full"].keys.shape[2] == 512
+    # A ring has its whole window from the start: it never grows.
+    assert small.cache.stacks[0].softmax["sliding"].keys.shape[2] == 600
     grown = generate(model, prompt[:, :0], 600, stop_tokens=(), state=small)
     assert np.array_equal(grown.tokens, short.tokens)
     text = np.concatenate([prompt, grown.tokens], axis=1)

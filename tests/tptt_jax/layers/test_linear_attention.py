@@ -16,12 +16,14 @@ from tptt_jax import LinearAttention, LizaConfig
 EMBED, HEADS, KV_HEADS, DIM = 24, 4, 2, 8
 IDS = np.array([[0, 0, 4, 4, 4, 0, 4, 4, 9, 9, 9, 9, 0], [1, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3]])
 CONFIGS = {
-    "delta_product": LizaConfig(chunk_size=4),
+    "delta_product": LizaConfig(writes="all", chunk_size=4),
     "gated, vector gates, own deltas": LizaConfig(
+        writes="all",
         operator="gated_delta_product", chunk_size=4, vector_beta=True, memory_rank=2
     ),
-    "gelu": LizaConfig(operator="delta_rule_gelu", chunk_size=4),
+    "gelu": LizaConfig(writes="all", operator="delta_rule_gelu", chunk_size=4),
     "three steps, expanded gates": LizaConfig(
+        writes="all",
         operator="delta_product_c", num_householder=3, chunk_size=4, beta_gate="v",
         expand_gates=True,
     ),
@@ -90,7 +92,7 @@ def _by_hand(layer, x, *, gated):
 def test_precision_reaches_the_products_and_leaves_the_solve_exact():
     x, ways = _inputs(), {}
     for precision in ("auto", "highest", "high", "default"):
-        layer = _layer(LizaConfig(chunk_size=4, precision=precision))
+        layer = _layer(LizaConfig(writes="all", chunk_size=4, precision=precision))
         args = (x, layer.init_state(2), jnp.zeros(2, jnp.int32))
         ways[precision] = [
             sorted(re.findall(r"precision=\(Precision\.(\w+),", str(jax.make_jaxpr(call)(*inputs))))
@@ -109,7 +111,7 @@ def test_precision_reaches_the_products_and_leaves_the_solve_exact():
 def test_default_precision_stays_close(dtype):
     """Only an accelerator rounds here; then this is its bound."""
     exact, fast = (
-        _layer(LizaConfig(chunk_size=4, precision=precision))(_inputs(dtype=dtype))
+        _layer(LizaConfig(writes="all", chunk_size=4, precision=precision))(_inputs(dtype=dtype))
         for precision in ("highest", "default")
     )
     assert fast.dtype == dtype
@@ -118,7 +120,7 @@ def test_default_precision_stays_close(dtype):
 
 @pytest.mark.parametrize("operator", ["delta_product", "gated_delta_product"])
 def test_equals_the_formulas_of_the_paper(operator):
-    layer, x = _layer(LizaConfig(operator=operator, chunk_size=4)), _inputs()
+    layer, x = _layer(LizaConfig(writes="all", operator=operator, chunk_size=4)), _inputs()
     got = _jitted(layer)(x)
     want = np.stack([_by_hand(layer, row, gated="gated" in operator) for row in x])
     assert_close(got, want, 1e-5, operator)
@@ -223,10 +225,10 @@ def test_low_precision_inputs_keep_a_float32_state():
 
 
 def test_dropout_needs_a_key_and_is_unbiased():
-    layer, x = _layer(LizaConfig(dropout=0.5, chunk_size=4)), _inputs()
+    layer, x = _layer(LizaConfig(writes="all", dropout=0.5, chunk_size=4)), _inputs()
     graphdef, state = nnx.split(layer)
     run = quick_jit(lambda key: nnx.merge(graphdef, state)(x, dropout_key=key))
-    plain = _jitted(_layer(LizaConfig(chunk_size=4)))(x)
+    plain = _jitted(_layer(LizaConfig(writes="all", chunk_size=4)))(x)
     assert_allclose(_jitted(layer)(x), plain, atol=1e-6)
     samples = np.stack([run(jax.random.key(seed)) for seed in range(400)])
     assert_array_equal(samples[0], run(jax.random.key(0)))
@@ -240,7 +242,9 @@ class Classifier(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(12, EMBED, rngs=rngs)
-        self.attention = LinearAttention(EMBED, 3, config=LizaConfig(chunk_size=8), rngs=rngs)
+        self.attention = LinearAttention(
+            EMBED, 3, config=LizaConfig(writes="all", chunk_size=8), rngs=rngs
+        )
         self.head = nnx.Linear(EMBED, 12, rngs=rngs)
 
     def __call__(self, tokens):

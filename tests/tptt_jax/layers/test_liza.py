@@ -1,4 +1,6 @@
-"""How softmax and memory are mixed, against formulas in float64 numpy."""
+"""How softmax and a memory of every token are mixed, against formulas in float64 numpy."""
+
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import assert_close, quick_jit, randomize
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.layers.liza import LayerTokens, LizaAttention, MagParam, MemoryGate, match_rms
+from tptt_jax.layers.gates import MemoryGate
+from tptt_jax.layers.liza import LayerTokens, LizaAttention
+from tptt_jax.layers.mixing import match_rms
+from tptt_jax.layers.parameters import MagParam
+from tptt_jax.layers.softmax_attention import token_context
+from tptt_jax.ops.attend import Attended
 
 CONFIG = ModelConfig.tiny(attention_out_bias=True)
 ROWS, T = 2, 6
@@ -28,9 +35,25 @@ def _inputs(dtype=jnp.float32):
     return x, jnp.asarray(rng.standard_normal(SIZE) * sizes, dtype)
 
 
+def _tokens(liza, share=None):
+    positions = jnp.broadcast_to(jnp.arange(T), (ROWS, T))
+    context = token_context(CONFIG, liza, "full", positions, None, None)
+    return LayerTokens({"full": context}, ("full",), share=share)
+
+
+def _given(soft):
+    """Puts this output in the place of softmax attention."""
+
+    def attend(settings, context, q, k, v, cache):
+        assert q.shape == soft.shape
+        return Attended(soft, None), k
+
+    return mock.patch("tptt_jax.layers.liza.apply_softmax", attend)
+
+
 def _run(dtype=jnp.float32, share=None, use_memory=True, **options):
     """A layer whose softmax branch is given, and what came out."""
-    liza = LizaConfig(**{"chunk_size": 4} | options)
+    liza = LizaConfig(writes="all", **{"chunk_size": 4} | options)
     layer = LizaAttention(CONFIG, liza, None, dtype=dtype, rngs=nnx.Rngs(0))
     randomize(layer)
     graphdef, state = nnx.split(layer)
@@ -38,8 +61,9 @@ def _run(dtype=jnp.float32, share=None, use_memory=True, **options):
 
     @quick_jit
     def call(state, x, soft, share):
-        tokens = LayerTokens(lambda q, k, v: (soft, k), share=share)
-        return nnx.merge(graphdef, state)(x, tokens, use_memory=use_memory)
+        with _given(soft):
+            layer = nnx.merge(graphdef, state)
+            return layer(x, _tokens(liza, share), use_memory=use_memory)
 
     share = None if share is None else jnp.asarray(share, jnp.float32)
     return layer, soft, call(state, x, soft, share)
@@ -160,10 +184,11 @@ def test_every_share_starts_at_mag_init(init):
 def test_learned_shares_get_a_gradient_each():
     layer, soft, _ = _run(mag_init=0.3)
     graphdef, shares, rest = nnx.split(layer, MagParam, ...)
-    tokens = LayerTokens(lambda q, k, v: (soft, k))
 
     def loss(shares):
-        return jnp.sum(nnx.merge(graphdef, shares, rest)(_inputs()[0], tokens).out ** 2)
+        with _given(soft):
+            out = nnx.merge(graphdef, shares, rest)(_inputs()[0], _tokens(layer.liza)).out
+        return jnp.sum(out**2)
 
     gradient = np.asarray(quick_jit(jax.grad(loss))(shares)["mag"]["logit"][...])
     assert gradient.shape == (CONFIG.num_heads,)

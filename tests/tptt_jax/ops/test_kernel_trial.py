@@ -180,7 +180,7 @@ def test_each_kind_has_its_own_trial(on_hopper, monkeypatch):
 def test_a_model_in_half_precision_has_gates_in_float32(on_hopper, monkeypatch):
     tried = []
     monkeypatch.setattr(kernel_trial, "kernels_agree", lambda kind: bool(tried.append(kind)))
-    config = LizaConfig(operator="gated_delta_product")
+    config = LizaConfig(writes="all", operator="gated_delta_product")
     layer = LinearAttention(32, 2, config=config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     layer(jnp.ones((1, 9, 32), jnp.bfloat16))
     assert [each.gate for each in tried] == ["float32"]

@@ -24,12 +24,17 @@ pytestmark = pytest.mark.parity
 HEADS, KV_HEADS, DIM = 4, 2, 6
 TRICKS = {"derivative": "dt", "rotary": "rot", "combined": "rdt"}
 # The names of the package's modes, and orders and gates it has no name for.
-RULES = {name: LizaConfig(operator=name).recurrence for name in OPERATORS} | {
-    "three derivatives": LizaConfig(num_householder=3, alpha_gate="kv").recurrence,
+RULES = {name: LizaConfig(writes="all", operator=name).recurrence for name in OPERATORS} | {
+    "three derivatives": LizaConfig(writes="all", num_householder=3, alpha_gate="kv").recurrence,
     "three, combined, gelu": LizaConfig(
-        num_householder=3, trick="combined", alpha_gate="v", beta_gate="kv", state_activation="gelu"
+        writes="all",
+        num_householder=3,
+        trick="combined",
+        alpha_gate="v",
+        beta_gate="kv",
+        state_activation="gelu",
     ).recurrence,
-    "constant gates": LizaConfig(num_householder=2, beta_gate="constant").recurrence,
+    "constant gates": LizaConfig(writes="all", num_householder=2, beta_gate="constant").recurrence,
 }
 
 

@@ -19,7 +19,7 @@ from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.schedules import MagSchedule
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
 
-LIZA = LizaConfig(mag="scheduled", operator="gated_delta_product")
+LIZA = LizaConfig(writes="all", mag="scheduled", operator="gated_delta_product")
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 19))
 BATCH = Batch(jnp.asarray(TOKENS), jnp.ones((2, 19), jnp.int32), jnp.ones((2, 19), bool))
 

@@ -117,7 +117,7 @@ def test_targets_stay_inside_documents_and_masks():
 
 
 def test_packed_loss_is_the_sum_of_the_documents():
-    model = CausalLM(ModelConfig.tiny(), LizaConfig(), LoraConfig(), rngs=nnx.Rngs(0))
+    model = CausalLM(ModelConfig.tiny(), LizaConfig(writes="all"), LoraConfig(), rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (1, 23), 0, 97)
     segments = jnp.array([[1] * 9 + [2] * 11 + [0] * 3])
     packed, count = causal_lm_loss(model, tokens, segments)

@@ -10,7 +10,7 @@ from tptt_jax.training.partition import load_trainable, split_trainable
 from tptt_jax.training.schedules import MagSchedule
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
 
-LIZA = LizaConfig(memory_rank=2)
+LIZA = LizaConfig(writes="all", memory_rank=2)
 TOKENS = np.random.default_rng(0).integers(0, 97, (2, 19))
 BATCH = Batch(jnp.asarray(TOKENS), jnp.ones((2, 19), jnp.int32), jnp.ones((2, 19), bool))
 
@@ -95,7 +95,7 @@ def test_weight_decay_spares_norms_and_shares():
 
 
 def test_scheduled_share_moves_without_recompiling_and_is_kept():
-    liza = LizaConfig(mag="scheduled", mag_init=0.01)
+    liza = LizaConfig(writes="all", mag="scheduled", mag_init=0.01)
     model = CausalLM(ModelConfig.tiny(), liza, LoraConfig(), rngs=nnx.Rngs(0))
     schedule = MagSchedule(kind="gradual", start=0.01, end=0.5, steps=2)
     *_, state, metrics, step = train(model, "lora", steps=4, schedule=schedule)

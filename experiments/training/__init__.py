@@ -1,0 +1,1 @@
+"""What `experiments.finetune` is made of: its stages, their loop, and what people see of them."""

@@ -1,0 +1,105 @@
+"""How well a model predicts what was held out, by the position of the tokens."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+
+from experiments.packing import TokenBatch, TokenBatchSource
+from tptt_jax import CausalLM
+from tptt_jax.array_typing import Array
+from tptt_jax.ops.cross_entropy import token_cross_entropy
+from tptt_jax.training.loss import next_token_targets
+from tptt_jax.training.train_step import Batch
+
+# Fewer tokens than this at the end of the curve would only show noise.
+_LEAST_TOKENS = 64
+
+
+class HeldOut(NamedTuple):
+    """Losses of held-out tokens, by the place of their row.
+
+    Attributes:
+      nats: summed over rows [T], float64.
+      counts: how many tokens that is [T].
+    """
+
+    nats: Float[np.ndarray, " T"]
+    counts: Float[np.ndarray, " T"]
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.loss_between(0, len(self.nats))
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    def loss_between(self, first: int, end: int) -> float:
+        """Mean nats of the tokens at places first to end - 1; NaN if there is none."""
+        count = self.counts[first:end].sum()
+        return float(self.nats[first:end].sum() / count) if count else math.nan
+
+    def curve(self, bins: int = 12) -> tuple[list[float], list[float]]:
+        """Middles of bins of places, each longer than the one before, and their perplexities."""
+        last = int(np.flatnonzero(self.counts)[-1]) + 1
+        edges = np.unique(np.geomspace(min(16, last), last, bins + 1).round().astype(int))
+        places, values = [], []
+        for first, end in zip([0, *edges[:-1]], edges, strict=True):
+            if self.counts[first:end].sum() >= min(_LEAST_TOKENS, self.counts.sum()):
+                places.append((first + end) / 2)
+                values.append(math.exp(self.loss_between(first, end)))
+        return places, values
+
+
+def evaluate_held_out(
+    model: CausalLM,
+    source: TokenBatchSource,
+    put: Callable[[TokenBatch], Batch],
+    *,
+    batch_size: int,
+    use_memory: bool = True,
+) -> HeldOut:
+    """Runs a model over all held-out rows.
+
+    Args:
+      model: a base model or a Titan.
+      source: the rows.
+      put: moves a batch to the devices.
+      batch_size: rows at a time.
+      use_memory: False leaves the memory out.
+    """
+    # No result is looked at before all batches are on their way.
+    sums = [
+        _losses_by_place(model, put(batch), use_memory=use_memory)
+        for batch in source.batches(batch_size)
+    ]
+    totals = np.sum(np.asarray(sums, np.float64), axis=0)
+    return HeldOut(totals[0], totals[1])
+
+
+def recovered_gap(full: float, window: float, titan: float) -> float | None:
+    """(window - Titan) / (window - full), in nats; None where the window has lost nothing."""
+    gap = window - full
+    return (window - titan) / gap if gap > 1e-6 else None
+
+
+@functools.partial(nnx.jit, static_argnames="use_memory")
+def _losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple[Array, Array]:
+    """Summed nats and counted tokens of every place [T]; place t is predicted from t - 1."""
+    hidden, _, _ = model.forward_hidden(batch.tokens, batch.segment_ids, use_memory=use_memory)
+    targets = next_token_targets(*batch)
+    head, vocab_axis = model.head_matrix()
+    losses = token_cross_entropy(
+        hidden, head, targets.tokens, softcap=model.config.final_softcap, vocab_axis=vocab_axis
+    )
+    shifted = (jnp.roll(x, 1, axis=1) for x in (losses * targets.weights, targets.weights))
+    nats, counts = (jnp.sum(x, axis=0) for x in shifted)
+    return nats, counts

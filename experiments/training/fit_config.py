@@ -1,0 +1,68 @@
+"""How the memory is fitted to the base model before anything is trained on text."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+
+def _flag(name: str) -> Any:
+    return tyro.conf.arg(name=f"fit-{name}", prefix_name=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Fits the memory to the base model: its own attention, then its own predictions.
+
+    Base weights stay as they are, and the text only provides contexts: nothing is learned from
+    what comes next in it.
+    """
+
+    steps: Annotated[int | None, _flag("steps")] = None
+    """Steps of attention transfer: every layer's output towards that of full softmax attention,
+    with gradients inside the layer only. None: 60 where the memory has a window to work behind,
+    else 0."""
+    distill_steps: Annotated[int | None, tyro.conf.arg(name="distill-steps", prefix_name=False)] = (
+        None
+    )
+    """Steps of distillation after them: the memory alone towards the base model's predictions,
+    through all layers. None: as many as --fit-steps."""
+    data: Annotated[str | None, _flag("data")] = None
+    """Text to fit on, as --data; None: the training data."""
+    length: Annotated[int | None, _flag("length")] = None
+    """Tokens per row; None: sixteen windows, but 256 at least and 1,024 at most, or the training
+    data's own length if that is more."""
+    batch_size: Annotated[int, _flag("batch-size")] = 2
+    """Rows per step of attention transfer, over all devices."""
+    distill_batch_size: Annotated[
+        int, tyro.conf.arg(name="distill-batch-size", prefix_name=False)
+    ] = 1
+    """Rows per step of distillation."""
+    learning_rate: Annotated[float, _flag("learning-rate")] = 5e-3
+    """Of attention transfer, at its highest."""
+    distill_learning_rate: Annotated[
+        float, tyro.conf.arg(name="distill-learning-rate", prefix_name=False)
+    ] = 3e-3
+    """Of distillation, at its highest."""
+
+    def __post_init__(self) -> None:
+        """Rejects what no fit can have."""
+        minima = {"steps": 0, "distill_steps": 0, "length": 2}
+        for name, least in (minima | {"batch_size": 1, "distill_batch_size": 1}).items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"fit: {name} must be at least {least}, got {value}.")
+        for name in ("learning_rate", "distill_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"fit: {name} must be above 0, got {getattr(self, name)}.")
+
+    def row_length(self, window: int, trained: int) -> int:
+        """Tokens of a row, see `length`.
+
+        Args:
+          window: of the model.
+          trained: tokens of a row of the training data.
+        """
+        if self.length is not None:
+            return self.length
+        return max(trained, min(max(16 * window, 256), 1024))

@@ -1,0 +1,154 @@
+"""The stages that come before training on text: attention transfer and distillation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.report import StepRecord
+from experiments.training.fit_config import FitConfig
+from experiments.training.stage import Stage
+from experiments.training.windows import WindowRange
+from tptt_jax import CausalLM
+from tptt_jax.training.fit import FitMetrics, make_fit_optimizer, make_fit_step
+from tptt_jax.training.gate_fit import fit_gates
+from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tptt_jax.training.partition import Partition, Trainable, split_trainable
+from tptt_jax.training.train_step import (
+    Batch,
+    StepMetrics,
+    TrainState,
+    init_train_state,
+    make_train_step,
+)
+
+Put = Callable[[TokenBatch], Batch]
+
+_GATE_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """The memory's parameters, and how they are fitted to the base model."""
+
+    config: FitConfig
+    folder: Path
+    rows: TokenBatchSource
+    windows: WindowRange | None
+    put: Put
+    """Moves a batch to the devices."""
+    seed: int
+    checkpoint_every: int
+    partition: Partition
+    initial: Trainable
+
+    @classmethod
+    def of(cls, model: CausalLM, config: FitConfig, **options: Any) -> "Fitting":
+        """Takes the memory's parameters out of a model."""
+        partition, trainable, _ = split_trainable(model, "memory")
+        return cls(config=config, partition=partition, initial=trainable, **options)
+
+    @property
+    def transfer_steps(self) -> int:
+        """Steps of attention transfer."""
+        return 60 if self.config.steps is None else self.config.steps
+
+    @property
+    def distill_steps(self) -> int:
+        """Steps of distillation."""
+        chosen = self.config.distill_steps
+        return self.transfer_steps if chosen is None else chosen
+
+    def transfer(self) -> Stage:
+        """Every layer's attention towards the base model's own."""
+        optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
+        step = make_fit_step(self.partition, optimizer)
+        size = self.config.batch_size
+
+        def run(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, FitMetrics]:
+            return step(state, self.partition.frozen, batch.tokens, batch.segment_ids, window)
+
+        return self._stage("transfer", "attention transfer", self.transfer_steps, size, run)
+
+    def distillation(self) -> Stage:
+        """The memory alone towards the base model's predictions."""
+        rate, steps = self.config.distill_learning_rate, self.distill_steps
+        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
+        step = make_train_step(self.partition, optimizer, dropout=False, distill=1.0)
+
+        def run(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
+            return step(state, self.partition.frozen, batch, window)
+
+        size = self.config.distill_batch_size
+        return self._stage("distill", "distillation", steps, size, run)
+
+    def start_transfer(self) -> TrainState:
+        """The state before attention transfer: gates and sizes in closed form."""
+        optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
+        rows = [self._batch_at("gates", i, self.config.batch_size) for i in range(_GATE_BATCHES)]
+        batches = [(self.put(batch).tokens, self.put(batch).segment_ids) for batch in rows]
+        trainable = fit_gates(self.partition, self.initial, self.partition.frozen, batches)
+        return init_train_state(trainable, None, optimizer, jax.random.key(self.seed))
+
+    def start_distillation(self, trainable: Trainable) -> TrainState:
+        """The state before distillation."""
+        rate, steps = self.config.distill_learning_rate, self.distill_steps
+        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
+        return init_train_state(trainable, None, optimizer, jax.random.key(self.seed))
+
+    def _stage(self, name: str, title: str, steps: int, size: int, step: Any) -> Stage:
+        def batch_at(number: int) -> tuple[tuple[Any, ...], int]:
+            rows = self._batch_at(name, number, size)
+            window = None
+            if self.windows is not None:
+                window = jnp.asarray(self.windows.draw(self.seed, name, number))
+            return (self.put(rows), window), int(np.count_nonzero(rows.segment_ids))
+
+        return Stage(
+            title=title,
+            folder=self.folder / name,
+            steps=steps,
+            checkpoint_every=self.checkpoint_every,
+            step=step,
+            batch_at=batch_at,
+            to_record=_transfer_record if name == "transfer" else _distillation_record,
+        )
+
+    def _batch_at(self, name: str, number: int, size: int) -> TokenBatch:
+        # Stages read the rows in orders of their own.
+        seed = int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
+        return self.rows.batch_at(number, size, seed)
+
+
+def _distillation_optimizer(rate: float, steps: int) -> OptimizerConfig:
+    return OptimizerConfig(
+        learning_rate=rate, mag_learning_rate=rate, warmup_steps=min(10, steps // 5), beta2=0.95
+    )
+
+
+def _transfer_record(step: int, metrics: FitMetrics, seconds: float, tokens: int) -> StepRecord:
+    gaps = [float(gap) for gap in np.asarray(metrics.gap_left)]
+    return StepRecord(
+        step=step,
+        loss=float(np.mean(gaps)),
+        tokens_per_s=tokens / seconds,
+        seconds=seconds,
+        gap_left=gaps,
+    )
+
+
+def _distillation_record(
+    step: int, metrics: StepMetrics, seconds: float, tokens: int
+) -> StepRecord:
+    return StepRecord(
+        step=step,
+        loss=float(metrics.loss),
+        tokens_per_s=tokens / seconds,
+        grad_norm=float(metrics.grad_norm),
+        seconds=seconds,
+    )

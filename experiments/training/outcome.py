@@ -1,0 +1,124 @@
+"""What a run has come to: perplexities with and without window and memory, a table, pictures."""
+
+import json
+import math
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from convert.files import atomic_file
+from experiments.training.evaluation import HeldOut, recovered_gap
+from experiments.training.pictures import plot_memory, plot_stages
+from experiments.training.run import Run
+from tptt_jax import CausalLM
+
+State = Literal["before", "window", "fitted", "after", "memory_off"]
+
+_LABELS: dict[State, str] = {
+    "before": "base model, full softmax attention",
+    "window": "base model, the window alone",
+    "fitted": "window and memory, fitted",
+    "after": "after training",
+    "memory_off": "after training, memory switched off",
+}
+
+
+class Outcome:
+    """Measurements of a run, kept in `evaluation.json` so that a resumed run repeats none."""
+
+    def __init__(self, run: Run) -> None:
+        """Reads what earlier calls have measured."""
+        self._run = run
+        self._file = run.config.output / "evaluation.json"
+        self._found: dict[State, HeldOut] = {}
+        if self._file.is_file():
+            saved = json.loads(self._file.read_text(encoding="utf-8"))
+            self._found = {
+                name: HeldOut(np.array(part["nats"]), np.array(part["counts"]))
+                for name, part in saved.items()
+            }
+
+    def measure(self, state: State, model: CausalLM, *, use_memory: bool = True) -> None:
+        """Measures a model on what is held out, unless an earlier call has done it."""
+        if state in self._found:
+            return
+        held_out = self._run.held_out(model, use_memory=use_memory)
+        if held_out is None:
+            return
+        self._found[state] = held_out
+        with atomic_file(self._file) as path:
+            path.write_text(
+                json.dumps(
+                    {
+                        name: {"nats": part.nats.tolist(), "counts": part.counts.tolist()}
+                        for name, part in self._found.items()
+                    }
+                ),
+                encoding="utf-8",
+            )
+
+    def report(self) -> dict[str, Any]:
+        """What --json prints of it: perplexities, and shares of the window's loss recovered."""
+        names: dict[State, str] = {"before": "perplexity_before", "after": "perplexity_after"}
+        result: dict[str, Any] = {
+            names.get(state, f"perplexity_{state}"): held_out.perplexity
+            for state, held_out in self._found.items()
+        }
+        for state in ("fitted", "after"):
+            gap = self._recovered(state)
+            if gap is not None:
+                result[f"recovered_gap_{state}"] = gap
+        return result
+
+    def print(self, console: Console) -> None:
+        """Shows the table, and the commands that go on from here."""
+        if self._found:
+            console.print(self._table())
+        output = self._run.config.output
+        console.print(
+            f"\nmetrics, plots and checkpoints are in {output}; next:\n"
+            f'  python -m experiments.generate --adapter {output} --prompt "..."\n'
+            f"  python -m convert export {output} --output {output}-hf",
+            markup=False,
+        )
+
+    def plot(self) -> None:
+        """Draws the stages of the run, and perplexity by position."""
+        config = self._run.config
+        title = f"{config.model} on {config.data.path}"
+        losses = {state: held_out.loss for state, held_out in self._found.items()}
+        plot_stages(
+            config.output, title=title, before=losses.get("before"), after=losses.get("after")
+        )
+        lines = {_LABELS[state]: held_out.curve() for state, held_out in self._found.items()}
+        if self._run.window is not None and lines:
+            png = config.output / "memory.png"
+            plot_memory(png, lines, window=self._run.window, title=title)
+
+    def _table(self) -> Table:
+        table = Table(title="Perplexity of held-out text", title_justify="left")
+        table.add_column("")
+        table.add_column("all tokens", justify="right")
+        window = self._run.window
+        if window is not None:
+            table.add_column(f"beyond the window of {window}", justify="right")
+            table.add_column("of the window's loss recovered", justify="right")
+        for state, held_out in self._found.items():
+            cells = [_LABELS[state], f"{held_out.perplexity:.2f}"]
+            if window is not None:
+                beyond = held_out.loss_between(window, len(held_out.nats))
+                gap = self._recovered(state)
+                cells += [
+                    "" if math.isnan(beyond) else f"{math.exp(beyond):.2f}",
+                    "" if gap is None or state not in ("fitted",) else f"{gap:.0%}",
+                ]
+            table.add_row(*cells)
+        return table
+
+    def _recovered(self, state: State) -> float | None:
+        found = self._found
+        if not {"before", "window", state} <= found.keys():
+            return None
+        return recovered_gap(*(found[name].loss for name in ("before", "window", state)))

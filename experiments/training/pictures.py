@@ -1,0 +1,126 @@
+"""Pictures of a run: what its stages did, and what the memory is worth by position."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convert.files import atomic_file
+from experiments.metrics import StepRecord, read_metrics
+from experiments.report import plot_run
+
+if TYPE_CHECKING:  # matplotlib takes seconds to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = tuple[list[float], list[float]]
+
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#1a1a1a", "linewidth": 2.2},
+    {"color": "#d94801", "linewidth": 2.2},
+    {"color": "#08519c", "linewidth": 2.8, "marker": "o", "markersize": 4},
+    {"color": "#31a354", "linewidth": 2.2, "marker": "o", "markersize": 4},
+    {"color": "0.6", "linewidth": 1.5, "linestyle": "--"},
+)
+
+
+def plot_stages(output: Path, *, title: str, before: float | None, after: float | None) -> None:
+    """Draws loss.png of training on text and fit.png of the stages before it.
+
+    Args:
+      output: the run's directory.
+      title: of the pictures.
+      before: held-out loss of the base model, in nats per token.
+      after: the same after training.
+    """
+    metrics = output / "metrics.jsonl"
+    if metrics.is_file() and read_metrics(metrics):
+        plot_run(metrics, output / "loss.png", title=title, eval_before=before, eval_after=after)
+    transfer, distill = (_records(output / name) for name in ("transfer", "distill"))
+    if not transfer and not distill:
+        return
+    figure, axes = _figure(2, height=3.6)
+    _draw_gaps(axes[0], transfer)
+    _draw_divergence(axes[1], distill)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    _save(figure, output / "fit.png")
+
+
+def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: str) -> None:
+    """Draws perplexity by position, a line for each state of the model.
+
+    Args:
+      png: the picture; an earlier one is replaced.
+      lines: positions and perplexities by label.
+      window: tokens that softmax attention sees; to its right the lines part.
+      title: of the picture.
+    """
+    figure, (axis,) = _figure(1, height=5.2)
+    for (label, (places, values)), style in zip(lines.items(), _STYLES, strict=False):
+        axis.plot(places, values, label=label, **style)
+    axis.axvline(window, color="0.5", linestyle=":", linewidth=1.5)
+    axis.annotate(
+        f" window of {window} tokens ends",
+        xy=(window, 1),
+        xycoords=("data", "axes fraction"),
+        **{"va": "top", "fontsize": 9, "color": "0.35"},
+    )
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    for which in ("major", "minor"):
+        getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
+    axis.set_xlabel("position of the token in its text")
+    axis.set_ylabel("perplexity, lower is better")
+    axis.legend(fontsize=9, framealpha=0.9, edgecolor="none")
+    axis.set_title(title, loc="left", fontweight="bold")
+    _save(figure, png)
+
+
+def _records(folder: Path) -> list[StepRecord]:
+    file = folder / "metrics.jsonl"
+    return read_metrics(file) if file.is_file() else []
+
+
+def _draw_gaps(axis: "Axes", records: list[StepRecord]) -> None:
+    axis.set_title("attention transfer: gap left", loc="left", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("error over that of the window alone")
+    gaps = np.array([record.gap_left for record in records if record.gap_left is not None])
+    if not len(gaps):
+        return
+    steps = [record.step for record in records if record.gap_left is not None]
+    gaps = np.minimum(gaps, 2.0)
+    axis.plot(steps, gaps, color="#9ecae1", linewidth=0.6)
+    axis.plot(steps, gaps.mean(axis=1), color="#08519c", linewidth=2, label="mean of the layers")
+    axis.axhline(1, color="#d94801", linestyle="--", linewidth=1.2, label="window alone")
+    axis.set_ylim(0, min(2.0, gaps.max() * 1.05))
+    axis.legend(fontsize=8, edgecolor="none")
+
+
+def _draw_divergence(axis: "Axes", records: list[StepRecord]) -> None:
+    axis.set_title("distillation: divergence from the base model", loc="left", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats per token")
+    if records:
+        losses = [record.loss for record in records]
+        axis.plot([record.step for record in records], losses, color="#08519c", linewidth=1.5)
+        axis.set_ylim(bottom=0)
+
+
+def _figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
+    axes = list(figure.subplots(1, columns, squeeze=False)[0])
+    for axis in axes:
+        axis.grid(visible=True, color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: "Figure", png: Path) -> None:
+    with atomic_file(png) as temporary:
+        figure.savefig(temporary, format="png")

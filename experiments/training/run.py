@@ -1,0 +1,288 @@
+"""A fine-tuning run: what stays the same, and its stages one after the other."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from convert import load_pretrained, load_tokenizer
+from convert.files import atomic_file
+from experiments.arguments import FinetuneConfig, resolved_yaml
+from experiments.checks import check_output, check_rows, describe_run
+from experiments.data import TokenData, load_token_data
+from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.report import StepRecord
+from experiments.training.evaluation import HeldOut, evaluate_held_out
+from experiments.training.fitting import Fitting
+from experiments.training.stage import Stage
+from experiments.training.windows import WindowRange
+from tptt_jax import CausalLM, generate
+from tptt_jax.config import runs_memory
+from tptt_jax.sharding import batch_sharding, make_mesh, replicated
+from tptt_jax.training.checkpoint import remove_checkpoints
+from tptt_jax.training.description import write_description
+from tptt_jax.training.optimizer import make_optimizer
+from tptt_jax.training.partition import load_trainable, split_trainable
+from tptt_jax.training.train_step import (
+    Batch,
+    StepMetrics,
+    TrainState,
+    init_train_state,
+    make_train_step,
+    place_state,
+)
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from transformers import PreTrainedTokenizerFast
+
+# Samples are not greedy: that sends small models round in circles.
+_TEMPERATURE = 0.7
+_TOP_P = 0.9
+_IDLE = (
+    "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
+    "--no-liza to leave it out"
+)
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A model on its way through the stages of a run; `model` is what the last one has made."""
+
+    config: FinetuneConfig
+    console: Console
+    tokenizer: "PreTrainedTokenizerFast"
+    data: TokenData
+    fit_rows: TokenBatchSource | None
+    """What the memory is fitted on; None: it is not fitted."""
+    model: CausalLM
+    mesh: "Mesh | None"
+
+    @classmethod
+    def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
+        """Loads everything, and claims the output directory once all of it is right."""
+        mesh = None if config.mesh is None else make_mesh(config.mesh)
+        check_rows(config.batch_size, mesh)
+        description = describe_run(config)
+        check_output(config, description)
+        tokenizer = load_tokenizer(config.model)
+        data = load_token_data(config.data, tokenizer, config.seed)
+        console.print(data.describe())
+        model = load_pretrained(
+            config.model,
+            config.memory,
+            config.adapters,
+            jnp.dtype(config.dtype),
+            mesh=mesh,
+            seed=config.seed,
+        )
+        liza = config.memory
+        is_idle = liza is not None and liza.writes == "evicted"
+        if is_idle and not runs_memory(model.config, liza):
+            console.print(_IDLE)
+        run = cls(
+            config=config,
+            console=console,
+            tokenizer=tokenizer,
+            data=data,
+            fit_rows=_fit_rows(config, model, tokenizer),
+            model=model,
+            mesh=mesh,
+        )
+        run._claim_output(description)
+        return run
+
+    def _claim_output(self, description: Any) -> None:
+        output = self.config.output
+        if not self.config.resume:
+            for folder in (output, output / "transfer", output / "distill"):
+                remove_checkpoints(folder)
+            (output / "evaluation.json").unlink(missing_ok=True)
+        write_description(output, description)
+        with atomic_file(output / "config.yaml") as path:
+            path.write_text(resolved_yaml(dataclasses.replace(self.config, config=None)))
+
+    @property
+    def window(self) -> int | None:
+        """Tokens that softmax attention sees; None: all, or there is no softmax."""
+        liza = self.model.liza
+        return liza.softmax_window if liza is not None and liza.softmax else None
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a memory that could be switched off."""
+        liza = self.model.liza
+        return liza is not None and liza.softmax and runs_memory(self.model.config, liza)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether an earlier call has begun to train, after whatever had to be fitted."""
+        return Stage.is_started_in(self.config.output)
+
+    def fit(self) -> float:
+        """Fits the memory to the base model; returns the seconds spent in steps."""
+        fitting = self._fitting()
+        seconds, trainable = 0.0, fitting.initial
+        transfer, distillation = fitting.transfer(), fitting.distillation()
+        if not distillation.is_started:
+            first = self._place(fitting.start_transfer())
+            state, seconds, _ = transfer.run(first, self.console)
+            trainable = state.trainable
+        if fitting.distill_steps:
+            first = self._place(fitting.start_distillation(trainable))
+            state, more, _ = distillation.run(first, self.console)
+            seconds, trainable = seconds + more, state.trainable
+        load_trainable(self.model, trainable, None)
+        return seconds
+
+    def train(self) -> tuple[TrainState, float, int]:
+        """Trains on text.
+
+        Returns:
+          The last state, the seconds spent in steps, and how many were done by earlier calls.
+        """
+        partition, trainable, share = split_trainable(self.model, self.config.train)
+        optimizer = make_optimizer(self.config.optimizer, self.steps)
+        count = sum(value.size for value in trainable.values())
+        self.console.print(
+            f"training {count:,} parameters ({self.config.train}) for {self.steps} steps"
+        )
+        first = init_train_state(trainable, share, optimizer, jax.random.key(self.config.seed))
+        compiled = make_train_step(
+            partition,
+            optimizer,
+            mag_schedule=self.config.mag,
+            remat=self.config.remat,
+            distill=self.config.distill,
+        )
+
+        def step(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
+            return compiled(state, partition.frozen, batch, window)
+
+        def finish(state: TrainState, record: StepRecord) -> StepRecord:
+            every = self.config.eval_every
+            if not every or record.step % every or record.step == self.steps:
+                return record
+            held_out = self.held_out(
+                partition.merge(state.trainable, state.share, partition.frozen)
+            )
+            loss = None if held_out is None else held_out.loss
+            return dataclasses.replace(record, eval_loss=loss)
+
+        stage = Stage(
+            title="step",
+            folder=self.config.output,
+            steps=self.steps,
+            checkpoint_every=self.config.checkpoint_every,
+            step=step,
+            batch_at=self._batch_at,
+            to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
+            finish_record=finish,
+            is_last=True,
+        )
+        return stage.run(self._place(first), self.console)
+
+    @property
+    def steps(self) -> int:
+        """Steps of training on text."""
+        return self.config.total_steps(self.data.train.num_rows)
+
+    def held_out(self, model: CausalLM, *, use_memory: bool = True) -> HeldOut | None:
+        """Losses on what is held out; None if nothing is."""
+        source = self.data.eval
+        if source is None:
+            return None
+        long = source.sequence_length > self.config.data.sequence_length
+        size = 1 if long else self.config.batch_size
+        return evaluate_held_out(model, source, self.put, batch_size=size, use_memory=use_memory)
+
+    def show_sample(self, when: str, model: CausalLM) -> None:
+        """Prints how the model continues the sample prompt."""
+        if not self.config.sample_tokens:
+            return
+        prompt = self.config.sample_prompt
+        tokens = np.array([self.tokenizer(prompt)["input_ids"]], np.int32)
+        key = jax.random.key(self.config.seed)
+        result = generate(model, tokens, self.config.sample_tokens, _TEMPERATURE, key, top_p=_TOP_P)
+        new = np.asarray(result.tokens[0, : int(result.lengths[0])])
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)
+
+    def put(self, batch: TokenBatch) -> Batch:
+        """Moves a batch to the devices."""
+        if self.mesh is None:
+            return Batch(*jax.device_put(tuple(batch)))
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        even = len(batch.tokens) % shards == 0
+        sharding = batch_sharding(self.mesh) if even else replicated(self.mesh)
+        return Batch(*(jax.device_put(array, sharding) for array in batch))
+
+    def _fitting(self) -> Fitting:
+        assert self.fit_rows is not None
+        return Fitting.of(
+            self.model,
+            self.config.fit,
+            folder=self.config.output,
+            rows=self.fit_rows,
+            windows=self._windows(),
+            put=self.put,
+            seed=self.config.seed,
+            checkpoint_every=self.config.checkpoint_every,
+        )
+
+    def _windows(self) -> WindowRange | None:
+        liza = self.model.liza
+        return WindowRange.checked(
+            self.config.window_range, None if liza is None else liza.softmax_window
+        )
+
+    def _batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
+        """The batch of a step, on its way to the device, its window, its tokens."""
+        batch = self.data.train.batch_at(step, self.config.batch_size, self.config.seed)
+        windows, window = self._windows(), None
+        if windows is not None:
+            window = jnp.asarray(windows.draw(self.config.seed, "train", step))
+        return (self.put(batch), window), int(np.count_nonzero(batch.segment_ids))
+
+    def _place(self, state: TrainState) -> TrainState:
+        return state if self.mesh is None else place_state(state, self.mesh)
+
+
+def _fit_rows(
+    config: FinetuneConfig, model: CausalLM, tokenizer: "PreTrainedTokenizerFast"
+) -> TokenBatchSource | None:
+    """The rows that the memory is fitted on."""
+    liza = config.memory
+    if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
+        return None
+    if config.fit.steps == 0 and not config.fit.distill_steps:
+        return None
+    assert liza.softmax_window is not None
+    length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
+    if config.fit.data is not None:
+        changes["path"] = config.fit.data
+    data = dataclasses.replace(config.data, **changes)
+    return load_token_data(data, tokenizer, config.seed).train
+
+
+def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:
+    shares = (float(x) for x in (metrics.mu_mean, metrics.mu_min, metrics.mu_max))
+    mean, least, most = (None if math.isnan(share) else share for share in shares)
+    return StepRecord(
+        step=step,
+        loss=float(metrics.loss),
+        tokens_per_s=tokens / seconds,
+        learning_rate=float(jnp.asarray(rate(step - 1))),
+        grad_norm=float(metrics.grad_norm),
+        seconds=seconds,
+        mu_mean=mean,
+        mu_min=least,
+        mu_max=most,
+    )

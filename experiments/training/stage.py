@@ -1,0 +1,117 @@
+"""One stage of a run: a loop of compiled steps that can be stopped, killed and resumed."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from experiments.interrupts import StopRequest
+from experiments.report import MetricsWriter, StepRecord, TrainingProgress
+from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
+from tptt_jax.training.train_step import TrainState
+
+Step = Callable[..., tuple[TrainState, Any]]
+"""(state, *what `Stage.batch_at` gave) -> (state, metrics)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is done step after step, and where its progress is kept."""
+
+    title: str
+    """What people read before the step's number."""
+    folder: Path
+    """Directory of `checkpoints` and `metrics.jsonl`."""
+    steps: int
+    """How many there are in all."""
+    checkpoint_every: int
+    """Steps between checkpoints; the last step always leaves one."""
+    step: Step
+    batch_at: Callable[[int], tuple[tuple[Any, ...], int]]
+    """Arguments of a step, by its number from 0, on their way to the device; and their tokens."""
+    to_record: Callable[[int, Any, float, int], StepRecord]
+    """Steps done, metrics, seconds and tokens of the last one -> what is written down."""
+    finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
+    """Adds to a step's record what is measured now and then."""
+    is_last: bool = False
+    """Whether nothing follows: only then is a stop after the last step no interruption."""
+
+    @property
+    def is_started(self) -> bool:
+        """Whether an earlier call has left a checkpoint."""
+        return self.is_started_in(self.folder)
+
+    @staticmethod
+    def is_started_in(folder: Path) -> bool:
+        """Whether a stage in this folder has left a checkpoint."""
+        return latest_step(folder) is not None
+
+    def run(self, initial: TrainState, console: Console) -> tuple[TrainState, float, int]:
+        """Runs to the last step, from where an earlier call has stopped.
+
+        Args:
+          initial: the state before the first step.
+          console: for progress.
+
+        Returns:
+          The last state, the seconds spent in steps now, and the steps of earlier calls.
+
+        Raises:
+          KeyboardInterrupt: after saving, if the run was asked to stop.
+          ValueError: if a loss is not finite; what was saved before stays.
+        """
+        with RunCheckpoints(self.folder) as checkpoints:
+            state = initial
+            if checkpoints.latest_step is not None:
+                state = checkpoints.restore(initial)
+                console.print(f"{self.title}: resuming after {int(state.step)} of {self.steps}")
+            first = int(state.step)
+            state, seconds = self._loop(state, checkpoints, console)
+            return state, seconds, first
+
+    def _loop(
+        self, state: TrainState, checkpoints: RunCheckpoints, console: Console
+    ) -> tuple[TrainState, float]:
+        first, total = int(state.step), 0.0
+        if first >= self.steps:
+            # A run without steps still leaves what later commands load.
+            checkpoints.save(state)
+            return state, total
+        writer = MetricsWriter(self.folder / "metrics.jsonl", resume_step=first)
+        progress = TrainingProgress(self.steps, first_step=first, console=console, title=self.title)
+        with StopRequest() as stop, writer, progress:
+            batch, tokens = self.batch_at(first)
+            for number in range(first, self.steps):
+                start = time.perf_counter()
+                state, metrics = self.step(state, *batch)
+                # The call has only started the device, which works while the next batch is made.
+                # What that takes beyond the step counts as part of it.
+                counted, last = tokens, number + 1 == self.steps
+                if not last:
+                    batch, tokens = self.batch_at(number + 1)
+                jax.block_until_ready(metrics)
+                seconds = time.perf_counter() - start
+                total += seconds
+                record = self.to_record(number + 1, metrics, seconds, counted)
+                self._check(record)
+                record = self.finish_record(state, record)
+                writer.write(record)
+                progress.update(record)
+                if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
+                    checkpoints.save(state)
+                if stop.requested and not (last and self.is_last):
+                    progress.note(f"stopped after step {number + 1}: the same command goes on")
+                    raise KeyboardInterrupt
+        return state, total
+
+    def _check(self, record: StepRecord) -> None:
+        if not math.isfinite(record.loss):
+            raise ValueError(
+                f"the loss is {record.loss} at step {record.step} of {self.title}: lower its "
+                f"learning rate; the last checkpoint before it is kept in {self.folder}."
+            )
