@@ -24,9 +24,13 @@ from convert.sources import Source, find_checkpoint, locate, open_pretrained
 from convert.streaming_checks import STREAMING_CHECKS, Runner, relative_error
 from convert.tokenizer import load_tokenizer
 from tptt_jax import CausalLM, LizaConfig
+from tptt_jax.layers.gates import MassGate
 from tptt_jax.model import base_model
 
 MIN_TOKENS = 12
+# Added to log Z of the evicted tokens: from shares of a percent to shares of a half.
+_LOUD = 5.0
+_EXPORT_PIECE = 5
 # Relative to the largest logit; what rounding alone does to models of a few hundred million
 # parameters stays well below.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -73,9 +77,11 @@ def verify_pretrained(
 ) -> tuple[list[Check], str]:
     """Checks the plain model of a checkpoint, and a Titan of it.
 
-    The plain model is compared with transformers where torch is installed. For both, the whole
-    text must give the logits that segments, single tokens, padded and packed rows give. The
-    Titan has the default memory; a run of ours and a "titan" export have their own.
+    The plain model is compared with transformers where torch is installed, the Titan with its own
+    PyTorch export. For both, the whole text must give the logits that segments, single tokens,
+    padded and packed rows give. The Titan has the default memory; a run of ours and a "titan"
+    export have their own. Its window is cut to a quarter of the text, so that the memory has
+    something to hold; a memory that nobody has fitted is made loud enough to be heard.
 
     Args:
       source: what `load_pretrained` takes.
@@ -95,8 +101,9 @@ def verify_pretrained(
     if tolerance is not None and not tolerance > 0:
         raise ValueError(f"tolerance must be positive, got {tolerance}.")
     is_run = find_checkpoint(source) is not None
-    liza = None if is_run or _is_titan(source) else LizaConfig()
-    titan = load_pretrained(source, liza, dtype=dtype)
+    own = is_run or _is_titan(source)
+    titan = load_pretrained(source, None if own else LizaConfig(), dtype=dtype)
+    titan = _behind_window(titan, max(num_tokens // 4, 1), is_fitted=own)
     limit = tolerance or TOLERANCES[jnp.dtype(titan.dtype).name]
     tokens, text = _tokens(source, num_tokens, titan.config.vocab_size)
     plain, full = Runner(base_model(titan), tokens), Runner(titan, tokens)
@@ -108,7 +115,34 @@ def verify_pretrained(
     ]
     if titan.liza is not None:
         steps.append(functools.partial(_check_chunk_size, name, full))
+        steps.append(functools.partial(_check_export, name, full))
     return [step(limit) for step in track(steps, "Checking")], text
+
+
+def _behind_window(model: CausalLM, window: int, *, is_fitted: bool) -> CausalLM:
+    """A Titan of evicted tokens with a window at most this wide; others as they are.
+
+    No parameter depends on the window. The memory of a Titan that nobody has fitted gets a share
+    that its mistakes could be seen by.
+    """
+    liza = model.liza
+    if liza is None or liza.writes != "evicted":
+        return model
+    narrow = window if liza.softmax_window is None else min(liza.softmax_window, window)
+    model = _with_liza(model, dataclasses.replace(liza, softmax_window=narrow))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, MassGate) and not is_fitted:
+            module.bias[...] = module.bias[...] + _LOUD
+    return model
+
+
+def _with_liza(model: CausalLM, liza: LizaConfig) -> CausalLM:
+    """The same parameters under another description of the memory."""
+
+    def build() -> CausalLM:
+        return CausalLM(model.config, liza, model.lora, dtype=model.dtype, rngs=nnx.Rngs(0))
+
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(build)), nnx.state(model))
 
 
 def _is_titan(source: Source) -> bool:
@@ -155,11 +189,7 @@ def _check_chunk_size(name: str, run: Runner, limit: float) -> Check:
         return dataclasses.replace(check, note="state_activation depends on the chunk size")
     # Not a divisor of the text's length, nor of the other size.
     changed = dataclasses.replace(liza, chunk_size=5 if liza.chunk_size != 5 else 7)
-
-    def build() -> CausalLM:
-        return CausalLM(model.config, changed, model.lora, dtype=model.dtype, rngs=nnx.Rngs(0))
-
-    other = nnx.merge(nnx.graphdef(nnx.eval_shape(build)), nnx.state(model))
+    other = _with_liza(model, changed)
     error = relative_error(Runner(other, run.tokens).whole, run.whole)
     return dataclasses.replace(check, error=error)
 
@@ -183,3 +213,22 @@ def _check_transformers(run: Runner, source: Source, limit: float) -> Check:
             export_pretrained(run.model, exported, "merged")
             theirs, note = transformers_logits(exported, run.tokens), "on the exported model"
     return dataclasses.replace(check, error=relative_error(run.whole, theirs), note=note)
+
+
+def _check_export(name: str, run: Runner, limit: float) -> Check:
+    """The memory in PyTorch, in one call and with a cache, must compute what ours computes."""
+    check = Check(model=name, check="PyTorch export", error=None, tolerance=limit)
+    assert run.model.liza is not None
+    if run.model.liza.operator == "tptt_reference":
+        return dataclasses.replace(check, note="the reference's operator has no such export")
+    if importlib.util.find_spec("torch") is None:
+        return dataclasses.replace(check, note="torch is not installed")
+    from convert.transformers_logits import titan_logits
+
+    with tempfile.TemporaryDirectory(prefix="tptt-verify-") as directory:
+        exported = Path(directory) / "model"
+        export_pretrained(run.model, exported, "titan")
+        results = titan_logits(exported, run.tokens, piece=_EXPORT_PIECE)
+    # In half precision torch, which computes in float32, is the more exact side.
+    errors = [relative_error(run.whole, theirs) for theirs in results]
+    return dataclasses.replace(check, error=max(errors))

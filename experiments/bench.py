@@ -1,6 +1,8 @@
 """``python -m experiments.bench``: times operators, a training step, decoding, long contexts."""
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from experiments.bench_context import bench_context
 from experiments.flops import decoding_flops, operator_flops, training_flops
 from experiments.random_models import ModelChoice
 from experiments.timing import Job, Options, Timing, check_positive, measure
-from tptt_jax import LoraConfig, generate
+from tptt_jax import LizaConfig, LoraConfig, generate
 from tptt_jax.config import Precision, Remat
 from tptt_jax.ops import chunk_delta_product
 from tptt_jax.ops.delta_product_choice import choose_implementation
@@ -69,6 +71,8 @@ class TrainWork(ModelChoice):
     """Rows."""
     tokens: int = 256
     """Per row."""
+    window: int | None = 64
+    """Tokens that softmax attention sees; None: all, and a memory of evicted tokens is idle."""
     train: TrainMode = "lora"
     """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all."""
     remat: Remat = "none"
@@ -82,8 +86,10 @@ class DecodeWork(ModelChoice):
 
     batch: int = 1
     """Rows."""
-    tokens: int = 64
+    tokens: int = 128
     """New tokens of each row."""
+    window: int | None = 64
+    """Tokens that softmax attention sees; None: all, and a memory of evicted tokens is idle."""
 
 
 def bench_op(work: Options[OpWork], timing: Options[Timing]) -> dict[str, Any]:
@@ -92,12 +98,18 @@ def bench_op(work: Options[OpWork], timing: Options[Timing]) -> dict[str, Any]:
 
 
 def bench_train(work: Options[TrainWork], timing: Options[Timing]) -> dict[str, Any]:
-    """Times one training step (AdamW, no dropout) on random tokens."""
+    """Times one training step (AdamW, no dropout) on random tokens.
+
+    With a memory behind a window the same step is timed in turn with the window alone.
+    """
     return measure("train", work, _training, timing)
 
 
 def bench_decode(work: Options[DecodeWork], timing: Options[Timing]) -> dict[str, Any]:
-    """Times greedy decoding after a short prompt, the prefill included."""
+    """Times greedy decoding after a short prompt, the prefill included.
+
+    With a memory behind a window the same is timed in turn with the window alone.
+    """
     return measure("decode", work, _decoding, timing)
 
 
@@ -152,8 +164,13 @@ def _operator(work: OpWork) -> Job:
 
 
 def _training(work: TrainWork) -> Job:
+    liza = work.memory(work.window)
+    return _with_control(liza, lambda liza: _training_job(work, liza))
+
+
+def _training_job(work: TrainWork, liza: LizaConfig | None) -> Job:
     lora = LoraConfig(dropout=0.0) if work.train == "lora" else None
-    model = work.load(work.memory, lora)
+    model = work.load(liza, lora)
     config, memory = model.config, model.liza
     partition, trainable, share = split_trainable(model, work.train)
     optimizer = make_optimizer(OptimizerConfig(lr_schedule="constant"), 100)
@@ -175,7 +192,12 @@ def _training(work: TrainWork) -> Job:
 
 
 def _decoding(work: DecodeWork) -> Job:
-    model = work.load(work.memory)
+    liza = work.memory(work.window)
+    return _with_control(liza, lambda liza: _decoding_job(work, liza))
+
+
+def _decoding_job(work: DecodeWork, liza: LizaConfig | None) -> Job:
+    model = work.load(liza)
     prompt = np.tile(_PROMPT % model.config.vocab_size, (work.batch, 1))
     flops = decoding_flops(
         model.config, model.liza, batch=work.batch, prompt=prompt.shape[1], tokens=work.tokens
@@ -185,6 +207,15 @@ def _decoding(work: DecodeWork) -> Job:
         work.batch * work.tokens,
         flops,
     )
+
+
+def _with_control(liza: LizaConfig | None, make: Callable[[LizaConfig | None], Job]) -> Job:
+    """A job, and beside a memory behind a window the same with the window alone."""
+    job = make(liza)
+    if liza is None or liza.writes != "evicted" or liza.softmax_window is None:
+        return job
+    alone = dataclasses.replace(liza, writes="none")
+    return job._replace(control=make(alone).run)
 
 
 def _unit(x: jax.Array) -> jax.Array:

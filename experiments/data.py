@@ -28,6 +28,7 @@ from experiments.formats import (
     text_documents,
 )
 from experiments.packing import Example, TokenBatch, TokenBatchSource, pack_examples
+from experiments.recall_rows import recall_examples
 from experiments.rows import PYTHON_DOCS, Rows, load_rows, python_docs_text
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -73,6 +74,9 @@ class DataConfig:
     """Tokens at the beginning of a whole text (python-docs, a text file) that are held out."""
     eval_rows: float = 0.05
     """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
+    recall: float = 0.0
+    """Share of rows, below 1, that ask for a pass key, a number or a pair hidden in the text beyond
+    the window; only the answer counts. They teach the memory to recall."""
 
     def __post_init__(self) -> None:
         """Rejects values that no data can be read with."""
@@ -81,6 +85,8 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if not 0 <= self.recall < 1:
+            raise ValueError(f"recall must lie in [0, 1), got {self.recall}.")
         if self.eval_rows < 0 or (self.eval_rows >= 1 and self.eval_rows % 1):
             raise ValueError(
                 "eval_rows must be a share in [0, 1) or a whole number of rows, "
@@ -123,7 +129,11 @@ class TokenData:
 
 
 def load_token_data(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", seed: int = 0
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int = 0,
+    *,
+    window: int | None = None,
 ) -> TokenData:
     """Reads, tokenises, splits and packs the data that `config` describes.
 
@@ -131,6 +141,7 @@ def load_token_data(
       config: what to read and how.
       tokenizer: of the model that will read the tokens.
       seed: chooses which rows of a table are held out.
+      window: of the model, for rows that ask for something beyond it; None: half a row.
 
     Returns:
       Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
@@ -165,6 +176,17 @@ def load_token_data(
         pack_examples(part.examples, length, packing=config.packing)
         for part, length in zip((kept, held_out), lengths, strict=True)
     )
+    if config.recall:
+        asked = recall_examples(
+            tokenizer,
+            [example.tokens for example in kept.examples],
+            round(train.num_rows * config.recall / (1 - config.recall)),
+            length=config.sequence_length,
+            window=config.sequence_length // 2 if window is None else window,
+            seed=seed,
+            prefix=begin_tokens(tokenizer),
+        )
+        train = train.joined(pack_examples(asked, config.sequence_length, packing=False))
     return TokenData(
         train=train,
         eval=held_out_rows if held_out_rows.num_rows else None,

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 
 class Example(NamedTuple):
     """One document, prompt with answer, or conversation."""
 
     tokens: Int[np.ndarray, " L"]
-    targets: Bool[np.ndarray, " L"]
-    """True where the token counts in the loss; never the first one, which nothing predicts."""
+    targets: Bool[np.ndarray, " L"] | Float[np.ndarray, " L"]
+    """True where the token counts in the loss, or by how much; never the first one, which nothing
+    predicts."""
 
 
 class TokenBatch(NamedTuple):
@@ -24,8 +25,9 @@ class TokenBatch(NamedTuple):
     """int32."""
     segment_ids: Int[np.ndarray, "B T"]
     """int32; 1, 2, ... for the examples of a row, 0 for padding."""
-    loss_mask: Bool[np.ndarray, "B T"]
-    """True where the token at this place is a target: predicted from the place before it."""
+    loss_mask: Bool[np.ndarray, "B T"] | Float[np.ndarray, "B T"]
+    """True where the token at this place is a target, predicted from the place before it; or how
+    much it counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,9 @@ class TokenBatchSource:
     """int32."""
     segment_ids: Int[np.ndarray, "n T"]
     """int32; 1, 2, ... for the examples of a row, 0 for padding."""
-    loss_mask: Bool[np.ndarray, "n T"]
-    """True where the token at this place is a target: predicted from the place before it."""
+    loss_mask: Bool[np.ndarray, "n T"] | Float[np.ndarray, "n T"]
+    """True where the token at this place is a target, predicted from the place before it; or how
+    much it counts."""
 
     @property
     def num_rows(self) -> int:
@@ -58,6 +61,14 @@ class TokenBatchSource:
     def num_targets(self) -> int:
         """Tokens of all rows that count in the loss."""
         return int(np.count_nonzero(self.loss_mask))
+
+    def joined(self, other: "TokenBatchSource") -> "TokenBatchSource":
+        """These rows and then others of the same length."""
+        return TokenBatchSource(
+            tokens=np.concatenate([self.tokens, other.tokens]),
+            segment_ids=np.concatenate([self.segment_ids, other.segment_ids]),
+            loss_mask=np.concatenate([self.loss_mask, other.loss_mask]),
+        )
 
     def batch_at(self, step: int, batch_size: int, seed: int) -> TokenBatch:
         """The batch of one training step, a pure function of its arguments.
@@ -114,7 +125,7 @@ def pack_examples(
     shape = (len(rows), sequence_length)
     tokens = np.zeros(shape, dtype=np.int32)
     segment_ids = np.zeros(shape, dtype=np.int32)
-    loss_mask = np.zeros(shape, dtype=np.bool_)
+    loss_mask = np.zeros(shape, np.result_type(np.bool_, *(e.targets.dtype for e in examples)))
     for row, members in enumerate(rows):
         start = 0
         for segment, member in enumerate(members, start=1):

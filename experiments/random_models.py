@@ -12,6 +12,7 @@ from convert import load_pretrained
 from convert.demo import DEFAULT_MODEL
 from experiments.timing import check_positive
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import Writes
 
 Shape = Literal["tiny", "smollm2-135m", "gemma3-270m", "llama3.2-1b"]
 SHAPES: dict[Shape, Callable[[], ModelConfig]] = {
@@ -31,7 +32,9 @@ class ModelChoice:
     random_weights: Shape | None = None
     """Instead of a model: random weights of this shape, which need no download and take as long."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out."""
+    """Leave the memory out; a window stays."""
+    writes: Writes = "evicted"
+    """Which tokens the memory takes: those that leave the window, or "all" beside full softmax."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the base weights."""
 
@@ -50,10 +53,15 @@ class ModelChoice:
         """For titles."""
         return self.model or f"{self.random_weights}, random weights"
 
-    @property
-    def memory(self) -> LizaConfig | None:
-        """The memory as it is by default, or none."""
-        return None if self.no_liza else LizaConfig()
+    def memory(self, window: int | None) -> LizaConfig | None:
+        """The memory as it is by default, or a window alone, or neither.
+
+        Args:
+          window: tokens that softmax attention sees; None: all.
+        """
+        if not self.no_liza:
+            return LizaConfig(writes=self.writes, softmax_window=window)
+        return None if window is None else LizaConfig(writes="none", softmax_window=window)
 
     def load(self, liza: LizaConfig | None, lora: LoraConfig | None = None) -> CausalLM:
         """The model with this memory and these adapters; random weights are made in `dtype`."""

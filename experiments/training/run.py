@@ -72,7 +72,8 @@ class Run:
         description = describe_run(config)
         check_output(config, description)
         tokenizer = load_tokenizer(config.model)
-        data = load_token_data(config.data, tokenizer, config.seed)
+        window = None if config.memory is None else config.memory.softmax_window
+        data = load_token_data(config.data, tokenizer, config.seed, window=window)
         console.print(data.describe())
         model = load_pretrained(
             config.model,
@@ -269,7 +270,7 @@ def _fit_rows(
     if config.fit.data is not None:
         changes["path"] = config.fit.data
     data = dataclasses.replace(config.data, **changes)
-    return load_token_data(data, tokenizer, config.seed).train
+    return load_token_data(data, tokenizer, config.seed, window=liza.softmax_window).train
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

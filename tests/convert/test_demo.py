@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from convert import load_pretrained, load_tokenizer
-from convert.demo import demo_file
+from convert.demo import gemma_file
 from convert.sources import find_checkpoint, locate
 from tptt_jax.training.description import Description, write_description
 
@@ -44,7 +44,7 @@ def test_the_assembled_file_is_repaired(demo_model_path, tmp_path, monkeypatch):
     damaged = tmp_path / "tptt_jax" / package.MODEL_NAME
     damaged.parent.mkdir()
     damaged.write_bytes(b"half a file")
-    assert demo_file() == damaged
+    assert gemma_file() == damaged
     digest = hashlib.sha256(damaged.read_bytes()).hexdigest()
     assert digest == package.EXPECTED_SHA256
     assert list(damaged.parent.iterdir()) == [damaged]

@@ -23,7 +23,7 @@ class Targets(NamedTuple):
 
     Attributes:
       tokens: the next token [B, T].
-      weights: 1 where it counts, else 0 [B, T], float32.
+      weights: how much it counts, 1 or 0 unless the caller says otherwise [B, T], float32.
     """
 
     tokens: Int[Array, "B T"]
@@ -33,21 +33,21 @@ class Targets(NamedTuple):
 def next_token_targets(
     tokens: Tokens,
     segment_ids: SegmentIds | None = None,
-    loss_mask: Bool[Array, "B T"] | None = None,
+    loss_mask: Bool[Array, "B T"] | Float[Array, "B T"] | None = None,
 ) -> Targets:
     """The next token of the same document, where `loss_mask` marks it as a target.
 
     Args:
       tokens: [B, T].
       segment_ids: [B, T], 0 = padding; None: one document per row.
-      loss_mask: True on tokens whose prediction counts; None: all.
+      loss_mask: True on tokens whose prediction counts, or how much it does; None: all.
     """
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     counts = jnp.ones(tokens.shape, bool) if loss_mask is None else loss_mask
     counts = jnp.pad(counts[:, 1:], ((0, 0), (0, 1)))
     if segment_ids is not None:
         next_ids = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
-        counts &= (segment_ids == next_ids) & (segment_ids != 0)
+        counts = jnp.where((segment_ids == next_ids) & (segment_ids != 0), counts, 0)
     return Targets(following, counts.astype(jnp.float32))
 
 

@@ -25,12 +25,12 @@ class Batch(NamedTuple):
     Attributes:
       tokens: [B, T].
       segment_ids: [B, T], 0 = padding.
-      loss_mask: True on tokens whose prediction counts [B, T].
+      loss_mask: True on tokens whose prediction counts, or how much it does [B, T].
     """
 
     tokens: Tokens
     segment_ids: SegmentIds
-    loss_mask: Bool[Array, "B T"]
+    loss_mask: Bool[Array, "B T"] | Float[Array, "B T"]
 
 
 class TrainState(NamedTuple):

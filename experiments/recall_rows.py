@@ -1,0 +1,193 @@
+"""Rows that ask for something said long before: pass keys, needles and pairs in a haystack.
+
+They teach a memory to recall (docs/memory.md). Only the answer counts, and it lies so far behind
+that no window shows it. Formats, depths and texts that evaluation uses never occur here.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from experiments.packing import Example
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+_WORDS = (
+    *(
+        "amber",
+        "anchor",
+        "basil",
+        "beacon",
+        "birch",
+        "bronze",
+        "candle",
+        "canyon",
+        "cedar",
+        "cobalt",
+    ),
+    *("copper", "coral", "cotton", "crystal", "desert", "ember", "falcon", "feather", "fern"),
+    *("garnet", "ginger", "glacier", "granite", "harbor", "hazel", "heron", "indigo", "iron"),
+    *("island", "ivory", "jasmine", "juniper", "lagoon", "lantern", "laurel", "lemon", "lilac"),
+    *("linen", "lotus", "maple", "marble", "meadow", "mirror", "nickel", "oak", "olive", "onyx"),
+    *("opal", "orchid", "otter", "pearl", "pebble", "pepper", "pine", "quartz", "raven", "reed"),
+    *(
+        "river",
+        "ruby",
+        "saffron",
+        "sage",
+        "silver",
+        "slate",
+        "sparrow",
+        "spruce",
+        "stone",
+        "summit",
+    ),
+    *("thistle", "thunder", "tiger", "topaz", "tulip", "valley", "velvet", "violet", "walnut"),
+    *("willow", "winter", "wolf", "zinc"),
+)
+_MARGIN = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something to hide in a text and to ask for at its end."""
+
+    hidden: tuple[str, ...]
+    """Sentences to hide, each at a place of its own; the first one holds the answer."""
+    question: str
+    answer: str
+    """Begins with the blank that parts it from the question."""
+
+
+def passkey_probe(rng: np.random.Generator) -> Probe:
+    """A number that is said twice in a sentence."""
+    key = _number(rng)
+    return Probe(
+        (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
+        "\nWhat is the pass key? The pass key is",
+        f" {key}",
+    )
+
+
+def needle_probe(rng: np.random.Generator) -> Probe:
+    """One of several magic numbers, each of a thing."""
+    count = int(rng.integers(1, 4))
+    words = rng.choice(_WORDS, count, replace=False).tolist()
+    numbers = [_number(rng) for _ in words]
+    hidden = tuple(
+        f" The magic number of the {word} is {number}. "
+        for word, number in zip(words, numbers, strict=True)
+    )
+    question = (
+        f"\nWhat is the magic number of the {words[0]}? The magic number of the {words[0]} is"
+    )
+    return Probe(hidden, question, f" {numbers[0]}")
+
+
+def pairs_probe(rng: np.random.Generator) -> Probe:
+    """A list of pairs of words, of which one is asked for."""
+    count = int(rng.integers(3, 7))
+    words = rng.choice(_WORDS, 2 * count, replace=False).tolist()
+    pairs = list(zip(words[:count], words[count:], strict=True))
+    listed = "".join(f" {left} goes with {right}." for left, right in pairs)
+    left, right = pairs[int(rng.integers(count))]
+    return Probe((f"{listed} ",), f"\nWhat goes with {left}? {left} goes with", f" {right}")
+
+
+PROBES: dict[str, Callable[[np.random.Generator], Probe]] = {
+    "passkey": passkey_probe,
+    "needle": needle_probe,
+    "pairs": pairs_probe,
+}
+
+
+def recall_examples(
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Sequence[Int[np.ndarray, " L"]],
+    count: int,
+    *,
+    length: int,
+    window: int,
+    seed: int,
+    prefix: Sequence[int] = (),
+    weight: float = 0.3,
+) -> list[Example]:
+    """Makes rows that ask for something hidden in a text.
+
+    Args:
+      tokenizer: of the model.
+      texts: tokens of the training data, which haystacks are cut from.
+      count: rows.
+      length: tokens of a row.
+      window: what is hidden ends at least so many tokens before its answer.
+      seed: chooses haystacks, depths and what is hidden.
+      prefix: tokens that every row begins with.
+      weight: of a row's answer against all tokens of a row of text.
+
+    Returns:
+      `count` examples of `length` tokens; the answer's tokens share the weight of the row.
+
+    Raises:
+      ValueError: if rows of this length cannot hide anything outside of the window.
+    """
+    haystack = np.concatenate([np.asarray(text, np.int32) for text in texts])
+    kinds = list(PROBES.values())
+
+    def encode(text: str) -> np.ndarray:
+        return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+    def rows() -> Iterator[Example]:
+        for number in range(count):
+            rng = np.random.default_rng([seed, number])
+            probe = kinds[number % len(kinds)](rng)
+            yield _hide(probe, encode, haystack, rng, length, window, prefix, weight)
+
+    return list(rows())
+
+
+def _hide(
+    probe: Probe,
+    encode: Callable[[str], np.ndarray],
+    haystack: np.ndarray,
+    rng: np.random.Generator,
+    length: int,
+    window: int,
+    prefix: Sequence[int],
+    weight: float,
+) -> Example:
+    start, question = np.asarray(prefix, np.int32), encode(probe.question)
+    answer, hidden = encode(probe.answer), [encode(sentence) for sentence in probe.hidden]
+    needed = len(start) + len(question) + len(answer) + sum(map(len, hidden))
+    room = length - needed
+    # Text between the first sentence and the question, at least.
+    apart = max(window + _MARGIN - len(question), 0)
+    if room < apart:
+        raise ValueError(
+            f"recall rows of {length} tokens cannot hide {needed} tokens behind a window of "
+            f"{window}: raise --data.sequence-length to {needed + apart} or more."
+        )
+    first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
+    text = np.resize(haystack[first:], room)
+    depth = int(rng.integers(0, room - apart + 1))
+    places = sorted(
+        [(depth, 0), *((int(rng.integers(0, room + 1)), i) for i in range(1, len(hidden)))]
+    )
+    parts, done = [start], 0
+    for place, which in places:
+        parts += [text[done:place], hidden[which]]
+        done = place
+    parts += [text[done:], question, answer]
+    tokens = np.concatenate(parts)
+    weights = np.zeros(length, np.float32)
+    weights[length - len(answer) :] = weight * length / len(answer)
+    return Example(tokens, weights)
+
+
+def _number(rng: np.random.Generator) -> str:
+    """Four to six digits."""
+    digits = int(rng.integers(4, 7))
+    return str(rng.integers(10 ** (digits - 1), 10**digits))
