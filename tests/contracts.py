@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax import CausalLM
+from tptt_jax.layers.gates import MassGate
 from tptt_jax.model import MagShare, init_cache
 
 # Tests compile far longer than they run.
@@ -42,6 +43,14 @@ def randomize(module: nnx.Module, seed: int = 1) -> Any:
     return module
 
 
+def raise_shares(module: nnx.Module, by: float = 4.0) -> Any:
+    """Gives mass gates, whose shares start near 0, a share behind which no error can hide."""
+    for _, gate in nnx.iter_modules(module):
+        if isinstance(gate, MassGate):
+            gate.bias[...] = gate.bias[...] + by
+    return module
+
+
 def random_tokens(shape: tuple[int, ...], seed: int = 0, vocab_size: int = 97) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, shape, dtype=np.int32)
 
@@ -67,11 +76,11 @@ def assert_trees_close(got: Any, want: Any, tolerance: float, what: str) -> None
 
 def verify_streaming_contract(
     model: CausalLM, tokens: np.ndarray, *, tolerance: float = 1e-5, seed: int = 0
-) -> None:
+) -> np.ndarray:
     """Checks that neither splits nor padding nor packing change what a model computes.
 
     The reference is one call with whole rows [B, T] and without segment_ids, B >= 2, T >= 12.
-    Errors are relative to the largest logit.
+    Errors are relative to the largest logit. Returns the reference, for checks of one's own.
     """
     graphdef, state = nnx.split(model)
 
@@ -94,6 +103,7 @@ def verify_streaming_contract(
         assert_close(logits, whole, tolerance, f"{name}: logits")
         assert_trees_close(cache, final, tolerance, f"{name}: cache")
     _verify_rows(run, tokens, whole, rng, tolerance)
+    return whole
 
 
 def _verify_one_by_one(

@@ -17,8 +17,8 @@ from tptt_jax.ops.cross_entropy import token_cross_entropy
 from tptt_jax.training.loss import next_token_targets
 from tptt_jax.training.train_step import Batch
 
-# Fewer tokens than this at the end of the curve would only show noise.
-_LEAST_TOKENS = 64
+# Points of a curve that stand for fewer tokens would only show noise.
+_LEAST_TOKENS = 50
 
 
 class HeldOut(NamedTuple):
@@ -50,12 +50,15 @@ class HeldOut(NamedTuple):
     def curve(self, bins: int = 12) -> tuple[list[float], list[float]]:
         """Middles of bins of places, each longer than the one before, and their perplexities."""
         last = int(np.flatnonzero(self.counts)[-1]) + 1
-        edges = np.unique(np.geomspace(min(16, last), last, bins + 1).round().astype(int))
-        places, values = [], []
-        for first, end in zip([0, *edges[:-1]], edges, strict=True):
-            if self.counts[first:end].sum() >= min(_LEAST_TOKENS, self.counts.sum()):
+        edges = np.unique(np.geomspace(min(8, last), last, bins + 1).round().astype(int))
+        least = min(_LEAST_TOKENS, self.counts.sum())
+        places, values, first = [], [], 0
+        for end in edges:
+            # Short bins join the next one.
+            if self.counts[first:end].sum() >= least:
                 places.append((first + end) / 2)
                 values.append(math.exp(self.loss_between(first, end)))
+                first = end
         return places, values
 
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.contracts import assert_close, quick_jit, randomize
+from tests.contracts import assert_close, quick_jit, raise_shares, randomize
 from tests.tptt_jax.evicted_oracle import Expected, run_layer, weights_of
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.layers.gates import MassGate
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.softmax_attention import token_context
 from tptt_jax.model import count_positions
@@ -42,10 +41,7 @@ def _layer(config=PLAIN, **options):
     defaults = {"softmax_window": WINDOW, "softmax_sinks": SINKS, "chunk_size": 4}
     liza = LizaConfig(**defaults | {"memory_rank": 3, "mag_init": 0.4} | options)
     layer = LizaAttention(config, liza, None, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    randomize(layer)
-    if isinstance(layer.mag, MassGate):
-        layer.mag.bias[...] += 4.0
-    return layer
+    return raise_shares(randomize(layer))
 
 
 def _inputs(config=PLAIN, length=T, seed=0):
