@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.arguments import FinetuneConfig, parse_arguments, resolved_yaml, run_configured
+from experiments.arguments import (
+    FinetuneConfig,
+    parse_arguments,
+    resolved_yaml,
+    run_configured,
+    run_finetune,
+)
 from experiments.data import DataConfig
 from experiments.formats import alpaca_prompt
+from experiments.training.fit_config import FitConfig
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.schedules import MagSchedule
 
@@ -31,19 +38,36 @@ def yaml_file(tmp_path):
 # --- flags -----------------------------------------------------------------------------------
 
 
-def test_no_arguments_are_the_demo(project_dir):
+def test_no_arguments_are_the_defaults():
     config = parse()
     assert config == FinetuneConfig()
-    assert (config.model, config.data.path, config.train) == ("demo", "python-docs", "lora")
-    assert config.liza == LizaConfig(
-        writes="all", operator="delta_product", num_householder=2, mag="learned"
-    )
+    assert (config.model, config.data.path, config.train) == ("smollm2-135m", "python-docs", "lora")
+    assert config.liza == LizaConfig()
+    assert config.fit == FitConfig()
     assert config.lora == LoraConfig(rank=8, alpha=16.0)
     assert config.grad_clip == 1.0
-    spelled = parse("--config", str(project_dir / "experiments/configs/demo.yaml"))
-    assert replace(spelled, config=None, steps=None, mag_learning_rate=None) == config
-    assert spelled.total_steps(1000) == config.total_steps(1000)
-    assert spelled.optimizer == config.optimizer
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_demo"),
+    [
+        ([], True),
+        (["--json", "--fit-steps=2"], True),
+        (["--model=m.gguf"], False),
+        (["--data", "d.csv"], False),
+        (["--config", "{recipe}"], False),
+    ],
+    ids=["nothing", "other flags", "model", "data", "config"],
+)
+def test_what_names_no_model_data_or_configuration_is_the_demo(argv, is_demo, project_dir):
+    recipes, configs = project_dir / "experiments/configs", []
+    argv = [flag.format(recipe=recipes / "paper.yaml") for flag in argv]
+    assert run_finetune(lambda config: configs.append(config), argv) == 0
+    (config,) = configs
+    assert (config.config == recipes / "demo.yaml") == is_demo
+    if is_demo:
+        assert config.liza == LizaConfig(softmax_window=64)
+        assert (config.steps, config.model) == (0, "smollm2-135m")
 
 
 def test_the_flags_of_the_public_face():
@@ -56,26 +80,29 @@ def test_the_flags_of_the_public_face():
     assert config.model == "m.gguf"
     assert config.output == Path("out")
     assert config.data == DataConfig(path="d.jsonl", sequence_length=99, packing=False)
-    assert config.liza == LizaConfig(writes="all", operator="delta_rule", softmax_window=512)
+    assert config.liza == LizaConfig(operator="delta_rule", softmax_window=512)
     assert config.lora == LoraConfig(rank=4, targets=("q_proj", "v_proj"))
     assert (config.steps, config.batch_size, config.resume) == (7, 3, False)
 
 
 @pytest.mark.parametrize("operator", ["delta_rule", "delta_rule_gelu", "gated_delta_product"])
 def test_an_operator_brings_its_own_fields(operator):
-    assert parse("--liza.operator", operator).liza == LizaConfig(writes="all", operator=operator)
+    assert parse("--liza.operator", operator).liza == LizaConfig(operator=operator)
     three = parse("--liza.operator", operator, "--liza.num-householder", "3").liza
-    assert three == LizaConfig(writes="all", operator=operator, num_householder=3)
+    assert three == LizaConfig(operator=operator, num_householder=3)
 
 
 def test_precision_of_the_memory_is_a_flag():
-    assert parse("--liza.precision", "high").liza == LizaConfig(writes="all", precision="high")
+    assert parse("--liza.precision", "high").liza == LizaConfig(precision="high")
     assert parse().liza.precision == "auto"
 
 
 def test_memory_and_adapters_can_be_left_out():
-    assert parse().memory == LizaConfig(writes="all")
+    assert parse().memory == LizaConfig()
     assert parse("--no-liza").memory is None
+    window = ("--liza.softmax-window", "5", "--liza.softmax-sinks", "2")
+    alone = LizaConfig(writes="none", softmax_window=5, softmax_sinks=2)
+    assert parse("--no-liza", *window, "--liza.mag", "learned").memory == alone
     assert parse().adapters == LoraConfig()
     assert parse("--train", "projections").adapters is None
 
@@ -99,15 +126,26 @@ def test_help_shows_every_default(capsys, monkeypatch):
         (["extra"], "Unrecognized options: extra"),
         (["--steps"], "Missing value for argument '--steps'"),
         (["--steps", "many"], r"--steps expects \{None\}\|INT, got 'many'"),
-        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--steps", "-1"], "steps must be at least 0, got -1"),
         (["--epochs", "0"], "epochs must be above 0"),
         (["--liza.operator", "rwkv"], "invalid choice 'rwkv' for argument '--liza.operator'"),
-        (["--liza.mag-init", "2"], "mag_init must lie strictly between 0 and 1, got 2"),
+        (["--liza.mag-init", "2"], "mag_init must lie between 0 and 1, got 2"),
         (["--lora.rank", "0"], "rank must be at least 1, got 0"),
         (["--data.eval-rows", "1.5"], "eval_rows must be a share"),
         (["--mag-schedule", "gradual"], "mag_schedule = .* add --liza.mag scheduled"),
         (["--liza.mag", "scheduled", "--mag-start", "2"], r"a share mu must lie in \[0, 1\]"),
         (["--learning-rate", "-1"], "learning_rate must not be negative"),
+        (["--fit-steps", "-1"], "fit: steps must be at least 0, got -1"),
+        (["--distill-steps", "-2"], "fit: distill_steps must be at least 0, got -2"),
+        (["--fit-length", "1"], "fit: length must be at least 2, got 1"),
+        (["--fit-batch-size", "0"], "fit: batch_size must be at least 1, got 0"),
+        (["--distill-batch-size", "0"], "fit: distill_batch_size must be at least 1, got 0"),
+        (["--fit-learning-rate", "0"], "fit: learning_rate must be above 0, got 0"),
+        (["--distill-learning-rate", "nan"], "fit: distill_learning_rate must be above 0, got nan"),
+        (["--distill", "2"], "distill must lie between 0 and 1, got 2"),
+        (["--distill", "1", "--train", "full"], "--distill needs the base model's weights"),
+        (["--data.recall", "1"], r"recall must lie in \[0, 1\), got 1"),
+        (["--window-range", "4"], "Missing value for argument '--window-range"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config must be given once"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -132,7 +170,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
     path = yaml_file(
         "model: other\nsteps: 9\nlearning_rate: 1e-3\nepochs: 2\n"
         "data: {path: d.csv, sequence_length: 128}\n"
-        "liza: {mag_init: 0.2, softmax: false}\nlora: {targets: [q_proj]}\n"
+        "liza: {writes: all, mag_init: 0.2, softmax: false}\nlora: {targets: [q_proj]}\n"
     )
     config = parse("--config", path, "--steps", "5", "--liza.mag-init", "0.3", "--liza.softmax")
     assert config == FinetuneConfig(
@@ -169,18 +207,16 @@ def test_yaml_shows_in_help(yaml_file, capsys):
 
 def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
     path = yaml_file("liza: {operator: delta_product_r, num_householder: 4}")
-    assert parse("--config", path).liza == LizaConfig(
-        writes="all", operator="delta_product_r", num_householder=4
-    )
+    assert parse("--config", path).liza == LizaConfig(operator="delta_product_r", num_householder=4)
     changed = parse("--config", path, "--liza.operator", "gated_delta_rule").liza
-    assert changed == LizaConfig(writes="all", operator="gated_delta_rule", num_householder=4)
+    assert changed == LizaConfig(operator="gated_delta_rule", num_householder=4)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stepz: 3", r"there is no option stepz; the options here are model, output, data,"),
-        ("liza: {operatr: x}", r"no option liza\.operatr; the options here are operator,"),
+        ("liza: {operatr: x}", r"no option liza\.operatr; the options here are writes, operator,"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("steps: 2.5", "steps must be a whole number, got 2.5"),
         ("batch_size: true", "batch_size must be a whole number, got True"),
@@ -189,7 +225,7 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
         ("model: 5", "model must be text, got 5"),
         ("resume: 1", "resume must be true or false, got 1"),
         ("lora: {targets: q_proj}", r"lora\.targets must be a list, got 'q_proj'"),
-        ("train: some", "train must be one of lora, projections, full, got 'some'"),
+        ("train: some", "train must be one of lora, projections, full, memory, got 'some'"),
         ("lora: 5", "lora must be a block of names, got 5"),
         ("lora: {rank: 0}", "rank must be at least 1, got 0"),
         ("- 1", "must hold names and values, got list"),
@@ -216,8 +252,10 @@ def test_a_missing_yaml_file_is_named(tmp_path):
         ["--liza.operator", "gated_delta_rule", "--liza.num-householder", "3", "--no-liza"],
         ["--data", "d.csv", "--data.no-packing", "--epochs", "0.5", "--learning-rate", "1e-5"],
         ["--liza.mag", "scheduled", "--mag-schedule", "cyclic", "--mag-values", "0", "0.25"],
+        ["--fit-steps", "3", "--fit-data", "f.txt", "--window-range", "4", "16", "--distill", "1"],
         [
             "--liza.no-softmax",
+            "--liza.writes=all",
             "--mesh",
             "data=2",
             "--sample-prompt",
@@ -299,7 +337,9 @@ def test_the_length_of_a_run(changes, steps):
 
 
 def test_learned_shares_move_a_hundred_times_faster_unless_told():
-    assert FinetuneConfig(learning_rate=1e-3).optimizer.mag_learning_rate == pytest.approx(0.1)
+    learned = FinetuneConfig(learning_rate=1e-3, liza=LizaConfig(writes="all"))
+    assert learned.optimizer.mag_learning_rate == pytest.approx(0.1)
+    assert FinetuneConfig(learning_rate=1e-3).optimizer.mag_learning_rate == pytest.approx(1e-3)
     told = FinetuneConfig(mag_learning_rate=0.3, weight_decay=0.1, warmup_steps=9).optimizer
     assert told.mag_learning_rate == 0.3
     assert (told.weight_decay, told.warmup_steps, told.lr_schedule) == (0.1, 9, "cosine")
@@ -307,7 +347,7 @@ def test_learned_shares_move_a_hundred_times_faster_unless_told():
 
 def test_the_share_is_scheduled_only_if_it_is_not_learned():
     assert FinetuneConfig().mag is None
-    scheduled = LizaConfig(writes="all", mag="scheduled", mag_init=0.1)
+    scheduled = LizaConfig(mag="scheduled", mag_init=0.1)
     assert FinetuneConfig(liza=scheduled, no_liza=True).mag is None
     constant = FinetuneConfig(liza=scheduled).mag
     assert constant is not None
@@ -332,7 +372,7 @@ def test_the_paper_recipe(project_dir):
 
 def test_the_window_recipe(project_dir):
     config = parse("--config", str(project_dir / "experiments/configs/window.yaml"))
-    assert (config.liza.softmax_window, config.liza.memory_rank) == (512, 16)
+    assert config.liza == LizaConfig(softmax_window=512)
     assert config.data.sequence_length > 512
 
 

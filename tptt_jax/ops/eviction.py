@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Int, Positions, SegmentIds, Shaped
+from tptt_jax.ops.token_shift import document_ordinals
 
 
 def delay_tokens(
@@ -33,7 +34,8 @@ def evicted_ids(
 ) -> Int[Array, "B T"]:
     """The document of the token that leaves the window at each place, 0 where none does.
 
-    The token at position p lets position p - window go.
+    The token at position p lets position p - window go. Documents are numbered anew: one that fits
+    the window leaves no token behind to part two others that share an id.
 
     Args:
       positions: within the document [B, T].
@@ -43,7 +45,7 @@ def evicted_ids(
     leaves = positions >= window
     if segment_ids is None:
         return leaves.astype(jnp.int32)
-    return jnp.where(leaves, segment_ids, 0)
+    return jnp.where(leaves & (segment_ids != 0), document_ordinals(segment_ids) + 1, 0)
 
 
 def _before(x: Array, count: int) -> tuple[tuple[int, int], ...]:
