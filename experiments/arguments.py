@@ -17,6 +17,7 @@ from convert.command_line import run_command
 from convert.demo import DEFAULT_MODEL
 from experiments.data import DataConfig, check_literals
 from experiments.training.fit_config import FitConfig
+from experiments.training.windows import WindowRange
 from experiments.yaml_defaults import config_path, read_yaml, resolved_yaml, unresolved_defaults
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.training.optimizer import OptimizerConfig
@@ -147,6 +148,8 @@ class FinetuneConfig:
                 f"mag_schedule = {self.mag_schedule!r} needs a share that is not learned: add "
                 "--liza.mag scheduled."
             )
+        window = None if self.memory is None else self.memory.softmax_window
+        WindowRange.checked(self.window_range, window)
         # They check the numbers they are made of.
         _ = self.optimizer, self.mag
 

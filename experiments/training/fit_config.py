@@ -62,7 +62,15 @@ class FitConfig:
         Args:
           window: of the model.
           trained: tokens of a row of the training data.
+
+        Raises:
+          ValueError: if nothing would ever leave the window.
         """
         if self.length is not None:
+            if self.length <= window:
+                raise ValueError(
+                    f"fit: length must be above --liza.softmax-window {window}, so that the memory "
+                    f"has something to hold, got {self.length}."
+                )
             return self.length
         return max(trained, min(max(16 * window, 256), 1024))

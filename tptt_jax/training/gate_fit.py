@@ -45,6 +45,9 @@ def fit_gates(
       trainable: their values.
       frozen: the rest of the model.
       rows: a few batches of tokens and segment ids, longer than the window.
+
+    Raises:
+      ValueError: if no token of the rows leaves the window.
     """
     rows = list(rows)
     for has, sums_of, solve in (
@@ -59,6 +62,11 @@ def fit_gates(
                     lambda x: np.asarray(x, np.float64), collect(trainable, tokens, segment_ids)
                 )
                 totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+            if not any(leaf.any() for leaf in jax.tree.leaves(totals)):
+                raise ValueError(
+                    "no token leaves the window in the rows that the memory is fitted on: fit it "
+                    "to texts that are longer than softmax_window + softmax_sinks."
+                )
             trainable = trainable | solve(totals)
     return trainable
 
