@@ -76,7 +76,7 @@ def bench_context(
     # Before anything is measured: what drawing takes counts for no context.
     report = write_context_report(output, peers, about)
     tokens, runs = _context_tokens(work), {}
-    memory = LizaConfig(softmax_window=work.window)
+    memory = work.memory(work.window)
     name = f"window {work.window}, no memory" if work.no_liza else f"Titan, window {work.window}"
     kinds = {name: memory} if work.no_full else {name: memory, "full softmax": None}
     for name, liza in kinds.items():

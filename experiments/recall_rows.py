@@ -4,9 +4,10 @@ They teach a memory to recall (docs/memory.md). Only the answer counts, and it l
 that no window shows it. Formats, depths and texts that evaluation uses never occur here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -16,40 +17,19 @@ from experiments.packing import Example
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-_WORDS = (
-    *(
-        "amber",
-        "anchor",
-        "basil",
-        "beacon",
-        "birch",
-        "bronze",
-        "candle",
-        "canyon",
-        "cedar",
-        "cobalt",
-    ),
-    *("copper", "coral", "cotton", "crystal", "desert", "ember", "falcon", "feather", "fern"),
-    *("garnet", "ginger", "glacier", "granite", "harbor", "hazel", "heron", "indigo", "iron"),
-    *("island", "ivory", "jasmine", "juniper", "lagoon", "lantern", "laurel", "lemon", "lilac"),
-    *("linen", "lotus", "maple", "marble", "meadow", "mirror", "nickel", "oak", "olive", "onyx"),
-    *("opal", "orchid", "otter", "pearl", "pebble", "pepper", "pine", "quartz", "raven", "reed"),
-    *(
-        "river",
-        "ruby",
-        "saffron",
-        "sage",
-        "silver",
-        "slate",
-        "sparrow",
-        "spruce",
-        "stone",
-        "summit",
-    ),
-    *("thistle", "thunder", "tiger", "topaz", "tulip", "valley", "velvet", "violet", "walnut"),
-    *("willow", "winter", "wolf", "zinc"),
-)
+_WORD_LIST = """
+amber anchor basil beacon birch bronze candle canyon cedar cobalt copper coral cotton crystal
+desert ember falcon feather fern garnet ginger glacier granite harbor hazel heron indigo iron
+island ivory jasmine juniper lagoon lantern laurel lemon lilac linen lotus maple marble meadow
+mirror nickel oak olive onyx opal orchid otter pearl pebble pepper pine quartz raven reed river
+ruby saffron sage silver slate sparrow spruce stone summit thistle thunder tiger topaz tulip
+valley velvet violet walnut willow winter wolf zinc
+"""
+_WORDS = tuple(_WORD_LIST.split())
+# Tokens between the window's end and what is hidden, at least.
 _MARGIN = 8
+# What the advice in an error leaves room for.
+_LONGEST_ANSWER = 8
 
 
 @dataclass(frozen=True)
@@ -65,12 +45,7 @@ class Probe:
 
 def passkey_probe(rng: np.random.Generator) -> Probe:
     """A number that is said twice in a sentence."""
-    key = _number(rng)
-    return Probe(
-        (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
-        "\nWhat is the pass key? The pass key is",
-        f" {key}",
-    )
+    return _passkey(_number(rng))
 
 
 def needle_probe(rng: np.random.Generator) -> Probe:
@@ -136,39 +111,101 @@ def recall_examples(
     """
     haystack = np.concatenate([np.asarray(text, np.int32) for text in texts])
     kinds = list(PROBES.values())
+    encode = functools.partial(_encode, tokenizer)
 
-    def encode(text: str) -> np.ndarray:
-        return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    def row(number: int) -> Example:
+        rng = np.random.default_rng([seed, number])
+        probe = kinds[number % len(kinds)](rng)
+        answer = encode(probe.answer)
+        prompt = _hide(
+            probe,
+            encode,
+            haystack,
+            rng,
+            length=length - len(answer),
+            window=window,
+            prefix=prefix,
+        )
+        weights = np.zeros(length, np.float32)
+        weights[len(prompt) :] = weight * length / len(answer)
+        return Example(np.concatenate([prompt, answer]), weights)
 
-    def rows() -> Iterator[Example]:
-        for number in range(count):
-            rng = np.random.default_rng([seed, number])
-            probe = kinds[number % len(kinds)](rng)
-            yield _hide(probe, encode, haystack, rng, length, window, prefix, weight)
+    return [row(number) for number in range(count)]
 
-    return list(rows())
+
+class Question(NamedTuple):
+    """A pass key hidden in a text, and asked for at its end."""
+
+    prompt: Int[np.ndarray, " T"]
+    hidden: str
+    question: str
+    answer: str
+    """The digits alone."""
+
+
+def passkey_questions(
+    tokenizer: "PreTrainedTokenizerFast",
+    haystack: Int[np.ndarray, " L"],
+    count: int,
+    *,
+    length: int,
+    window: int,
+    seed: int,
+    prefix: Sequence[int] = (),
+) -> list[Question]:
+    """Asks for pass keys of five digits in texts that nothing was trained on.
+
+    Args:
+      tokenizer: of the model.
+      haystack: tokens of the texts.
+      count: questions.
+      length: tokens of each prompt.
+      window: the key ends at least so many tokens before the answer.
+      seed: chooses texts, depths and keys.
+      prefix: tokens that every prompt begins with.
+
+    Raises:
+      ValueError: if prompts of this length cannot hide a key outside of the window.
+    """
+
+    def ask(number: int) -> Question:
+        # Streams of three numbers: none of them makes a training row.
+        rng = np.random.default_rng([seed, number, 1])
+        probe = _passkey(str(rng.integers(10_000, 100_000)))
+        encode = functools.partial(_encode, tokenizer)
+        prompt = _hide(probe, encode, haystack, rng, length=length, window=window, prefix=prefix)
+        return Question(
+            prompt, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip()
+        )
+
+    return [ask(number) for number in range(count)]
+
+
+def _encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> Int[np.ndarray, " L"]:
+    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _hide(
     probe: Probe,
-    encode: Callable[[str], np.ndarray],
-    haystack: np.ndarray,
+    encode: Callable[[str], Int[np.ndarray, " L"]],
+    haystack: Int[np.ndarray, " L"],
     rng: np.random.Generator,
+    *,
     length: int,
     window: int,
     prefix: Sequence[int],
-    weight: float,
-) -> Example:
+) -> Int[np.ndarray, " T"]:
+    """A prompt of `length` tokens: text, what it hides, and the question."""
     start, question = np.asarray(prefix, np.int32), encode(probe.question)
-    answer, hidden = encode(probe.answer), [encode(sentence) for sentence in probe.hidden]
-    needed = len(start) + len(question) + len(answer) + sum(map(len, hidden))
+    hidden = [encode(sentence) for sentence in probe.hidden]
+    needed = len(start) + len(question) + sum(map(len, hidden))
     room = length - needed
     # Text between the first sentence and the question, at least.
     apart = max(window + _MARGIN - len(question), 0)
     if room < apart:
         raise ValueError(
             f"recall rows of {length} tokens cannot hide {needed} tokens behind a window of "
-            f"{window}: raise --data.sequence-length to {needed + apart} or more."
+            f"{window}: raise --data.sequence-length to {needed + apart + _LONGEST_ANSWER} or more."
         )
     first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
     text = np.resize(haystack[first:], room)
@@ -180,11 +217,15 @@ def _hide(
     for place, which in places:
         parts += [text[done:place], hidden[which]]
         done = place
-    parts += [text[done:], question, answer]
-    tokens = np.concatenate(parts)
-    weights = np.zeros(length, np.float32)
-    weights[length - len(answer) :] = weight * length / len(answer)
-    return Example(tokens, weights)
+    return np.concatenate([*parts, text[done:], question])
+
+
+def _passkey(key: str) -> Probe:
+    return Probe(
+        (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
+        "\nWhat is the pass key? The pass key is",
+        f" {key}",
+    )
 
 
 def _number(rng: np.random.Generator) -> str:

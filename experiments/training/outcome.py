@@ -2,15 +2,17 @@
 
 import json
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from convert.files import atomic_file
 from experiments.training.evaluation import HeldOut, recovered_gap
 from experiments.training.pictures import plot_memory, plot_stages
+from experiments.training.questions import Answers
 from experiments.training.run import Run
 from tptt_jax import CausalLM
 
@@ -25,20 +27,23 @@ _LABELS: dict[State, str] = {
 }
 
 
+class _Measured(NamedTuple):
+    held_out: HeldOut
+    answers: Answers | None
+
+
 class Outcome:
     """Measurements of a run, kept in `evaluation.json` so that a resumed run repeats none."""
 
     def __init__(self, run: Run) -> None:
         """Reads what earlier calls have measured."""
         self._run = run
+        self._questions = run.questions()
         self._file = run.config.output / "evaluation.json"
-        self._found: dict[State, HeldOut] = {}
+        self._found: dict[State, _Measured] = {}
         if self._file.is_file():
             saved = json.loads(self._file.read_text(encoding="utf-8"))
-            self._found = {
-                name: HeldOut(np.array(part["nats"]), np.array(part["counts"]))
-                for name, part in saved.items()
-            }
+            self._found = {name: _from_json(part) for name, part in saved.items()}
 
     def measure(self, state: State, model: CausalLM, *, use_memory: bool = True) -> None:
         """Measures a model on what is held out, unless an earlier call has done it."""
@@ -47,35 +52,44 @@ class Outcome:
         held_out = self._run.held_out(model, use_memory=use_memory)
         if held_out is None:
             return
-        self._found[state] = held_out
+        answers = None
+        if self._questions is not None and state in self._questioned:
+            answers = self._questions.ask(model, use_memory=use_memory)
+        self._found[state] = _Measured(held_out, answers)
         with atomic_file(self._file) as path:
-            path.write_text(
-                json.dumps(
-                    {
-                        name: {"nats": part.nats.tolist(), "counts": part.counts.tolist()}
-                        for name, part in self._found.items()
-                    }
-                ),
-                encoding="utf-8",
-            )
+            saved = {name: _to_json(part) for name, part in self._found.items()}
+            path.write_text(json.dumps(saved), encoding="utf-8")
+
+    @property
+    def _questioned(self) -> tuple[State, State, State]:
+        """The base model, and the memory off and on at the end of the run."""
+        if self._run.steps:
+            return ("before", "memory_off", "after")
+        return ("before", "window", "fitted")
 
     def report(self) -> dict[str, Any]:
         """What --json prints of it: perplexities, and shares of the window's loss recovered."""
         names: dict[State, str] = {"before": "perplexity_before", "after": "perplexity_after"}
         result: dict[str, Any] = {
-            names.get(state, f"perplexity_{state}"): held_out.perplexity
-            for state, held_out in self._found.items()
+            names.get(state, f"perplexity_{state}"): found.held_out.perplexity
+            for state, found in self._found.items()
         }
         for state in ("fitted", "after"):
             gap = self._recovered(state)
             if gap is not None:
                 result[f"recovered_gap_{state}"] = gap
+        for state, (_, answers) in self._found.items():
+            if answers is not None:
+                asked = len(answers.texts)
+                result[f"passkeys_{state}"] = {"right": answers.right, "asked": asked}
         return result
 
     def print(self, console: Console) -> None:
         """Shows the table, and the commands that go on from here."""
         if self._found:
             console.print(self._table())
+        if any(found.answers is not None for found in self._found.values()):
+            console.print(self._answers_table())
         output = self._run.config.output
         console.print(
             f"\nmetrics, plots and checkpoints are in {output}; next:\n"
@@ -88,11 +102,11 @@ class Outcome:
         """Draws the stages of the run, and perplexity by position."""
         config = self._run.config
         title = f"{config.model} on {config.data.path}"
-        losses = {state: held_out.loss for state, held_out in self._found.items()}
+        losses = {state: found.held_out.loss for state, found in self._found.items()}
         plot_stages(
             config.output, title=title, before=losses.get("before"), after=losses.get("after")
         )
-        lines = {_LABELS[state]: held_out.curve() for state, held_out in self._found.items()}
+        lines = {_LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
         if self._run.window is not None and lines:
             png = config.output / "memory.png"
             plot_memory(png, lines, window=self._run.window, title=title)
@@ -105,7 +119,7 @@ class Outcome:
         if window is not None:
             table.add_column(f"beyond the window of {window}", justify="right")
             table.add_column("of the window's loss recovered", justify="right")
-        for state, held_out in self._found.items():
+        for state, (held_out, _) in self._found.items():
             cells = [_LABELS[state], f"{held_out.perplexity:.2f}"]
             if window is not None:
                 beyond = held_out.loss_between(window, len(held_out.nats))
@@ -121,4 +135,35 @@ class Outcome:
         found = self._found
         if not {"before", "window", state} <= found.keys():
             return None
-        return recovered_gap(*(found[name].loss for name in ("before", "window", state)))
+        return recovered_gap(*(found[name].held_out.loss for name in ("before", "window", state)))
+
+    def _answers_table(self) -> Table:
+        assert self._questions is not None
+        asked = self._questions.asked
+        first, count = asked[0], len(asked)
+        table = Table(
+            title=f"Pass keys beyond the window of {self._run.window}, in {len(first.prompt)} "
+            f"tokens of held-out text. The first text hides: {escape(first.hidden)}",
+            title_justify="left",
+        )
+        table.add_column(first.question)
+        table.add_column("answer to the first", justify="right")
+        table.add_column(f"right, of {count}", justify="right")
+        labels = _LABELS | {"window": "memory off", "fitted": "memory on"}
+        labels |= {"memory_off": "memory off", "after": "memory on"}
+        for state, (_, answers) in self._found.items():
+            if answers is not None:
+                table.add_row(labels[state], escape(answers.texts[0]), str(answers.right))
+        return table
+
+
+def _to_json(measured: _Measured) -> dict[str, Any]:
+    held_out, answers = measured
+    part: dict[str, Any] = {"nats": held_out.nats.tolist(), "counts": held_out.counts.tolist()}
+    return part if answers is None else part | {"answers": answers._asdict()}
+
+
+def _from_json(part: dict[str, Any]) -> _Measured:
+    held_out = HeldOut(np.array(part["nats"]), np.array(part["counts"]))
+    answers = part.get("answers")
+    return _Measured(held_out, None if answers is None else Answers(**answers))

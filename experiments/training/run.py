@@ -20,6 +20,7 @@ from experiments.packing import TokenBatch, TokenBatchSource
 from experiments.report import StepRecord
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fitting import Fitting
+from experiments.training.questions import Questions
 from experiments.training.stage import Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
@@ -214,6 +215,19 @@ class Run:
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)
+
+    def questions(self) -> Questions | None:
+        """Questions about what stands beyond the window; None where nothing teaches to answer."""
+        source, window = self.data.eval, self.window
+        if not self.config.data.recall or source is None or window is None:
+            return None
+        return Questions(
+            self.tokenizer,
+            source.tokens[source.segment_ids != 0],
+            length=self.config.data.sequence_length,
+            window=window,
+            seed=self.config.seed,
+        )
 
     def put(self, batch: TokenBatch) -> Batch:
         """Moves a batch to the devices."""

@@ -1,0 +1,65 @@
+"""Questions about what stands beyond the window, asked with the memory on and off."""
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from experiments.recall_rows import Question, passkey_questions
+from tptt_jax import CausalLM, generate
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+_COUNT = 8
+_ANSWER_TOKENS = 8
+
+
+class Answers(NamedTuple):
+    """What a model has answered to the questions of a run.
+
+    Attributes:
+      texts: one for each question, without blanks around it.
+      right: how many of them begin with what was asked for.
+    """
+
+    texts: list[str]
+    right: int
+
+
+class Questions:
+    """Pass keys hidden in held-out text, further back than the window reaches."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        haystack: Int[np.ndarray, " L"],
+        *,
+        length: int,
+        window: int,
+        seed: int,
+    ) -> None:
+        """Hides a key in each of eight texts of `length` tokens out of `haystack`."""
+        self._tokenizer = tokenizer
+        self.asked: list[Question] = passkey_questions(
+            tokenizer, haystack, _COUNT, length=length, window=window, seed=seed
+        )
+
+    def ask(self, model: CausalLM, *, use_memory: bool = True) -> Answers:
+        """Asks a model, which answers greedily."""
+        prompts = np.stack([question.prompt for question in self.asked])
+        result = generate(model, prompts, _ANSWER_TOKENS, use_memory=use_memory)
+        rows = zip(np.asarray(result.tokens), np.asarray(result.lengths), strict=True)
+        texts = [self._decode(row[:length]) for row, length in rows]
+        return Answers(texts, self._right(texts))
+
+    def _decode(self, tokens: Int[np.ndarray, " L"]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+    def _right(self, texts: list[str]) -> int:
+        numbers = (re.match(r"\d*", text) for text in texts)
+        return sum(
+            number is not None and number.group() == question.answer
+            for number, question in zip(numbers, self.asked, strict=True)
+        )
