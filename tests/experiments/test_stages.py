@@ -1,0 +1,349 @@
+"""The stages of a run in this process: fitted, distilled, trained, stopped in the middle."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from convert import load_pretrained
+from experiments.arguments import FinetuneConfig
+from experiments.data import DataConfig
+from experiments.finetune import finetune
+from experiments.metrics import read_metrics
+from experiments.packing import Example, pack_examples
+from experiments.report import TrainingProgress
+from experiments.training import fitting, run
+from experiments.training.evaluation import HeldOut, evaluate_held_out, recovered_gap
+from experiments.training.fit_config import FitConfig
+from experiments.training.outcome import Outcome
+from experiments.training.run import Run
+from experiments.training.windows import WindowRange
+from tests.contracts import random_tokens
+from tptt_jax import CausalLM, LizaConfig, ModelConfig
+from tptt_jax.decoder import is_memory
+from tptt_jax.training.checkpoint import restore_trainable
+from tptt_jax.training.fit import FitMetrics
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import Batch, StepMetrics
+
+FIT = FitConfig(steps=12, distill_steps=6, length=64, learning_rate=0.01)
+STEP_MAKERS = [(fitting, "make_fit_step"), (fitting, "make_train_step"), (run, "make_train_step")]
+STATES = ["before", "window", "fitted", "after", "memory_off"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    """Runs of the same settings share their compiled steps; tracing takes longest by far."""
+    made = {}
+
+    def shared(make):
+        def remembered(partition, optimizer, **options):
+            settings = (make.__module__, make.__name__, *partition.template, *options.items())
+            return made.setdefault(settings, make(partition, optimizer, **options))
+
+        return remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in STEP_MAKERS:
+            patch.setattr(module, name, shared(getattr(module, name)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir, tmp_path_factory):
+    """Two rows to fit on, the same in every step, so that what is left of the gap must fall."""
+    text = tmp_path_factory.mktemp("text") / "fit.txt"
+    words = np.random.default_rng(0).choice(["a state", "is read", "with", "two", "keys"], 200)
+    text.write_text(" ".join(words)[:500])
+    return FinetuneConfig(
+        model=str(tiny_model_dir),
+        data=DataConfig(sequence_length=64, eval_tokens=150),
+        liza=LizaConfig(softmax_window=8, softmax_sinks=2),
+        fit=replace(FIT, data=str(text)),
+        steps=3,
+        learning_rate=1e-2,
+        checkpoint_every=100,
+        sample_tokens=0,
+    )
+
+
+def printed_run(config: FinetuneConfig) -> tuple[dict, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        report = finetune(config)
+    return report, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """A run that nobody disturbed, its report and what it printed."""
+    config = replace(config, output=tmp_path_factory.mktemp("runs") / "whole")
+    return config, *printed_run(config)
+
+
+def losses(output: Path) -> dict[str, list[float]]:
+    files = {name: output / name / "metrics.jsonl" for name in ("transfer", "distill", ".")}
+    return {
+        name: [record.loss for record in read_metrics(file)] if file.exists() else []
+        for name, file in files.items()
+    }
+
+
+def values(model: CausalLM) -> dict[tuple, np.ndarray]:
+    return {
+        path: np.asarray(variable.get_value())
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+        if not jnp.issubdtype(variable.get_value().dtype, jax.dtypes.prng_key)
+    }
+
+
+def trained(config: FinetuneConfig) -> dict[str, np.ndarray]:
+    model = load_pretrained(config.model, config.memory, config.adapters)
+    restore_trainable(config.output, model)
+    return split_trainable(model, config.train)[1]
+
+
+def test_every_stage_does_what_it_is_for(whole):
+    config, report, _ = whole
+    found = losses(config.output)
+    assert {name: len(each) for name, each in found.items()} == {
+        **{"transfer": 12, "distill": 6, ".": 3}
+    }
+    assert found["transfer"][-1] < 0.8 * found["transfer"][0]
+    assert found["distill"][-1] < found["distill"][0]
+    gaps = [record.gap_left for record in read_metrics(config.output / "transfer/metrics.jsonl")]
+    assert all(gap is not None and len(gap) == ModelConfig.tiny().num_layers for gap in gaps)
+    assert report["perplexity_after"] < report["perplexity_fitted"]
+
+
+def test_the_measurements_are_kept_and_shown(whole):
+    config, report, stdout = whole
+    saved = json.loads((config.output / "evaluation.json").read_text())
+    assert list(saved) == STATES
+    measured = {
+        name: HeldOut(np.array(s["nats"]), np.array(s["counts"])) for name, s in saved.items()
+    }
+    for name, found in measured.items():
+        assert report[f"perplexity_{name}"] == pytest.approx(found.perplexity)
+        assert found.counts.sum() == config.data.eval_tokens
+        assert f"{found.perplexity:.2f}" in stdout
+    loss = {name: found.loss for name, found in measured.items()}
+    for name in ("fitted", "after"):
+        expected = recovered_gap(loss["before"], loss["window"], loss[name])
+        assert report.get(f"recovered_gap_{name}") == expected
+    # A window changes nothing for the tokens that still see everything.
+    seen = slice(0, config.liza.softmax_window + 1)
+    for name in ("window", "fitted"):
+        np.testing.assert_allclose(
+            measured[name].nats[seen], measured["before"].nats[seen], rtol=1e-4
+        )
+    assert not np.allclose(measured["window"].nats, measured["before"].nats, rtol=1e-4)
+
+
+def test_fitting_changes_the_memory_alone(config, tmp_path):
+    job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
+    before = values(job.model)
+    job.fit()
+    of_memory = nnx.to_flat_state(nnx.split(job.model, is_memory, ...)[1])
+    memory = {path for path, _ in of_memory}
+    changed = {path for path, new in values(job.model).items() if (new != before[path]).any()}
+    assert changed
+    assert changed <= memory
+    assert memory - changed <= {path for path in memory if path[-1] == "dropout"}
+
+
+def stop_at(title: str, step: int, monkeypatch) -> None:
+    """As if Ctrl-C were pressed during a step."""
+    update = TrainingProgress.update
+
+    def pressing(self, record):
+        if (self._title, record.step) == (title, step):
+            os.kill(os.getpid(), signal.SIGINT)
+        update(self, record)
+
+    monkeypatch.setattr(TrainingProgress, "update", pressing)
+
+
+@pytest.fixture(scope="module")
+def fitted(config, whole, tmp_path_factory):
+    """The same run without its last stage."""
+    only = replace(config, output=tmp_path_factory.mktemp("runs") / "fitted", steps=0)
+    return only, *printed_run(only)
+
+
+@pytest.mark.parametrize(
+    ("title", "step"),
+    [("attention transfer", 5), ("attention transfer", 12), ("distillation", 2)],
+    ids=["within the transfer", "after the transfer", "within the distillation"],
+)
+def test_a_fit_resumes_where_it_was_stopped(title, step, fitted, tmp_path, monkeypatch):
+    config, report, _ = fitted
+    stopped = replace(config, output=tmp_path / "run")
+    monkeypatch.setattr(Outcome, "plot", lambda self: None)
+    with monkeypatch.context() as patch:
+        stop_at(title, step, patch)
+        with pytest.raises(KeyboardInterrupt):
+            printed_run(stopped)
+    assert "fitted" not in json.loads((stopped.output / "evaluation.json").read_text())
+    again, stdout = printed_run(stopped)
+    assert f"{title}: resuming after {step} of" in stdout
+    assert losses(stopped.output) == losses(config.output)
+    assert again["perplexity_fitted"] == report["perplexity_fitted"]
+    first, second = trained(config), trained(stopped)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_run_repeats_nothing(whole):
+    config, report, _ = whole
+    before = (config.output / "evaluation.json").read_bytes()
+    again, _ = printed_run(config)
+    assert "fit_seconds" not in again
+    assert again["resumed_at"] == 3
+    assert again["perplexity_after"] == report["perplexity_after"]
+    assert (config.output / "evaluation.json").read_bytes() == before
+
+
+def test_a_run_may_only_fit(fitted, whole):
+    """What later commands load is then the memory as it was fitted."""
+    config, report, stdout = fitted
+    assert report["perplexity_fitted"] == whole[1]["perplexity_fitted"]
+    assert list(json.loads((config.output / "evaluation.json").read_text())) == STATES[:3]
+    assert "after training" not in stdout
+    loaded = load_pretrained(config.output)
+    tokens = random_tokens((1, 40), vocab_size=loaded.config.vocab_size)
+    again = load_pretrained(config.model, config.memory, config.adapters)
+    without = again(tokens).logits
+    restore_trainable(config.output, again)
+    np.testing.assert_array_equal(loaded(tokens).logits, again(tokens).logits)
+    assert not np.allclose(loaded(tokens).logits, without, atol=1e-3)
+
+
+def test_a_window_alone_has_no_memory_to_fit(whole, tmp_path):
+    config, report, _ = whole
+    alone = replace(config, output=tmp_path / "run", no_liza=True, steps=1)
+    found, stdout = printed_run(alone)
+    saved = json.loads((alone.output / "evaluation.json").read_text())
+    assert list(saved) == ["before", "window", "after"]
+    assert found["perplexity_window"] == pytest.approx(report["perplexity_window"], rel=1e-4)
+    assert "fit_seconds" not in found
+    assert not (alone.output / "transfer").exists()
+    assert "memory is idle" not in stdout
+    assert not any(".memory." in name or ".mag." in name for name in trained(alone))
+
+
+@pytest.mark.parametrize("no_liza", [False, True])
+def test_an_idle_memory_is_said_in_one_line(no_liza, config, tmp_path):
+    out = io.StringIO()
+    idle = replace(config, output=tmp_path / "run", liza=LizaConfig(), no_liza=no_liza)
+    job = Run.prepare(idle, Console(file=out, soft_wrap=True))
+    notices = [line for line in out.getvalue().splitlines() if "the memory is idle" in line]
+    assert len(notices) == (0 if no_liza else 1)
+    assert all("--liza.softmax-window" in line and "--no-liza" in line for line in notices)
+    assert job.fit_rows is None
+
+
+def test_rows_to_fit_on_that_stay_in_the_window(config, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "short"}\n' * 40)
+    fit = replace(config.fit, data=str(lines))
+    short = replace(config, output=tmp_path / "run", fit=fit)
+    job = Run.prepare(short, Console(file=io.StringIO()))
+    with pytest.raises(ValueError, match="no token leaves the window"):
+        job.fit()
+
+
+def test_rows_to_fit_on_come_from_their_own_text(config, tmp_path):
+    job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
+    assert job.fit_rows is not None
+    text = "".join(job.tokenizer.batch_decode(job.fit_rows.tokens, skip_special_tokens=True))
+    assert Path(config.fit.data).read_text().startswith(text.strip()[:100]) is False
+    assert text.strip() in Path(config.fit.data).read_text()
+    assert job.fit_rows.loss_mask.any(axis=1).all()
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "trained", "expected"),
+    [(None, 8, 64, 256), (None, 32, 64, 512), (None, 512, 64, 1024), (None, 8, 2048, 2048)],
+)
+def test_how_long_rows_to_fit_on_are(length, window, trained, expected):
+    assert FitConfig(length=length).row_length(window, trained) == expected
+    assert FitConfig(length=window + 1).row_length(window, trained) == window + 1
+
+
+def test_windows_are_drawn_between_their_bounds():
+    windows = WindowRange.checked((4, 64), 64)
+    assert windows is not None
+    drawn = [int(windows.draw(0, "train", step)) for step in range(600)]
+    assert (min(drawn), max(drawn)) == (4, 64)
+    # As many below the geometric mean as above it.
+    assert 250 < sum(window < 16 for window in drawn) < 350
+    assert drawn == [int(windows.draw(0, "train", step)) for step in range(600)]
+    for other in ((1, "train"), (0, "distill")):
+        assert drawn[:20] != [int(windows.draw(*other, step)) for step in range(20)]
+
+
+@pytest.mark.parametrize("bounds", [None, (2, 8)], ids=["one window", "a range"])
+def test_every_stage_draws_its_windows(bounds, config, tmp_path, monkeypatch):
+    seen = []
+
+    def made(partition, optimizer, **options):
+        gap_left = jnp.ones(3)
+        metrics = FitMetrics(gap_left) if not options else StepMetrics(*jnp.ones(6))
+
+        def step(state, frozen, *inputs):
+            seen.append(inputs[-1])
+            return state, metrics
+
+        return step
+
+    for module, name in STEP_MAKERS:
+        monkeypatch.setattr(module, name, made)
+    monkeypatch.setattr(Outcome, "plot", lambda self: None)
+    data = replace(config.data, eval_tokens=0)
+    printed_run(replace(config, output=tmp_path / "run", window_range=bounds, data=data))
+    assert len(seen) == 12 + 6 + 3
+    if bounds is None:
+        assert seen == [None] * len(seen)
+        return
+    for windows in (seen[:12], seen[12:18], seen[18:]):
+        assert all(bounds[0] <= window <= bounds[1] for window in windows)
+        assert len(set(map(int, windows))) > 1
+
+
+def test_held_out_losses_by_place():
+    model = CausalLM(ModelConfig.tiny(num_layers=1), rngs=nnx.Rngs(0))
+    lengths = (9, 7, 12, 3)
+    examples = [Example(random_tokens((n,), n), np.arange(n) > (n == 12) * 4) for n in lengths]
+    source = pack_examples(examples, 16)
+    found = evaluate_held_out(
+        model, source, lambda rows: Batch(*map(jnp.asarray, rows)), batch_size=2
+    )
+    nats, counts = np.zeros(16), np.zeros(16)
+    for tokens, ids, mask in zip(source.tokens, source.segment_ids, source.loss_mask, strict=True):
+        for document in set(ids.tolist()) - {0}:
+            places = np.flatnonzero(ids == document)
+            logits = model(jnp.asarray(tokens[None, places])).logits[0].astype(jnp.float32)
+            lost = -np.asarray(jax.nn.log_softmax(logits))
+            for t in range(1, len(places)):
+                if mask[places[t]]:
+                    nats[places[t]] += lost[t - 1, tokens[places[t]]]
+                    counts[places[t]] += 1
+    np.testing.assert_array_equal(found.counts, counts)
+    np.testing.assert_allclose(found.nats, nats, rtol=1e-4)
+    assert found.loss == pytest.approx(nats.sum() / counts.sum(), rel=1e-4)
+
+
+def test_what_a_fit_recovers_is_measured_in_nats():
+    assert recovered_gap(1.0, 3.0, 1.5) == pytest.approx(0.75)
+    assert recovered_gap(1.0, 1.0, 2.0) is None
+    assert recovered_gap(2.0, 1.0, 1.0) is None
