@@ -101,6 +101,7 @@ def _read_liza(fields: Fields) -> LizaConfig:
     scaled = fields.boolean("base_scale_attn", False)
     try:
         return LizaConfig(
+            writes="all",
             operator="tptt_reference",
             **_read_recurrence(fields),
             mag="scheduled",

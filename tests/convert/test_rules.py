@@ -66,11 +66,13 @@ RULES = (
         ("layers.{layer}.q.kernel", "layers.{layer}.k.kernel"),
         split(axis=0).then(TRANSPOSE),
     ),
+    Rule("h.{layer}.gate", "layers.{layer}.memory.gate"),
     Rule("head", "lm_head.kernel", TRANSPOSE),
 )
 # Layers 0..3 in one stack, layer 4 alone.
 PARAMETERS = {
     "embed.embedding": (7, 3),
+    "stacks.0.memory.gate": (2, 6),
     **{
         f"stacks.{stack}.{name}": (repeats, *shape)
         for stack, repeats in ((0, 4), (1, 1))
@@ -83,7 +85,10 @@ PARAMETERS = {
 }
 
 
-def locate(layer):
+def locate(layer, target):
+    """Layers 1 and 3 have a memory, which lies beside those of other layers without gaps."""
+    if ".memory." in target:
+        return {1: (0, 0), 3: (0, 1)}.get(layer)
     return (1, 0) if layer == 4 else (0, layer)
 
 
@@ -92,6 +97,7 @@ def stored_tensors():
     for layer in range(5):
         shapes[f"h.{layer}.up.weight"] = (5, 3)
         shapes[f"h.{layer}.qk"] = (6, 3)
+    shapes |= {"h.1.gate": (6,), "h.3.gate": (6,)}
     return {name: TensorInfo(shape, "F32", 0) for name, shape in shapes.items()}
 
 
@@ -108,6 +114,8 @@ def test_plan_places_every_layer():
         ("stacks.1.q.kernel", (0,), (3, 4)),
         ("stacks.1.k.kernel", (0,), (3, 2)),
     ]
+    assert places["h.3.gate"] == [("stacks.0.memory.gate", (1,), (6,))]
+    assert "h.2.gate" not in places
     assert "head" not in places
     assert "h.0.up.bias" not in places
 
