@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+from experiments.formats import begin_tokens
 from experiments.recall_rows import Question, passkey_questions
 from tptt_jax import CausalLM, generate
 
@@ -43,7 +44,11 @@ class Questions:
         """Hides a key in each of eight texts of `length` tokens out of `haystack`."""
         self._tokenizer = tokenizer
         self.asked: list[Question] = passkey_questions(
-            tokenizer, haystack, _COUNT, length=length, window=window, seed=seed
+            *(tokenizer, haystack, _COUNT),
+            length=length,
+            window=window,
+            seed=seed,
+            prefix=begin_tokens(tokenizer),
         )
 
     def ask(self, model: CausalLM, *, use_memory: bool = True) -> Answers:
