@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from convert import load_pretrained
-from experiments import finetune as module
 from experiments.arguments import FinetuneConfig, run_configured
 from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.metrics import read_metrics
 from experiments.packing import TokenBatchSource
+from experiments.training import run as module
 from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.description import read_description
 
@@ -58,6 +58,7 @@ def settings(tiny_model_dir):
         *("--model", tiny_model_dir, "--data", "python-docs", "--data.sequence-length", 64),
         *("--data.eval-tokens", 300, "--steps", 8, "--checkpoint-every", 2, "--batch-size", 2),
         *("--sample-tokens", 4, "--learning-rate", 1e-2, "--seed", 3),
+        *("--liza.softmax-window", 8, "--fit-length", 64, "--fit-steps", 4, "--distill-steps", 3),
     ]
 
 
@@ -71,6 +72,10 @@ def finished(settings, tmp_path_factory):
 
 def losses(output):
     return [record.loss for record in read_metrics(output / "metrics.jsonl")]
+
+
+def all_losses(output):
+    return {name: losses(output / name) for name in ("transfer", "distill", ".")}
 
 
 def weights(output, source):
@@ -91,9 +96,10 @@ def test_a_run_leaves_everything_it_promises(finished):
     report = json.loads(stdout.splitlines()[-1])
     assert report["perplexity_after"] < report["perplexity_before"]
     assert report["perplexity_memory_off"] != report["perplexity_after"]
-    assert latest_step(output) == 8
-    assert len(losses(output)) == 8
-    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [latest_step(output / name) for name in ("transfer", "distill", ".")] == [4, 3, 8]
+    assert [len(found) for found in all_losses(output).values()] == [4, 3, 8]
+    for picture in ("loss.png", "fit.png", "memory.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
     assert "--- before ---" in stdout
     assert "--- after ---" in stdout
     assert "python -m experiments.generate --adapter" in stdout
@@ -103,7 +109,7 @@ def test_the_same_seed_gives_the_same_run_bit_for_bit(finished, settings, tiny_m
     output, _ = finished
     config = output / "config.yaml"
     run("experiments.finetune", "--config", config, "--output", tmp_path / "again")
-    assert losses(output) == losses(tmp_path / "again")
+    assert all_losses(output) == all_losses(tmp_path / "again")
     first, second = weights(output, tiny_model_dir), weights(tmp_path / "again", tiny_model_dir)
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -117,8 +123,14 @@ def wait_for_step(output, process, step):
     raise AssertionError(f"no checkpoint {step} appeared")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_disturbed_run_resumes_where_it_was(how, finished, settings, tmp_path, tiny_model_dir):
+@pytest.mark.parametrize(
+    ("how", "stage", "steps"),
+    [(signal.SIGKILL, "transfer", 4), (signal.SIGINT, ".", 8)],
+    ids=["killed while fitting", "interrupted while training"],
+)
+def test_a_disturbed_run_resumes_where_it_was(
+    how, stage, steps, finished, settings, tmp_path, tiny_model_dir
+):
     whole, _ = finished
     output = tmp_path / "run"
     arguments = [*settings, "--output", output]
@@ -128,19 +140,19 @@ def test_a_disturbed_run_resumes_where_it_was(how, finished, settings, tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
-    wait_for_step(output, process, 2)
+    wait_for_step(output / stage, process, 2)
     process.send_signal(how)
     _, stderr = process.communicate(timeout=120)
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert b"Traceback" not in stderr
-    kept = latest_step(output)
+    kept = latest_step(output / stage)
     assert kept is not None
     assert kept >= 2
     done = run("experiments.finetune", *arguments)
-    if kept < 8:
-        assert f"resuming after step {kept} of 8" in done.stdout
-    assert losses(output) == losses(whole)
+    if kept < steps:
+        assert f"resuming after {kept} of {steps}" in done.stdout
+    assert all_losses(output) == all_losses(whole)
     resumed, undisturbed = weights(output, tiny_model_dir), weights(whole, tiny_model_dir)
     assert all(np.array_equal(resumed[name], undisturbed[name]) for name in resumed)
 
@@ -155,6 +167,11 @@ def test_a_disturbed_run_resumes_where_it_was(how, finished, settings, tmp_path,
         (["--liza.operator", "delta_rul"], "operator"),
         (["--steps", "many"], "steps"),
         (["--no-such-flag"], "no-such-flag"),
+        (["--fit-steps", "-1"], "fit: steps must be at least 0, got -1"),
+        (["--fit-length", "8"], "fit: length must be above --liza.softmax-window 8"),
+        (["--fit-data", "/nowhere/fit.txt"], "/nowhere/fit.txt"),
+        (["--window-range", "4", "9"], "--window-range reaches 9, but --liza.softmax-window is 8"),
+        (["--data.recall", "0.5", "--data.sequence-length", "30"], "raise --data.sequence-length"),
     ],
     ids=lambda x: x if isinstance(x, str) else x[0],
 )
@@ -220,9 +237,9 @@ def test_the_next_batch_is_made_while_the_device_works(tiny_model_dir, tmp_path,
     data = DataConfig(path=str(rows), sequence_length=32, packing=False)
     config = {"model": str(tiny_model_dir), "output": tmp_path / "run", "data": data, "steps": 3}
     finetune(FinetuneConfig(**config, sample_tokens=0))
-    assert events[:10] == [
-        *("batch 0", "step", "batch 1", "wait", "step", "batch 2", "wait", "step", "batch 3"),
-        "wait",
+    first = events.index("batch 0")
+    assert events[first : first + 9] == [
+        *("batch 0", "step", "batch 1", "wait", "step", "batch 2", "wait", "step", "wait")
     ]
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     tokens = [record.tokens_per_s * record.seconds for record in records]
@@ -231,11 +248,14 @@ def test_the_next_batch_is_made_while_the_device_works(tiny_model_dir, tmp_path,
 
 
 @pytest.mark.slow
-def test_the_demo_learns_on_real_weights(demo_model_path, tmp_path):
-    """Gemma 3 270M, its tokenizer and the Python language reference, for a few steps."""
-    arguments = ["--steps", 6, "--output", tmp_path / "demo", "--sample-tokens", 0, "--json"]
-    small = ["--data.sequence-length", 128, "--warmup-steps", 0, "--data.eval-tokens", 700]
+def test_the_demo_learns_on_real_weights(smollm_path, tmp_path):
+    """SmolLM2 135M, its tokenizer and the Python language reference, for a few steps."""
+    arguments = ["--steps", 2, "--output", tmp_path / "demo", "--sample-tokens", 0, "--json"]
+    small = ["--fit-steps", 8, "--distill-steps", 4, "--fit-length", 256, "--fit-batch-size", 1]
+    small += ["--data.sequence-length", 256, "--data.eval-tokens", 600, "--batch-size", 1]
     done = run("experiments.finetune", *arguments, *small, timeout=580)
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["perplexity_before"] < 25
-    assert report["perplexity_after"] < report["perplexity_before"]
+    assert report["perplexity_fitted"] < report["perplexity_window"]
+    assert report["perplexity_after"] < report["perplexity_window"]
+    assert report["recovered_gap_fitted"] > 0
