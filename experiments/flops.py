@@ -107,7 +107,7 @@ def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig
                 total += 2.0 * lora.rank * (rows + columns)
     return total + sum(
         _memory_delta_flops(config.of_layer(layer), liza)
-        for layer in memory_layers(config, liza)
+        for layer in _running_layers(config, liza)
         if liza is not None
     )
 
@@ -165,7 +165,7 @@ def _visible_pairs(tokens: int, window: int | None, sinks: int) -> float:
 
 def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> float:
     """The memory's operator over tokens read together, in all layers."""
-    if liza is None or tokens == 0 or not runs_memory(config, liza):
+    if liza is None or tokens == 0:
         return 0.0
     exact = liza.recurrence.state_activation != "none"
     return sum(
@@ -177,8 +177,13 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
             householder=liza.recurrence.num_householder,
             chunk_size=plan_chunks(tokens, liza.chunk_size, exact=exact).chunk_size,
         )
-        for heads, kv_heads, _ in map(config.layer_sizes, memory_layers(config, liza))
+        for heads, kv_heads, _ in map(config.layer_sizes, _running_layers(config, liza))
     )
+
+
+def _running_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
+    """The layers whose memory does anything at all."""
+    return memory_layers(config, liza) if runs_memory(config, liza) else ()
 
 
 def training_flops(
@@ -197,7 +202,7 @@ def training_flops(
     "projections" counts q, k, v and o as trained.
     """
     weights, head = weights_flops(config, liza), head_flops(config)
-    trained = {"lora": 0.0, "full": weights + head, "projections": 0.0}[mode]
+    trained = weights + head if mode == "full" else 0.0
     if mode == "projections":
         trained = sum(
             2.0 * rows * columns
@@ -221,7 +226,7 @@ def decoding_flops(
     per_row += tokens * head_flops(config) + attention_flops(config, liza, prompt + tokens)
     per_row += memory_flops(config, liza, prompt)
     if liza is not None:
-        for heads, kv_heads, _ in map(config.layer_sizes, memory_layers(config, liza)):
+        for heads, kv_heads, _ in map(config.layer_sizes, _running_layers(config, liza)):
             step = step_flops(
                 heads=heads,
                 kv_heads=kv_heads,

@@ -69,9 +69,12 @@ def test_step():
 
 MEMORIES = {
     "base": None,
-    "titan": LizaConfig(writes="all"),
+    "evicted": LizaConfig(softmax_window=16, memory_rank=64),
+    "idle": LizaConfig(),
+    "window alone": LizaConfig(writes="none", softmax_window=16),
+    "every token": LizaConfig(writes="all"),
     "one step": LizaConfig(writes="all", operator="delta_rule"),
-    "window": LizaConfig(writes="all", softmax_window=16),
+    "every token, window": LizaConfig(writes="all", softmax_window=16),
     "no softmax": LizaConfig(writes="all", softmax=False),
     "own deltas": LizaConfig(writes="all", memory_rank=64),
     "cross gate": LizaConfig(writes="all", cross_gate=True),
@@ -93,8 +96,12 @@ def test_forward_pass(liza):
     assert_within(xla, B * (T * per_token + per_row), 1.08)
 
 
-@pytest.mark.parametrize("liza", [None, LizaConfig(writes="all")], ids=["base", "titan"])
-@pytest.mark.parametrize("mode", ["lora", "projections", "full"])
+TRAINED = [(None, "lora"), (None, "projections"), (None, "full")]
+TRAINED += [(LizaConfig(softmax_window=16), mode) for mode in ("lora", "full", "memory")]
+TRAINED += [(LizaConfig(writes="all"), mode) for mode in ("lora", "projections")]
+
+
+@pytest.mark.parametrize(("liza", "mode"), TRAINED, ids=lambda x: getattr(x, "writes", str(x)))
 def test_training_step(liza, mode):
     lora = LoraConfig(dropout=0.0) if mode == "lora" else None
     model = CausalLM(CONFIG, liza, lora, rngs=nnx.Rngs(0))
@@ -142,7 +149,7 @@ def test_attention_counts_what_queries_see(window, sinks, first):
     tokens = 33
     liza = None
     if window is not None:
-        liza = LizaConfig(writes="all", softmax_window=window, softmax_sinks=sinks)
+        liza = LizaConfig(softmax_window=window, softmax_sinks=sinks)
     query, key = np.arange(first, first + tokens)[:, None], np.arange(first + tokens)
     seen = key <= query
     if window is not None:
@@ -157,14 +164,17 @@ def test_sliding_layers_keep_their_window():
     part = functools.partial(flops.attention_flops, tokens=200)
     one_full = part(ModelConfig.tiny(num_layers=1), None)
     assert part(config, None) < 2.2 * one_full
-    assert part(config, LizaConfig(writes="all", softmax_window=16)) < 0.5 * one_full
+    assert part(config, LizaConfig(softmax_window=16)) < 0.5 * one_full
 
 
 def test_decoding_adds_up():
-    config, liza = ModelConfig.tiny(), LizaConfig(writes="all")
+    config, liza = ModelConfig.tiny(), LizaConfig(softmax_window=4)
     count = functools.partial(flops.decoding_flops, config, liza)
     whole = count(batch=3, prompt=6, tokens=10)
     assert whole == 3 * count(batch=1, prompt=6, tokens=10)
+    # An idle memory costs nothing.
+    idle = flops.decoding_flops(config, LizaConfig(), batch=1, prompt=6, tokens=10)
+    assert idle == flops.decoding_flops(config, None, batch=1, prompt=6, tokens=10)
     # Without a memory a token decoded is a token read, but for its logits.
     read = flops.decoding_flops(config, None, batch=1, prompt=16, tokens=0)
     decoded = flops.decoding_flops(config, None, batch=1, prompt=6, tokens=10)
