@@ -74,7 +74,8 @@ class TrainWork(ModelChoice):
     window: int | None = 64
     """Tokens that softmax attention sees; None: all, and a memory of evicted tokens is idle."""
     train: TrainMode = "lora"
-    """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all."""
+    """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all;
+    "memory": the memory alone."""
     remat: Remat = "none"
     """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
     but products with weights; "full": whole layers."""
@@ -165,6 +166,9 @@ def _operator(work: OpWork) -> Job:
 
 def _training(work: TrainWork) -> Job:
     liza = work.memory(work.window)
+    if work.train == "memory":
+        # The window alone has nothing to train.
+        return _training_job(work, liza)
     return _with_control(liza, lambda liza: _training_job(work, liza))
 
 

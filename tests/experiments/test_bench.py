@@ -13,8 +13,10 @@ from flax import nnx
 from convert.command_line import run_command
 from experiments import bench_context, bench_gpu
 from experiments.baseline import compare
-from experiments.bench import COMMANDS
+from experiments.bench import COMMANDS, DecodeWork
+from experiments.bench import _decoding as prepare_decoding
 from experiments.random_models import SHAPES, ModelChoice
+from experiments.timing import Job, Timing, measure
 from tests.parity import fla_operator
 from tptt_jax import LizaConfig, LoraConfig
 from tptt_jax.ops import delta_product_choice, kernel_trial
@@ -56,6 +58,9 @@ COMMAND_LINES = {
     "op": (f"{OP} --batch 2", 80),
     "op, all options": (f"{OP} --kv-heads 1 --decay --grad --dtype bfloat16", 40),
     "train": (f"train --batch 2 --tokens 12 {TINY}", 24),
+    "train, memory": (
+        *("train --tokens 12 --train memory --window 4 --random-weights tiny --repeats 1", 24),
+    ),
     "train, full": (f"train --tokens 12 --train full --dtype bfloat16 --remat dots {TINY}", 24),
     "decode": (f"decode --batch 2 --tokens 3 {TINY}", 6),
 }
@@ -94,6 +99,34 @@ def test_fused_attention_beside_the_bounded_one(options, capsys):
     assert result["median_s"].keys() == {"fused", "bounded"}
     half = run(f"attention {sizes} {options}", capsys)
     assert max(half["difference"].values()) < 3e-2
+
+
+@pytest.mark.parametrize("work", ["train --tokens 12", "decode --tokens 3"])
+def test_a_memory_is_timed_beside_its_window_alone(work, capsys):
+    result = run(f"{work} --random-weights tiny --window 4 --repeats 1", capsys)
+    assert result["window_alone_s"] > 0
+    assert result["memory_cost"] == pytest.approx(result["median_s"] / result["window_alone_s"])
+
+
+def test_the_cost_of_a_memory_is_the_median_of_pairs(monkeypatch):
+    """A slow spell that catches one of two runs does not count, nor does the first one."""
+    seconds = iter([9.0, 9.0, 3.0, 2.0, 30.0, 10.0, 4.0, 2.0])
+    monkeypatch.setattr("experiments.timing._seconds", lambda run: (run(), next(seconds))[1])
+    monkeypatch.setattr("experiments.timing.matmul_ceiling", lambda dtype: 1.0)
+    ran = []
+    job = Job(lambda: ran.append("memory"), 8, 1.0, control=lambda: ran.append("window"))
+    result = measure("decode", DecodeWork(random_weights="tiny"), lambda _: job, Timing(repeats=3))
+    assert ran == ["memory", "window"] * 4
+    assert (result["median_s"], result["window_alone_s"], result["memory_cost"]) == (4.0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"no_liza": True}, {"writes": "all"}, {"window": None}], ids=str
+)
+def test_without_a_memory_of_evicted_tokens_there_is_no_control(options):
+    work = DecodeWork(random_weights="tiny", **options)
+    assert prepare_decoding(work).control is None
+    assert prepare_decoding(DecodeWork(random_weights="tiny")).control is not None
 
 
 def test_arithmetic_is_that_of_the_work(capsys):
@@ -198,10 +231,10 @@ def test_bad_input(arguments, message, capsys):
 
 def test_random_weights_are_made_in_their_dtype():
     choice = ModelChoice(random_weights="tiny", dtype="bfloat16")
-    model = choice.load(LizaConfig(writes="all"), LoraConfig())
+    model = choice.load(LizaConfig(softmax_window=5), LoraConfig())
     assert model.config == SHAPES["tiny"]()
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        is_ours = path[-1] in ("a", "b", "logit")
+        is_ours = path[-1] in ("a", "b") or {"mag", "memory"} & set(path)
         assert variable.get_value().dtype == (jnp.float32 if is_ours else jnp.bfloat16), path
 
 

@@ -5,16 +5,22 @@ import pytest
 from experiments.arguments import FinetuneConfig
 from experiments.data import DataConfig
 from experiments.finetune import finetune
+from experiments.training.fit_config import FitConfig
 from tests.compilations import count_compilations
 from tptt_jax import LizaConfig, LoraConfig
 
+FITTED = {
+    "liza": LizaConfig(softmax_window=8),
+    "fit": FitConfig(steps=3, distill_steps=3, length=32),
+    "window_range": (4, 8),
+}
+SCHEDULED = {"liza": LizaConfig(writes="all", mag="scheduled"), "mag_schedule": "gradual"}
+
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"liza": LizaConfig(writes="all", mag="scheduled"), "mag_schedule": "gradual"}],
-    ids=["learned share", "scheduled share"],
+    ("options", "fits"), [(FITTED, 1), (SCHEDULED, 0)], ids=["fitted", "scheduled share"]
 )
-def test_a_run_compiles_its_step_once(options, tiny_model_dir, tmp_path):
+def test_a_run_compiles_its_steps_once(options, fits, tiny_model_dir, tmp_path):
     config = FinetuneConfig(
         model=str(tiny_model_dir),
         output=tmp_path / "run",
@@ -28,7 +34,8 @@ def test_a_run_compiles_its_step_once(options, tiny_model_dir, tmp_path):
     )
     with count_compilations() as counts:
         finetune(config)
-    assert counts["train_step"] == 1
+    assert counts["step"] == fits, "attention transfer, whatever the window"
+    assert counts["train_step"] == fits + 1, "distillation, then training"
     # The base model before training, which another run may have compiled; then the Titan, with
     # its memory and without, however often it is evaluated.
-    assert 2 <= counts["eval_step"] <= 3
+    assert 2 <= counts["losses_by_place"] <= 3

@@ -18,6 +18,7 @@ from tptt_jax.inference import score
 
 LIZA = {
     "base": None,
+    "evicted": LizaConfig(softmax_window=7),
     "window": LizaConfig(writes="all", softmax_window=7, mag_init=0.5),
     "no softmax": LizaConfig(writes="all", softmax=False),
 }

@@ -46,7 +46,7 @@ class WriteGates(nnx.Module):
             self.beta = Affine(width, jnp.zeros(self.steps * num_kv_heads))
         if config.alpha_gate == "projected":
             spread = jnp.linspace(*_DECAY_BIAS, num_kv_heads)
-            self.keep = Affine(width, spread if num_kv_heads > 1 else jnp.full(1, 5.0))
+            self.keep = Affine(width, spread if num_kv_heads > 1 else jnp.full(1, 5.0, jnp.float32))
 
     def __call__(self, joined: Float[Array, "B T Z"]) -> GateLogits:
         """Logits for tokens whose keys and values of all heads lie side by side [B, T, 2 K D]."""
@@ -99,7 +99,7 @@ class MassGate(nnx.Module):
         """Creates w [H, D], zero, a [H], one, and b [H]."""
         self.weight = MagParam(jnp.zeros((num_heads, head_dim)), axes=("heads", "head_dim"))
         self.slope = MagParam(jnp.ones((num_heads,)), axes=("heads",))
-        self.bias = MagParam(jnp.full((num_heads,), _MASS_BIAS), axes=("heads",))
+        self.bias = MagParam(jnp.full((num_heads,), _MASS_BIAS, jnp.float32), axes=("heads",))
 
     def __call__(
         self,
