@@ -375,8 +375,10 @@ def test_the_paper_recipe(project_dir):
 
 def test_the_window_recipe(project_dir):
     config = parse("--config", str(project_dir / "experiments/configs/window.yaml"))
-    assert config.liza == LizaConfig(softmax_window=512)
-    assert config.data.sequence_length > 512
+    window = config.liza.softmax_window
+    assert window is not None
+    assert config.liza == LizaConfig(softmax_window=window)
+    assert config.data.sequence_length > window
 
 
 def test_every_recipe_names_only_what_exists(project_dir):
