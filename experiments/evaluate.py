@@ -1,45 +1,79 @@
-"""``python -m experiments.evaluate``: how good a model is at a task."""
+"""``python -m experiments.evaluate``: how good a model is, and what its memory is worth."""
 
-import itertools
+import dataclasses
 import json
-import math
+import platform
+import shlex
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
+import yaml
+from rich.console import Console
 
 from convert.files import atomic_file
 from experiments.arguments import run_configured
-from experiments.models import load_model
+from experiments.data import DataConfig
+from experiments.evaluation.associative import AssociativeRecall
+from experiments.evaluation.html import Section, write_report
+from experiments.evaluation.needles import NEEDLES, Needles
+from experiments.evaluation.perplexity import Perplexity
+from experiments.evaluation.runner import Findings, Runner
+from experiments.evaluation.store import RowStore
+from experiments.evaluation.task import Summary, Task
+from experiments.evaluation.variants import COLUMNS, MEMORY, Source
 from experiments.process import prepare_process
-from experiments.prompts import document_tokens
-from tptt_jax.inference.score import token_losses
 
-_FIRST_EDGE = 1024
+TaskName = Literal[
+    "perplexity",
+    "passkey",
+    "needle",
+    "needle-single",
+    "needle-multikey",
+    "needle-multivalue",
+    "variable-tracking",
+    "recall",
+]
+Column = Literal["full softmax", "window alone", "window of equal bytes", "memory on"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measures a base model or a fine-tuned one."""
+    """Measures models, each in up to four ways side by side.
 
+    They are full softmax attention, the window alone, a window that is wider by as many bytes as
+    the memory takes, and the memory on.
+    """
+
+    models: tuple[str, ...] = ()
+    """What to measure: runs of experiments.finetune, exported directories, and whatever --model
+    takes. None: what --model and --adapter say."""
     model: str | None = None
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
     a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
     trained on, or smollm2-135m."""
     adapter: Path | None = None
     """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
-    task: Literal["perplexity-by-position"] = "perplexity-by-position"
-    """"perplexity-by-position": of one long text, for tokens up to 1,024, 2,048, 4,096, ...;
-    whatever the model was trained on, it is read from the first token to the last."""
-    data: Path | None = None
-    """UTF-8 text file."""
+    task: tuple[TaskName, ...] = ("perplexity",)
+    """"perplexity": by position, of a text or of the rows of a table that finetune holds out.
+    "passkey": a number hidden in a text. "needle": the four tasks after it, which hide sentences:
+    one, one of several, several for one key, a chain of assignments. "recall": pairs, and their
+    keys again."""
+    data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
-    """How many of its tokens count at most."""
+    """How many tokens of it count at most, for perplexity."""
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    """Tokens of the prompts of all other tasks."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Where things are hidden, from 0, the beginning, to 1, right before the question."""
+    samples: int = 4
+    """Prompts for each length and depth."""
+    columns: tuple[Column, ...] = ()
+    """Which ways to measure; none: all that apply."""
     window: int | None = None
     """Softmax attention sees so many tokens, and the first few. None: what the model was
     trained with."""
@@ -47,87 +81,129 @@ class EvaluateConfig:
     """First tokens that a window goes on seeing. None: what the model was trained with, or 4."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the memory out; a window stays."""
-    output: Path | None = None
-    """File for the result as JSON."""
+    output: Path = Path("runs/evaluate")
+    """Directory for results.json, report.html, a picture for each task, and rows.jsonl, from which
+    an interrupted evaluation goes on."""
+    seed: int = 0
+    """Of what is hidden, and where."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights and activations."""
 
     def __post_init__(self) -> None:
         """Rejects what nothing can be measured with."""
-        if self.data is None:
-            raise ValueError("perplexity-by-position needs a text: give --data FILE.")
-        if self.tokens < 2:
-            raise ValueError(f"tokens must be at least 2, got {self.tokens}.")
+        if self.models and (self.model is not None or self.adapter is not None):
+            raise ValueError("--models names all models: leave --model and --adapter out.")
+        if not self.task:
+            raise ValueError("task must name at least one task, got none.")
+        for name, least, values in (
+            ("tokens", 2, (self.tokens,)),
+            ("samples", 1, (self.samples,)),
+            ("lengths", 2, self.lengths),
+        ):
+            if not values or min(values) < least:
+                raise ValueError(f"{name} must be at least {least}, got {values}.")
+        if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths must lie between 0 and 1, got {self.depths}.")
+
+    @property
+    def sources(self) -> list[Source]:
+        """The models, in order."""
+        if self.models:
+            return [Source.named(name) for name in self.models]
+        return [Source(self.model, self.adapter)]
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks, each once."""
+        names: list[str] = []
+        for name in self.task:
+            names += [n for n in NEEDLES if n != "passkey"] if name == "needle" else [name]
+        return [self._task(name) for name in dict.fromkeys(names)]
+
+    def _task(self, name: str) -> Task:
+        if name == "perplexity":
+            return Perplexity(self.data, self.tokens, self.seed)
+        if name == "recall":
+            return AssociativeRecall(self.lengths, self.samples, self.seed)
+        return Needles(name, self.data, self.lengths, self.depths, self.samples, self.seed)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Loads, measures, prints; returns what --json prints."""
+    """Measures, prints and writes the reports; returns what --json prints."""
     prepare_process()
-    assert config.data is not None
-    model, tokenizer, source = load_model(
-        config.model,
-        config.adapter,
+    console = Console(soft_wrap=True, highlight=False)
+    tasks = config.tasks
+    columns = config.columns or COLUMNS
+    if config.no_liza:
+        columns = tuple(name for name in columns if name != MEMORY)
+    runner = Runner(
+        tasks=tasks,
+        store=RowStore(config.output / "rows.jsonl"),
+        console=console,
+        dtype=jnp.dtype(config.dtype),
         window=config.window,
         sinks=config.sinks,
-        dtype=jnp.dtype(config.dtype),
+        columns=columns,
     )
-    pieces = _first(document_tokens(tokenizer, config.data), config.tokens)
-    use_memory = model.liza is not None and not config.no_liza
-    losses = np.concatenate(list(token_losses(model, pieces, use_memory=use_memory)) or [[]])
-    if not len(losses):
-        raise ValueError(f"{config.data} has fewer than two tokens: nothing can be predicted.")
-    result = {
-        "task": config.task,
-        "model": source,
-        "window": config.window,
-        "memory": use_memory,
-        "tokens": len(losses),
-        "perplexity": _perplexity(losses),
-        "by_position": perplexity_by_position(losses),
-    }
-    for part in result["by_position"]:
-        print(f"{part['from']:>9,} - {part['to']:>9,}: {part['perplexity']:.3f}")
-    if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(config.output) as path:
-            path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    findings = [runner.run(source) for source in config.sources]
+    summaries = {task.name: [_summary(task, found) for found in findings] for task in tasks}
+    for each in summaries.values():
+        for summary in each:
+            console.print(summary.table)
+            if summary.sample:
+                console.print(summary.sample + "\n")
+    result = _result(config, findings, summaries)
+    _write(config, tasks, findings, summaries, result)
+    console.print(f"report, pictures and results are in {config.output}", markup=False)
     return result
 
 
-def perplexity_by_position(losses: np.ndarray) -> list[dict[str, Any]]:
-    """Perplexity between positions 0, 1,024, 2,048, 4,096, ...
-
-    Args:
-      losses: nats of the tokens from position 1 on [L].
-
-    Returns:
-      One entry an interval: from (inclusive), to (exclusive), perplexity.
-    """
-    edges = [0, *itertools.takewhile(lambda e: e <= len(losses), _doubling()), len(losses) + 1]
-    return [
-        {"from": a, "to": b, "perplexity": _perplexity(losses[max(a - 1, 0) : b - 1])}
-        for a, b in itertools.pairwise(edges)
-        if b - 1 > max(a - 1, 0)
-    ]
+def _summary(task: Task, found: Findings) -> Summary:
+    return task.summarize(found.label, found.rows[task.name], found.results[task.name])
 
 
-def _doubling() -> Iterator[int]:
-    edge = _FIRST_EDGE
-    while True:
-        yield edge
-        edge *= 2
+def _result(
+    config: EvaluateConfig, findings: list[Findings], summaries: dict[str, list[Summary]]
+) -> dict[str, Any]:
+    models = {
+        found.label: {
+            "windows": {variant.name: variant.window for variant in found.variants},
+            "tasks": {name: each[i].report for name, each in summaries.items()},
+        }
+        for i, found in enumerate(findings)
+    }
+    return {"output": str(config.output), "models": models}
 
 
-def _perplexity(losses: np.ndarray) -> float:
-    return math.exp(min(float(np.mean(losses, dtype=np.float64)), 700.0))
-
-
-def _first(pieces: Iterator[np.ndarray], count: int) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        yield piece[:count]
-        count -= len(piece)
-        if count <= 0:
-            return
+def _write(
+    config: EvaluateConfig,
+    tasks: list[Task],
+    findings: list[Findings],
+    summaries: dict[str, list[Summary]],
+    result: dict[str, Any],
+) -> None:
+    config.output.mkdir(parents=True, exist_ok=True)
+    with atomic_file(config.output / "results.json") as path:
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    sections = []
+    for task in tasks:
+        png = config.output / f"{task.name}.png"
+        task.plot(
+            png,
+            {found.label: found.rows[task.name] for found in findings},
+            {found.label: found.results[task.name] for found in findings},
+        )
+        each = summaries[task.name]
+        sections.append(Section(task.name, [s.table for s in each], [s.sample for s in each], png))
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    about = {
+        "Command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]),
+        "Configuration": yaml.safe_dump(settings, sort_keys=False),
+        "Environment": f"Python {platform.python_version()}, jax {jax.__version__} on "
+        f"{jax.devices()[0].device_kind}, {platform.platform()}",
+    }
+    title = "Evaluation of " + ", ".join(found.label for found in findings)
+    write_report(config.output / "report.html", title, sections, about)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Loading the model that a command is asked to run, fine-tuned or not, with another window."""
 
 import dataclasses
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,6 +39,7 @@ def load_model(
     *,
     window: int | None = None,
     sinks: int | None = None,
+    is_full: bool = False,
     dtype: jnp.dtype,
 ) -> Loaded:
     """Loads a model and its tokenizer, which takes about as long, at the same time.
@@ -49,6 +51,8 @@ def load_model(
       window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
         the model was trained with.
       sinks: first tokens that a window goes on seeing; None: what the model was trained with.
+      is_full: take the window that the model was trained with away; a memory of evicted tokens is
+        idle then.
       dtype: of the weights.
 
     Raises:
@@ -68,38 +72,49 @@ def load_model(
     with ThreadPoolExecutor(1) as pool:
         tokenizer = pool.submit(load_tokenizer, source)
         over = None if model is None and tuned is None else adapter
-        weights = _load_weights(source, over, tuned, window=window, sinks=sinks, dtype=dtype)
+
+        def changed(liza: LizaConfig | None) -> LizaConfig | None:
+            if is_full:
+                return None if liza is None else dataclasses.replace(liza, softmax_window=None)
+            return windowed(liza, window, sinks)
+
+        weights = _load_weights(source, over, tuned, changed, dtype)
         return Loaded(weights, tokenizer.result(), source)
+
+
+def windowed(
+    liza: LizaConfig | None, window: int | None, sinks: int | None = None
+) -> LizaConfig | None:
+    """A memory behind another window; None: its own. A base model gets a window alone."""
+    if window is None:
+        return liza
+    # A base model behind a window has no memory: nobody has fitted one.
+    liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
+    return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
 
 def _load_weights(
     source: str,
     adapter: Path | None,
     tuned: Description | None,
-    *,
-    window: int | None,
-    sinks: int | None,
+    changed: Callable[[LizaConfig | None], LizaConfig | None],
     dtype: jnp.dtype,
 ) -> CausalLM:
-    def windowed(liza: LizaConfig | None) -> LizaConfig | None:
-        if window is None:
-            return liza
-        # A base model behind a window has no memory: nobody has fitted one.
-        liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
-        return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
-
     if tuned is None:
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
-        if window is not None and has_base(adapter or Path(source).expanduser()):
+        if has_base(adapter or Path(source).expanduser()):
             # A directory of tptt's says what memory it has once it is loaded.
-            liza = load_pretrained(source, dtype=dtype, adapter=adapter).liza
-        return load_pretrained(source, windowed(liza), dtype=dtype, adapter=adapter)
+            loaded = load_pretrained(source, dtype=dtype, adapter=adapter)
+            if changed(loaded.liza) == loaded.liza:
+                return loaded
+            liza = loaded.liza
+        return load_pretrained(source, changed(liza), dtype=dtype, adapter=adapter)
     assert adapter is not None, "what was tuned lies somewhere"
     # Here, as importing orbax takes a quarter of a second.
     from tptt_jax.training.checkpoint import restore_trainable
 
-    loaded = load_pretrained(source, windowed(tuned.liza), tuned.lora, dtype)
+    loaded = load_pretrained(source, changed(tuned.liza), tuned.lora, dtype)
     restore_trainable(adapter, loaded)
     return loaded
 

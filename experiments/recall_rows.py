@@ -25,7 +25,7 @@ mirror nickel oak olive onyx opal orchid otter pearl pebble pepper pine quartz r
 ruby saffron sage silver slate sparrow spruce stone summit thistle thunder tiger topaz tulip
 valley velvet violet walnut willow winter wolf zinc
 """
-_WORDS = tuple(_WORD_LIST.split())
+WORDS = tuple(_WORD_LIST.split())
 # Tokens between the window's end and what is hidden, at least.
 _MARGIN = 8
 # What the advice in an error leaves room for.
@@ -44,14 +44,14 @@ class Probe:
 
 
 def passkey_probe(rng: np.random.Generator) -> Probe:
-    """A number that is said twice in a sentence."""
-    return _passkey(_number(rng))
+    """A pass key of four to six digits."""
+    return passkey(_number(rng))
 
 
 def needle_probe(rng: np.random.Generator) -> Probe:
     """One of several magic numbers, each of a thing."""
     count = int(rng.integers(1, 4))
-    words = rng.choice(_WORDS, count, replace=False).tolist()
+    words = rng.choice(WORDS, count, replace=False).tolist()
     numbers = [_number(rng) for _ in words]
     hidden = tuple(
         f" The magic number of the {word} is {number}. "
@@ -66,7 +66,7 @@ def needle_probe(rng: np.random.Generator) -> Probe:
 def pairs_probe(rng: np.random.Generator) -> Probe:
     """A list of pairs of words, of which one is asked for."""
     count = int(rng.integers(3, 7))
-    words = rng.choice(_WORDS, 2 * count, replace=False).tolist()
+    words = rng.choice(WORDS, 2 * count, replace=False).tolist()
     pairs = list(zip(words[:count], words[count:], strict=True))
     listed = "".join(f" {left} goes with {right}." for left, right in pairs)
     left, right = pairs[int(rng.integers(count))]
@@ -111,13 +111,13 @@ def recall_examples(
     """
     haystack = np.concatenate([np.asarray(text, np.int32) for text in texts])
     kinds = list(PROBES.values())
-    encode = functools.partial(_encode, tokenizer)
+    encode = functools.partial(encode_text, tokenizer)
 
     def row(number: int) -> Example:
         rng = np.random.default_rng([seed, number])
         probe = kinds[number % len(kinds)](rng)
         answer = encode(probe.answer)
-        prompt = _hide(
+        prompt = hide(
             probe,
             encode,
             haystack,
@@ -171,9 +171,9 @@ def passkey_questions(
     def ask(number: int) -> Question:
         # Streams of three numbers: none of them makes a training row.
         rng = np.random.default_rng([seed, number, 1])
-        probe = _passkey(str(rng.integers(10_000, 100_000)))
-        encode = functools.partial(_encode, tokenizer)
-        prompt = _hide(probe, encode, haystack, rng, length=length, window=window, prefix=prefix)
+        probe = passkey(str(rng.integers(10_000, 100_000)))
+        encode = functools.partial(encode_text, tokenizer)
+        prompt = hide(probe, encode, haystack, rng, length=length, window=window, prefix=prefix)
         return Question(
             prompt, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip()
         )
@@ -181,21 +181,39 @@ def passkey_questions(
     return [ask(number) for number in range(count)]
 
 
-def _encode(tokenizer: "PreTrainedTokenizerFast", text: str) -> Int[np.ndarray, " L"]:
+def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> Int[np.ndarray, " L"]:
+    """Tokens of a piece of text, without any that begin one."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _hide(
+def hide(
     probe: Probe,
     encode: Callable[[str], Int[np.ndarray, " L"]],
     haystack: Int[np.ndarray, " L"],
     rng: np.random.Generator,
     *,
     length: int,
-    window: int,
-    prefix: Sequence[int],
+    window: int = 0,
+    depth: float | None = None,
+    is_ordered: bool = False,
+    prefix: Sequence[int] = (),
 ) -> Int[np.ndarray, " T"]:
-    """A prompt of `length` tokens: text, what it hides, and the question."""
+    """A prompt of `length` tokens: text, what it hides, and the question.
+
+    Args:
+      probe: what is hidden and asked for.
+      encode: from text to tokens, without any that begin a text.
+      haystack: tokens of the text.
+      rng: chooses the part of the text, and places.
+      length: tokens of the prompt.
+      window: the first sentence ends at least so many tokens before the answer.
+      depth: where it is, from 0, the beginning, to 1; None: anywhere.
+      is_ordered: the other sentences come after it, one after the other; False: anywhere.
+      prefix: tokens that the prompt begins with.
+
+    Raises:
+      ValueError: if a prompt of this length cannot hide it so far back.
+    """
     start, question = np.asarray(prefix, np.int32), encode(probe.question)
     hidden = [encode(sentence) for sentence in probe.hidden]
     needed = len(start) + len(question) + sum(map(len, hidden))
@@ -209,18 +227,20 @@ def _hide(
         )
     first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
     text = np.resize(haystack[first:], room)
-    depth = int(rng.integers(0, room - apart + 1))
-    places = sorted(
-        [(depth, 0), *((int(rng.integers(0, room + 1)), i) for i in range(1, len(hidden)))]
-    )
+    most = room - apart
+    place = int(rng.integers(0, most + 1)) if depth is None else round(depth * most)
+    others = rng.integers(place if is_ordered else 0, room + 1, len(hidden) - 1).tolist()
+    others = sorted(others) if is_ordered else others
+    places = sorted([(place, 0), *((at, i) for i, at in enumerate(others, 1))])
     parts, done = [start], 0
-    for place, which in places:
-        parts += [text[done:place], hidden[which]]
-        done = place
+    for here, which in places:
+        parts += [text[done:here], hidden[which]]
+        done = here
     return np.concatenate([*parts, text[done:], question])
 
 
-def _passkey(key: str) -> Probe:
+def passkey(key: str) -> Probe:
+    """A number that is said twice in a sentence."""
     return Probe(
         (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
         "\nWhat is the pass key? The pass key is",

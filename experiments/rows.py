@@ -73,6 +73,12 @@ def load_rows(path: str, split: str = "train", max_rows: int | None = None) -> R
     return rows
 
 
+def is_text_file(path: str) -> bool:
+    """Whether `path` is a file that holds one text, not a table."""
+    file = Path(path).expanduser()
+    return file.is_file() and _BUILDERS.get(file.suffix.lower(), "text") == "text"
+
+
 def python_docs_text() -> str:
     """The demo text: all topics of `pydoc_data`, sorted, joined by a blank line."""
     from pydoc_data.topics import topics

@@ -81,7 +81,7 @@ def evaluate_held_out(
     """
     # No result is looked at before all batches are on their way.
     sums = [
-        _losses_by_place(model, put(batch), use_memory=use_memory)
+        losses_by_place(model, put(batch), use_memory=use_memory)
         for batch in source.batches(batch_size)
     ]
     totals = np.sum(np.asarray(sums, np.float64), axis=0)
@@ -95,8 +95,14 @@ def recovered_gap(full: float, window: float, titan: float) -> float | None:
 
 
 @functools.partial(nnx.jit, static_argnames="use_memory")
-def _losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple[Array, Array]:
-    """Summed nats and counted tokens of every place [T]; place t is predicted from t - 1."""
+def losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple[Array, Array]:
+    """Summed nats and counted tokens of every place [T]; place t is predicted from t - 1.
+
+    Args:
+      model: a base model or a Titan.
+      batch: rows [B, T].
+      use_memory: False leaves the memory out.
+    """
     hidden, _, _ = model.forward_hidden(batch.tokens, batch.segment_ids, use_memory=use_memory)
     targets = next_token_targets(*batch)
     head, vocab_axis = model.head_matrix()

@@ -40,11 +40,11 @@ def plot_stages(output: Path, *, title: str, before: float | None, after: float 
     transfer, distill = (_records(output / name) for name in ("transfer", "distill"))
     if not transfer and not distill:
         return
-    figure, axes = _figure(2, height=3.6)
+    figure, axes = new_figure(2, height=3.6)
     _draw_gaps(axes[0], transfer)
     _draw_divergence(axes[1], distill)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    _save(figure, output / "fit.png")
+    save_figure(figure, output / "fit.png")
 
 
 def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: str) -> None:
@@ -56,7 +56,7 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
       window: tokens that softmax attention sees; to its right the lines part.
       title: of the picture.
     """
-    figure, (axis,) = _figure(1, height=5.2)
+    figure, (axis,) = new_figure(1, height=5.2)
     for (label, (places, values)), style in zip(lines.items(), _STYLES, strict=False):
         axis.plot(places, values, label=label, **style)
     axis.axvline(window, color="0.5", linestyle=":", linewidth=1.5)
@@ -75,7 +75,7 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
     axis.set_ylabel("perplexity, lower is better")
     axis.legend(fontsize=9, framealpha=0.9, edgecolor="none")
     axis.set_title(title, loc="left", fontweight="bold")
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def _records(folder: Path) -> list[StepRecord]:
@@ -109,7 +109,8 @@ def _draw_divergence(axis: "Axes", records: list[StepRecord]) -> None:
         axis.set_ylim(bottom=0)
 
 
-def _figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
+def new_figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure of the house's style and its axes, side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
@@ -121,6 +122,7 @@ def _figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
     return figure, axes
 
 
-def _save(figure: "Figure", png: Path) -> None:
+def save_figure(figure: "Figure", png: Path) -> None:
+    """Writes a picture, in one piece."""
     with atomic_file(png) as temporary:
         figure.savefig(temporary, format="png")

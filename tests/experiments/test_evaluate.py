@@ -9,9 +9,7 @@ import pytest
 from flax import nnx
 
 from convert.command_line import run_command
-from experiments.arguments import run_configured
 from experiments.bench import bench_context
-from experiments.evaluate import EvaluateConfig, evaluate, perplexity_by_position
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
 from tptt_jax.inference import score
@@ -37,42 +35,11 @@ def test_losses_are_those_of_a_whole_forward_pass(liza, length, monkeypatch):
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_intervals_hold_every_loss_once():
-    losses = np.arange(1, 5000, dtype=np.float64) / 1e4
-    parts = perplexity_by_position(losses)
-    assert [(p["from"], p["to"]) for p in parts] == [
-        (0, 1024),
-        (1024, 2048),
-        (2048, 4096),
-        (4096, 5000),
-    ]
-    means = [np.log(p["perplexity"]) for p in parts]
-    np.testing.assert_allclose(means[1], losses[1023:2047].mean())
-    counts = [1023, 1024, 2048, 904]
-    np.testing.assert_allclose(np.average(means, weights=counts), losses.mean())
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("The with statement is a statement.\nIt ends.\n" * 100)
     return path
-
-
-def test_perplexity_by_position_of_a_file(text, tiny_model_dir, tmp_path, capsys):
-    output = tmp_path / "result.json"
-    arguments = ["--model", str(tiny_model_dir), "--data", str(text), "--tokens", "1500"]
-    arguments += ["--window", "16", "--output", str(output), "--json"]
-    assert run_configured(evaluate, EvaluateConfig, arguments) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report == json.loads(output.read_text())
-    assert report["tokens"] == 1499
-    assert [part["to"] for part in report["by_position"]] == [1024, 1500]
-
-
-def test_a_text_is_needed(capsys):
-    assert run_configured(evaluate, EvaluateConfig, []) == 2
-    assert "--data" in capsys.readouterr().err
 
 
 def test_bench_context_measures_and_draws(text, tiny_model_dir, tmp_path, capsys):

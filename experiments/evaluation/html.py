@@ -1,0 +1,88 @@
+"""A report of an evaluation as one HTML file that needs nothing else, not even a network."""
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from convert.files import atomic_file
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; }}
+table {{ border-collapse: collapse; margin: 1rem 0; }}
+caption {{ text-align: left; font-weight: 600; padding-bottom: .3rem; }}
+td, th {{ padding: .2rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }}
+td:first-child, th:first-child {{ text-align: left; }}
+pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; white-space: pre-wrap; }}
+img {{ max-width: 100%; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+class Section(NamedTuple):
+    """What a report shows of one task.
+
+    Attributes:
+      title: its name.
+      tables: one for each model.
+      samples: for people to read, empty ones left out.
+      png: the picture.
+    """
+
+    title: str
+    tables: Sequence[Table]
+    samples: Sequence[str]
+    png: Path
+
+
+def write_report(
+    path: Path, title: str, sections: Sequence[Section], about: Mapping[str, str]
+) -> None:
+    """Writes the file, in one piece.
+
+    Args:
+      path: of the file.
+      title: of the page.
+      sections: one for each task.
+      about: texts by heading: command, configuration, environment.
+    """
+    parts = [part for section in sections for part in _section(section)]
+    for heading, text in about.items():
+        parts += [f"<h2>{html.escape(heading)}</h2>", f"<pre>{html.escape(text)}</pre>"]
+    page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
+    with atomic_file(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _section(section: Section) -> list[str]:
+    parts = [f"<h2>{html.escape(section.title)}</h2>", *map(_table, section.tables)]
+    if section.png.is_file():
+        data = base64.b64encode(section.png.read_bytes()).decode()
+        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
+    return parts + [f"<pre>{html.escape(sample)}</pre>" for sample in section.samples if sample]
+
+
+def _table(table: Table) -> str:
+    heads = "".join(f"<th>{_plain(column.header)}</th>" for column in table.columns)
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_plain(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><caption>{_plain(table.title or '')}</caption><tr>{heads}</tr>{body}</table>"
+
+
+def _plain(cell: object) -> str:
+    """What rich would print of a cell, as HTML."""
+    console = Console(width=10_000, color_system=None, force_terminal=False, quiet=False)
+    with console.capture() as captured:
+        console.print(cell, end="")
+    return html.escape(captured.get())

@@ -1,0 +1,255 @@
+"""Perplexity by position, and how much of what the window has lost the memory gives back."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from rich.table import Table
+
+from experiments.data import DataConfig, load_token_data
+from experiments.evaluation.store import Result
+from experiments.evaluation.task import Results, Row, Summary
+from experiments.evaluation.variants import ALONE, COLUMNS, FULL, MEMORY
+from experiments.formats import begin_tokens
+from experiments.prompts import document_tokens
+from experiments.rows import PYTHON_DOCS, is_text_file, python_docs_text
+from experiments.training.evaluation import losses_by_place
+from experiments.training.pictures import new_figure, save_figure
+from tptt_jax import CausalLM
+from tptt_jax.inference.score import token_losses
+from tptt_jax.training.train_step import Batch
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+# Tokens whose losses are summed before they are kept; errors are those of such blocks.
+BLOCK = 64
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error, NaN where there is too little to tell."""
+
+    value: float
+    error: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """Of one long text, read from its beginning, or of the held-out rows of a table."""
+
+    data: DataConfig
+    tokens: int
+    """At most so many count."""
+    seed: int = 0
+    name: str = "perplexity"
+
+    def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
+        """A text as a single row, a table as the rows that finetune holds out."""
+        about = {"data": self.data.path, "tokens": self.tokens}
+        if self.data.path == PYTHON_DOCS or is_text_file(self.data.path):
+            tokens = haystack_tokens(self.data, tokenizer, self.tokens)
+            if len(tokens) < 2:
+                raise ValueError(
+                    f"{self.data.path} has fewer than two tokens: nothing can be predicted."
+                )
+            return [Row(about, tokens)]
+        held_out = load_token_data(self.data, tokenizer, self.seed).eval
+        if held_out is None:
+            raise ValueError(f"nothing of {self.data.path} is held out: raise --data.eval-rows.")
+        about |= {"seed": self.seed, "config": dataclasses.asdict(self.data)}
+        rows = [Row(about | {"row": i}, batch) for i, batch in enumerate(held_out.batches(1))]
+        counts = np.cumsum([np.count_nonzero(row.data.segment_ids) for row in rows])
+        return rows[: max(1, int(np.searchsorted(counts, self.tokens, side="right")))]
+
+    def measure(
+        self,
+        model: CausalLM,
+        tokenizer: "PreTrainedTokenizerFast",
+        row: Row,
+        *,
+        use_memory: bool,
+    ) -> Result:
+        """Summed nats and counted tokens of every block of positions."""
+        del tokenizer
+        if isinstance(row.data, np.ndarray):
+            losses = np.concatenate([*token_losses(model, [row.data], use_memory=use_memory)])
+            # The first token is predicted by nothing.
+            nats, counts = np.pad(losses, (1, 0)), np.pad(np.ones(len(losses)), (1, 0))
+        else:
+            batch = Batch(*jax.device_put(tuple(row.data)))
+            nats, counts = map(np.asarray, losses_by_place(model, batch, use_memory=use_memory))
+        starts = np.arange(0, len(nats), BLOCK)
+        sums = (np.add.reduceat(x.astype(np.float64), starts).tolist() for x in (nats, counts))
+        return dict(zip(("nats", "counts"), sums, strict=True))
+
+    def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
+        """Perplexity by position and in all, and the recovered gap."""
+        del rows
+        sums = {name: _Blocks.of(found) for name, found in results.items() if found}
+        names = [name for name in COLUMNS if name in sums]
+        table = Table(title=f"{label}: perplexity of {self.data.path}", title_justify="left")
+        table.add_column("position of the token")
+        for name in names:
+            table.add_column(name, justify="right")
+        report: dict[str, Any] = {"by_position": [], "perplexity": {}, "tokens": 0}
+        for first, end in _intervals(max(sums[name].width for name in names) * BLOCK):
+            found = {name: sums[name].perplexity(first, end) for name in names}
+            if not all(math.isnan(estimate.value) for estimate in found.values()):
+                table.add_row(f"{first:,} to {end:,}", *map(_show, found.values()))
+                part = {"from": first, "to": end, "perplexity": _values(found)}
+                report["by_position"].append(part)
+        found = {name: sums[name].perplexity(0, None) for name in names}
+        table.add_section()
+        table.add_row("all", *map(_show, found.values()))
+        report["perplexity"] = _values(found)
+        report["standard_error"] = {name: estimate.error for name, estimate in found.items()}
+        report["tokens"] = int(sums[names[0]].counts.sum())
+        gaps = {name: recovered(sums, name) for name in names if name not in (FULL, ALONE)}
+        known = {name: gap for name, gap in gaps.items() if gap is not None}
+        if known:
+            cells = [f"{g.value:.2f} ± {g.error:.2f}" if (g := known.get(n)) else "" for n in names]
+            table.add_row("of the window's loss recovered", *cells)
+            report["recovered_gap"] = {name: gap._asdict() for name, gap in known.items()}
+        return Summary(table, report)
+
+    def plot(
+        self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
+    ) -> None:
+        """Perplexity by position, a panel for each model."""
+        del rows
+        figure, axes = new_figure(len(results), height=4.5)
+        for axis, (label, columns) in zip(axes, results.items(), strict=True):
+            for name, found in columns.items():
+                if found:
+                    blocks = _Blocks.of(found)
+                    axis.plot(*blocks.curve(), label=name, **LINES[name])
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            for which in ("major", "minor"):
+                getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
+            axis.set_xlabel("position of the token")
+            axis.set_ylabel("perplexity, lower is better")
+            axis.set_title(label, loc="left", fontsize=10)
+            axis.legend(fontsize=9, edgecolor="none")
+        save_figure(figure, png)
+
+
+def haystack_tokens(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast", most: int = 1 << 20
+) -> Int[np.ndarray, " L"]:
+    """The first tokens of a text, after the one that begins a text if there is one.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the data is a table.
+    """
+    if data.path == PYTHON_DOCS:
+        ids = tokenizer(python_docs_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        return np.asarray([*begin_tokens(tokenizer), *ids][:most], np.int32)
+    if not is_text_file(data.path):
+        if not Path(data.path).expanduser().exists():
+            raise FileNotFoundError(f"There is no file {data.path}: check the path given as data.")
+        raise ValueError(f"{data.path} is a table: this task needs a text file.")
+    parts, count = [np.zeros(0, np.int32)], 0
+    for piece in document_tokens(tokenizer, Path(data.path).expanduser()):
+        parts.append(piece)
+        count += len(piece)
+        if count >= most:
+            break
+    return np.concatenate(parts)[:most]
+
+
+LINES: dict[str, dict[str, Any]] = {
+    FULL: {"color": "#1a1a1a", "linewidth": 2},
+    ALONE: {"color": "#d94801", "linewidth": 2},
+    "window of equal bytes": {"color": "#fdae6b", "linewidth": 2, "linestyle": "--"},
+    MEMORY: {"color": "#08519c", "linewidth": 2.5, "marker": "o", "markersize": 3},
+}
+
+
+class _Blocks(NamedTuple):
+    """Sums of blocks of all rows [rows, blocks], zero where a row is shorter."""
+
+    nats: Float[np.ndarray, "R B"]
+    counts: Float[np.ndarray, "R B"]
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> "_Blocks":
+        width = max(len(result["nats"]) for result in results)
+
+        def stack(name: str) -> np.ndarray:
+            return np.array([np.pad(r[name], (0, width - len(r[name]))) for r in results])
+
+        return cls(stack("nats"), stack("counts"))
+
+    @property
+    def width(self) -> int:
+        return self.nats.shape[1]
+
+    def between(self, first: int, end: int | None) -> "_Blocks":
+        places = slice(first // BLOCK, None if end is None else -(-end // BLOCK))
+        return _Blocks(self.nats[:, places], self.counts[:, places])
+
+    def perplexity(self, first: int, end: int | None) -> Estimate:
+        """With the standard error of the mean of its blocks, which counts them as independent."""
+        nats, counts = self.between(first, end)
+        total = counts.sum()
+        if not total:
+            return Estimate(math.nan, math.nan)
+        mean = float(nats.sum() / total)
+        error = _error(nats - mean * counts, total)
+        value = math.exp(min(mean, 700.0))
+        return Estimate(value, value * error)
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        ends = list(_intervals(self.width * BLOCK))
+        points = [((a + b) / 2, self.perplexity(a, b).value) for a, b in ends]
+        known = [(x, y) for x, y in points if not math.isnan(y)]
+        return [x for x, _ in known], [y for _, y in known]
+
+
+def recovered(sums: Mapping[str, _Blocks], name: str) -> Estimate | None:
+    """(window - this) / (window - full) in nats, with the error of paired blocks.
+
+    None where one of them was not measured on the same rows, or the window has lost nothing.
+    """
+    if not {FULL, ALONE, name} <= sums.keys():
+        return None
+    full, alone, this = (sums[key].nats for key in (FULL, ALONE, name))
+    if not full.shape == alone.shape == this.shape:
+        return None
+    gain, gap = alone - this, alone - full
+    total = float(gap.sum())
+    if total <= 1e-6 * float(sums[FULL].counts.sum()):
+        return None
+    value = float(gain.sum()) / total
+    return Estimate(value, _error(gain - value * gap, total))
+
+
+def _error(residuals: np.ndarray, total: float) -> float:
+    used = np.count_nonzero(residuals)
+    return float(np.sqrt((residuals**2).sum()) / total) if used > 1 else math.nan
+
+
+def _intervals(length: int) -> Iterator[tuple[int, int]]:
+    """0 to 64, to 128, to 256, ..."""
+    edges = [0, *itertools.takewhile(lambda e: e < length, (BLOCK << i for i in itertools.count()))]
+    return itertools.pairwise([*edges, length])
+
+
+def _show(estimate: Estimate) -> str:
+    if math.isnan(estimate.value):
+        return ""
+    error = "" if math.isnan(estimate.error) else f" ± {estimate.error:.2f}"
+    return f"{estimate.value:.2f}{error}"
+
+
+def _values(found: Mapping[str, Estimate]) -> dict[str, float]:
+    return {name: each.value for name, each in found.items() if not math.isnan(each.value)}

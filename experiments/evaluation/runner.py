@@ -1,0 +1,128 @@
+"""Runs tasks on models, column by column and row by row, and goes on where it was stopped."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from experiments.evaluation.store import Result, RowStore, row_key
+from experiments.evaluation.task import Row, Task
+from experiments.evaluation.variants import Source, Variant, variants_of
+from tptt_jax import CausalLM
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+_PLAIN_SECONDS = 10.0
+
+
+@dataclass
+class Findings:
+    """Everything that was measured of one model."""
+
+    label: str
+    variants: list[Variant] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    """Of each task."""
+    results: dict[str, dict[str, list[Result]]] = field(default_factory=dict)
+    """Of each task, by column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """What all models are measured with."""
+
+    tasks: Sequence[Task]
+    store: RowStore
+    console: Console
+    dtype: jnp.dtype
+    window: int | None
+    """None: what a model was trained with."""
+    sinks: int | None
+    columns: Sequence[str]
+    """Which to measure; none: all that apply."""
+
+    def run(self, source: Source) -> Findings:
+        """Measures one model."""
+        loaded = source.load(self.window, self.sinks, self.dtype)
+        model, tokenizer = loaded.model, loaded.tokenizer
+        found = Findings(source.label)
+        found.variants = [
+            variant
+            for variant in variants_of(model.config, model.liza, self.dtype)
+            if not self.columns or variant.name in self.columns
+        ]
+        for task in self.tasks:
+            found.rows[task.name] = task.rows(tokenizer)
+            found.results[task.name] = {variant.name: [] for variant in found.variants}
+        own = None if model.liza is None else model.liza.softmax_window
+        for variant in found.variants:
+            missing = [
+                (task, row, key)
+                for task in self.tasks
+                for row, key in self._keyed(task, found, source, variant)
+                if self.store.get(key) is None
+            ]
+            if missing:
+                wanted = model
+                if variant.window != own:
+                    full = variant.window is None
+                    wanted = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
+                self._measure(f"{found.label}, {variant.name}", wanted, tokenizer, variant, missing)
+            for task in self.tasks:
+                found.results[task.name][variant.name] = [
+                    result
+                    for _, key in self._keyed(task, found, source, variant)
+                    if (result := self.store.get(key)) is not None
+                ]
+        return found
+
+    def _keyed(
+        self, task: Task, found: Findings, source: Source, variant: Variant
+    ) -> Iterator[tuple[Row, str]]:
+        for row in found.rows[task.name]:
+            yield (
+                row,
+                row_key(
+                    model=source.label,
+                    stamp=source.stamp,
+                    dtype=str(self.dtype),
+                    sinks=self.sinks,
+                    window=variant.window,
+                    memory=variant.use_memory,
+                    task=task.name,
+                    row=row.about,
+                ),
+            )
+
+    def _measure(
+        self,
+        title: str,
+        model: CausalLM,
+        tokenizer: "PreTrainedTokenizerFast",
+        variant: Variant,
+        rows: Sequence[tuple[Task, Row, str]],
+    ) -> None:
+        bar = Progress(
+            TextColumn(f"{title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
+            BarColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        last = time.monotonic()
+        with bar:
+            shown = bar.add_task("", total=len(rows))
+            for done, (task, row, key) in enumerate(rows, 1):
+                result = task.measure(model, tokenizer, row, use_memory=variant.use_memory)
+                self.store.add(key, result)
+                bar.update(shown, completed=done)
+                if not self.console.is_terminal and (
+                    done == len(rows) or time.monotonic() - last > _PLAIN_SECONDS
+                ):
+                    last = time.monotonic()
+                    self.console.print(f"{title}  {done}/{len(rows)}", markup=False)

@@ -1,0 +1,35 @@
+"""Shares of right answers."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.evaluation.store import Result
+from experiments.evaluation.task import Row
+
+
+def right_shares(rows: Sequence[Row], results: Sequence[Result], **about: float) -> list[float]:
+    """What rows with these properties were answered, each from 0 to 1.
+
+    Args:
+      rows: all rows of a task.
+      results: of the first of them.
+      about: e.g. length=512.
+    """
+    return [
+        result["right"]
+        for row, result in zip(rows, results, strict=False)
+        if about.items() <= row.about.items()
+    ]
+
+
+def percent(shares: Sequence[float]) -> str:
+    """Their mean and its standard error, in percent; empty if there are none."""
+    if not shares:
+        return ""
+    mean = 100 * float(np.mean(shares))
+    if len(shares) < 2:
+        return f"{mean:.0f}"
+    error = 100 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
+    return f"{mean:.0f} ± {error:.0f}"

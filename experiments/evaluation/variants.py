@@ -1,0 +1,125 @@
+"""One model in several ways: full softmax, its window alone, a wider window, and the memory on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from convert.bases import has_base
+from convert.demo import DEFAULT_MODEL
+from experiments.models import Loaded, load_model
+from tptt_jax import LizaConfig, ModelConfig, state_bytes
+from tptt_jax.config import runs_memory
+from tptt_jax.training.description import is_checkpoint
+
+FULL = "full softmax"
+ALONE = "window alone"
+EQUAL = "window of equal bytes"
+MEMORY = "memory on"
+COLUMNS = (FULL, ALONE, EQUAL, MEMORY)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way of running a model."""
+
+    name: str
+    """One of `COLUMNS`."""
+    window: int | None
+    """Tokens that softmax attention sees; None: all, or what the base model has itself."""
+    use_memory: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that a command names: `--models`, or `--model` and `--adapter`."""
+
+    model: str | None
+    adapter: Path | None = None
+
+    @classmethod
+    def named(cls, name: str) -> "Source":
+        """A run of finetune or an adapter's directory, or else a base model."""
+        path = Path(name).expanduser()
+        if is_checkpoint(path) or has_base(path):
+            return cls(None, path)
+        return cls(name)
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return str(self.adapter or self.model or DEFAULT_MODEL)
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the model is written anew, so that old results are not taken for new."""
+        name = self.adapter or self.model
+        path = None if name is None else Path(name).expanduser()
+        if path is None or not path.exists():
+            return ""
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        return str(max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0))
+
+    def load(
+        self, window: int | None, sinks: int | None, dtype: jnp.dtype, *, is_full: bool = False
+    ) -> Loaded:
+        """The model behind a window.
+
+        Args:
+          window: None: the one it was trained with, or with `is_full` none at all.
+          sinks: None: those it was trained with.
+          dtype: of the weights.
+          is_full: without its window.
+        """
+        return load_model(
+            *(self.model, self.adapter),
+            window=window,
+            sinks=sinks,
+            is_full=is_full,
+            dtype=dtype,
+        )
+
+
+def variants_of(config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype) -> list[Variant]:
+    """The ways in which a model can be run, the plainest first.
+
+    Args:
+      config: of the base model.
+      liza: its memory and window; None: a base model.
+      dtype: of keys and values in the cache, which decides how wide the window of equal bytes is.
+    """
+    if liza is None:
+        return [Variant(FULL, None, use_memory=False)]
+    has_memory = runs_memory(config, liza)
+    on = [Variant(MEMORY, liza.softmax_window, use_memory=True)] if has_memory else []
+    if not liza.softmax:
+        return on
+    window = liza.softmax_window
+    found = [Variant(FULL, None, use_memory=False)]
+    if window is None:
+        return found + on
+    found.append(Variant(ALONE, window, use_memory=False))
+    if has_memory:
+        wider = equal_window(config, liza, dtype)
+        found.append(Variant(EQUAL, wider, use_memory=False))
+    return found + on
+
+
+def equal_window(config: ModelConfig, liza: LizaConfig, dtype: jnp.dtype) -> int:
+    """The narrowest window whose cache takes at least the bytes of a window and its memory."""
+    assert liza.softmax_window is not None
+
+    def size(setting: LizaConfig) -> int:
+        return state_bytes(config, setting, batch_size=1, max_tokens=0, dtype=dtype)
+
+    def alone(window: int) -> LizaConfig:
+        return LizaConfig(writes="none", softmax_window=window, softmax_sinks=liza.softmax_sinks)
+
+    goal, low = size(liza), liza.softmax_window
+    high = 2 * low
+    while size(alone(high)) < goal:
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(alone(middle)) < goal else (low, middle)
+    return high if size(alone(low)) < goal else low

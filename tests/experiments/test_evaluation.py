@@ -1,0 +1,392 @@
+"""Tasks of experiments.evaluate, the ways a model is run in, resuming, and the report."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from rich.table import Table
+
+from experiments.arguments import run_configured
+from experiments.data import DataConfig
+from experiments.evaluate import EvaluateConfig, evaluate
+from experiments.evaluation import associative, needles
+from experiments.evaluation.associative import AssociativeRecall
+from experiments.evaluation.html import Section, write_report
+from experiments.evaluation.needles import NEEDLES, Needles
+from experiments.evaluation.perplexity import BLOCK, Perplexity
+from experiments.evaluation.shares import percent
+from experiments.evaluation.store import RowStore, row_key
+from experiments.evaluation.task import Row
+from experiments.evaluation.variants import (
+    ALONE,
+    EQUAL,
+    FULL,
+    MEMORY,
+    Source,
+    equal_window,
+    variants_of,
+)
+from tests.contracts import random_tokens
+from tests.tiny import BOS, make_tokenizer
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, state_bytes
+from tptt_jax.inference.score import token_losses
+from tptt_jax.training.checkpoint import RunCheckpoints
+from tptt_jax.training.description import Description, write_description
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import init_train_state
+
+TINY = ModelConfig.tiny(num_layers=2)
+F32 = jnp.dtype("float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(begin=True)
+
+
+@pytest.mark.parametrize(
+    ("liza", "want"),
+    [
+        (None, [(FULL, None, False)]),
+        (LizaConfig(), [(FULL, None, False)]),
+        (LizaConfig(writes="none", softmax_window=9), [(FULL, None, False), (ALONE, 9, False)]),
+        (LizaConfig(writes="all"), [(FULL, None, False), (MEMORY, None, True)]),
+        (LizaConfig(writes="all", softmax=False), [(MEMORY, None, True)]),
+    ],
+    ids=["base", "idle", "window", "beside", "linear"],
+)
+def test_the_ways_of_a_model(liza, want):
+    found = variants_of(TINY, liza, F32)
+    assert [(v.name, v.window, v.use_memory) for v in found] == want
+
+
+def test_a_titan_is_held_against_a_window_of_its_bytes():
+    found = variants_of(TINY, LizaConfig(softmax_window=9), F32)
+    assert [v.name for v in found] == [FULL, ALONE, EQUAL, MEMORY]
+    assert [v.use_memory for v in found] == [False, False, False, True]
+    # A matrix of D x D floats is worth D / 2 tokens of keys and values in float32, D in bfloat16.
+    assert found[2].window == 9 + TINY.head_dim // 2
+    assert equal_window(TINY, LizaConfig(softmax_window=9), jnp.dtype("bfloat16")) == (
+        9 + TINY.head_dim
+    )
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 700])
+def test_no_narrower_window_has_so_many_bytes(window):
+    config = ModelConfig.tiny(
+        num_layers=3, layer_kinds=("sliding", "full", "sliding"), sliding_window=4
+    )
+    liza = LizaConfig(softmax_window=window)
+
+    def size(setting):
+        return state_bytes(config, setting, dtype=F32)
+
+    wider = equal_window(config, liza, F32)
+    sizes = [size(LizaConfig(writes="none", softmax_window=wider - i)) for i in (0, 1)]
+    assert sizes[1] < size(liza) <= sizes[0]
+
+
+def test_a_store_keeps_whole_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    store = RowStore(path)
+    key = row_key(task="a", row={"length": 3})
+    assert key != row_key(task="a", row={"length": 4})
+    assert store.get(key) is None
+    store.add(key, {"right": 1.0})
+    with path.open("a") as file:
+        file.write('{"key": "cut o')
+    again = RowStore(path)
+    assert again.get(key) == {"right": 1.0}
+    again.add("other", {"right": 0.0})
+    assert len(path.read_text().splitlines()) == 2
+    assert RowStore(path).get("other") == {"right": 0.0}
+
+
+@pytest.mark.parametrize("length", [2, 63, 65, 200])
+def test_perplexity_of_a_text_is_that_of_its_losses(length, tmp_path, tokenizer):
+    text = tmp_path / "text.txt"
+    text.write_text("The with statement is a statement.\nIt ends.\n" * 60)
+    task = Perplexity(DataConfig(path=str(text)), length)
+    model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), rngs=nnx.Rngs(0))
+    (row,) = task.rows(tokenizer)
+    assert len(row.data) == length
+    assert row.data[0] == BOS
+    result = task.measure(model, tokenizer, row, use_memory=False)
+    losses = np.concatenate([*token_losses(model, [row.data])])
+    assert result["counts"] == [
+        min(BLOCK, length - start) - (start == 0) for start in range(0, length, BLOCK)
+    ]
+    np.testing.assert_allclose(sum(result["nats"]), losses.sum(), rtol=1e-6)
+    report = task.summarize("tiny", [row], {FULL: [result]}).report
+    np.testing.assert_allclose(report["perplexity"][FULL], np.exp(losses.mean()), rtol=1e-6)
+    assert report["tokens"] == length - 1
+    assert report["by_position"][-1]["to"] >= length
+    assert "recovered_gap" not in report
+
+
+def test_perplexity_of_a_table_is_that_of_the_rows_held_out(tmp_path, tokenizer):
+    table = tmp_path / "rows.jsonl"
+    rows = [{"text": f"row {i} of a table, " * (3 + i)} for i in range(6)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataConfig(path=str(table), sequence_length=64, eval_rows=2, packing=False)
+    task = Perplexity(data, 10_000)
+    model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), rngs=nnx.Rngs(0))
+    found = task.rows(tokenizer)
+    assert len(found) >= 2
+    assert len(Perplexity(data, 70).rows(tokenizer)) < len(found)
+    total = count = 0.0
+    for row in found:
+        result = task.measure(model, tokenizer, row, use_memory=False)
+        tokens = row.data.tokens[row.data.segment_ids != 0]
+        total += np.concatenate([*token_losses(model, [tokens])]).sum()
+        count += len(tokens) - 1
+        assert sum(result["counts"]) == len(tokens) - 1
+    results = [task.measure(model, tokenizer, row, use_memory=False) for row in found]
+    report = task.summarize("tiny", found, {FULL: results}).report
+    np.testing.assert_allclose(report["perplexity"][FULL], np.exp(total / count), rtol=1e-5)
+
+
+def test_the_recovered_gap_and_its_error():
+    task = Perplexity(DataConfig(), 1000)
+    rng = np.random.default_rng(0)
+    counts = np.full(40, 64.0)
+    full = rng.normal(200, 20, 40)
+    lost = rng.uniform(5, 15, 40)
+    back = 0.6 * lost + rng.normal(0, 1, 40)
+
+    def result(nats):
+        return [{"nats": nats.tolist(), "counts": counts.tolist()}]
+
+    results = {FULL: result(full), ALONE: result(full + lost), MEMORY: result(full + lost - back)}
+    report = task.summarize("x", [], results).report
+    gap = report["recovered_gap"]
+    np.testing.assert_allclose(gap[MEMORY]["value"], back.sum() / lost.sum())
+    # Errors are those of the differences, not of the losses, which vary ten times as much.
+    assert 0.5 < gap[MEMORY]["error"] / (math.sqrt(40) / lost.sum()) < 2
+    assert (
+        task.summarize("x", [], results | {ALONE: result(full)})
+        .report.keys()
+        .isdisjoint({"recovered_gap"})
+    )
+
+
+def test_columns_that_lack_rows_have_no_gap():
+    part = {"nats": [1.0, 2.0], "counts": [1.0, 1.0]}
+    results = {FULL: [part], ALONE: [part, part], MEMORY: [part, part]}
+    assert "recovered_gap" not in Perplexity(DataConfig(), 9).summarize("x", [], results).report
+
+
+def needles_of(name, **changes):
+    settings = {"lengths": (300,), "depths": (0.0, 0.5, 1.0), "samples": 2} | changes
+    return Needles(name, DataConfig(), **settings)
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+def test_what_is_hidden_is_in_the_prompt_and_asked_for(name, tokenizer):
+    rows = needles_of(name).rows(tokenizer)
+    assert len(rows) == 6
+    places = []
+    for row in rows:
+        prompt, probe, right = row.data
+        assert len(prompt) == row.about["length"] == 300
+        assert prompt[0] == BOS
+        whole = tokenizer.decode(prompt)
+        assert whole.endswith(probe.question.strip())
+        assert all(sentence.strip() in whole for sentence in probe.hidden)
+        hidden = " ".join(probe.hidden)
+        assert all(each in hidden for each in right)
+        assert not any(each in probe.question for each in right)
+        places.append(whole.index(probe.hidden[0].strip()))
+        if name == "variable-tracking":
+            starts = [whole.index(sentence.strip()) for sentence in probe.hidden]
+            assert starts == sorted(starts)
+    assert places[0] < places[2] < places[4]
+    assert len({row.data[2] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", NEEDLES)
+@pytest.mark.parametrize("kind", ["all", "one", "none", "next line"])
+def test_what_an_answer_names_counts(name, kind, tokenizer, monkeypatch):
+    task = needles_of(name)
+    row = task.rows(tokenizer)[0]
+    right = row.data[2]
+    named = {"all": right, "one": right[:1], "none": (), "next line": ()}[kind]
+    text = " " + ", ".join(named) + ("\n" + right[0] if kind == "next line" else "")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def answer(model, prompts, count, *, use_memory):
+        assert prompts.shape == (1, 300)
+        assert use_memory is True
+        return SimpleNamespace(tokens=np.array([ids], int), lengths=[len(ids)])
+
+    monkeypatch.setattr(needles, "generate", answer)
+    result = task.measure(None, tokenizer, row, use_memory=True)
+    assert result["right"] == len(named) / len(right)
+
+
+def test_maps_tell_lengths_depths_and_gaps_apart(tmp_path, tokenizer):
+    task = needles_of("passkey", lengths=(200, 300), depths=(0.0, 1.0), samples=1)
+    rows = task.rows(tokenizer)
+    results = [{"right": float(i == 2), "answer": str(i)} for i in range(3)]
+    found = task._map(rows, results)
+    np.testing.assert_array_equal(found, [[0, 100], [0, np.nan]])
+    summary = task.summarize("x", rows, {FULL: results})
+    assert summary.report["by_length"][1] == {"length": 300, "right": {FULL: 1.0}}
+    assert f"{FULL}: 0" in summary.sample
+    task.plot(tmp_path / "a.png", {"x": rows}, {"x": {FULL: results, MEMORY: []}})
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wrong", [(), (0,), (0, 3)])
+def test_recall_asks_for_pairs_of_the_row(wrong, tokenizer, monkeypatch):
+    task = AssociativeRecall((400,), 2)
+    rows = task.rows(tokenizer)
+    assert len(rows) == 2
+    tokens, count, places = rows[0].data
+    assert count <= len(tokens) == 400
+    lines = tokenizer.decode(tokens[:count], skip_special_tokens=True).strip().split("\n")
+    pairs = [tuple(line.strip() for line in each.split("=")) for each in lines]
+    assert len(pairs) == rows[0].about["pairs"] + 8
+    assert set(pairs[-8:]) <= set(pairs[:-8])
+    assert len(set(pairs)) == rows[0].about["pairs"]
+    answers = [tokenizer.decode(tokens[a:b]).strip() for a, b in places]
+    assert answers == [value for _, value in pairs[-8:]]
+
+    def likeliest(model, given, valid, flat, *, use_memory):
+        assert int(valid.sum()) == count
+        found = np.asarray(given)[0, np.asarray(flat)].copy()
+        for index in wrong:
+            found[np.asarray(flat) == places[index][0]] += 1
+        return found
+
+    monkeypatch.setattr(associative, "_likeliest", likeliest)
+    result = task.measure(None, tokenizer, rows[0], use_memory=True)
+    assert result == {"right": 1 - len(wrong) / 8}
+
+
+def test_likeliest_tokens_are_those_of_the_logits():
+    model = CausalLM(TINY, rngs=nnx.Rngs(0))
+    tokens = random_tokens((1, 12))
+    places = jnp.array([3, 7, 11, 0])
+    got = associative._likeliest(
+        model, jnp.asarray(tokens), jnp.ones((1, 12), jnp.int32), places, use_memory=False
+    )
+    want = jnp.argmax(model(tokens).logits[0], axis=-1)
+    np.testing.assert_array_equal(got[:3], want[np.array([2, 6, 10])])
+
+
+def test_shares_have_standard_errors():
+    assert percent([]) == ""
+    assert percent([0.5]) == "50"
+    assert percent([1.0, 0.0, 1.0, 0.0]) == "50 ± 29"
+
+
+def test_a_report_needs_nothing_else(tmp_path):
+    table = Table(title="a & b")
+    table.add_column("<name>")
+    table.add_row("x [1]")
+    png = tmp_path / "a.png"
+    png.write_bytes(b"\x89PNG")
+    section = Section("task", [table], ["hidden: <b>", ""], png)
+    write_report(tmp_path / "r.html", "T", [section], {"Command": "python <x>"})
+    page = (tmp_path / "r.html").read_text()
+    assert "&lt;name&gt;" in page
+    assert "a &amp; b" in page
+    assert "hidden: &lt;b&gt;" in page
+    assert "python &lt;x&gt;" in page
+    assert 'src="data:image/png;base64,iVBORw==' in page
+    assert "http" not in page
+    assert page.count("<pre>") == 2
+
+
+@pytest.fixture(scope="module")
+def titan(tiny_model_dir, tmp_path_factory):
+    """A run of finetune that has trained nothing."""
+    folder = tmp_path_factory.mktemp("titan")
+    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
+    source = str(tiny_model_dir)
+    write_description(folder, Description(source=source, liza=liza, lora=lora, train="lora"))
+    loaded = Source.named(str(tiny_model_dir)).load(None, None, F32).model
+    model = CausalLM(loaded.config, liza, lora, rngs=nnx.Rngs(0))
+    _, trainable, share = split_trainable(model, "lora")
+    with RunCheckpoints(folder) as checkpoints:
+        checkpoints.save(init_train_state(trainable, share, optax.adam(1e-3), jax.random.key(0)))
+    return folder
+
+
+ARGUMENTS = ["--task", "perplexity", "passkey", "recall", "--tokens", "300", "--samples", "1"]
+ARGUMENTS += ["--lengths", "400", "--depths", "0", "--json"]
+
+
+def test_all_ways_of_a_run_and_of_its_base_side_by_side(
+    titan, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    output = tmp_path / "out"
+    arguments = ["--models", str(titan), str(tiny_model_dir), *ARGUMENTS, "--output", str(output)]
+    measure, calls = Perplexity.measure, []
+
+    def interrupted(self, *args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(self, *args, **options)
+
+    monkeypatch.setattr(Perplexity, "measure", interrupted)
+    assert run_configured(evaluate, EvaluateConfig, arguments) == 130
+    kept = len((output / "rows.jsonl").read_text().splitlines())
+    assert kept == 6
+    assert run_configured(evaluate, EvaluateConfig, arguments) == 0
+    # Two were measured before the stop, one was stopped, and three columns were left.
+    assert len(calls) == 6
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report == json.loads((output / "results.json").read_text())
+    tuned, base = (report["models"][str(path)] for path in (titan, tiny_model_dir))
+    assert tuned["windows"] == {FULL: None, ALONE: 16, EQUAL: 24, MEMORY: 16}
+    assert base["windows"] == {FULL: None}
+    found = tuned["tasks"]["perplexity"]["perplexity"]
+    assert found[FULL] == pytest.approx(base["tasks"]["perplexity"]["perplexity"][FULL], rel=1e-5)
+    assert len({round(value, 4) for value in found.values()}) == 4
+    for name in ("perplexity", "passkey", "recall"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (output / "report.html").read_text()
+    assert page.count("data:image/png;base64") == 3
+    assert "The pass key is" in page
+    # Nothing is measured again, unless the model is another.
+    assert run_configured(evaluate, EvaluateConfig, arguments) == 0
+    assert len(calls) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "a", "--model", "b"], "--models names all models"),
+        (["--tokens", "1"], "tokens must be at least 2"),
+        (["--samples", "0"], "samples must be at least 1"),
+        (["--depths", "1.5"], "depths must lie between 0 and 1"),
+        (["--task", "chess"], "--task"),
+        (["--task", "passkey", "--lengths", "20"], "raise --lengths to"),
+        (["--task", "recall", "--lengths", "50"], "give longer --lengths"),
+        (["--data", "missing.txt"], "missing.txt"),
+        (["--task", "passkey", "--data", "missing.txt"], "There is no file missing.txt"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, tiny_model_dir, tmp_path, capsys):
+    given = [*arguments, "--output", str(tmp_path / "out")]
+    if "--models" not in arguments:
+        given += ["--model", str(tiny_model_dir)]
+    assert run_configured(evaluate, EvaluateConfig, given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_say_what_decides_them(tokenizer):
+    for task in (needles_of("passkey"), AssociativeRecall((400,), 2), Perplexity(DataConfig(), 9)):
+        rows = task.rows(tokenizer)
+        assert len({row_key(row=row.about) for row in rows}) == len(rows)
+        assert all(isinstance(row, Row) for row in rows)
