@@ -28,7 +28,7 @@ from experiments.formats import (
     text_documents,
 )
 from experiments.packing import Example, TokenBatch, TokenBatchSource, pack_examples
-from experiments.recall_rows import recall_examples
+from experiments.recall_rows import PROBES, ProbeKind, recall_examples
 from experiments.rows import PYTHON_DOCS, Rows, load_rows, python_docs_text
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -77,6 +77,8 @@ class DataConfig:
     recall: float = 0.0
     """Share of rows, below 1, that ask for a pass key, a number or a pair hidden in the text beyond
     the window; only the answer counts. They teach the memory to recall."""
+    recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
+    """What such rows ask for, in turn."""
 
     def __post_init__(self) -> None:
         """Rejects values that no data can be read with."""
@@ -87,6 +89,10 @@ class DataConfig:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if not 0 <= self.recall < 1:
             raise ValueError(f"recall must lie in [0, 1), got {self.recall}.")
+        if not self.recall_kinds or not set(self.recall_kinds) <= set(PROBES):
+            raise ValueError(
+                f"recall_kinds must name some of {', '.join(PROBES)}, got {self.recall_kinds}."
+            )
         if self.eval_rows < 0 or (self.eval_rows >= 1 and self.eval_rows % 1):
             raise ValueError(
                 "eval_rows must be a share in [0, 1) or a whole number of rows, "
@@ -185,6 +191,7 @@ def load_token_data(
             window=config.sequence_length // 2 if window is None else window,
             seed=seed,
             prefix=begin_tokens(tokenizer),
+            kinds=config.recall_kinds,
         )
         train = train.joined(pack_examples(asked, config.sequence_length, packing=False))
     return TokenData(

@@ -7,7 +7,7 @@ that no window shows it. Formats, depths and texts that evaluation uses never oc
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -73,7 +73,8 @@ def pairs_probe(rng: np.random.Generator) -> Probe:
     return Probe((f"{listed} ",), f"\nWhat goes with {left}? {left} goes with", f" {right}")
 
 
-PROBES: dict[str, Callable[[np.random.Generator], Probe]] = {
+ProbeKind = Literal["passkey", "needle", "pairs"]
+PROBES: dict[ProbeKind, Callable[[np.random.Generator], Probe]] = {
     "passkey": passkey_probe,
     "needle": needle_probe,
     "pairs": pairs_probe,
@@ -89,6 +90,7 @@ def recall_examples(
     window: int,
     seed: int,
     prefix: Sequence[int] = (),
+    kinds: Sequence[ProbeKind] = tuple(PROBES),
     weight: float = 0.3,
 ) -> list[Example]:
     """Makes rows that ask for something hidden in a text.
@@ -101,6 +103,7 @@ def recall_examples(
       window: what is hidden ends at least so many tokens before its answer.
       seed: chooses haystacks, depths and what is hidden.
       prefix: tokens that every row begins with.
+      kinds: what rows ask for, in turn.
       weight: of a row's answer against all tokens of a row of text.
 
     Returns:
@@ -110,12 +113,11 @@ def recall_examples(
       ValueError: if rows of this length cannot hide anything outside of the window.
     """
     haystack = np.concatenate([np.asarray(text, np.int32) for text in texts])
-    kinds = list(PROBES.values())
     encode = functools.partial(encode_text, tokenizer)
 
     def row(number: int) -> Example:
         rng = np.random.default_rng([seed, number])
-        probe = kinds[number % len(kinds)](rng)
+        probe = PROBES[kinds[number % len(kinds)]](rng)
         answer = encode(probe.answer)
         prompt = hide(
             probe,

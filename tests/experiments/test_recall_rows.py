@@ -123,3 +123,15 @@ def test_rows_that_are_too_short_say_how_long_they_must_be(tokenizer):
         rows(tokenizer, length=60, count=1)
     needed = int(re.search(r"to (\d+) or more", str(caught.value))[1])
     assert len(rows(tokenizer, length=needed, count=1)) == 1
+
+
+def test_the_kinds_decide_what_is_asked(tokenizer):
+    config = DataConfig(
+        sequence_length=LENGTH, eval_tokens=500, recall=0.25, recall_kinds=("pairs",)
+    )
+    asked = load_token_data(config, tokenizer, 5, window=WINDOW).train
+    recall = asked.tokens[asked.loss_mask.sum(axis=1) < LENGTH / 2]
+    assert len(recall)
+    assert all("\nWhat goes with" in tokenizer.decode(tokens) for tokens in recall)
+    with pytest.raises(ValueError, match="recall_kinds must name some of passkey, needle, pairs"):
+        DataConfig(recall=0.1, recall_kinds=())
