@@ -72,6 +72,8 @@ class DataConfig:
     everything counts."""
     eval_tokens: int = 2000
     """Tokens at the beginning of a whole text (python-docs, a text file) that are held out."""
+    eval_length: int | None = None
+    """Tokens per row of them; None: as long as rows can be, up to 2,048, where a memory counts."""
     eval_rows: float = 0.05
     """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
     recall: float = 0.0
@@ -83,7 +85,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Rejects values that no data can be read with."""
         check_literals(self)
-        for name, minimum in (("sequence_length", 2), ("max_rows", 1), ("eval_tokens", 0)):
+        minima = {"sequence_length": 2, "max_rows": 1, "eval_tokens": 0, "eval_length": 2}
+        for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
@@ -252,6 +255,8 @@ def _held_out_length(rows: Rows, config: DataConfig) -> int:
     """A text is evaluated in long rows, where a memory counts; a table in rows as trained."""
     if not rows.is_document:
         return config.sequence_length
+    if config.eval_length is not None:
+        return config.eval_length
     return max(config.sequence_length, min(config.eval_tokens + 1, _LONGEST_HELD_OUT_ROW))
 
 

@@ -40,7 +40,7 @@ class Probe:
     """Sentences to hide, each at a place of its own; the first one holds the answer."""
     question: str
     answer: str
-    """Begins with the blank that parts it from the question."""
+    """Begins with the blank that parts it from the question, and ends where the answer ends."""
 
 
 def passkey_probe(rng: np.random.Generator) -> Probe:
@@ -60,7 +60,7 @@ def needle_probe(rng: np.random.Generator) -> Probe:
     question = (
         f"\nWhat is the magic number of the {words[0]}? The magic number of the {words[0]} is"
     )
-    return Probe(hidden, question, f" {numbers[0]}")
+    return Probe(hidden, question, f" {numbers[0]}.")
 
 
 def pairs_probe(rng: np.random.Generator) -> Probe:
@@ -70,7 +70,7 @@ def pairs_probe(rng: np.random.Generator) -> Probe:
     pairs = list(zip(words[:count], words[count:], strict=True))
     listed = "".join(f" {left} goes with {right}." for left, right in pairs)
     left, right = pairs[int(rng.integers(count))]
-    return Probe((f"{listed} ",), f"\nWhat goes with {left}? {left} goes with", f" {right}")
+    return Probe((f"{listed} ",), f"\nWhat goes with {left}? {left} goes with", f" {right}.")
 
 
 ProbeKind = Literal["passkey", "needle", "pairs"]
@@ -177,7 +177,7 @@ def passkey_questions(
         encode = functools.partial(encode_text, tokenizer)
         prompt = hide(probe, encode, haystack, rng, length=length, window=window, prefix=prefix)
         return Question(
-            prompt, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip()
+            prompt, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip(" .")
         )
 
     return [ask(number) for number in range(count)]
@@ -246,7 +246,7 @@ def passkey(key: str) -> Probe:
     return Probe(
         (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
         "\nWhat is the pass key? The pass key is",
-        f" {key}",
+        f" {key}.",
     )
 
 

@@ -44,10 +44,14 @@ def randomize(module: nnx.Module, seed: int = 1) -> Any:
 
 
 def raise_shares(module: nnx.Module, by: float = 4.0) -> Any:
-    """Gives mass gates, whose shares start near 0, a share behind which no error can hide."""
+    """Gives mass gates, whose shares start near 0, a share behind which no error can hide.
+
+    And a limit that short rows reach.
+    """
     for _, gate in nnx.iter_modules(module):
         if isinstance(gate, MassGate):
             gate.bias[...] = gate.bias[...] + by
+            gate.limit[...] = jnp.full_like(gate.limit[...], np.log(5.0))
     return module
 
 

@@ -133,7 +133,7 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
         rules += [Rule(f"{path}.a", f"{path}.a"), Rule(f"{path}.b", f"{path}.b")]
     for name in ("gates.beta", "gates.keep"):
         rules += linear(f"{attention}.memory.{name}", f"{attention}.memory.{name}")
-    for name in ("mag.logit", "mag.weight", "mag.slope", "mag.bias"):
+    for name in ("mag.logit", "mag.weight", "mag.slope", "mag.bias", "mag.limit"):
         rules.append(Rule(f"{attention}.{name}", f"{attention}.{name}"))
     rules += [
         *_norm(f"{attention}.memory.scale", f"{attention}.memory.scale"),

@@ -694,30 +694,35 @@ class Affine(nn.Module):
 
 
 class HeadMap(nn.Module):
-    """w q + b of every head in float32, perhaps with a log n added."""
+    """w q + b of every head in float32, perhaps with a log n added, of n up to a limit."""
 
     def __init__(self, heads: int, dim: int, bias: float, *, slope: bool = False) -> None:
-        """Creates w [H, D], b [H] that starts as `bias`, and perhaps a [H]."""
+        """Creates w [H, D], b [H] that starts as `bias`, and perhaps a [H] and log limits [H]."""
         super().__init__()
         self.start = bias
         self.weight = nn.Parameter(torch.empty(heads, dim, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.slope = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if slope else None
+        self.limit = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if slope else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Starts with w = 0 and a = 1."""
+        """Starts with w = 0, a = 1 and 1,024 tokens."""
         nn.init.zeros_(self.weight)
         nn.init.constant_(self.bias, self.start)
         if self.slope is not None:
             nn.init.ones_(self.slope)
+        if self.limit is not None:
+            nn.init.constant_(self.limit, math.log(1024))
 
     def forward(self, q: Tensor, n: Tensor | None = None) -> Tensor:
         """Queries [B, T, H, D], and n [B, T] if it counts -> [B, T, H]."""
         out = (widen(q) * self.weight).sum(-1) + self.bias
-        if self.slope is None or n is None:
+        if self.slope is None or self.limit is None or n is None:
             return out
-        return out + self.slope * n.to(out.dtype).log()[..., None]
+        # The limit says what the gate was fitted on, and is not trained.
+        log_n = torch.minimum(n.to(out.dtype).log()[..., None], self.limit.detach().to(out.dtype))
+        return out + self.slope * log_n
 
 
 class DeltaMemory(nn.Module):

@@ -20,17 +20,17 @@ class FitConfig:
 
     steps: Annotated[int | None, _flag("steps")] = None
     """Steps of attention transfer: every layer's output towards that of full softmax attention,
-    with gradients inside the layer only. None: 60 where the memory has a window to work behind,
+    with gradients inside the layer only. None: 30 where the memory has a window to work behind,
     else 0."""
     distill_steps: Annotated[int | None, tyro.conf.arg(name="distill-steps", prefix_name=False)] = (
         None
     )
     """Steps of distillation after them: the memory alone towards the base model's predictions,
-    through all layers. None: as many as --fit-steps."""
+    through all layers. None: as many as --fit-steps, or 150 if that is left open too."""
     data: Annotated[str | None, _flag("data")] = None
     """Text to fit on, as --data; None: the training data."""
     length: Annotated[int | None, _flag("length")] = None
-    """Tokens per row; None: sixteen windows, but 256 at least and 1,024 at most, or the training
+    """Tokens per row; None: eight windows, but 256 at least and 2,048 at most, or the training
     data's own length if that is more."""
     batch_size: Annotated[int, _flag("batch-size")] = 2
     """Rows per step of attention transfer, over all devices."""
@@ -73,4 +73,4 @@ class FitConfig:
                     f"has something to hold, got {self.length}."
                 )
             return self.length
-        return max(trained, min(max(16 * window, 256), 1024))
+        return max(trained, min(max(8 * window, 256), 2048))

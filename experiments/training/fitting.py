@@ -30,6 +30,9 @@ from tptt_jax.training.train_step import (
 Put = Callable[[TokenBatch], Batch]
 
 _GATE_BATCHES = 2
+# Together about a quarter of an hour of two CPU cores for 135 million parameters (docs/memory.md).
+_TRANSFER_STEPS = 30
+_DISTILL_STEPS = 150
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +59,15 @@ class Fitting:
     @property
     def transfer_steps(self) -> int:
         """Steps of attention transfer."""
-        return 60 if self.config.steps is None else self.config.steps
+        return _TRANSFER_STEPS if self.config.steps is None else self.config.steps
 
     @property
     def distill_steps(self) -> int:
         """Steps of distillation."""
         chosen = self.config.distill_steps
-        return self.transfer_steps if chosen is None else chosen
+        if chosen is not None:
+            return chosen
+        return _DISTILL_STEPS if self.config.steps is None else self.config.steps
 
     def transfer(self) -> Stage:
         """Every layer's attention towards the base model's own."""

@@ -280,7 +280,8 @@ def _fit_rows(
         return None
     assert liza.softmax_window is not None
     length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
+    # Text alone: what rows for recall ask for is the training's to teach.
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all", "recall": 0.0}
     if config.fit.data is not None:
         changes["path"] = config.fit.data
     data = dataclasses.replace(config.data, **changes)

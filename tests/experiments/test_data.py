@@ -460,3 +460,13 @@ def test_evaluation_sees_every_row_once_and_pads_the_last_batch():
     assert not last.loss_mask[1:].any()
     assert last.loss_mask.dtype == np.bool_
     assert last.tokens.dtype == np.int32
+
+
+def test_held_out_rows_of_a_text_may_be_shorter(tokenizer):
+    config = DataConfig(sequence_length=64, eval_tokens=400, eval_length=100)
+    data = load_token_data(config, tokenizer)
+    assert data.train.sequence_length == 64
+    assert data.eval.sequence_length == 100
+    assert data.eval.num_rows == 5  # one more for what begins every row
+    with pytest.raises(ValueError, match="eval_length must be at least 2"):
+        DataConfig(eval_length=1)

@@ -273,7 +273,7 @@ def test_rows_to_fit_on_come_from_their_own_text(config, tmp_path):
 
 @pytest.mark.parametrize(
     ("length", "window", "trained", "expected"),
-    [(None, 8, 64, 256), (None, 32, 64, 512), (None, 512, 64, 1024), (None, 8, 2048, 2048)],
+    [(None, 8, 64, 256), (None, 64, 64, 512), (None, 512, 64, 2048), (None, 8, 4096, 4096)],
 )
 def test_how_long_rows_to_fit_on_are(length, window, trained, expected):
     assert FitConfig(length=length).row_length(window, trained) == expected

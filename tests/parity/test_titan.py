@@ -155,11 +155,15 @@ def reload(path: Path, **options):
 
 
 def strengthen(model: CausalLM) -> CausalLM:
-    """Raises the share of a memory of evicted tokens, next to nothing at the start."""
+    """Raises the share of a memory of evicted tokens, next to nothing at the start.
+
+    And gives its gates a limit that short rows reach.
+    """
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        if path[-2:] == ("mag", "bias"):
-            raised = variable.replace(variable.get_value() + 4)
-            nnx.update(model, nnx.from_flat_state([(path, raised)]))
+        value = variable.get_value()
+        new = {"bias": value + 4, "limit": jnp.full_like(value, np.log(5.0))}.get(path[-1])
+        if path[-2] == "mag" and new is not None:
+            nnx.update(model, nnx.from_flat_state([(path, variable.replace(new))]))
     return model
 
 
@@ -474,7 +478,14 @@ def test_a_new_memory_starts_as_ours(pair, name):
     changes, liza = CASES[name]
     ours = CausalLM(ModelConfig.tiny(**changes), liza, rngs=nnx.Rngs(0))
     for parameter in (
-        *("mag.weight", "mag.slope", "mag.bias", "memory.scale.weight", "memory.scale.bias"),
+        *(
+            "mag.weight",
+            "mag.slope",
+            "mag.bias",
+            "mag.limit",
+            "memory.scale.weight",
+            "memory.scale.bias",
+        ),
         *("memory.gates.beta.bias", "memory.gates.keep.bias", "memory.v_delta.b"),
     ):
         got = model.layers[0].self_attn.get_parameter(parameter).detach().numpy()

@@ -162,7 +162,8 @@ def _share(weights, liza, q, log_in, held, scheduled):
     mag = weights["mag"]
     if liza.mag == "learned":
         return _sigmoid(mag["logit"])
-    log_out = (q * mag["weight"]).sum(-1) + mag["slope"] * np.log(held) + mag["bias"]
+    log_n = np.minimum(np.log(held), mag["limit"])
+    log_out = (q * mag["weight"]).sum(-1) + mag["slope"] * log_n + mag["bias"]
     return _sigmoid(log_out - log_in)
 
 

@@ -16,6 +16,8 @@ _LOG_SCALE = 4.0
 _DECAY_BIAS = (4.0, 6.0)
 # log Z of the evicted tokens starts this far below log n: a memory that nobody fitted is quiet.
 _MASS_BIAS = -4.0
+# Evicted tokens that a mass gate counts, unless a fit has seen more or fewer.
+_MOST_COUNTED = 1024.0
 
 
 class GateLogits(NamedTuple):
@@ -92,13 +94,17 @@ class MassGate(nnx.Module):
 
     Full softmax attention is Z_in o_in + Z_out o_out over their sum, where "in" is what the window
     and the sinks hold. Z_in is known; the gate predicts the other from the query and the number
-    of evicted tokens n, log Z_out = w_h . q + a_h log n + b_h.
+    of evicted tokens n, log Z_out = w_h . q + a_h log n + b_h. No more tokens count than the rows
+    had that the gate was fitted on: the state forgets the oldest, and beyond them a share that went
+    on growing would be a guess.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
-        """Creates w [H, D], zero, a [H], one, and b [H]."""
+        """Creates w [H, D], zero, a [H], one, b [H], and the logarithm of n at most [H]."""
         self.weight = MagParam(jnp.zeros((num_heads, head_dim)), axes=("heads", "head_dim"))
         self.slope = MagParam(jnp.ones((num_heads,)), axes=("heads",))
+        most = jnp.full((num_heads,), jnp.log(_MOST_COUNTED), jnp.float32)
+        self.limit = MagParam(most, axes=("heads",))
         self.bias = MagParam(jnp.full((num_heads,), _MASS_BIAS, jnp.float32), axes=("heads",))
 
     def __call__(
@@ -115,6 +121,8 @@ class MassGate(nnx.Module):
           evicted: n, the tokens that the memory holds [B, T].
         """
         log_n = jnp.log(jnp.maximum(evicted, 1).astype(jnp.float32))[..., None]
+        # Says what was seen, and is not trained.
+        log_n = jnp.minimum(log_n, jax.lax.stop_gradient(self.limit[...]))
         log_out = per_head(q, self.weight[...]) + self.slope[...] * log_n + self.bias[...]
         share = jax.nn.sigmoid(log_out - log_mass)
         return jnp.where(evicted[..., None] > 0, share, 0)[..., None]

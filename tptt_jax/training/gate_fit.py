@@ -1,5 +1,6 @@
 """The start of a fit, in closed form: the mass gate by ridge regression, then read-out sizes."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,11 @@ class _Sums(NamedTuple):
 
     products: Array  # [H, F, F]
     targets: Array  # [H, F]
+    most: Array  # [H]: tokens that the memory held at most
+
+    def plus(self, other: "_Sums") -> "_Sums":
+        products, targets = self.products + other.products, self.targets + other.targets
+        return _Sums(products, targets, np.maximum(self.most, other.most))
 
 
 def fit_gates(
@@ -56,12 +62,16 @@ def fit_gates(
     ):
         if has(partition.merge(trainable, None, frozen)):
             collect = _collector(partition, frozen, sums_of)
-            totals: Any = None
-            for tokens, segment_ids in rows:
-                sums = jax.tree.map(
+            found = [
+                jax.tree.map(
                     lambda x: np.asarray(x, np.float64), collect(trainable, tokens, segment_ids)
                 )
-                totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+                for tokens, segment_ids in rows
+            ]
+            totals = [
+                None if stack[0] is None else functools.reduce(_Sums.plus, stack)
+                for stack in zip(*found, strict=True)
+            ]
             if not any(leaf.any() for leaf in jax.tree.leaves(totals)):
                 raise ValueError(
                     "no token leaves the window in the rows that the memory is fitted on: fit it "
@@ -100,16 +110,17 @@ def _gate_sums(_: LizaAttention, view: LayerView) -> _Sums:
     log_n = jnp.log(jnp.maximum(held, 1).astype(jnp.float32))[..., None]
     ones = jnp.ones((*q.shape[:3], 1))
     features = jnp.concatenate([q, log_n * ones, ones], axis=-1)
-    return _weighted_sums(features, weight, log_out)
+    products, sums = _weighted_sums(features, weight, log_out)
+    return _Sums(products, sums, jnp.full(q.shape[2], jnp.max(held)))
 
 
-def _weighted_sums(features: Array, weight: Array, targets: Array) -> _Sums:
+def _weighted_sums(features: Array, weight: Array, targets: Array) -> tuple[Array, Array]:
     """[B, T, H, F], [B, T, H], [B, T, H]."""
     by_head = jnp.moveaxis(features, 2, 0).reshape(features.shape[2], -1, features.shape[-1])
     weight, targets = (jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, 1) for x in (weight, targets))
     weighted = jnp.swapaxes(by_head * weight, 1, 2)
     products = jnp.matmul(weighted, by_head, precision="highest")
-    return _Sums(products, jnp.matmul(weighted, targets, precision="highest")[..., 0])
+    return products, jnp.matmul(weighted, targets, precision="highest")[..., 0]
 
 
 def _solve_gate(totals: list[_Sums | None]) -> Trainable:
@@ -123,6 +134,7 @@ def _solve_gate(totals: list[_Sums | None]) -> Trainable:
         found = np.linalg.solve(sums.products + ridge, sums.targets[..., None])[..., 0]
         path = f"stacks.{number}.self_attn.mag"
         parts = {"weight": found[..., :-2], "slope": found[..., -2], "bias": found[..., -1]}
+        parts["limit"] = np.log(sums.most)
         solved |= {f"{path}.{name}": _float32(value) for name, value in parts.items()}
     return solved
 
@@ -139,7 +151,8 @@ def _scale_sums(attention: LizaAttention, view: LayerView) -> _Sums:
     missing = view.full.out - without
     part, missing = (x.astype(jnp.float32) for x in (part, missing))
     products = jnp.sum(part * part, axis=(0, 1, 3))
-    return _Sums(products, jnp.sum(part * missing, axis=(0, 1, 3)))
+    most = jnp.full(shape[2], jnp.max(view.lost.held))
+    return _Sums(products, jnp.sum(part * missing, axis=(0, 1, 3)), most)
 
 
 def _solve_scale(totals: list[_Sums | None]) -> Trainable:

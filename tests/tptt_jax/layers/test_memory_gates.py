@@ -79,11 +79,13 @@ def _mass_inputs():
 
 def test_mass_shares_are_those_of_the_formula():
     gate, (q, log_mass, held) = randomize(MassGate(HEADS, DIM)), _mass_inputs()
+    gate.limit[...] = jnp.log(jnp.array([1.5, 20.0, 40.0, 1e9])[:HEADS])
     got = np.asarray(gate(q, log_mass, held))
-    weight, slope, bias = (
-        np.asarray(x[...], np.float64) for x in (gate.weight, gate.slope, gate.bias)
+    weight, slope, bias, limit = (
+        np.asarray(x[...], np.float64) for x in (gate.weight, gate.slope, gate.bias, gate.limit)
     )
-    out = (q * weight).sum(-1) + slope * np.log(np.maximum(held, 1))[..., None] + bias
+    log_n = np.minimum(np.log(np.maximum(held, 1))[..., None], limit)
+    out = (q * weight).sum(-1) + slope * log_n + bias
     want = 1 / (1 + np.exp(log_mass - out))
     want[held == 0] = 0
     assert_allclose(got, want[..., None], rtol=1e-5)
@@ -94,6 +96,15 @@ def test_a_memory_that_nobody_fitted_is_quiet():
     gate, (q, _, _) = MassGate(HEADS, DIM), _mass_inputs()
     share = gate(q, jnp.full(q.shape[:3], np.log(32)), jnp.full(q.shape[:2], 32))
     assert_allclose(share, np.full((*q.shape[:3], 1), 1 / (1 + np.exp(4.0))), rtol=1e-5)
+
+
+def test_no_more_tokens_count_than_were_seen():
+    gate, (q, log_mass, _) = randomize(MassGate(HEADS, DIM)), _mass_inputs()
+    gate.limit[...] = jnp.log(jnp.full(HEADS, 100.0))
+    held = [jnp.full(q.shape[:2], n) for n in (99, 100, 5000)]
+    few, most, many = (np.asarray(gate(q, log_mass, n)) for n in held)
+    assert_array_equal(most, many)
+    assert (few != most).all()
 
 
 def test_mass_gates_are_finite_where_nothing_is_seen():
@@ -120,7 +131,7 @@ def test_gates_stay_float32_in_a_model_of_half_precision():
         for _, variable in nnx.to_flat_state(nnx.state(module)):
             assert variable.get_value().dtype == jnp.float32
             assert isinstance(variable, (MemoryParam, nnx.LoRAParam))
-    assert all(isinstance(x, MagParam) for x in (gate.weight, gate.slope, gate.bias))
+    assert all(isinstance(x, MagParam) for x in (gate.weight, gate.slope, gate.bias, gate.limit))
     q = jnp.ones((1, 2, HEADS, DIM), jnp.bfloat16)
     assert memory.scale(q).dtype == jnp.float32
     assert memory.gates(q.reshape(1, 2, -1)).keep.dtype == jnp.float32
