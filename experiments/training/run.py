@@ -280,8 +280,7 @@ def _fit_rows(
         return None
     assert liza.softmax_window is not None
     length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
-    # Text alone: what rows for recall ask for is the training's to teach.
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all", "recall": 0.0}
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
     if config.fit.data is not None:
         changes["path"] = config.fit.data
     data = dataclasses.replace(config.data, **changes)
