@@ -33,8 +33,9 @@ class _Sums(NamedTuple):
     most: Array  # [H]: tokens that the memory held at most
 
     def plus(self, other: "_Sums") -> "_Sums":
-        products, targets = self.products + other.products, self.targets + other.targets
-        return _Sums(products, targets, np.maximum(self.most, other.most))
+        """Of the tokens of both."""
+        sums = jax.tree.map(np.add, self, other)
+        return sums._replace(most=jax.tree.map(np.maximum, self.most, other.most))
 
 
 def fit_gates(
