@@ -66,8 +66,8 @@ def test_what_names_no_model_data_or_configuration_is_the_demo(argv, is_demo, pr
     (config,) = configs
     assert (config.config == recipes / "demo.yaml") == is_demo
     if is_demo:
-        assert config.liza == LizaConfig(softmax_window=64)
-        assert (config.steps, config.model) == (0, "smollm2-135m")
+        assert config.liza == LizaConfig(softmax_window=32)
+        assert (config.data.recall, config.model) == (0.5, "smollm2-135m")
 
 
 def test_the_flags_of_the_public_face():

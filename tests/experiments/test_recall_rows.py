@@ -45,14 +45,15 @@ def test_every_row_can_be_answered_from_beyond_the_window_alone(tokenizer):
         word = found[1] or found[2]
         kinds.add("needle" if found[1] else "pairs" if found[2] else "passkey")
         said = {
-            "The pass key is": f" The pass key is{answer}.",
-            "magic": f" The magic number of the {word} is{answer}.",
-            "goes": f" {word} goes with{answer}.",
+            "The pass key is": f" The pass key is{answer}",
+            "magic": f" The magic number of the {word} is{answer}",
+            "goes": f" {word} goes with{answer}",
         }
         (sentence,) = (text for key, text in said.items() if key in found[0])
         assert prompt[: found.start()].count(sentence) == 1
         # The last queries before the answer see this much of the prompt.
-        assert answer not in tokenizer.decode(tokens[-WINDOW:])
+        assert answer.endswith(".")
+        assert answer[:-1] not in tokenizer.decode(tokens[-WINDOW:])
     assert kinds == set(PROBES)
 
 
