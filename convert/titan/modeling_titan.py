@@ -703,7 +703,9 @@ class HeadMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(heads, dim, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.slope = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if slope else None
-        self.limit = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if slope else None
+        # Says what the gate was fitted on, and is not trained.
+        limit = torch.empty(heads, dtype=torch.float32)
+        self.limit = nn.Parameter(limit, requires_grad=False) if slope else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -720,7 +722,6 @@ class HeadMap(nn.Module):
         out = (widen(q) * self.weight).sum(-1) + self.bias
         if self.slope is None or self.limit is None or n is None:
             return out
-        # The limit says what the gate was fitted on, and is not trained.
         log_n = torch.minimum(n.to(out.dtype).log()[..., None], self.limit.detach().to(out.dtype))
         return out + self.slope * log_n
 

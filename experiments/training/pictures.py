@@ -58,7 +58,9 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
     """
     figure, (axis,) = new_figure(1, height=5.2)
     for (label, (places, values)), style in zip(lines.items(), _STYLES, strict=False):
-        axis.plot(places, values, label=label, **style)
+        # Shortly before the window's end, where all lines are one, and after it.
+        first = next((i for i, place in enumerate(places) if place >= window / 2), 0)
+        axis.plot(places[first:], values[first:], label=label, **style)
     axis.axvline(window, color="0.5", linestyle=":", linewidth=1.5)
     axis.annotate(
         f" window of {window} tokens ends",

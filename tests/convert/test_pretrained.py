@@ -175,7 +175,7 @@ def test_adapters_are_initialised_as_the_model_does(llama):
 
     values, theirs = values_of(model), fresh()
     # An adapter, three deltas, the mass gate, and two arrays each of beta, decay and size.
-    assert len(values) - len(plain) == 2 + 3 * 2 + 3 + 3 * 2
+    assert len(values) - len(plain) == 2 + 3 * 2 + 4 + 3 * 2
     for name, value in values.items():
         np.testing.assert_array_equal(value, plain.get(name, theirs[name]), err_msg=name)
 

@@ -234,7 +234,9 @@ def test_gradients_do_not_depend_on_packing_or_on_what_is_computed_again():
     separate = (np.arange(12) < np.array(lengths)[:, None]).astype(np.int32)
     (loss, _), want = _gradients(model)[0](tokens, separate)
     for path, leaf in jax.tree.leaves_with_path(want):
-        assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
+        name = jax.tree_util.keystr(path)
+        # What a mass gate has seen is not trained.
+        assert bool(np.abs(leaf).max() > 0) is ("limit" not in name), name
     for remat in ("none", "dots", "full"):
         (packed_loss, _), got = _gradients(model, remat=remat)[0](packed, ids)
         assert_close(packed_loss, loss, 1e-6, f"{remat}: loss")
