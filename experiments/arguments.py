@@ -45,7 +45,7 @@ _SHARED_FLAGS = "Also takes --json (one JSON object as the last line of stdout) 
 class FinetuneConfig:
     """Gives a pretrained model a memory, fits it to the model, and trains it on text.
 
-    Without --model, --data and --config this is the demo: SmolLM2 135M behind a window of 64
+    Without --model, --data and --config this is the demo: SmolLM2 135M behind a window of 32
     tokens, on the Python language reference. Both come with the installation, so it needs no
     network.
     """
