@@ -25,7 +25,7 @@ from experiments.evaluation.perplexity import Perplexity
 from experiments.evaluation.runner import Findings, Runner
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Summary, Task
-from experiments.evaluation.variants import COLUMNS, MEMORY, Source
+from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
 from experiments.process import prepare_process
 
 TaskName = Literal[
@@ -38,7 +38,6 @@ TaskName = Literal[
     "variable-tracking",
     "recall",
 ]
-Column = Literal["full softmax", "window alone", "window of equal bytes", "memory on"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ right if each of its tokens is the likeliest.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +20,12 @@ from flax import nnx
 from rich.table import Table
 
 from experiments.evaluation.perplexity import LINES
-from experiments.evaluation.shares import percent, right_shares
+from experiments.evaluation.shares import right_shares, shares_at
 from experiments.evaluation.store import Result
-from experiments.evaluation.task import Results, Row, Summary
-from experiments.evaluation.variants import COLUMNS
+from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.formats import begin_tokens
 from experiments.recall_rows import WORDS, encode_text
-from experiments.training.pictures import new_figure, save_figure
+from experiments.training.pictures import new_figure, save_figure, scale_tokens
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _QUERIES = 8
+_NAMES = [f"{a} {b}" for a, b in itertools.permutations(WORDS, 2)]
 # Tokens; numbers have three digits.
 _LONGEST_ANSWER = 6
 
@@ -58,16 +59,15 @@ class AssociativeRecall:
     def _row(self, tokenizer: "PreTrainedTokenizerFast", length: int, sample: int) -> Row:
         rng = np.random.default_rng([self.seed, length, sample, 7, 7, 7])
         encode = functools.partial(encode_text, tokenizer)
-        names = [f"{a} {b}" for a in WORDS for b in WORDS if a != b]
-        order = rng.permutation(len(names))
+        order = rng.permutation(len(_NAMES))
         start, join = np.asarray(begin_tokens(tokenizer), np.int32), encode("\n")
 
         def pair(index: int) -> tuple[np.ndarray, np.ndarray]:
-            return encode(f" {names[order[index]]} ="), encode(f" {rng.integers(100, 1000)}")
+            return encode(f" {_NAMES[order[index]]} ="), encode(f" {rng.integers(100, 1000)}")
 
         pairs, used = [], len(start)
         longest = 0
-        while True:
+        while len(pairs) < len(_NAMES):
             new = pair(len(pairs))
             size = len(new[0]) + len(new[1]) + len(join)
             longest = max(longest, size)
@@ -118,22 +118,19 @@ class AssociativeRecall:
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Shares of right answers by length."""
-        names = [name for name in COLUMNS if results.get(name)]
         table = Table(
             title=f"{label}: recall, % of {_QUERIES} queries right, {self.samples} rows each",
             title_justify="left",
         )
         table.add_column("tokens", justify="right")
         table.add_column("pairs", justify="right")
-        for name in names:
+        for name in measured_columns(results):
             table.add_column(name, justify="right")
         by_length: list[dict[str, Any]] = []
         for length in self.lengths:
-            shares = {name: right_shares(rows, results[name], length=length) for name in names}
+            cells, means = shares_at(rows, results, length)
             pairs = [row.about["pairs"] for row in rows if row.about["length"] == length]
-            cells = [percent(found) for found in shares.values()]
             table.add_row(f"{length:,}", f"{np.mean(pairs):.0f}", *cells)
-            means = {name: float(np.mean(found)) for name, found in shares.items() if found}
             by_length.append({"length": length, "pairs": float(np.mean(pairs)), "right": means})
         return Summary(table, {"by_length": by_length})
 
@@ -149,10 +146,8 @@ class AssociativeRecall:
                 ]
                 means = [100 * float(np.mean(each)) if each else math.nan for each in shares]
                 axis.plot(self.lengths, means, label=name, **LINES[name])
-            axis.set_xscale("log", base=2)
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            scale_tokens(axis, "tokens of the row")
             axis.set_ylim(-2, 102)
-            axis.set_xlabel("tokens of the row")
             axis.set_ylabel("% of queries right")
             axis.set_title(label, loc="left", fontsize=10)
             axis.legend(fontsize=9, edgecolor="none")

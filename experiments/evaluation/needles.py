@@ -18,15 +18,15 @@ from jaxtyping import Int
 from rich.markup import escape
 from rich.table import Table
 
-from convert.files import atomic_file
 from experiments.data import DataConfig
 from experiments.evaluation.perplexity import haystack_tokens
-from experiments.evaluation.shares import percent, right_shares
+from experiments.evaluation.shares import right_shares, shares_at
 from experiments.evaluation.store import Result
-from experiments.evaluation.task import Results, Row, Summary
+from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.evaluation.variants import COLUMNS
 from experiments.formats import begin_tokens
 from experiments.recall_rows import WORDS, Probe, encode_text, hide, passkey
+from experiments.training.pictures import save_figure
 from tptt_jax import CausalLM, generate
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -161,7 +161,7 @@ class Needles:
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Shares of right answers by length, over all depths, and one question with its answers."""
-        names = [name for name in COLUMNS if results.get(name)]
+        names = measured_columns(results)
         table = Table(
             title=f"{label}: {self.name}, % right, {len(self.depths)} depths x {self.samples}",
             title_justify="left",
@@ -171,9 +171,8 @@ class Needles:
             table.add_column(name, justify="right")
         report: dict[str, Any] = {"by_length": [], "right": {}}
         for length in self.lengths:
-            shares = {name: right_shares(rows, results[name], length=length) for name in names}
-            table.add_row(f"{length:,}", *map(percent, shares.values()))
-            means = {name: float(np.mean(found)) for name, found in shares.items() if len(found)}
+            cells, means = shares_at(rows, results, length)
+            table.add_row(f"{length:,}", *cells)
             report["by_length"].append({"length": length, "right": means})
         whole = {name: right_shares(rows, results[name]) for name in names}
         report["right"] = {name: float(np.mean(found)) for name, found in whole.items()}
@@ -214,8 +213,7 @@ class Needles:
         assert image is not None
         figure.colorbar(image, ax=axes, label="% right")
         figure.suptitle(self.name, x=0.01, ha="left", fontweight="bold")
-        with atomic_file(png) as temporary:
-            figure.savefig(temporary, format="png")
+        save_figure(figure, png)
 
     def _map(self, rows: Sequence[Row], results: Sequence[Result]) -> np.ndarray:
         """Percent right [depths, lengths]; NaN where nothing was measured."""

@@ -14,13 +14,18 @@ from rich.table import Table
 
 from experiments.data import DataConfig, load_token_data
 from experiments.evaluation.store import Result
-from experiments.evaluation.task import Results, Row, Summary
-from experiments.evaluation.variants import ALONE, COLUMNS, FULL, MEMORY
+from experiments.evaluation.task import Results, Row, Summary, measured_columns
+from experiments.evaluation.variants import ALONE, EQUAL, FULL, MEMORY
 from experiments.formats import begin_tokens
 from experiments.prompts import document_tokens
 from experiments.rows import PYTHON_DOCS, is_text_file, python_docs_text
 from experiments.training.evaluation import losses_by_place
-from experiments.training.pictures import new_figure, save_figure
+from experiments.training.pictures import (
+    new_figure,
+    save_figure,
+    scale_perplexity,
+    scale_tokens,
+)
 from tptt_jax import CausalLM
 from tptt_jax.inference.score import token_losses
 from tptt_jax.training.train_step import Batch
@@ -92,7 +97,7 @@ class Perplexity:
         """Perplexity by position and in all, and the recovered gap."""
         del rows
         sums = {name: _Blocks.of(found) for name, found in results.items() if found}
-        names = [name for name in COLUMNS if name in sums]
+        names = measured_columns(results)
         table = Table(title=f"{label}: perplexity of {self.data.path}", title_justify="left")
         table.add_column("position of the token")
         for name in names:
@@ -129,13 +134,8 @@ class Perplexity:
                 if found:
                     blocks = _Blocks.of(found)
                     axis.plot(*blocks.curve(), label=name, **LINES[name])
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-            for which in ("major", "minor"):
-                getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
-            axis.set_xlabel("position of the token")
-            axis.set_ylabel("perplexity, lower is better")
+            scale_tokens(axis, "position of the token")
+            scale_perplexity(axis)
             axis.set_title(label, loc="left", fontsize=10)
             axis.legend(fontsize=9, edgecolor="none")
         save_figure(figure, png)
@@ -169,7 +169,7 @@ def haystack_tokens(
 LINES: dict[str, dict[str, Any]] = {
     FULL: {"color": "#1a1a1a", "linewidth": 2},
     ALONE: {"color": "#d94801", "linewidth": 2},
-    "window of equal bytes": {"color": "#fdae6b", "linewidth": 2, "linestyle": "--"},
+    EQUAL: {"color": "#fdae6b", "linewidth": 2, "linestyle": "--"},
     MEMORY: {"color": "#08519c", "linewidth": 2.5, "marker": "o", "markersize": 3},
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.evaluation.store import Result
-from experiments.evaluation.task import Row
+from experiments.evaluation.task import Results, Row, measured_columns
 
 
 def right_shares(rows: Sequence[Row], results: Sequence[Result], **about: float) -> list[float]:
@@ -22,6 +22,17 @@ def right_shares(rows: Sequence[Row], results: Sequence[Result], **about: float)
         for row, result in zip(rows, results, strict=False)
         if about.items() <= row.about.items()
     ]
+
+
+def shares_at(
+    rows: Sequence[Row], results: Results, length: int
+) -> tuple[list[str], dict[str, float]]:
+    """What rows of one length come to: a cell and a mean for each measured column."""
+    shares = {
+        name: right_shares(rows, results[name], length=length) for name in measured_columns(results)
+    }
+    means = {name: float(np.mean(found)) for name, found in shares.items() if found}
+    return [percent(found) for found in shares.values()], means
 
 
 def percent(shares: Sequence[float]) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from rich.table import Table
 
 from experiments.evaluation.store import Result
+from experiments.evaluation.variants import COLUMNS, Column
 from tptt_jax import CausalLM
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -27,6 +28,11 @@ class Row(NamedTuple):
 
     about: dict[str, Any]
     data: Any
+
+
+def measured_columns(results: Results) -> list[Column]:
+    """The columns that have results, in their usual order."""
+    return [name for name in COLUMNS if results.get(name)]
 
 
 @dataclass(frozen=True)

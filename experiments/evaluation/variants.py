@@ -1,7 +1,9 @@
 """One model in several ways: full softmax, its window alone, a wider window, and the memory on."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -12,19 +14,16 @@ from tptt_jax import LizaConfig, ModelConfig, state_bytes
 from tptt_jax.config import runs_memory
 from tptt_jax.training.description import is_checkpoint
 
-FULL = "full softmax"
-ALONE = "window alone"
-EQUAL = "window of equal bytes"
-MEMORY = "memory on"
-COLUMNS = (FULL, ALONE, EQUAL, MEMORY)
+Column = Literal["full softmax", "window alone", "window of equal bytes", "memory on"]
+COLUMNS: tuple[Column, ...] = get_args(Column)
+FULL, ALONE, EQUAL, MEMORY = COLUMNS
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way of running a model."""
 
-    name: str
-    """One of `COLUMNS`."""
+    name: Column
     window: int | None
     """Tokens that softmax attention sees; None: all, or what the base model has itself."""
     use_memory: bool
@@ -50,7 +49,7 @@ class Source:
         """For people."""
         return str(self.adapter or self.model or DEFAULT_MODEL)
 
-    @property
+    @functools.cached_property
     def stamp(self) -> str:
         """Changes when the model is written anew, so that old results are not taken for new."""
         name = self.adapter or self.model

@@ -68,16 +68,26 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
         xycoords=("data", "axes fraction"),
         **{"va": "top", "fontsize": 9, "color": "0.35"},
     )
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    for which in ("major", "minor"):
-        getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
-    axis.set_xlabel("position of the token in its text")
-    axis.set_ylabel("perplexity, lower is better")
+    scale_tokens(axis, "position of the token in its text")
+    scale_perplexity(axis)
     axis.legend(fontsize=9, framealpha=0.9, edgecolor="none")
     axis.set_title(title, loc="left", fontweight="bold")
     save_figure(figure, png)
+
+
+def scale_tokens(axis: "Axes", label: str) -> None:
+    """Numbers of tokens, each twice the one before, from left to right."""
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axis.set_xlabel(label)
+
+
+def scale_perplexity(axis: "Axes") -> None:
+    """Perplexities from bottom to top, in plain numbers."""
+    axis.set_yscale("log")
+    for which in ("major", "minor"):
+        getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
+    axis.set_ylabel("perplexity, lower is better")
 
 
 def _records(folder: Path) -> list[StepRecord]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests import shapes
 from tests.contracts import (
     assert_close,
     assert_trees_close,
@@ -20,37 +21,15 @@ from tests.contracts import (
     verify_streaming_contract,
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import RopeConfig
 from tptt_jax.decoder import memory_location
 from tptt_jax.model import init_cache
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 # Two full layers among sliding ones, all in one stack.
-GEMMA = ModelConfig.tiny(
-    num_layers=5,
-    mlp_dim=16,
-    num_kv_heads=1,
-    activation="gelu_tanh",
-    norm_offset=True,
-    norm_placement="both",
-    qk_norm="head",
-    query_scale=0.3,
+GEMMA = dataclasses.replace(
+    shapes.GEMMA,
     attention_softcap=3.0,
-    scale_embeddings=True,
     layer_kinds=("sliding", "full", "sliding", "full", "sliding"),
-    sliding_window=5,
-    rope=RopeConfig(theta=1e6, scaling="linear", factor=4.0),
-    sliding_rope=RopeConfig(theta=1e4),
-)
-# Sizes that differ by layer, one projection for q, k and v: two stacks.
-UNEVEN = ModelConfig.tiny(
-    num_layers=2,
-    fused_qkv=True,
-    qk_norm="head",
-    num_heads_per_layer=(2, 4),
-    num_kv_heads_per_layer=(1, 2),
-    mlp_dim=16,
-    mlp_dim_per_layer=(8, 16),
 )
 LEARNED_POSITIONS = dataclasses.replace(LLAMA, position_embedding="learned", attention_bias=True)
 CLIPPED = dataclasses.replace(LLAMA, qk_norm="full", clip_qkv=2.0)
@@ -84,7 +63,7 @@ STREAMS = {
         {"mag": "learned", "linear_scale": "match", "softmax_window": 4},
     ),
     "sliding and full layers": (GEMMA, {}),
-    "layers of different sizes": (UNEVEN, {"softmax_window": 4}),
+    "layers of different sizes": (shapes.UNEVEN, {"softmax_window": 4}),
     "every token, projected gates": (
         LLAMA,
         {"writes": "all", "beta_gate": "projected", "alpha_gate": "projected"},
@@ -146,7 +125,7 @@ def test_only_full_layers_have_parameters_and_states():
     assert memory.state.shape == (2, 3, 1, GEMMA.head_dim, GEMMA.head_dim)
     # Projected gates and one step per token look at nothing but the token.
     assert memory.history.keys.shape == (2, 3, 0, 1, GEMMA.head_dim)
-    assert memory_location(UNEVEN, LizaConfig(softmax_window=4), 1) == (1, 0)
+    assert memory_location(shapes.UNEVEN, LizaConfig(softmax_window=4), 1) == (1, 0)
 
 
 def test_sliding_layers_do_not_feel_the_memory():
