@@ -18,6 +18,7 @@ from rich.console import Console
 from convert.files import atomic_file
 from experiments.arguments import run_configured
 from experiments.data import DataConfig
+from experiments.evaluation.ablation import Ablation
 from experiments.evaluation.associative import AssociativeRecall
 from experiments.evaluation.html import Section, write_report
 from experiments.evaluation.needles import NEEDLES, Needles
@@ -37,6 +38,7 @@ TaskName = Literal[
     "needle-multivalue",
     "variable-tracking",
     "recall",
+    "ablate",
 ]
 
 
@@ -61,10 +63,10 @@ class EvaluateConfig:
     """"perplexity": by position, of a text or of the rows of a table that finetune holds out.
     "passkey": a number hidden in a text. "needle": the four tasks after it, which hide sentences:
     one, one of several, several for one key, a chain of assignments. "recall": pairs, and their
-    keys again."""
+    keys again. "ablate": perplexity of a text with one part of a Titan at a time switched off."""
     data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
-    """How many tokens of it count at most, for perplexity."""
+    """How many tokens of it count at most, for perplexity and ablate."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
     """Tokens of the prompts of all other tasks."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -124,6 +126,8 @@ class EvaluateConfig:
             return Perplexity(self.data, self.tokens, self.seed)
         if name == "recall":
             return AssociativeRecall(self.lengths, self.samples, self.seed)
+        if name == "ablate":
+            return Ablation(self.data, self.tokens)
         return Needles(name, self.data, self.lengths, self.depths, self.samples, self.seed)
 
 

@@ -289,9 +289,43 @@ def base_model(model: CausalLM) -> CausalLM:
     Adapters, memory and windows are gone; weights that were trained themselves are as
     they are now.
     """
-    abstract = nnx.eval_shape(lambda: CausalLM(model.config, dtype=model.dtype, rngs=nnx.Rngs(0)))
-    values = dict(nnx.to_flat_state(nnx.state(model)))
-    flat = [(path, values[path]) for path, _ in nnx.to_flat_state(nnx.state(abstract))]
+    return _rebuild(model, None, None, {})
+
+
+def replace_memory(
+    model: CausalLM, liza: LizaConfig, values: dict[str, Array] | None = None
+) -> CausalLM:
+    """The same model with another memory configuration, sharing its arrays.
+
+    Args:
+      model: its adapters stay.
+      liza: must not need parameters that neither the model nor `values` has.
+      values: parameters by dotted path, e.g. "stacks.0.self_attn.mag.logit".
+
+    Raises:
+      ValueError: if a parameter is missing, or has another shape.
+    """
+    return _rebuild(model, liza, model.lora, values or {})
+
+
+def _rebuild(
+    model: CausalLM,
+    liza: LizaConfig | None,
+    lora: LoraConfig | None,
+    changes: dict[str, Array],
+) -> CausalLM:
+    abstract = nnx.eval_shape(
+        lambda: CausalLM(model.config, liza, lora, dtype=model.dtype, rngs=nnx.Rngs(0))
+    )
+    known, flat = dict(nnx.to_flat_state(nnx.state(model))), []
+    for path, variable in nnx.to_flat_state(nnx.state(abstract)):
+        name = ".".join(map(str, path))
+        changed = name in changes
+        value = variable.replace(changes[name]) if changed else known.get(path)
+        if value is None or value.shape != variable.shape:
+            got = "none" if value is None else value.shape
+            raise ValueError(f"{name} must have shape {variable.shape}, the model has {got}.")
+        flat.append((path, value))
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
 
 

@@ -1,18 +1,26 @@
 """Perplexity by position, and how much of what the window has lost the memory gives back."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.table import Table
 
 from experiments.data import DataConfig, load_token_data
+from experiments.evaluation.blocks import (
+    BLOCK,
+    Blocks,
+    Estimate,
+    block_sums,
+    intervals,
+    recovered_gap,
+    text_sums,
+)
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.evaluation.variants import ALONE, EQUAL, FULL, MEMORY
@@ -32,16 +40,6 @@ from tptt_jax.training.train_step import Batch
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
-
-# Tokens whose losses are summed before they are kept; errors are those of such blocks.
-BLOCK = 64
-
-
-class Estimate(NamedTuple):
-    """A number and its standard error, NaN where there is too little to tell."""
-
-    value: float
-    error: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,26 +82,22 @@ class Perplexity:
         del tokenizer
         if isinstance(row.data, np.ndarray):
             losses = np.concatenate([*token_losses(model, [row.data], use_memory=use_memory)])
-            # The first token is predicted by nothing.
-            nats, counts = np.pad(losses, (1, 0)), np.pad(np.ones(len(losses)), (1, 0))
-        else:
-            batch = Batch(*jax.device_put(tuple(row.data)))
-            nats, counts = map(np.asarray, losses_by_place(model, batch, use_memory=use_memory))
-        starts = np.arange(0, len(nats), BLOCK)
-        sums = (np.add.reduceat(x.astype(np.float64), starts).tolist() for x in (nats, counts))
-        return dict(zip(("nats", "counts"), sums, strict=True))
+            return text_sums(losses)
+        batch = Batch(*jax.device_put(tuple(row.data)))
+        nats, counts = map(np.asarray, losses_by_place(model, batch, use_memory=use_memory))
+        return block_sums(nats, counts)
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Perplexity by position and in all, and the recovered gap."""
         del rows
-        sums = {name: _Blocks.of(found) for name, found in results.items() if found}
+        sums = {name: Blocks.of(found) for name, found in results.items() if found}
         names = measured_columns(results)
         table = Table(title=f"{label}: perplexity of {self.data.path}", title_justify="left")
         table.add_column("position of the token")
         for name in names:
             table.add_column(name, justify="right")
         report: dict[str, Any] = {"by_position": [], "perplexity": {}, "tokens": 0}
-        for first, end in _intervals(max(sums[name].width for name in names) * BLOCK):
+        for first, end in intervals(max(sums[name].width for name in names) * BLOCK):
             found = {name: sums[name].perplexity(first, end) for name in names}
             if not all(math.isnan(estimate.value) for estimate in found.values()):
                 table.add_row(f"{first:,} to {end:,}", *map(_show, found.values()))
@@ -115,7 +109,7 @@ class Perplexity:
         report["perplexity"] = _values(found)
         report["standard_error"] = {name: estimate.error for name, estimate in found.items()}
         report["tokens"] = int(sums[names[0]].counts.sum())
-        gaps = {name: recovered(sums, name) for name in names if name not in (FULL, ALONE)}
+        gaps = {name: _recovered(sums, name) for name in names if name not in (FULL, ALONE)}
         known = {name: gap for name, gap in gaps.items() if gap is not None}
         if known:
             cells = [f"{g.value:.2f} ± {g.error:.2f}" if (g := known.get(n)) else "" for n in names]
@@ -132,7 +126,7 @@ class Perplexity:
         for axis, (label, columns) in zip(axes, results.items(), strict=True):
             for name, found in columns.items():
                 if found:
-                    blocks = _Blocks.of(found)
+                    blocks = Blocks.of(found)
                     axis.plot(*blocks.curve(), label=name, **LINES[name])
             scale_tokens(axis, "position of the token")
             scale_perplexity(axis)
@@ -174,74 +168,10 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-class _Blocks(NamedTuple):
-    """Sums of blocks of all rows [rows, blocks], zero where a row is shorter."""
-
-    nats: Float[np.ndarray, "R B"]
-    counts: Float[np.ndarray, "R B"]
-
-    @classmethod
-    def of(cls, results: Sequence[Result]) -> "_Blocks":
-        width = max(len(result["nats"]) for result in results)
-
-        def stack(name: str) -> np.ndarray:
-            return np.array([np.pad(r[name], (0, width - len(r[name]))) for r in results])
-
-        return cls(stack("nats"), stack("counts"))
-
-    @property
-    def width(self) -> int:
-        return self.nats.shape[1]
-
-    def between(self, first: int, end: int | None) -> "_Blocks":
-        places = slice(first // BLOCK, None if end is None else -(-end // BLOCK))
-        return _Blocks(self.nats[:, places], self.counts[:, places])
-
-    def perplexity(self, first: int, end: int | None) -> Estimate:
-        """With the standard error of the mean of its blocks, which counts them as independent."""
-        nats, counts = self.between(first, end)
-        total = counts.sum()
-        if not total:
-            return Estimate(math.nan, math.nan)
-        mean = float(nats.sum() / total)
-        error = _error(nats - mean * counts, total)
-        value = math.exp(min(mean, 700.0))
-        return Estimate(value, value * error)
-
-    def curve(self) -> tuple[list[float], list[float]]:
-        ends = list(_intervals(self.width * BLOCK))
-        points = [((a + b) / 2, self.perplexity(a, b).value) for a, b in ends]
-        known = [(x, y) for x, y in points if not math.isnan(y)]
-        return [x for x, _ in known], [y for _, y in known]
-
-
-def recovered(sums: Mapping[str, _Blocks], name: str) -> Estimate | None:
-    """(window - this) / (window - full) in nats, with the error of paired blocks.
-
-    None where one of them was not measured on the same rows, or the window has lost nothing.
-    """
+def _recovered(sums: Mapping[str, Blocks], name: str) -> Estimate | None:
     if not {FULL, ALONE, name} <= sums.keys():
         return None
-    full, alone, this = (sums[key].nats for key in (FULL, ALONE, name))
-    if not full.shape == alone.shape == this.shape:
-        return None
-    gain, gap = alone - this, alone - full
-    total = float(gap.sum())
-    if total <= 1e-6 * float(sums[FULL].counts.sum()):
-        return None
-    value = float(gain.sum()) / total
-    return Estimate(value, _error(gain - value * gap, total))
-
-
-def _error(residuals: np.ndarray, total: float) -> float:
-    used = np.count_nonzero(residuals)
-    return float(np.sqrt((residuals**2).sum()) / total) if used > 1 else math.nan
-
-
-def _intervals(length: int) -> Iterator[tuple[int, int]]:
-    """0 to 64, to 128, to 256, ..."""
-    edges = [0, *itertools.takewhile(lambda e: e < length, (BLOCK << i for i in itertools.count()))]
-    return itertools.pairwise([*edges, length])
+    return recovered_gap(sums[FULL], sums[ALONE], sums[name])
 
 
 def _show(estimate: Estimate) -> str:

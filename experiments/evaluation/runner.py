@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.evaluation.store import Result, RowStore, row_key
-from experiments.evaluation.task import Row, Task
+from experiments.evaluation.task import Row, Task, applies
 from experiments.evaluation.variants import Source, Variant, variants_of
 from tptt_jax import CausalLM
 
@@ -58,12 +58,15 @@ class Runner:
         ]
         for task in self.tasks:
             found.rows[task.name] = task.rows(tokenizer)
-            found.results[task.name] = {variant.name: [] for variant in found.variants}
+            found.results[task.name] = {
+                variant.name: [] for variant in found.variants if applies(task, variant.name)
+            }
         own = None if model.liza is None else model.liza.softmax_window
         for variant in found.variants:
             missing = [
                 (task, row, key)
                 for task in self.tasks
+                if applies(task, variant.name)
                 for row, key in self._keyed(task, found, source, variant)
                 if self.store.get(key) is None
             ]
@@ -74,6 +77,8 @@ class Runner:
                     wanted = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
                 self._measure(f"{found.label}, {variant.name}", wanted, tokenizer, variant, missing)
             for task in self.tasks:
+                if not applies(task, variant.name):
+                    continue
                 found.results[task.name][variant.name] = [
                     result
                     for _, key in self._keyed(task, found, source, variant)

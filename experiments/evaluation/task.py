@@ -30,6 +30,11 @@ class Row(NamedTuple):
     data: Any
 
 
+def applies(task: "Task", column: Column) -> bool:
+    """Whether a task is measured in a column."""
+    return column in getattr(task, "columns", COLUMNS)
+
+
 def measured_columns(results: Results) -> list[Column]:
     """The columns that have results, in their usual order."""
     return [name for name in COLUMNS if results.get(name)]
@@ -48,7 +53,10 @@ class Summary:
 
 
 class Task(Protocol):
-    """A way of finding out how good a model is."""
+    """A way of finding out how good a model is.
+
+    A task that applies to some columns only has an attribute `columns`.
+    """
 
     @property
     def name(self) -> str:

@@ -1,0 +1,182 @@
+"""What each part of a Titan is worth: perplexity with one part at a time switched off."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.table import Table
+
+from experiments.data import DataConfig
+from experiments.evaluation.blocks import Blocks, difference, text_sums
+from experiments.evaluation.perplexity import haystack_tokens
+from experiments.evaluation.store import Result
+from experiments.evaluation.task import Results, Row, Summary
+from experiments.evaluation.variants import MEMORY, Column
+from experiments.training.pictures import new_figure, save_figure
+from tptt_jax import CausalLM
+from tptt_jax.array_typing import Array, Float, Tokens
+from tptt_jax.inference.score import token_losses
+from tptt_jax.layers.gates import MassGate
+from tptt_jax.layers.liza import LizaAttention
+from tptt_jax.model import replace_memory
+from tptt_jax.training.transfer import LayerView, visit_layers
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+AS_IT_IS = "as it is"
+PARTS: dict[str, str] = {
+    "memory": "the window alone",
+    "window": "full softmax attention; a memory of evicted tokens is idle",
+    "sinks": "the window does not keep the first tokens",
+    "decay": "the memory forgets nothing",
+    "gate": "each head's share is constant, its mean",
+    "deltas": "queries, keys and values without the memory's own low-rank changes",
+}
+# Tokens that a head's mean share is taken over.
+_GATE_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """Perplexity of a text, once for each part that is switched off."""
+
+    data: DataConfig
+    tokens: int
+    """At most so many count."""
+    name: str = "ablate"
+    columns: tuple[Column, ...] = (MEMORY,)
+
+    def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
+        """The same text, once for each part."""
+        tokens = haystack_tokens(self.data, tokenizer, self.tokens)
+        if len(tokens) < 2:
+            raise ValueError(
+                f"{self.data.path} has fewer than two tokens: nothing can be predicted."
+            )
+        about = {"data": self.data.path, "tokens": self.tokens}
+        return [Row(about | {"off": part}, tokens) for part in (AS_IT_IS, *PARTS)]
+
+    def measure(
+        self,
+        model: CausalLM,
+        tokenizer: "PreTrainedTokenizerFast",
+        row: Row,
+        *,
+        use_memory: bool,
+    ) -> Result:
+        """Summed nats and counted tokens of every block; empty where the model lacks the part."""
+        del tokenizer
+        part: str = row.about["off"]
+        changed = without_part(model, part, row.data[:_GATE_TOKENS])
+        if changed is None:
+            return {}
+        uses = use_memory and part != "memory"
+        losses = np.concatenate([*token_losses(changed, [row.data], use_memory=uses)])
+        return text_sums(losses)
+
+    def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
+        """Perplexity without each part, and what that costs in nats."""
+        table = Table(
+            title=f"{label}: perplexity of {self.data.path} without one part",
+            title_justify="left",
+        )
+        table.add_column("switched off")
+        table.add_column("perplexity", justify="right")
+        table.add_column("costs, nats a token", justify="right")
+        table.add_column("what is left")
+        found = _found(rows, results)
+        if AS_IT_IS not in found:
+            return Summary(table, {}, f"{label} has no memory: nothing was switched off.")
+        whole, report = found[AS_IT_IS], {}
+        for part, blocks in found.items():
+            value = blocks.perplexity(0, None)
+            cost = difference(blocks, whole)
+            cell = "" if part == AS_IT_IS else f"{cost.value:+.3f} ± {cost.error:.3f}"
+            table.add_row(part, f"{value.value:.2f} ± {value.error:.2f}", cell, PARTS.get(part, ""))
+            report[part] = {"perplexity": value.value, "cost": cost.value, "error": cost.error}
+        return Summary(table, {"without": report})
+
+    def plot(
+        self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
+    ) -> None:
+        """What each part is worth, a panel for each model."""
+        figure, axes = new_figure(len(results), height=3.5)
+        for axis, (label, columns) in zip(axes, results.items(), strict=True):
+            found = _found(rows[label], columns)
+            parts = [part for part in found if part != AS_IT_IS]
+            costs = [difference(found[part], found[AS_IT_IS]) for part in parts]
+            values = [cost.value for cost in costs]
+            axis.barh(parts[::-1], values[::-1], xerr=[c.error for c in costs][::-1])
+            axis.axvline(0, color="#1a1a1a", linewidth=1)
+            axis.set_xlabel("nats a token that it costs to switch this off")
+            axis.set_title(label, loc="left", fontsize=10)
+        save_figure(figure, png)
+
+
+def without_part(model: CausalLM, part: str, tokens: np.ndarray) -> CausalLM | None:
+    """A model without one part, sharing its arrays; None if it has no such part.
+
+    Args:
+      model: a Titan.
+      part: a key of `PARTS`, or `AS_IT_IS`.
+      tokens: of a text, over which the mean share of each head is taken [T].
+    """
+    liza = model.liza
+    assert liza is not None, "only a Titan has parts"
+    if part in (AS_IT_IS, "memory"):
+        return model
+    if part == "gate":
+        return _with_constant_share(model, tokens)
+    changes = {
+        "window": {"softmax_window": None},
+        "sinks": {"softmax_sinks": 0},
+        "decay": {"alpha_gate": "constant"},
+        "deltas": {"memory_rank": 0},
+    }[part]
+    changed = dataclasses.replace(liza, **changes)
+    return None if changed == liza else replace_memory(model, changed)
+
+
+def _with_constant_share(model: CausalLM, tokens: np.ndarray) -> CausalLM | None:
+    liza = model.liza
+    assert liza is not None
+    if liza.mag != "mass" or liza.softmax_window is None:
+        return None
+    if len(tokens) <= liza.softmax_window + liza.softmax_sinks:
+        raise ValueError(
+            f"ablate: the text has {len(tokens)} tokens, none of which leaves the window of "
+            f"{liza.softmax_window}: give a longer text, or more --tokens."
+        )
+    shares = _mean_shares(model, jnp.asarray(tokens)[None])
+    values = {
+        f"stacks.{number}.self_attn.mag.logit": jax.scipy.special.logit(share)
+        for number, share in enumerate(shares)
+        if share is not None
+    }
+    return replace_memory(model, dataclasses.replace(liza, mag="learned"), values)
+
+
+@nnx.jit
+def _mean_shares(model: CausalLM, tokens: Tokens) -> list[Float[Array, "M H"] | None]:
+    """Of the queries that have lost something; one entry for each stack."""
+
+    def visit(attention: LizaAttention, view: LayerView) -> Array:
+        assert isinstance(attention.mag, MassGate)
+        assert view.windowed.log_mass is not None
+        held = view.lost.held
+        share = attention.mag(view.made.soft_q, view.windowed.log_mass, held)[..., 0]
+        return jnp.sum(share, axis=(0, 1)) / jnp.sum(held > 0)
+
+    return visit_layers(model, tokens, None, visit)
+
+
+def _found(rows: Sequence[Row], results: Results) -> dict[str, Blocks]:
+    """Sums of blocks by what is switched off."""
+    pairs = zip(rows, results.get(MEMORY, ()), strict=False)
+    return {row.about["off"]: Blocks.of([result]) for row, result in pairs if result}

@@ -1,0 +1,112 @@
+"""Losses of tokens summed over blocks of positions: perplexities, differences and their errors."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments.evaluation.store import Result
+
+# Tokens whose losses are summed before they are kept; errors are those of such blocks.
+BLOCK = 64
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error, NaN where there is too little to tell."""
+
+    value: float
+    error: float
+
+
+class Blocks(NamedTuple):
+    """Sums of blocks of all rows [rows, blocks], zero where a row is shorter."""
+
+    nats: Float[np.ndarray, "R B"]
+    counts: Float[np.ndarray, "R B"]
+
+    @classmethod
+    def of(cls, results: Sequence[Result]) -> "Blocks":
+        """Of what `block_sums` gave for each row."""
+        width = max(len(result["nats"]) for result in results)
+
+        def stack(name: str) -> np.ndarray:
+            return np.array([np.pad(r[name], (0, width - len(r[name]))) for r in results])
+
+        return cls(stack("nats"), stack("counts"))
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest row."""
+        return self.nats.shape[1]
+
+    def between(self, first: int, end: int | None) -> "Blocks":
+        """Those of the positions from `first` to `end`, which blocks begin at."""
+        places = slice(first // BLOCK, None if end is None else -(-end // BLOCK))
+        return Blocks(self.nats[:, places], self.counts[:, places])
+
+    def perplexity(self, first: int, end: int | None) -> Estimate:
+        """With the standard error of the mean of its blocks, which counts them as independent."""
+        nats, counts = self.between(first, end)
+        total = counts.sum()
+        if not total:
+            return Estimate(math.nan, math.nan)
+        mean = float(nats.sum() / total)
+        error = standard_error(nats - mean * counts, total)
+        value = math.exp(min(mean, 700.0))
+        return Estimate(value, value * error)
+
+    def curve(self) -> tuple[list[float], list[float]]:
+        """Positions, and the perplexity there."""
+        ends = list(intervals(self.width * BLOCK))
+        points = [((a + b) / 2, self.perplexity(a, b).value) for a, b in ends]
+        known = [(x, y) for x, y in points if not math.isnan(y)]
+        return [x for x, _ in known], [y for _, y in known]
+
+
+def block_sums(nats: Float[np.ndarray, " T"], counts: Float[np.ndarray, " T"]) -> Result:
+    """What is kept of a row: summed losses and counted tokens of every block of positions."""
+    starts = np.arange(0, len(nats), BLOCK)
+    sums = (np.add.reduceat(x.astype(np.float64), starts).tolist() for x in (nats, counts))
+    return dict(zip(("nats", "counts"), sums, strict=True))
+
+
+def text_sums(losses: Float[np.ndarray, " T"]) -> Result:
+    """The same for a text, whose first token is predicted by nothing."""
+    return block_sums(np.pad(losses, (1, 0)), np.pad(np.ones(len(losses)), (1, 0)))
+
+
+def recovered_gap(full: Blocks, alone: Blocks, this: Blocks) -> Estimate | None:
+    """(window - this) / (window - full) in nats, with the error of paired blocks.
+
+    None where they were not measured on the same rows, or the window has lost nothing.
+    """
+    if not full.nats.shape == alone.nats.shape == this.nats.shape:
+        return None
+    gain, gap = alone.nats - this.nats, alone.nats - full.nats
+    total = float(gap.sum())
+    if total <= 1e-6 * float(full.counts.sum()):
+        return None
+    value = float(gain.sum()) / total
+    return Estimate(value, standard_error(gain - value * gap, total))
+
+
+def difference(this: Blocks, other: Blocks) -> Estimate:
+    """`this` - `other` in nats for each token of the same rows, with the error of paired blocks."""
+    gap, total = this.nats - other.nats, this.counts.sum()
+    mean = float(gap.sum() / total)
+    return Estimate(mean, standard_error(gap - mean * this.counts, total))
+
+
+def standard_error(residuals: np.ndarray, total: float) -> float:
+    """Of a quotient by `total`, from what each block differs from the mean."""
+    used = np.count_nonzero(residuals)
+    return float(np.sqrt((residuals**2).sum()) / total) if used > 1 else math.nan
+
+
+def intervals(length: int) -> Iterator[tuple[int, int]]:
+    """0 to 64, to 128, to 256, ..."""
+    edges = [0, *itertools.takewhile(lambda e: e < length, (BLOCK << i for i in itertools.count()))]
+    return itertools.pairwise([*edges, length])
