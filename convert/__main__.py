@@ -10,6 +10,7 @@ import tyro
 from convert.command_line import run_command
 from convert.files import check_replaceable
 from convert.inspection import describe
+from convert.model_card import read_results
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import progress_bars
 from convert.verify import verify_pretrained
@@ -44,6 +45,7 @@ def export_model(
     format: Literal["merged", "titan", "peft", "tptt"] = "merged",
     dtype: Dtype = "float32",
     overwrite: bool = False,
+    results: Path | None = None,
 ) -> dict[str, Any]:
     """Writes a checkpoint of our own training for others to load.
 
@@ -57,10 +59,15 @@ def export_model(
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights). Those of peft are float32 as they were trained.
       overwrite: replace an earlier model in that directory.
+      results: results.json of experiments.evaluate, which the model card of merged and titan
+        (README.md) quotes.
     """
     check_replaceable(output, overwrite=overwrite)
+    if results is not None:
+        # Before the weights are loaded.
+        read_results(results.expanduser(), checkpoint)
     model = load_pretrained(checkpoint, dtype=dtype)
-    export_pretrained(model, output, format, checkpoint, overwrite=overwrite)
+    export_pretrained(model, output, format, checkpoint, overwrite=overwrite, results=results)
     return {
         "output": str(output),
         "format": format,

@@ -16,6 +16,7 @@ from convert.errors import ConversionError
 from convert.exporting import write_merged, write_titan
 from convert.files import atomic_directory
 from convert.loading import load_model
+from convert.model_card import read_results, write_card
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
 from convert.tptt_config import is_tptt
@@ -125,6 +126,7 @@ def export_pretrained(
     source: Source | None = None,
     *,
     overwrite: bool = False,
+    results: Source | None = None,
 ) -> None:
     """Writes a model for others to load.
 
@@ -146,16 +148,18 @@ def export_pretrained(
         "tptt": its base model is needed, a Hugging Face directory or a hub id, as tptt reads it
         again.
       overwrite: whether an earlier model at `path` is replaced.
+      results: results.json of experiments.evaluate, which the model card (README.md) then quotes.
 
     Raises:
       ConversionError: if the format is unknown or not available yet, `path` may not be
-        replaced, the family cannot express the model, there are no adapters for "peft",
-        or tptt cannot express the memory.
+        replaced, the results are of other models, the family cannot express the model, there
+        are no adapters for "peft", or tptt cannot express the memory.
     """
     if format not in ("merged", "titan", "peft", "tptt"):
         raise ConversionError(
             f'format must be "merged", "titan", "peft" or "tptt", got {format!r}.'
         )
+    tasks = None if results is None else read_results(Path(results).expanduser(), str(source))
     base = None if source is None else resolve_base(source)
     opened = None if base is None or format == "peft" else open_pretrained(locate(base))
     with atomic_directory(Path(path).expanduser(), overwrite=overwrite) as directory:
@@ -166,3 +170,4 @@ def export_pretrained(
         else:
             write = write_titan if format == "titan" else write_merged
             write(model, directory, opened)
+            write_card(directory, Path(path).name, model, format, base, tasks)

@@ -309,8 +309,10 @@ def test_unknown_settings_of_the_source_survive(tmp_path):
     names = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*.*")}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"),
+        "README.md",
         *("chat_template.jinja", "additional_chat_templates/tool.jinja"),
     }
+    assert "not copied" not in (tmp_path / "b/README.md").read_text()
     generation = json.loads((tmp_path / "b/generation_config.json").read_text())
     assert generation == {"temperature": 0.6, "eos_token_id": [2, 9]}
 
