@@ -9,7 +9,7 @@ from experiments.arguments import FinetuneConfig, run_finetune
 from experiments.process import prepare_process
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
-from tptt_jax.model import base_model
+from tptt_jax.model import replace_memory
 from tptt_jax.training.partition import load_trainable
 
 
@@ -18,7 +18,8 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     prepare_process()
     console = Console(soft_wrap=True, highlight=False)
     run = Run.prepare(config, console)
-    outcome, base = Outcome(run), base_model(run.model)
+    # With the adapters that the source may have brought.
+    outcome, base = Outcome(run), replace_memory(run.model, None)
     outcome.measure("before", base, use_memory=False)
     run.show_sample("before", base)
     if run.window is not None:

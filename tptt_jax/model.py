@@ -293,13 +293,14 @@ def base_model(model: CausalLM) -> CausalLM:
 
 
 def replace_memory(
-    model: CausalLM, liza: LizaConfig, values: dict[str, Array] | None = None
+    model: CausalLM, liza: LizaConfig | None, values: dict[str, Array] | None = None
 ) -> CausalLM:
     """The same model with another memory configuration, sharing its arrays.
 
     Args:
       model: its adapters stay.
-      liza: must not need parameters that neither the model nor `values` has.
+      liza: must not need parameters that neither the model nor `values` has; None: full softmax
+        attention alone.
       values: parameters by dotted path, e.g. "stacks.0.self_attn.mag.logit".
 
     Raises:

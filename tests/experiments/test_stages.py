@@ -228,6 +228,18 @@ def test_a_run_may_only_fit(fitted, whole):
     assert not np.allclose(loaded(tokens).logits, without, atol=1e-3)
 
 
+def test_a_memory_can_be_fitted_to_a_model_that_was_tuned_before(config, tmp_path):
+    tuned = replace(config, output=tmp_path / "tuned", liza=LizaConfig(), no_liza=True)
+    first, _ = printed_run(tuned)
+    fitted = replace(config, model=str(tuned.output), output=tmp_path / "fitted", steps=0)
+    second, _ = printed_run(fitted)
+    assert second["perplexity_before"] == pytest.approx(first["perplexity_after"], rel=1e-5)
+    assert second["perplexity_before"] != pytest.approx(first["perplexity_before"], rel=1e-3)
+    assert losses(fitted.output)["distill"][-1] < losses(fitted.output)["distill"][0]
+    kept, new = trained(tuned), trained(fitted)
+    assert all(np.array_equal(kept[name], new[name]) for name in kept)
+
+
 def test_a_window_alone_has_no_memory_to_fit(whole, tmp_path):
     config, report, _ = whole
     alone = replace(config, output=tmp_path / "run", no_liza=True, steps=1)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
 from tptt_jax.config import Remat
-from tptt_jax.model import CausalLM, base_model
+from tptt_jax.model import CausalLM, base_model, replace_memory
 from tptt_jax.sharding import replicated
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
 from tptt_jax.training.partition import Partition, Trainable, is_base_weight
@@ -119,7 +119,8 @@ def make_train_step(
       mag_schedule: for models with a scheduled share; None leaves it as it is.
       remat: what the backward pass computes again.
       dropout: whether adapters drop inputs.
-      distill: share of the loss that is the divergence from the base model's own predictions.
+      distill: share of the loss that is the divergence from the base model's own predictions;
+        adapters count as part of it unless they are trained.
 
     Raises:
       ValueError: if the model is to be distilled from weights that are trained themselves.
@@ -129,6 +130,7 @@ def make_train_step(
             "distillation needs the base model's weights as they are: train adapters or the "
             "memory, not the weights themselves."
         )
+    train_adapters = any(".lora." in name for name in partition.template)
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
 
     def loss_of(
@@ -142,7 +144,8 @@ def make_train_step(
         model = partition.merge(trainable, share, frozen)
         options: Any = {"remat": remat, "window": window, "dropout_key": key if dropout else None}
         if distill:
-            teacher = base_model(model)
+            # Adapters that are not trained are part of what the memory is fitted to.
+            teacher = base_model(model) if train_adapters else replace_memory(model, None)
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
         else:
             total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import load_trainable, split_trainable
@@ -118,3 +119,22 @@ def test_nothing_to_train_is_an_error():
     model = CausalLM(ModelConfig.tiny(), None, None, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="nothing to train"):
         split_trainable(model, "lora")
+
+
+def test_frozen_adapters_belong_to_what_the_memory_is_fitted_to():
+    liza = LizaConfig(softmax_window=32, softmax_sinks=0, memory_rank=2)
+    model = CausalLM(ModelConfig.tiny(num_layers=1), liza, LoraConfig(rank=2), rngs=nnx.Rngs(0))
+    lora = model.stacks[0].self_attn.q_proj.lora
+    lora.b[...] = jnp.ones_like(lora.b[...])
+    optimizer = make_optimizer(OptimizerConfig(), 1)
+    # Nothing leaves the window: a student whose teacher is the same model has no divergence.
+    tokens = jnp.asarray(random_tokens((1, 16)))
+    batch = Batch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
+    losses = {}
+    for mode in ("memory", "lora"):
+        partition, trainable, _ = split_trainable(model, mode)
+        step = make_train_step(partition, optimizer, distill=1.0, dropout=False)
+        state = init_train_state(trainable, None, optimizer, jax.random.key(0))
+        losses[mode] = float(step(state, partition.frozen, batch)[1].loss)
+    assert losses["memory"] == pytest.approx(0, abs=1e-6)
+    assert losses["lora"] > 1e-4
