@@ -19,11 +19,13 @@ class Evicted(NamedTuple):
       tokens: the token that leaves at each place; sinks leave, but are not written.
       held: tokens that the memory holds, the one of this place included [B, T].
       before: tokens that had left before the call [B]; None without a cache.
+      first: the place before which none has left in any row.
     """
 
     tokens: MemoryTokens
     held: Int[Array, "B T"]
     before: Int[Array, "B"] | None
+    first: int = 0
 
 
 def evict(
@@ -49,15 +51,17 @@ def evict(
     window = settings.window if context.window is None else context.window
     left = context.positions - window
     ids = evicted_ids(context.positions, context.segment_ids, window)
-    before = None
+    before, first = None, 0
     if cache is None:
+        if context.window is None:
+            first = min(window, k.shape[1] - 1)
         keys, values = (delay_tokens(x, window, settings.window) for x in (k, v))
     else:
         assert context.length is not None
         keys, values = _from_cache(context, cache, left, k, v)
         before = jnp.maximum(context.length - window, 0)
     tokens = MemoryTokens(keys, values, ids, left >= settings.sinks)
-    return Evicted(tokens, jnp.maximum(left - settings.sinks + 1, 0), before)
+    return Evicted(tokens, jnp.maximum(left - settings.sinks + 1, 0), before, first)
 
 
 def _from_cache(

@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -290,12 +291,12 @@ class LizaAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H D"], MemoryState | None]:
         """Writes what the window has lost into the memory, and reads it at each place."""
         assert self.memory is not None
-        return self.memory(
-            *(made.x, made.soft_q, lost.tokens),
-            state=state,
-            length=lost.before,
-            dropout_key=dropout_key,
+        # Before the first place with a token to write there is nothing to read.
+        inputs = jax.tree.map(lambda x: x[:, lost.first :], (made.x, made.soft_q, lost.tokens))
+        linear, state = self.memory(
+            *inputs, state=state, length=lost.before, dropout_key=dropout_key
         )
+        return jnp.pad(linear, ((0, 0), (lost.first, 0), (0, 0), (0, 0))), state
 
     def mix_evicted(
         self,

@@ -58,8 +58,14 @@ def plan_chunks(length: int, chunk_size: int, *, exact: bool = False) -> ChunkPl
     if sizes.chunk_size is not None and not exact:
         size = min(size, sizes.chunk_size)
     count = max(-(-length // size), 1)
-    blocks = 1 if count <= sizes.whole else -(-count // sizes.block)
-    return ChunkPlan(size, blocks, -(-count // blocks))
+    if count <= sizes.whole:
+        return ChunkPlan(size, 1, count)
+    # Of blocks that are not much larger, those that fill the row best.
+    plans = [
+        ChunkPlan(size, -(-count // chunks), chunks)
+        for chunks in range(sizes.block, sizes.block + sizes.block // 2 + 1)
+    ]
+    return min(plans, key=lambda plan: (plan.blocks * plan.chunks, plan.chunks))
 
 
 def kernel_chunk_size(steps: int) -> int:
