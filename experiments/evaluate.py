@@ -20,8 +20,13 @@ from experiments.arguments import run_configured
 from experiments.data import DataConfig
 from experiments.evaluation.ablation import Ablation
 from experiments.evaluation.associative import AssociativeRecall
+from experiments.evaluation.harness import Harness
+from experiments.evaluation.harness_tasks import HarnessConfig
 from experiments.evaluation.html import Section, write_report
+from experiments.evaluation.mmlu import Mmlu
+from experiments.evaluation.mmlu_data import MmluConfig
 from experiments.evaluation.needles import NEEDLES, Needles
+from experiments.evaluation.overview import plot_overview
 from experiments.evaluation.perplexity import Perplexity
 from experiments.evaluation.runner import Findings, Runner
 from experiments.evaluation.store import RowStore
@@ -39,6 +44,8 @@ TaskName = Literal[
     "variable-tracking",
     "recall",
     "ablate",
+    "mmlu",
+    "harness",
 ]
 
 
@@ -63,7 +70,10 @@ class EvaluateConfig:
     """"perplexity": by position, of a text or of the rows of a table that finetune holds out.
     "passkey": a number hidden in a text. "needle": the four tasks after it, which hide sentences:
     one, one of several, several for one key, a chain of assignments. "recall": pairs, and their
-    keys again. "ablate": perplexity of a text with one part of a Titan at a time switched off."""
+    keys again. "ablate": perplexity of a text with one part of a Titan at a time switched off.
+    "mmlu": its questions with one example each. "harness": any tasks of lm-eval."""
+    mmlu: MmluConfig = field(default_factory=MmluConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
     """How many tokens of it count at most, for perplexity and ablate."""
@@ -128,6 +138,10 @@ class EvaluateConfig:
             return AssociativeRecall(self.lengths, self.samples, self.seed)
         if name == "ablate":
             return Ablation(self.data, self.tokens)
+        if name == "mmlu":
+            return Mmlu(self.mmlu)
+        if name == "harness":
+            return Harness(self.harness)
         return Needles(name, self.data, self.lengths, self.depths, self.samples, self.seed)
 
 
@@ -189,6 +203,11 @@ def _write(
     with atomic_file(config.output / "results.json") as path:
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     sections = []
+    for number, found in enumerate(findings):
+        # Every model's own; the first one's has the plain name.
+        png = config.output / ("overview.png" if number == 0 else f"overview-{number + 1}.png")
+        if plot_overview(png, found.label, tasks, found.rows, found.results):
+            sections.append(Section(f"overview: {found.label}", [], [], png))
     for task in tasks:
         png = config.output / f"{task.name}.png"
         task.plot(

@@ -117,6 +117,10 @@ class Perplexity:
             report["recovered_gap"] = {name: gap._asdict() for name, gap in known.items()}
         return Summary(table, report)
 
+    def curves(self, results: Results) -> dict[str, tuple[list[float], list[float]]]:
+        """Positions and the perplexity there, by column."""
+        return {name: Blocks.of(results[name]).curve() for name in measured_columns(results)}
+
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
     ) -> None:
@@ -124,10 +128,8 @@ class Perplexity:
         del rows
         figure, axes = new_figure(len(results), height=4.5)
         for axis, (label, columns) in zip(axes, results.items(), strict=True):
-            for name, found in columns.items():
-                if found:
-                    blocks = Blocks.of(found)
-                    axis.plot(*blocks.curve(), label=name, **LINES[name])
+            for name, curve in self.curves(columns).items():
+                axis.plot(*curve, label=name, **LINES[name])
             scale_tokens(axis, "position of the token")
             scale_perplexity(axis)
             axis.set_title(label, loc="left", fontsize=10)

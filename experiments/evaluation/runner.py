@@ -1,16 +1,17 @@
 """Runs tasks on models, column by column and row by row, and goes on where it was stopped."""
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.evaluation.store import Result, RowStore, row_key
-from experiments.evaluation.task import Row, Task, applies
+from experiments.evaluation.task import Row, Task, applies, rows_at_once
 from experiments.evaluation.variants import Source, Variant, variants_of
 from tptt_jax import CausalLM
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _PLAIN_SECONDS = 10.0
+
+_KeyedRow = tuple[Task, Row, str]
+"""A row of a task, and its key in the store."""
 
 
 @dataclass
@@ -110,7 +114,7 @@ class Runner:
         model: CausalLM,
         tokenizer: "PreTrainedTokenizerFast",
         variant: Variant,
-        rows: Sequence[tuple[Task, Row, str]],
+        rows: Sequence[_KeyedRow],
     ) -> None:
         bar = Progress(
             TextColumn(f"{title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
@@ -122,12 +126,38 @@ class Runner:
         last = time.monotonic()
         with bar:
             shown = bar.add_task("", total=len(rows))
-            for done, (task, row, key) in enumerate(rows, 1):
-                result = task.measure(model, tokenizer, row, use_memory=variant.use_memory)
-                self.store.add(key, result)
+            done = 0
+            for some in _batches(rows):
+                results = _measure_some(model, tokenizer, some, use_memory=variant.use_memory)
+                for (_, _, key), result in zip(some, results, strict=True):
+                    self.store.add(key, result)
+                done += len(some)
                 bar.update(shown, completed=done)
                 if not self.console.is_terminal and (
                     done == len(rows) or time.monotonic() - last > _PLAIN_SECONDS
                 ):
                     last = time.monotonic()
                     self.console.print(f"{title}  {done}/{len(rows)}", markup=False)
+
+
+def _batches(rows: Sequence[_KeyedRow]) -> Iterator[Sequence[_KeyedRow]]:
+    """Rows of one task after the other, as many as it measures at once."""
+    for task, of_task in itertools.groupby(rows, key=lambda row: row[0]):
+        left = list(of_task)
+        while left:
+            some, left = left[: rows_at_once(task)], left[rows_at_once(task) :]
+            yield some
+
+
+def _measure_some(
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: Sequence[_KeyedRow],
+    *,
+    use_memory: bool,
+) -> Sequence[Result]:
+    task: Any = rows[0][0]
+    if rows_at_once(task) > 1:
+        given = [row for _, row, _ in rows]
+        return task.measure_rows(model, tokenizer, given, use_memory=use_memory)
+    return [task.measure(model, tokenizer, row, use_memory=use_memory) for _, row, _ in rows]

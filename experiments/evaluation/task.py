@@ -35,6 +35,11 @@ def applies(task: "Task", column: Column) -> bool:
     return column in getattr(task, "columns", COLUMNS)
 
 
+def rows_at_once(task: "Task") -> int:
+    """How many rows of a task are measured together."""
+    return getattr(task, "rows_at_once", 1)
+
+
 def measured_columns(results: Results) -> list[Column]:
     """The columns that have results, in their usual order."""
     return [name for name in COLUMNS if results.get(name)]
@@ -55,7 +60,8 @@ class Summary:
 class Task(Protocol):
     """A way of finding out how good a model is.
 
-    A task that applies to some columns only has an attribute `columns`.
+    A task that applies to some columns only has an attribute `columns`. One that measures rows
+    faster together has `rows_at_once`, and `measure_rows`, which takes and returns several.
     """
 
     @property

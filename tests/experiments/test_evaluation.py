@@ -355,7 +355,10 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
     for name in ("perplexity", "passkey", "recall"):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "report.html").read_text()
-    assert page.count("data:image/png;base64") == 3
+    # An overview of each model, and a picture of each task.
+    assert page.count("data:image/png;base64") == 5
+    for name in ("overview.png", "overview-2.png"):
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
     assert "The pass key is" in page
     # Nothing is measured again, unless the model is another.
     assert run_configured(evaluate, EvaluateConfig, arguments) == 0

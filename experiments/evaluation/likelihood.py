@@ -1,0 +1,176 @@
+"""Log-likelihoods of continuations, many at a time, in few shapes."""
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from tptt_jax import CausalLM
+from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME
+
+_SHORTEST = 64
+# Tokens of one call, so that activations of long texts fit in memory.
+_CALL_TOKENS = 8192
+# Tokens of a continuation that are scored, rounded up.
+_PLACES = (16, 128, 1024)
+
+
+class Continuation(NamedTuple):
+    """Tokens to score, and the tokens before them, of which there is at least one."""
+
+    context: Sequence[int]
+    tokens: Sequence[int]
+
+
+class Likelihood(NamedTuple):
+    """Of a continuation.
+
+    Attributes:
+      nats: its log-probability.
+      is_greedy: whether each of its tokens is the likeliest.
+    """
+
+    nats: float
+    is_greedy: bool
+
+
+def score_continuations(
+    model: CausalLM,
+    continuations: Sequence[Continuation],
+    *,
+    batch_size: int,
+    max_length: int,
+    use_memory: bool,
+    report: Callable[[int], object] = lambda count: None,
+) -> list[Likelihood]:
+    """Log-likelihood of each continuation, given its context.
+
+    Continuations that differ in their last token only, such as the letters of a question, share a
+    row. Rows are sorted by length and padded to a few lengths, so few programs are compiled.
+
+    Args:
+      model: a base model or a Titan.
+      continuations: in any order.
+      batch_size: rows at a time, at most.
+      max_length: tokens that the model reads of a row; a context loses its first ones.
+      use_memory: False leaves the memory out.
+      report: called with the number of continuations that were scored since the last call.
+
+    Raises:
+      ValueError: if a continuation is longer than `max_length`.
+    """
+    rows: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, each in enumerate(continuations):
+        if len(each.tokens) > max_length:
+            raise ValueError(
+                f"a continuation has {len(each.tokens)} tokens, more than the {max_length} that "
+                "are read at a time: raise the longest length."
+            )
+        rows[_inputs(each, max_length)].append(index)
+    scores = [Likelihood(0.0, is_greedy=True)] * len(continuations)
+    order = sorted(rows, key=len, reverse=True)
+    while order:
+        length = min(padded_length(len(order[0])), max_length)
+        size = max(1, min(batch_size, _CALL_TOKENS // length))
+        batch, order = order[:size], order[size:]
+        members = [[continuations[i] for i in rows[inputs]] for inputs in batch]
+        found = _score_rows(model, batch, members, (size, length), use_memory=use_memory)
+        for inputs, likelihoods in zip(batch, found, strict=True):
+            for index, likelihood in zip(rows[inputs], likelihoods, strict=True):
+                scores[index] = likelihood
+        report(sum(map(len, members)))
+    return scores
+
+
+def padded_length(count: int) -> int:
+    """The length to which a row of `count` tokens is padded: 64, 96, 128, 192, 256, ..."""
+    length = _SHORTEST
+    while length < count:
+        if 3 * length // 2 >= count:
+            return 3 * length // 2
+        length *= 2
+    return length
+
+
+def _inputs(continuation: Continuation, max_length: int) -> tuple[int, ...]:
+    """What the model reads: everything but the last token, without what is too long ago."""
+    return (*continuation.context, *continuation.tokens)[-max_length - 1 : -1]
+
+
+def _score_rows(
+    model: CausalLM,
+    batch: Sequence[tuple[int, ...]],
+    members: Sequence[Sequence[Continuation]],
+    shape: tuple[int, int],
+    *,
+    use_memory: bool,
+) -> list[list[Likelihood]]:
+    """Likelihoods of the continuations of every row, padded to `shape` [B, T]."""
+    tokens, lengths = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
+    for row, inputs in enumerate(batch):
+        tokens[row, : len(inputs)], lengths[row] = inputs, len(inputs)
+    needed = max(len(each.tokens) - 1 for row in members for each in row)
+    places = next((size for size in _PLACES if size >= needed), shape[1])
+    arrays = jax.device_put((tokens, lengths))
+    nats, is_likeliest, last = jax.device_get(
+        _score(model, *arrays, places=min(places, shape[1]), use_memory=use_memory)
+    )
+
+    def likelihood(row: int, continuation: Continuation) -> Likelihood:
+        count = len(continuation.tokens)
+        if not count:
+            return Likelihood(0.0, is_greedy=True)
+        # The last places of a row are the ones before its end.
+        before = slice(nats.shape[1] - count + 1, None)
+        end = continuation.tokens[-1]
+        total = float(nats[row, before].sum(dtype=np.float64)) + float(last[row, end])
+        greedy = bool(is_likeliest[row, before].all()) and int(last[row].argmax()) == end
+        return Likelihood(total, greedy)
+
+    return [[likelihood(row, each) for each in some] for row, some in enumerate(members)]
+
+
+@functools.partial(nnx.jit, static_argnames=("places", "use_memory"))
+def _score(
+    model: CausalLM,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    *,
+    places: int,
+    use_memory: bool,
+) -> tuple[Float[Array, "B N"], Array, Float[Array, "B V"]]:
+    """Scores of the last `places` tokens of each row, and of all that may follow it.
+
+    Returns:
+      Log-probabilities of those tokens [B, N], whether each is the likeliest [B, N], and
+      log-probabilities of the next token [B, V]. Float32; before a row begins they mean nothing.
+    """
+    # What is after a row's end changes nothing before it.
+    hidden, _, _ = model.forward_hidden(tokens, use_memory=use_memory)
+    ends = lengths[:, None] - 1
+    wanted = jnp.maximum(ends - places + jnp.arange(places), 0)
+    targets = jnp.take_along_axis(tokens, wanted + 1, axis=1, mode="clip")
+
+    def score_token(some: tuple[Array, Array]) -> tuple[Array, Array]:
+        logits = model.project_logits(some[0]).astype(jnp.float32)
+        nats = logits[some[1]] - jax.nn.logsumexp(logits)
+        return nats, jnp.argmax(logits) == some[1]
+
+    def take(places: Array) -> Array:
+        return jnp.take_along_axis(hidden, places[..., None], axis=1)
+
+    nats, is_likeliest = lax.map(
+        score_token,
+        (take(wanted).reshape(-1, hidden.shape[-1]), targets.reshape(-1)),
+        batch_size=max(1, LOGITS_AT_A_TIME // model.config.vocab_size),
+    )
+    last = model.project_logits(take(ends))[:, 0].astype(jnp.float32)
+    shape = targets.shape
+    return nats.reshape(shape), is_likeliest.reshape(shape), jax.nn.log_softmax(last)
