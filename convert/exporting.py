@@ -116,12 +116,15 @@ def _stored_dtype(move: Conversion, model: CausalLM, variables: Variables) -> np
 def _config_json(
     family: Family, config: ModelConfig, dtype: np.dtype, base: Pretrained | None
 ) -> dict[str, Any]:
-    content = family.config_json(config) | {"dtype": dtype.name}
+    content = family.config_json(config) | family.write_old_config(config)
+    content |= {"dtype": dtype.name, "torch_dtype": dtype.name}
     original = None if base is None else base.config_json
     if original is None or original.get("model_type") != family.model_type:
         return content
-    replaced = {*family.superseded, "torch_dtype"}
-    kept = {key: value for key, value in original.items() if key not in replaced}
+    kept = {key: value for key, value in original.items() if key not in family.superseded}
+    if base is not None and config.eos_token_ids == base.config.eos_token_ids:
+        # Without those that generation_config.json adds, which goes along.
+        content |= {"eos_token_id": original.get("eos_token_id")}
     return _merge(kept, content)
 
 

@@ -1,5 +1,6 @@
 """From what a user names to files: directories, hub ids, GGUF files, the demo model."""
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -167,11 +168,22 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
     fields = Fields(raw, str(path))
     family = family_of(fields.text("model_type"))
     try:
-        return family, family.read_config(fields), raw
+        return family, _with_end_tokens(family.read_config(fields), directory), raw
     except ConversionError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
+
+
+def _with_end_tokens(config: ModelConfig, directory: Path) -> ModelConfig:
+    """Adds the tokens that end a text by generation_config.json only, as a chat's turn end."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return config
+    ends = Fields(read_json(path), str(path)).token_ids("eos_token_id")
+    # In order, as the first one pads; -1 stands for none.
+    ids = dict.fromkeys((*config.eos_token_ids, *(end for end in ends if end >= 0)))
+    return dataclasses.replace(config, eos_token_ids=tuple(ids))
 
 
 def open_directory(directory: Path) -> Pretrained:

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Int
 from jinja2 import TemplateError
 
+from experiments.conversations import Conversation, read_conversation
 from experiments.packing import Example
 from experiments.rows import Rows
 
@@ -35,11 +36,11 @@ _TOKENIZE_AT_ONCE = 1000
 
 
 class MarkedText(NamedTuple):
-    """A text and which of its characters are answers."""
+    """A text and which of its characters count in the loss."""
 
     text: str
-    answers: list[tuple[int, int]]
-    """(start, end) of each."""
+    targets: list[tuple[int, int]]
+    """(start, end) of each piece."""
 
 
 def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
@@ -80,10 +81,12 @@ def text_documents(
     """Tokens of each text, ended by the end-of-sequence token but without one that begins it."""
     end_id = end_token(tokenizer)
     end = [] if end_id is None else [end_id]
+    start = begin_tokens(tokenizer)
     documents = []
     for some in _portions(texts):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)
         for ids in encoded["input_ids"]:
+            ids = begin_once(tokenizer, start + ids)[len(start) :]
             ended = ids + end if ids and ids[-1:] != end else ids
             documents.append(np.asarray(ended, dtype=np.int32))
     return documents
@@ -112,6 +115,16 @@ def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     return [begin] if begin is not None and tokenizer("a")["input_ids"][0] == begin else []
 
 
+def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
+    """The same tokens, with one beginning-of-sequence token where they begin with several.
+
+    A rendered chat brings its own, and the tokenizer or the template puts another before it.
+    """
+    begin = tokenizer.bos_token_id
+    count = next((i for i, token in enumerate(tokens) if token != begin), len(tokens))
+    return tokens[max(count - 1, 0) :]
+
+
 def end_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
     """The end-of-sequence token, if the tokenizer has one."""
     return cast("int | None", tokenizer.eos_token_id)
@@ -135,7 +148,9 @@ def instruction_examples(
         )
         text = prompt + _text_cell(row, "output", place)
         marked.append(MarkedText(text, [(len(prompt), len(text))]))
-    examples = _marked_examples(tokenizer, marked, loss, special_tokens=True)
+    if loss == "all":
+        marked = [MarkedText(text, [(0, len(text))]) for text, _ in marked]
+    examples = _marked_examples(tokenizer, marked, special_tokens=True)
     return [_ended(example, end_token(tokenizer)) for example in examples]
 
 
@@ -143,8 +158,9 @@ def chat_examples(tokenizer: "PreTrainedTokenizerFast", rows: Rows, loss: Loss) 
     """Each conversation as the tokenizer's chat template writes it.
 
     Raises:
-      ValueError: if there is no template, if it refuses a conversation, or if it writes a
-        conversation's beginning differently once it goes on, so that answers cannot be found.
+      ValueError: if there is no template, if it refuses a conversation, if it writes a
+        conversation's beginning differently once it goes on, so that answers cannot be found, or
+        if a message holds something else than text.
     """
     if not tokenizer.chat_template:
         raise ValueError(
@@ -154,12 +170,13 @@ def chat_examples(tokenizer: "PreTrainedTokenizerFast", rows: Rows, loss: Loss) 
     marked = []
     for number, row in enumerate(rows.rows, start=1):
         place = f"{rows.source}, row {number}"
-        messages = _messages(row, place)
         try:
-            marked.append(_mark_conversation(tokenizer, messages, loss))
-        except (TemplateError, ValueError) as error:
+            chat = read_conversation(row)
+            marked.append(_mark_conversation(tokenizer, chat, loss))
+        # TypeError: what a template does to values of a kind that its author did not think of.
+        except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"{place}: {error}") from error
-    return list(_marked_examples(tokenizer, marked, loss, special_tokens=False))
+    return list(_marked_examples(tokenizer, marked, special_tokens=False))
 
 
 def text_cells(rows: Rows, column: str) -> list[str]:
@@ -175,57 +192,50 @@ def text_cells(rows: Rows, column: str) -> list[str]:
 
 
 def _text_cell(row: dict[str, Any], column: str, place: str) -> str:
-    value = row[column]
+    value = row.get(column)
     if not isinstance(value, str):
         came = "nothing" if value is None else type(value).__name__
         raise ValueError(f"{place}: {column} must be text, got {came}.")
     return value
 
 
-def _messages(row: dict[str, Any], place: str) -> list[dict[str, Any]]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{place}: messages must be a list of role and content, got {messages!r}.")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"{place}: every message needs role and content, got {message!r}.")
-    # `datasets` gives every message every key that any message of the file has.
-    return [{key: value for key, value in m.items() if value is not None} for m in messages]
-
-
 def _mark_conversation(
-    tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, Any]], loss: Loss
+    tokenizer: "PreTrainedTokenizerFast", chat: Conversation, loss: Loss
 ) -> MarkedText:
     def render(count: int, *, ask: bool = False) -> str:
         return str(
             tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=ask
+                chat.messages[:count],
+                tools=cast(Any, chat.tools),
+                tokenize=False,
+                add_generation_prompt=ask,
             )
         )
 
-    text = render(len(messages))
-    answers = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant" or loss == "all":
-            continue
+    def find(index: int) -> tuple[int, int]:
         before, through = render(index, ask=True) if index else "", render(index + 1)
         if not (text.startswith(through) and through.startswith(before)):
             raise ValueError(
                 f"the chat template rewrites earlier turns, so that answer {index + 1} cannot be "
                 "found in the text: use --data.loss all, or conversations with one answer."
             )
-        answers.append((len(before), len(through)))
-    return MarkedText(text, answers)
+        return len(before), len(through)
+
+    text = render(len(chat.messages))
+    if loss == "answers":
+        trained = [i for i in chat.answers if i not in chat.untrained]
+        return MarkedText(text, [find(index) for index in trained])
+    targets, start = [], 0
+    for before, end in map(find, chat.untrained):
+        targets.append((start, before))
+        start = end
+    return MarkedText(text, [*targets, (start, len(text))])
 
 
 def _marked_examples(
-    tokenizer: "PreTrainedTokenizerFast",
-    marked: Sequence[MarkedText],
-    loss: Loss,
-    *,
-    special_tokens: bool,
+    tokenizer: "PreTrainedTokenizerFast", marked: Sequence[MarkedText], *, special_tokens: bool
 ) -> Iterator[Example]:
-    """Tokenises whole texts, so that tokens fall as in running text, and finds answers by place."""
+    """Tokenises whole texts, so that tokens fall as in running text, and finds targets by place."""
     for some in _portions(marked):
         encoded = tokenizer(
             [text for text, _ in some],
@@ -234,12 +244,14 @@ def _marked_examples(
             verbose=False,
         )
         places = zip(encoded["input_ids"], encoded["offset_mapping"], some, strict=True)
-        for ids, offsets, (_, answers) in places:
-            example = _all_targets(np.asarray(ids, dtype=np.int32))
-            if loss == "answers":
-                starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-                inside = np.zeros(len(ids), dtype=np.bool_)
-                for start, end in answers:
+        for ids, offsets, (text, targets) in places:
+            kept = begin_once(tokenizer, ids)
+            example = _all_targets(np.asarray(kept, dtype=np.int32))
+            if targets != [(0, len(text))]:
+                places_of = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+                starts, ends = places_of[len(ids) - len(kept) :].T
+                inside = np.zeros(len(kept), dtype=np.bool_)
+                for start, end in targets:
                     inside |= (ends > start) & (starts < end) & (ends > starts)
                 example = Example(example.tokens, example.targets & inside)
             yield example

@@ -32,7 +32,12 @@ _PROMPT = "The capital of France is"
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Continues a prompt with a base model, a fine-tuned one, or both."""
+    """Continues a prompt with a base model, a fine-tuned one, or both.
+
+    All end-of-text tokens of config.json, generation_config.json and GGUF files end the text.
+    Sampling settings of generation_config.json are not read: what is drawn depends on the options
+    here alone.
+    """
 
     model: str | None = None
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
@@ -52,9 +57,10 @@ class GenerateConfig:
     load_state: Path | None = None
     """Such a file, instead of reading it again; the model must be the same."""
     max_new_tokens: int = 64
-    """Tokens to add at most; the model's end-of-text token ends it earlier. 0: only read."""
+    """Tokens to add at most; the model's end-of-text tokens end it earlier. 0: only read."""
     temperature: float = 0.0
-    """0 takes the most likely token; 1 samples from the model's own distribution."""
+    """0 takes the most likely token; 1 samples from the model's own distribution. Defaults of
+    generation_config.json are not read, here and below."""
     top_k: int = 0
     """Sample from the k most likely tokens only; 0: all."""
     top_p: float = 1.0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.formats import begin_tokens, end_token
+from experiments.formats import begin_once, begin_tokens, end_token
 from tptt_jax.array_typing import Int
 from tptt_jax.inference.prefill import CALL_TOKENS
 
@@ -51,7 +51,8 @@ def document_tokens(
     Args:
       tokenizer: of the model.
       path: a UTF-8 text file.
-      begin: start with the beginning-of-sequence token, if the tokenizer has one.
+      begin: start with the beginning-of-sequence token, if the tokenizer puts one before a text;
+        one that the text itself begins with is not repeated, and left out where this is False.
     """
     texts: Iterable[str] = read_text(path)
     if not _may_be_cut(tokenizer):
@@ -62,7 +63,7 @@ def document_tokens(
 def text_tokens(
     tokenizer: "PreTrainedTokenizerFast", text: str, *, begin: bool = True
 ) -> Int[np.ndarray, " L"]:
-    """Tokens of a short text."""
+    """Tokens of a short text, which begin as `document_tokens` do."""
     (tokens,) = _token_lists(tokenizer, [text], begin=begin)
     return np.asarray(tokens, np.int32)
 
@@ -94,7 +95,7 @@ def chat_tokens(
     except TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens = list(ids)
+    tokens = begin_once(tokenizer, list(ids))
     return tokens if begin or tokens[:1] != [tokenizer.bos_token_id] else tokens[1:]
 
 
@@ -127,12 +128,14 @@ def _may_be_cut(tokenizer: "PreTrainedTokenizerFast") -> bool:
 def _token_lists(
     tokenizer: "PreTrainedTokenizerFast", texts: Iterable[str], *, begin: bool
 ) -> Iterator[list[int]]:
-    prefix = begin_tokens(tokenizer) if begin else []
-    for text in texts:
+    start = begin_tokens(tokenizer)
+    for number, text in enumerate(texts):
         # verbose: lengths beyond the base model's are what this is for.
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        yield prefix + list(ids)
-        prefix = []
+        tokens = list(ids)
+        if start and number == 0:
+            tokens = begin_once(tokenizer, start + tokens)[0 if begin else 1 :]
+        yield tokens
 
 
 def _regroup(pieces: Iterable[list[int]]) -> Iterator[Int[np.ndarray, " L"]]:

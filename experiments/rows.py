@@ -102,8 +102,8 @@ def _load_file(file: Path, split: str, max_rows: int | None) -> Rows:
     options: dict[str, Any] = {}
     try:
         if builder == "json":
-            _check_json(file, lines=suffix != ".json")
-        elif builder == "csv":
+            return _load_json(file, split, max_rows, lines=suffix != ".json")
+        if builder == "csv":
             options = _csv_options(file, "\t" if suffix == ".tsv" else ",")
         elif builder == "text":
             options = {"sample_by": "document"}
@@ -132,7 +132,8 @@ def _load_dataset(
             table = datasets.load_dataset(name, split=split, **options)
             if max_rows is not None:
                 table = table.select(range(min(max_rows, len(table))))
-            return Rows(source=shown, columns=tuple(table.column_names), rows=table.to_list())
+            rows = [_without_nulls(row) for row in table.to_list()]
+            return Rows(source=shown, columns=tuple(table.column_names), rows=rows)
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{shown} is neither a file here nor a dataset that the Hugging Face Hub gives "
@@ -141,6 +142,19 @@ def _load_dataset(
     # The builders let pass whatever pandas, pyarrow and they themselves raise, StopIteration too.
     except Exception as error:
         raise ValueError(f"Cannot read {shown} as a dataset: {_first_line(error)}") from error
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without the keys that only nested objects of other rows have."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list):
+            return [own(item) for item in value]
+        if isinstance(value, dict):
+            return {key: own(item) for key, item in value.items() if item is not None}
+        return value
+
+    return {key: own(value) for key, value in row.items()}
 
 
 @contextmanager
@@ -164,23 +178,51 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _check_json(file: Path, *, lines: bool) -> None:
-    """Finds what `datasets` would report without a line number, or read as something else."""
+def _load_json(file: Path, split: str, max_rows: int | None, *, lines: bool) -> Rows:
+    """Rows as they are written: Arrow would make dates of texts and give all rows the same keys."""
+    rows: list[dict[str, Any]] = []
+    most = max_rows if split == "train" else None
+    for row in _json_rows(file, lines=lines):
+        rows.append(row)
+        if len(rows) == most:
+            break
+    chosen = _split_of(file, rows, split)[:max_rows]
+    columns = dict.fromkeys(key for row in chosen for key in row)
+    return Rows(source=str(file), columns=tuple(columns), rows=chosen)
+
+
+def _split_of(file: Path, rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The slices of the only split, "train", that an expression such as "train[:10%]" names."""
+    if split == "train":
+        return rows
+    import datasets
+
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"Cannot read {file} as a dataset: {_first_line(error)}") from error
+    return [row for part in parts for row in rows[part.from_ : part.to]]
+
+
+def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON or JSON Lines file; a fault is named by its line."""
     if not lines:
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8-sig"))
         except json.JSONDecodeError as error:
             # JSON Lines are often called .json.
             if error.msg != "Extra data":
                 raise ValueError(
                     f"{file}, line {error.lineno}, is not valid JSON ({error.msg}): repair it."
                 ) from None
+        except RecursionError:
+            raise ValueError(f"{file} is nested too deeply: repair it.") from None
         else:
             rows = content if isinstance(content, list) else [content]
             for number, row in enumerate(rows, start=1):
-                _check_object(row, f"{file}, element {number},")
+                yield _object(row, f"{file}, element {number},")
             return
-    with file.open(encoding="utf-8") as stream:
+    with file.open(encoding="utf-8-sig") as stream:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
@@ -191,12 +233,15 @@ def _check_json(file: Path, *, lines: bool) -> None:
                 raise ValueError(
                     f"{place} is not valid JSON ({error.msg}): repair or remove the line."
                 ) from None
-            _check_object(row, place)
+            except RecursionError:
+                raise ValueError(f"{place} is nested too deeply: remove the line.") from None
+            yield _object(row, place)
 
 
-def _check_object(row: Any, place: str) -> None:
+def _object(row: Any, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}.")
+    return row
 
 
 def _csv_options(file: Path, delimiter: str) -> dict[str, Any]:

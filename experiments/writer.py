@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from experiments.limits import check_tokens
 from tptt_jax import CausalLM
 from tptt_jax.inference.generate import Stops, TokenStream, stream
 from tptt_jax.inference.prefill import read
@@ -65,6 +66,7 @@ class Writer:
         start, count = time.perf_counter(), 0
         for piece in pieces:
             if len(piece):
+                check_tokens(piece, self.model.config.vocab_size, self.tokenizer)
                 self.state = read(
                     self.model, piece[None], state=self.state, use_memory=self.use_memory
                 )

@@ -41,10 +41,14 @@ class Family:
     """Ours -> the keys of config.json, transformers-5 form."""
     rules: Rules
     """Safetensors names <-> our paths."""
+    write_old_config: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    """Ours -> published keys that an export has beside the transformers-5 form: transformers 4,
+    vLLM and llama.cpp's converter take their own defaults where these are missing."""
     read_liza: Callable[[Fields], LizaConfig | None] | None = None
     """config.json -> the memory, of a format that keeps it beside the base weights."""
     superseded: tuple[str, ...] = ()
-    """Published keys of config.json that the transformers-5 form replaces."""
+    """Published keys of config.json whose values do not outlive a change of the model: replaced
+    by `write_config` and `write_old_config`."""
     ignored: tuple[str, ...] = ()
     """Regular expressions of whole tensor names that may be passed over when nothing reads
     them."""

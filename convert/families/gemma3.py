@@ -13,7 +13,13 @@ from convert.families.fields import (
 from convert.families.gguf_metadata import metadata_reader, read_gguf_sizes
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
-from convert.families.rotary import read_gguf_rope, read_rope, shortest, write_rope
+from convert.families.rotary import (
+    read_gguf_rope,
+    read_rope,
+    shortest,
+    write_old_rope,
+    write_rope,
+)
 from convert.gguf_io import GgufFile
 from convert.rules import MINUS_ONE
 from tptt_jax import ModelConfig
@@ -97,6 +103,16 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_old_config(config: ModelConfig) -> dict[str, Any]:
+    content = write_old_rope(config.rope)
+    content["rope_local_base_freq"] = config.rope_of("sliding").theta
+    # transformers 4.50 to 4.52 have no layer_types.
+    period = next((i + 1 for i, kind in enumerate(config.layer_kinds) if kind == "full"), None)
+    if period is not None and config.layer_kinds == _pattern(config.num_layers, period):
+        content["sliding_window_pattern"] = period
+    return content
+
+
 def _read_gguf(file: GgufFile) -> ModelConfig:
     get = metadata_reader(file)
     sizes = read_gguf_sizes(file)
@@ -123,6 +139,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=lambda config: standard_rules(_NORMS),
+    write_old_config=_write_old_config,
     superseded=(
         *("rope_theta", "rope_scaling", "rope_local_base_freq"),
         *("sliding_window_pattern", "_sliding_window_pattern"),

@@ -55,7 +55,6 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
             f"{file.path} must have from 1 to {MAX_LAYERS} layers (block_count), it has "
             f"{layers!r:.99}."
         )
-    eos = file.metadata.get("tokenizer.ggml.eos_token_id")
     return {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "embed_dim": get("embedding_length"),
@@ -67,9 +66,15 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
         "tie_embeddings": "output.weight" not in file.tensors,
         "max_positions": get("context_length"),
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_ids": () if eos is None else (eos,),
+        "eos_token_ids": _end_tokens(file),
         "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
     }
+
+
+def _end_tokens(file: GgufFile) -> tuple[int, ...]:
+    """All that end a text: its own end, that of a turn, and that of a message to a tool."""
+    found = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def read_gguf_common(file: GgufFile) -> dict[str, Any]:

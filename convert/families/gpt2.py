@@ -89,6 +89,8 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=_rules,
+    # llama.cpp's converter reads this one.
+    write_old_config=lambda config: {"n_ctx": config.max_positions},
     superseded=("n_ctx",),
     # Causal masks that old versions of transformers stored with the weights.
     ignored=(r".*\.attn\.(bias|masked_bias)", r"lm_head\.weight"),

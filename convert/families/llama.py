@@ -8,7 +8,12 @@ from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.rotary import recognise_llama3
-from convert.families.standard import read_attention_bias, read_standard, write_standard
+from convert.families.standard import (
+    read_attention_bias,
+    read_standard,
+    write_old_standard,
+    write_standard,
+)
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 
@@ -51,6 +56,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=lambda config: standard_rules(),
+    write_old_config=write_old_standard,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     gguf=GgufTable(

@@ -5,7 +5,7 @@ from typing import Any
 from convert.families.family import Family
 from convert.families.fields import Fields, read_num_layers
 from convert.families.key_tables import standard_rules
-from convert.families.standard import read_standard, write_standard
+from convert.families.standard import read_standard, write_old_standard, write_standard
 from tptt_jax import ModelConfig
 
 
@@ -32,6 +32,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=lambda config: standard_rules(),
+    write_old_config=write_old_standard,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
 )

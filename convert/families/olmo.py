@@ -5,7 +5,12 @@ from typing import Any
 from convert.families.family import Family
 from convert.families.fields import Fields
 from convert.families.key_tables import standard_rules
-from convert.families.standard import read_attention_bias, read_standard, write_standard
+from convert.families.standard import (
+    read_attention_bias,
+    read_standard,
+    write_old_standard,
+    write_standard,
+)
 from tptt_jax import ModelConfig
 
 
@@ -41,6 +46,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=lambda config: write_olmo_config(config, "rms_norm_eps"),
     rules=lambda config: standard_rules(),
+    write_old_config=write_old_standard,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
 )

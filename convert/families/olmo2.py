@@ -8,6 +8,7 @@ from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.olmo import read_olmo_config, write_olmo_config
+from convert.families.standard import write_old_standard
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 
@@ -32,6 +33,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=lambda config: write_olmo_config(config, "clip_qkv"),
     rules=lambda config: standard_rules(_NORMS),
+    write_old_config=write_old_standard,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
     gguf=GgufTable(architecture="olmo2", read_config=_read_gguf, rules=gguf_rules),

@@ -14,6 +14,7 @@ from convert.families.key_tables import (
     outer_rules,
 )
 from convert.families.olmo import read_olmo_config, write_olmo_config
+from convert.families.standard import write_old_standard
 from convert.gguf_io import GgufFile
 from convert.rules import Rule
 from tptt_jax import ModelConfig
@@ -60,6 +61,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=_rules,
+    write_old_config=write_old_standard,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
     gguf=GgufTable(architecture="olmoe", read_config=_read_gguf, rules=gguf_rules),

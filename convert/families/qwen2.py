@@ -12,7 +12,7 @@ from convert.families.fields import (
 from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
-from convert.families.standard import read_standard, write_standard
+from convert.families.standard import read_standard, write_old_standard, write_standard
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind
@@ -48,6 +48,15 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def write_old_windows(config: ModelConfig) -> dict[str, Any]:
+    """The published keys: the rotary embedding, and from which layer on there are windows."""
+    content = write_old_standard(config)
+    full = config.layer_kinds.count("full")
+    if config.layer_kinds[:full] == ("full",) * full and config.sliding_window is not None:
+        content["max_window_layers"] = full
+    return content
+
+
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", ("silu",), "silu")
     windows = read_windows(fields)
@@ -68,6 +77,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=lambda config: standard_rules(),
+    write_old_config=write_old_windows,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r".*\.rotary_emb\.inv_freq", r"lm_head\.weight"),
     gguf=GgufTable(architecture="qwen2", read_config=_read_gguf, rules=gguf_rules),

@@ -7,7 +7,7 @@ from convert.families.fields import Fields
 from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
-from convert.families.qwen2 import read_windows, write_windows
+from convert.families.qwen2 import read_windows, write_old_windows, write_windows
 from convert.families.standard import read_attention_bias, read_standard, write_standard
 from convert.gguf_io import GgufFile
 from tptt_jax import ModelConfig
@@ -43,6 +43,7 @@ FAMILY = Family(
     read_config=_read_config,
     write_config=_write_config,
     rules=lambda config: standard_rules(),
+    write_old_config=write_old_windows,
     superseded=("rope_theta", "rope_scaling"),
     ignored=(r"lm_head\.weight",),
     gguf=GgufTable(architecture="qwen3", read_config=_read_gguf, rules=gguf_rules),

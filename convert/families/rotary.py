@@ -61,6 +61,20 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     return content
 
 
+def write_old_rope(rope: RopeConfig) -> dict[str, Any]:
+    """The published form, which transformers 4, vLLM and llama.cpp's converter read.
+
+    Args:
+      rope: the embedding of all layers, or of the full ones where layers differ.
+
+    Returns:
+      `rope_theta` and `rope_scaling`; the latter is null for an ordinary embedding.
+    """
+    scaling = write_rope(rope)
+    theta = scaling.pop("rope_theta")
+    return {"rope_theta": theta, "rope_scaling": None if rope.scaling == "none" else scaling}
+
+
 def read_flat_rope(fields: Fields, theta: float, max_positions: int) -> RopeConfig:
     """Reads the rotary embedding of a family whose layers all have the same.
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from convert.families.fields import Fields, read_sizes, write_sizes
-from convert.families.rotary import read_flat_rope, write_rope
+from convert.families.rotary import read_flat_rope, write_old_rope, write_rope
 from tptt_jax import ModelConfig
 
 
@@ -35,6 +35,11 @@ def write_standard(config: ModelConfig, *, implied_head_dim: bool = False) -> di
         "hidden_act": "silu",
         "rope_parameters": write_rope(config.rope),
     }
+
+
+def write_old_standard(config: ModelConfig) -> dict[str, Any]:
+    """The rotary embedding under its published keys (see `Family.write_old_config`)."""
+    return write_old_rope(config.rope)
 
 
 def read_attention_bias(fields: Fields) -> dict[str, bool]:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
+from experiments.limits import check_lengths, check_tokens
 from experiments.packing import TokenBatch, TokenBatchSource
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
@@ -79,9 +80,11 @@ def evaluate_held_out(
       batch_size: rows at a time.
       use_memory: False leaves the memory out.
     """
+    check_tokens(source.tokens, model.config.vocab_size)
+    check_lengths(source.segment_ids, model.config, "--data.eval-length")
     # No result is looked at before all batches are on their way.
     sums = [
-        losses_by_place(model, put(batch), use_memory=use_memory)
+        _losses_by_place(model, put(batch), use_memory=use_memory)
         for batch in source.batches(batch_size)
     ]
     totals = np.sum(np.asarray(sums, np.float64), axis=0)
@@ -94,7 +97,6 @@ def recovered_gap(full: float, window: float, titan: float) -> float | None:
     return (window - titan) / gap if gap > 1e-6 else None
 
 
-@functools.partial(nnx.jit, static_argnames="use_memory")
 def losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple[Array, Array]:
     """Summed nats and counted tokens of every place [T]; place t is predicted from t - 1.
 
@@ -102,7 +104,17 @@ def losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple
       model: a base model or a Titan.
       batch: rows [B, T].
       use_memory: False leaves the memory out.
+
+    Raises:
+      ValueError: if a token or a row is one that the model cannot read.
     """
+    check_tokens(np.asarray(batch.tokens), model.config.vocab_size)
+    check_lengths(batch.segment_ids, model.config, "--data.eval-length")
+    return _losses_by_place(model, batch, use_memory=use_memory)
+
+
+@functools.partial(nnx.jit, static_argnames="use_memory")
+def _losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple[Array, Array]:
     hidden, _, _ = model.forward_hidden(batch.tokens, batch.segment_ids, use_memory=use_memory)
     targets = next_token_targets(*batch)
     head, vocab_axis = model.head_matrix()

@@ -93,11 +93,15 @@ class Fitting:
         return self._stage("distill", "distillation", steps, size, run)
 
     def start_transfer(self) -> TrainState:
-        """The state before attention transfer: gates and sizes in closed form."""
+        """The state before attention transfer: gates and sizes in closed form.
+
+        A memory that was fitted before keeps its own.
+        """
         optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
         rows = [self._batch_at("gates", i, self.config.batch_size) for i in range(_GATE_BATCHES)]
         batches = [(self.put(batch).tokens, self.put(batch).segment_ids) for batch in rows]
-        trainable = fit_gates(self.partition, self.initial, self.partition.frozen, batches)
+        solved = fit_gates(self.partition, self.initial, self.partition.frozen, batches)
+        trainable = _with_limits(self.initial, solved) if _is_fitted(self.initial) else solved
         return init_train_state(trainable, None, optimizer, jax.random.key(self.seed))
 
     def start_distillation(self, trainable: Trainable) -> TrainState:
@@ -128,6 +132,22 @@ class Fitting:
         # Stages read the rows in orders of their own.
         seed = int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
         return self.rows.batch_at(number, size, seed)
+
+
+def _is_fitted(trainable: Trainable) -> bool:
+    """Whether any mass gate has seen a fit: before that their weights are zero."""
+    weights = [value for name, value in trainable.items() if name.endswith(".mag.weight")]
+    return any(bool(jnp.any(value != 0)) for value in weights)
+
+
+def _with_limits(trainable: Trainable, solved: Trainable) -> Trainable:
+    """Fitted parameters that may count as many tokens as the longest rows of both fits had."""
+    limits = {
+        name: jnp.maximum(value, solved[name])
+        for name, value in trainable.items()
+        if name.endswith(".mag.limit")
+    }
+    return trainable | limits
 
 
 def _distillation_optimizer(rate: float, steps: int) -> OptimizerConfig:

@@ -16,7 +16,9 @@ from convert.files import atomic_file
 from experiments.arguments import FinetuneConfig, resolved_yaml
 from experiments.checks import check_output, check_rows, describe_run
 from experiments.data import TokenData, load_token_data
+from experiments.limits import check_lengths, check_tokens
 from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.prompts import text_tokens
 from experiments.report import StepRecord
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fitting import Fitting
@@ -84,6 +86,11 @@ class Run:
             mesh=mesh,
             seed=config.seed,
         )
+        check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
+        check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
+        if data.eval is not None:
+            check_tokens(data.eval.tokens, model.config.vocab_size, tokenizer)
+            check_lengths(data.eval.segment_ids, model.config, "--data.eval-length")
         liza = config.memory
         is_idle = liza is not None and liza.writes == "evicted"
         if is_idle and not runs_memory(model.config, liza):
@@ -209,7 +216,7 @@ class Run:
         if not self.config.sample_tokens:
             return
         prompt = self.config.sample_prompt
-        tokens = np.array([self.tokenizer(prompt)["input_ids"]], np.int32)
+        tokens = text_tokens(self.tokenizer, prompt)[None]
         key = jax.random.key(self.config.seed)
         result = generate(model, tokens, self.config.sample_tokens, _TEMPERATURE, key, top_p=_TOP_P)
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
@@ -284,7 +291,10 @@ def _fit_rows(
     if config.fit.data is not None:
         changes["path"] = config.fit.data
     data = dataclasses.replace(config.data, **changes)
-    return load_token_data(data, tokenizer, config.seed, window=liza.softmax_window).train
+    rows = load_token_data(data, tokenizer, config.seed, window=liza.softmax_window).train
+    check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
+    check_lengths(rows.segment_ids, model.config, "fit: length")
+    return rows
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

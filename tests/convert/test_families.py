@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 
@@ -7,7 +8,7 @@ import transformers
 from convert import ConversionError
 from convert.families import family_of, family_of_architecture
 from convert.sources import read_config
-from tests.convert.checkpoints import GEMMA, LLAMA
+from tests.convert.checkpoints import GEMMA, LLAMA, OLMO2, OLMOE, QWEN2, QWEN3
 from tptt_jax import ModelConfig
 from tptt_jax.config import RopeConfig
 
@@ -168,6 +169,52 @@ def test_written_config_is_read_back_here_and_by_transformers(tmp_path, config):
     assert read(tmp_path, content) == config
     theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
     assert {key: theirs.get(key, "absent") for key in content} == content
+
+
+OLD_KEYS = {
+    "llama": (LLAMA, {"rope_theta": 5e5, "rope_scaling": None}),
+    "llama3": (
+        LLAMA | {"rope_scaling": LLAMA3},
+        {"rope_theta": 5e5, "rope_scaling": LLAMA3},
+    ),
+    "linear": (
+        LLAMA | {"rope_scaling": {"type": "linear", "factor": 8.0}},
+        {"rope_theta": 5e5, "rope_scaling": LINEAR},
+    ),
+    "qwen2, windows": (
+        QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        {"rope_theta": 5e5, "rope_scaling": None, "max_window_layers": 1},
+    ),
+    "qwen3": (QWEN3, {"rope_theta": 5e5, "rope_scaling": None}),
+    "mistral": (LLAMA | {"model_type": "mistral"}, {"rope_theta": 5e5, "rope_scaling": None}),
+    "olmo": (LLAMA | {"model_type": "olmo"}, {"rope_theta": 5e5, "rope_scaling": None}),
+    "olmo2": (OLMO2, {"rope_theta": 5e5, "rope_scaling": None}),
+    "olmoe": (OLMOE, {"rope_theta": 5e5, "rope_scaling": None}),
+    "gemma": (
+        GEMMA | {"rope_scaling": LINEAR, "rope_local_base_freq": 500.0},
+        {
+            **{"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 500.0},
+            "sliding_window_pattern": 6,
+        },
+    ),
+    "gpt2": ({"model_type": "gpt2", "n_positions": 128}, {"n_ctx": 128}),
+}
+
+
+@pytest.mark.parametrize(("published", "old"), OLD_KEYS.values(), ids=OLD_KEYS.keys())
+def test_old_keys_alone_say_what_the_new_ones_do(tmp_path, published, old):
+    config = read(tmp_path, published)
+    family = family_of(config.family)
+    new = family.config_json(config)
+    assert family.write_old_config(config) == old
+    assert read(tmp_path, new | old) == config
+    assert read(tmp_path, without(new | old, "rope_parameters", "layer_types")) == config
+    # transformers writes into the objects that it is given.
+    theirs = [
+        transformers.AutoConfig.for_model(**copy.deepcopy(content)).to_dict()
+        for content in (new, new | old)
+    ]
+    assert theirs[0].get("rope_parameters") == theirs[1].get("rope_parameters")
 
 
 @pytest.mark.parametrize(

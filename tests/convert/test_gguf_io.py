@@ -63,6 +63,7 @@ def write_gguf(
         writer.add_sliding_window(config["sliding_window"])
     writer.add_bos_token_id(2)
     writer.add_eos_token_id(1)
+    writer.add_eot_token_id(5)
     if "num_experts" in config:
         writer.add_expert_count(config["num_experts"])
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -133,7 +134,7 @@ def test_gguf_and_safetensors_give_the_same_model(tmp_path, config):
         positions = {"max_positions": wanted.config.max_positions}
         ids = {"bos_token_id": 1, "eos_token_ids": (2, 3)}
         assert dataclasses.replace(model.config, **ids, **positions) == wanted.config
-    assert (model.config.bos_token_id, model.config.eos_token_ids) == (2, (1,))
+    assert (model.config.bos_token_id, model.config.eos_token_ids) == (2, (1, 5))
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16", "F16"])

@@ -17,7 +17,7 @@ from convert import ConversionError, export_pretrained, load_pretrained
 from convert.hf_directory import SafetensorsDirectory
 from convert.loading import variables_of
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
-from tptt_jax import CausalLM, LizaConfig, LoraConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, generate
 
 TOKENS = jnp.asarray(np.random.default_rng(1).integers(0, 97, (2, 13)))
 LORA = LoraConfig(rank=3, alpha=5.0, targets=("q_proj", "down_proj"))
@@ -304,8 +304,11 @@ def test_unknown_settings_of_the_source_survive(tmp_path):
         "rope_theta": 5e5,
         "factor": 2.0,
     }
-    assert not {"rope_theta", "rope_scaling", "torch_dtype"} & content.keys()
-    assert content["dtype"] == "float32"
+    # What transformers 4 and servers read, with the model's values, not the source's.
+    assert content["rope_theta"] == 5e5
+    assert content["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    assert content["dtype"] == content["torch_dtype"] == "float32"
+    assert content["eos_token_id"] == [2, 3]
     names = {str(path.relative_to(tmp_path / "b")) for path in (tmp_path / "b").rglob("*.*")}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"),
@@ -315,6 +318,24 @@ def test_unknown_settings_of_the_source_survive(tmp_path):
     assert "not copied" not in (tmp_path / "b/README.md").read_text()
     generation = json.loads((tmp_path / "b/generation_config.json").read_text())
     assert generation == {"temperature": 0.6, "eos_token_id": [2, 9]}
+
+
+def test_all_end_tokens_end_a_text(tmp_path, llama):
+    plain = load_pretrained(llama)
+    first = int(generate(plain, TOKENS[:1], 1, stop_tokens=()).tokens[0, 0])
+    ends = {"eos_token_id": [first, 3, -1], "temperature": 0.5}
+    (llama / "generation_config.json").write_text(json.dumps(ends))
+    model = load_pretrained(llama)
+    assert model.config.eos_token_ids == (2, 3, *({first} - {2, 3}))
+    result = generate(model, TOKENS[:1], 2)
+    assert result.lengths.tolist() == [1]
+    assert result.tokens[0, 0] == first
+    export_pretrained(model, tmp_path / "b", source=llama)
+    assert json.loads((tmp_path / "b/config.json").read_text())["eos_token_id"] == [2, 3]
+    assert load_pretrained(tmp_path / "b").config == model.config
+    (llama / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
+    with pytest.raises(ConversionError, match=r"eos_token_id in .*generation_config\.json"):
+        load_pretrained(llama)
 
 
 def test_export_without_a_source(tmp_path, llama):

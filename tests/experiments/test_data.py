@@ -231,6 +231,118 @@ def test_bad_conversations_are_named(tmp_path, template, messages, message):
         load_token_data(DataConfig(path=path, format="chat", eval_rows=0), tokenizer)
 
 
+TOOLS = (
+    "{% if tools %}{{ tools | tojson }}\n{% endif %}{% for m in messages %}{{ m['role'] }}:"
+    "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+    "</s>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def _tool_row(name: str, arguments: dict[str, str]) -> dict:
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    described = {"name": name, "parameters": {"type": "object", "default": None}}
+    return {
+        "tools": [{"type": "function", "function": described}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "On "}, {"text": "2024-05-01"}]},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "2024-05-02"},
+            {"role": "assistant", "content": "2024-05-03"},
+        ],
+    }
+
+
+TOOL_ROWS = [_tool_row("weather", {"city": "Paris"}), _tool_row("clock", {"tz": "1", "utc": "2"})]
+
+
+def _texts(tokenizer, config: DataConfig) -> list[str]:
+    data = load_token_data(config, tokenizer)
+    return [tokenizer.decode(tokens) for tokens, _ in segments(data.train)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "array", "json text", "parquet"])
+def test_tools_and_parts_reach_the_template_as_written(tmp_path, kind):
+    tokenizer = make_tokenizer(begin=False, template=TOOLS)
+    path = tmp_path / {"array": "t.json", "parquet": "t.parquet"}.get(kind, "t.jsonl")
+    rows = TOOL_ROWS
+    if kind == "json text":
+        rows = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    if kind == "parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        first = {"role": "user", "content": "On 2024-05-01"}  # a column has one type
+        rows = [row | {"messages": [first, *row["messages"][1:]]} for row in rows]
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif kind == "array":
+        path.write_text(json.dumps(rows))
+    else:
+        write_lines(path, rows)
+    config = DataConfig(path=str(path), eval_rows=0, packing=False, sequence_length=512)
+    expected = []
+    for row in TOOL_ROWS:
+        plain = [dict(message) for message in row["messages"]]
+        plain[0]["content"], plain[1]["content"] = "On 2024-05-01", ""
+        tools = row["tools"]
+        if kind == "parquet":  # which has no keys of its own for every row: a null is none
+            function = {"name": tools[0]["function"]["name"], "parameters": {"type": "object"}}
+            tools = [{"type": "function", "function": function}]
+        expected.append(tokenizer.apply_chat_template(plain, tools=tools, tokenize=False))
+    assert _texts(tokenizer, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"content": [{"type": "image_url", "image_url": "x"}]}, "a part of type 'image_url'"),
+        ({"content": {"text": "a"}}, "content must be text or a list of text parts"),
+        ({"content": 5}, "content must be text or a list of text parts, got 5"),
+        ({"content": None}, "every message needs role and content"),
+        ({"content": "a", "weight": 2}, "weight of a message must be 0 or 1, got 2"),
+    ],
+    ids=["image", "object", "number", "null", "weight"],
+)
+def test_contents_that_are_no_text_are_refused(chat_tokenizer, tmp_path, message, expected):
+    rows = [{"messages": CHAT}, {"messages": [CHAT[1], {"role": "assistant"} | message]}]
+    path = write_lines(tmp_path / "c.jsonl", rows)
+    with pytest.raises(ValueError, match=expected) as caught:
+        load_token_data(DataConfig(path=path, eval_rows=0), chat_tokenizer)
+    assert str(caught.value).startswith(f"{path}, row 2: ")
+
+
+@pytest.mark.parametrize("tools", [5, ["f"], "{"], ids=repr)
+def test_tools_that_are_none_are_refused(chat_tokenizer, tmp_path, tools):
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": CHAT, "tools": tools}])
+    with pytest.raises(ValueError, match="row 1: tools must be a list"):
+        load_token_data(DataConfig(path=path, eval_rows=0), chat_tokenizer)
+
+
+@pytest.mark.parametrize("loss", ["answers", "all"])
+def test_answers_of_weight_0_are_not_trained_on(chat_tokenizer, tmp_path, loss):
+    weighted = [*CHAT[:2], CHAT[2] | {"weight": 0}, CHAT[3], CHAT[4] | {"weight": 1}]
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": weighted}])
+    config = DataConfig(path=path, eval_rows=0, packing=False, loss=loss)
+    data = load_token_data(config, chat_tokenizer)
+    (text,) = targets_text(chat_tokenizer, data.train)
+    assert "Hello." not in text
+    assert text.endswith("Farewell, friend.</s>\n")
+    assert ("Bye" in text) == (loss == "all")
+    ((tokens, _),) = segments(data.train)
+    assert tokens == chat_tokenizer.apply_chat_template(CHAT, tokenize=True)["input_ids"]
+
+
+@pytest.mark.parametrize("begin", [True, False], ids=["adds bos", "adds none"])
+def test_a_text_that_begins_with_bos_gets_no_second_one(tmp_path, begin):
+    tokenizer = make_tokenizer(begin=begin, template="<s><s>" + CHATML)
+    path = write_lines(tmp_path / "t.jsonl", [{"text": "<s>rendered"}, {"text": "<s><s>twice"}])
+    config = DataConfig(path=path, eval_rows=0, packing=False)
+    assert _texts(tokenizer, config) == ["<s>rendered</s>", "<s>twice</s>"]
+    chat = [{"role": "assistant", "content": "a"}]
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": chat}])
+    (text,) = _texts(tokenizer, DataConfig(path=path, eval_rows=0))
+    assert text.count("<s>") == 1
+
+
 # --- text and files --------------------------------------------------------------------------
 
 TEXTS = ["First text.", "NA", "007", 'A "third", with commas.\nAnd a line.']
@@ -264,6 +376,24 @@ def test_every_kind_of_file_gives_its_texts(tokenizer, tmp_path, name):
     texts = [tokenizer.decode(tokens) for tokens, _ in segments(data.train)]
     assert texts == [f"<s>{text}</s>" for text in TEXTS]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_texts_that_look_like_something_else_stay_texts(tokenizer, tmp_path):
+    texts = ["2024-05-01", "2024-05-01T10:00:00", "12", "1e5", "true", "null", "2024-05-02"]
+    for name in ("t.jsonl", "array.json", "t.csv"):
+        path = _write_table(tmp_path / name, texts)
+        config = DataConfig(path=path, eval_rows=0, packing=False)
+        assert _texts(tokenizer, config) == [f"<s>{text}</s>" for text in texts]
+
+
+def test_columns_may_appear_and_change_at_any_row(tokenizer, tmp_path):
+    rows = [{"text": "one", "id": 1}, {"text": "two", "id": "x"}, {"text": "three", "more": [1]}]
+    path = write_lines(tmp_path / "t.jsonl", rows)
+    config = DataConfig(path=path, eval_rows=0, packing=False)
+    assert _texts(tokenizer, config) == ["<s>one</s>", "<s>two</s>", "<s>three</s>"]
+    path = write_lines(tmp_path / "u.jsonl", [*rows, {"id": 4}])
+    with pytest.raises(ValueError, match="row 4: text must be text, got nothing"):
+        load_token_data(DataConfig(path=path, eval_rows=0), tokenizer)
 
 
 def test_a_text_file_is_one_document(tokenizer, tmp_path):

@@ -66,6 +66,18 @@ def test_a_prompt_begins_only_at_the_beginning(tokenizer):
     assert text_tokens(tokenizer, "a b", begin=False).tolist() == tokenizer("a b")["input_ids"][1:]
 
 
+@pytest.mark.parametrize("text", ["a b", "<s>a b", "<s><s>a b"], ids=["no", "one", "two"])
+def test_a_prompt_begins_once(tokenizer, tmp_path, text):
+    expected = tokenizer("a b")["input_ids"]
+    assert text_tokens(tokenizer, text).tolist() == expected
+    assert text_tokens(tokenizer, text, begin=False).tolist() == expected[1:]
+    path = tmp_path / "text.txt"
+    path.write_text(text)
+    assert all_tokens(tokenizer, path) == expected
+    chat = make_tokenizer(begin=True, template="<s>{{ messages[0]['content'] }}")
+    assert chat_tokens(chat, [{"role": "user", "content": text}]) == expected
+
+
 def test_a_chat_begins_only_at_the_beginning():
     tokenizer = make_tokenizer(begin=True, template="<s>{{ messages[0]['content'] }}")
     messages = [{"role": "user", "content": "hi"}]

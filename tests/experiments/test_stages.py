@@ -228,6 +228,21 @@ def test_a_run_may_only_fit(fitted, whole):
     assert not np.allclose(loaded(tokens).logits, without, atol=1e-3)
 
 
+def test_a_fit_goes_on_from_a_memory_that_was_fitted_before(fitted, tmp_path):
+    first, _, _ = fitted
+    longer = replace(first.fit, steps=0, distill_steps=1, length=80)
+    second = replace(first, model=str(first.output), output=tmp_path / "run", fit=longer)
+    job = Run.prepare(second, Console(file=io.StringIO()))
+    start = job._fitting().start_transfer().trainable
+    known = trained(first)
+    for name, value in start.items():
+        if name.endswith(".mag.limit"):
+            # Longer rows: more tokens may count.
+            assert (value > known[name]).all()
+        else:
+            np.testing.assert_array_equal(value, known[name])
+
+
 def test_a_memory_can_be_fitted_to_a_model_that_was_tuned_before(config, tmp_path):
     tuned = replace(config, output=tmp_path / "tuned", liza=LizaConfig(), no_liza=True)
     first, _ = printed_run(tuned)

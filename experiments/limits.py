@@ -1,0 +1,79 @@
+"""What a model can read: token ids inside its embedding, rows within its learned positions."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tptt_jax import ModelConfig
+from tptt_jax.array_typing import Array, Int
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+_SHOWN = 3
+
+
+def check_tokens(
+    tokens: Int[np.ndarray, "..."],
+    vocab_size: int,
+    tokenizer: "PreTrainedTokenizerFast | None" = None,
+) -> None:
+    """Refuses ids that the embedding has no row for; looking them up would take another row.
+
+    Args:
+      tokens: int32 ids of any shape.
+      vocab_size: rows of the embedding.
+      tokenizer: names the tokens; None: their ids alone are named.
+
+    Raises:
+      ValueError: if an id lies outside of 0 to vocab_size - 1.
+    """
+    outside = np.unique(tokens[(tokens < 0) | (tokens >= vocab_size)]).tolist()
+    if not outside:
+        return
+    names = [_name(token, tokenizer) for token in outside[:_SHOWN]]
+    if more := len(outside) - len(names):
+        names.append(f"{more} more")
+    raise ValueError(
+        f"The embedding has rows for token ids 0 to {vocab_size - 1}, got {', '.join(names)}: use "
+        "the tokenizer that came with the model, or resize its embedding first "
+        "(resize_token_embeddings of transformers)."
+    )
+
+
+def _name(token: int, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+    text = None if tokenizer is None or token < 0 else tokenizer.convert_ids_to_tokens(token)
+    return str(token) if text is None else f"{token} ({text})"
+
+
+def check_lengths(
+    segment_ids: Int[np.ndarray, "n T"] | Array, config: ModelConfig, option: str
+) -> None:
+    """Refuses documents longer than the positions that a model has learned.
+
+    Args:
+      segment_ids: of the rows; 0 is padding. Positions count from the start of each segment.
+      config: of the model; one with rotary embeddings takes any length.
+      option: what shortens the rows.
+
+    Raises:
+      ValueError: if a segment is longer than `config.max_positions`.
+    """
+    if config.position_embedding != "learned":
+        return
+    ids = np.asarray(segment_ids)
+    longest = int(_run_lengths(ids).max(initial=0))
+    if longest > config.max_positions:
+        raise ValueError(
+            f"Rows of {longest} tokens are more than the {config.max_positions} positions that "
+            f"this model has learned: lower {option} to {config.max_positions}."
+        )
+
+
+def _run_lengths(ids: Int[np.ndarray, "n T"]) -> Int[np.ndarray, " m"]:
+    """Lengths of all segments of all rows, without padding."""
+    starts = np.ones(ids.shape, bool)
+    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    places = np.flatnonzero(starts)
+    lengths = np.diff(places, append=ids.size)
+    return lengths[ids.reshape(-1)[places] != 0]
