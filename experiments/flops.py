@@ -181,6 +181,21 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
     )
 
 
+def row_memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> float:
+    """The same for a row that is read without a cache.
+
+    The first places have lost nothing and are left out, also by the memory's own deltas, which
+    `adapter_flops` counts for every token.
+    """
+    if liza is None or liza.writes != "evicted" or liza.softmax_window is None:
+        return memory_flops(config, liza, tokens)
+    left_out = min(liza.softmax_window, max(tokens - 1, 0))
+    deltas = sum(
+        _memory_delta_flops(config.of_layer(layer), liza) for layer in _running_layers(config, liza)
+    )
+    return memory_flops(config, liza, tokens - left_out) - left_out * deltas
+
+
 def _running_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
     """The layers whose memory does anything at all."""
     return memory_layers(config, liza) if runs_memory(config, liza) else ()
@@ -211,7 +226,7 @@ def training_flops(
             if path.startswith("self_attn.")
         )
     per_token = 2 * (weights + head) + trained + 3 * adapter_flops(config, liza, lora)
-    per_row = attention_flops(config, liza, tokens) + memory_flops(config, liza, tokens)
+    per_row = attention_flops(config, liza, tokens) + row_memory_flops(config, liza, tokens)
     return batch * (tokens * per_token + 3 * per_row)
 
 

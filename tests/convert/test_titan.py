@@ -253,7 +253,7 @@ def test_what_goes_along(tmp_path):
         **{"model_type": "tptt_titan", "architectures": ["TitanForCausalLM"], "dtype": "bfloat16"},
         **{"hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 10},
         **{"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 97},
-        **{"bos_token_id": 1, "eos_token_id": [2, 3], "tie_word_embeddings": False},
+        **{"bos_token_id": 1, "eos_token_id": [2, 3, 9], "tie_word_embeddings": False},
     }
     assert wanted.items() <= config.items()
 

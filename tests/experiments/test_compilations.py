@@ -38,4 +38,4 @@ def test_a_run_compiles_its_steps_once(options, fits, tiny_model_dir, tmp_path):
     assert counts["train_step"] == fits + 1, "distillation, then training"
     # The base model before training, which another run may have compiled; then the Titan, with
     # its memory and without, however often it is evaluated.
-    assert 2 <= counts["losses_by_place"] <= 3
+    assert 2 <= counts["_losses_by_place"] <= 3

@@ -92,7 +92,7 @@ def test_forward_pass(liza):
     )
     per_token = flops.weights_flops(CONFIG, liza) + flops.head_flops(CONFIG)
     per_token += flops.adapter_flops(CONFIG, liza, lora)
-    per_row = flops.attention_flops(CONFIG, liza, T) + flops.memory_flops(CONFIG, liza, T)
+    per_row = flops.attention_flops(CONFIG, liza, T) + flops.row_memory_flops(CONFIG, liza, T)
     assert_within(xla, B * (T * per_token + per_row), 1.08)
 
 

@@ -44,8 +44,10 @@ def test_logits_and_export(tmp_path, config):
     export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
     exported = reload(tmp_path / "b")
     np.testing.assert_array_equal(torch_logits(exported, TOKENS), wanted)
-    original = reload(tmp_path / "a").config.to_dict()
-    assert exported.config.to_dict() | {"_name_or_path": original["_name_or_path"]} == original
+    original, found = (reload(tmp_path / name).config.to_dict() for name in ("a", "b"))
+    # For llama.cpp's converter; today's own configurations do not have it.
+    found.pop("n_ctx", None)
+    assert found | {"_name_or_path": original["_name_or_path"]} == original
     # Without the source, only what we know of the model goes along; it is enough.
     export_pretrained(ours, tmp_path / "c")
     np.testing.assert_array_equal(torch_logits(reload(tmp_path / "c"), TOKENS), wanted)

@@ -112,8 +112,10 @@ def test_export_loads_in_transformers(tmp_path, config):
     export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
     exported = reload(tmp_path / "b")
     np.testing.assert_array_equal(torch_logits(exported, TOKENS), torch_logits(model, TOKENS))
-    wanted = reload(tmp_path / "a").config.to_dict()
-    assert exported.config.to_dict() | {"_name_or_path": wanted["_name_or_path"]} == wanted
+    wanted, found = (reload(tmp_path / name).config.to_dict() for name in ("a", "b"))
+    # For transformers 4 and others; today's own configurations do not have it.
+    found.pop("sliding_window_pattern", None)
+    assert found | {"_name_or_path": wanted["_name_or_path"]} == wanted
 
 
 def test_export_without_its_source(tmp_path):

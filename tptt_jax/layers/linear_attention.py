@@ -30,6 +30,7 @@ class LinearAttention(nnx.Module):
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
         config: LizaConfig | None = None,
+        beta_max: float = 1.0,
         bidirectional: bool = False,
         use_bias: bool = False,
         dtype: jnp.dtype = jnp.float32,
@@ -44,19 +45,23 @@ class LinearAttention(nnx.Module):
           head_dim: None: embed_dim / num_heads.
           config: operator, gates, chunk size, precision; its mixing fields are not used, and
             writes must be "all". None: LizaConfig(writes="all").
+          beta_max: upper end of the write gates' range, at most 2. Above 1 a Householder step can
+            flip the direction of its key, as tracking a state needs (arXiv:2411.12537).
           bidirectional: for encoders: the mean of a pass forwards and one backwards.
           use_bias: biases on all four projections.
           dtype: of the parameters.
           rngs: for the initial values.
 
         Raises:
-          ValueError: if the heads do not divide as needed, or the config evicts tokens.
+          ValueError: if the heads do not divide as needed, the config evicts tokens, or there is
+            no such range.
         """
         config = LizaConfig(writes="all") if config is None else config
         if config.writes != "all":
             raise ValueError(
                 'the layer has no window from which tokens could be evicted: use writes="all".'
             )
+        _check_beta_max(beta_max, config)
         num_kv_heads = num_kv_heads or num_heads
         if head_dim is None and embed_dim % num_heads:
             raise ValueError(
@@ -81,6 +86,7 @@ class LinearAttention(nnx.Module):
         self.memory = DeltaMemory(
             *(embed_dim, num_heads, num_kv_heads, self.head_dim),
             config,
+            beta_max=beta_max,
             bidirectional=bidirectional,
             rngs=rngs,
         )
@@ -150,3 +156,12 @@ class LinearAttention(nnx.Module):
         out, new_state = self.memory(x, q, MemoryTokens(k, v, ids), state=state, length=length)
         assert new_state is not None
         return self.o_proj(out.reshape(*x.shape[:2], -1)), new_state
+
+
+def _check_beta_max(beta_max: float, config: LizaConfig) -> None:
+    if not 0 < beta_max <= 2:
+        raise ValueError(f"beta_max must lie above 0 and at most at 2, got {beta_max}.")
+    if beta_max != 1 and config.operator == "tptt_reference":
+        raise ValueError(
+            'operator "tptt_reference" has write gates between 0 and 1: use beta_max=1.'
+        )

@@ -87,6 +87,7 @@ class DeltaMemory(nnx.Module):
         head_dim: int,
         config: LizaConfig,
         *,
+        beta_max: float = 1.0,
         bidirectional: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
@@ -95,10 +96,13 @@ class DeltaMemory(nnx.Module):
         With writes="evicted" everything about a written token is computed from its key and value,
         which the window's cache gives back when the token leaves it; nothing else has to be kept.
 
+        Write gates lie between 0 and `beta_max`.
+
         `bidirectional` is for operator "tptt_reference", which turns virtual tokens around and not
         tokens; with the others two passes over the tokens do it.
         """
         self.config = config
+        self.beta_max = beta_max
         self.bidirectional = bidirectional
         self.q_delta = self.k_delta = self.v_delta = self.gates = self.scale = nnx.data(None)
         kv_width, rank = num_kv_heads * head_dim, config.memory_rank
@@ -315,6 +319,8 @@ class DeltaMemory(nnx.Module):
                 vector=config.vector_beta,
                 trick=rule.trick if config.expand_gates else None,
             )
+        if self.beta_max != 1:
+            beta = beta * self.beta_max
         if logits.keep is not None:
             return beta, jax.nn.log_sigmoid(logits.keep)
         return beta, compute_log_decay(rule.alpha_gate, k, v, ids)

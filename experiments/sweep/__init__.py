@@ -1,0 +1,1 @@
+"""Many runs of finetune that differ in some settings."""

@@ -1,0 +1,109 @@
+"""Runs variants, each in a process of its own, so that a crash of one does not end the others."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convert.files import atomic_file
+from experiments.interrupts import StopRequest
+from experiments.sweep.plan import Variant
+
+_FINETUNE = "experiments.finetune"
+_INTERRUPTED = 130
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a variant has come to."""
+
+    name: str
+    report: dict[str, Any] | None
+    """What finetune's --json printed; None: it failed."""
+    seconds: float
+    error: str = ""
+    is_new: bool = True
+    """Whether this call has run it."""
+
+
+def check_folders(output: Path, variants: list[Variant]) -> None:
+    """Raises if a variant's directory holds a run with other settings."""
+    for variant in variants:
+        file = output / variant.folder / "variant.yaml"
+        if file.is_file() and file.read_text(encoding="utf-8") != _yaml(variant):
+            raise ValueError(
+                f"{file.parent} holds a run with other settings: use another --output, rename "
+                f"the variant {variant.name!r}, or remove the directory."
+            )
+
+
+def run_variant(output: Path, variant: Variant) -> Outcome:
+    """Runs a variant, goes on with it, or returns what an earlier call has found.
+
+    Ctrl-C is passed on to finetune, which leaves a checkpoint.
+
+    Raises:
+      KeyboardInterrupt: if the run was interrupted.
+    """
+    folder = output / variant.folder
+    known = _read(folder / "result.json")
+    if known is not None:
+        return Outcome(variant.name, known["report"], known["seconds"], is_new=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "variant.yaml") as path:
+        path.write_text(_yaml(variant), encoding="utf-8")
+    begin = time.perf_counter()
+    status = _run(folder)
+    seconds = time.perf_counter() - begin
+    if status:
+        return Outcome(variant.name, None, seconds, _last_line(folder / "stderr.txt", status))
+    report = json.loads((folder / "stdout.txt").read_text(encoding="utf-8").splitlines()[-1])
+    with atomic_file(folder / "result.json") as path:
+        path.write_text(json.dumps({"report": report, "seconds": seconds}, indent=2) + "\n")
+    return Outcome(variant.name, report, seconds)
+
+
+def _run(folder: Path) -> int:
+    """Finetune's exit status; what it prints goes into two files."""
+    command = [sys.executable, "-m", _FINETUNE, "--config", str(folder / "variant.yaml")]
+    command += ["--output", str(folder), "--json"]
+    stop = StopRequest()
+    with (
+        (folder / "stdout.txt").open("wb") as stdout,
+        (folder / "stderr.txt").open("wb") as stderr,
+        stop,
+        # A terminal's Ctrl-C would reach finetune a second time, which ends it at once.
+        subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True) as process,
+    ):
+        try:
+            is_told = False
+            while process.poll() is None:
+                if stop.requested and not is_told:
+                    process.send_signal(signal.SIGINT)
+                    is_told = True
+                time.sleep(_POLL_SECONDS)
+        finally:
+            process.kill()
+    if process.returncode == _INTERRUPTED or stop.requested:
+        raise KeyboardInterrupt
+    return process.returncode
+
+
+def _yaml(variant: Variant) -> str:
+    return yaml.safe_dump(variant.settings, sort_keys=False, allow_unicode=True)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _last_line(file: Path, status: int) -> str:
+    lines = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else f"exit status {status}"

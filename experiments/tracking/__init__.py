@@ -1,0 +1,1 @@
+"""State tracking: can a linear memory follow the state of a group?"""
