@@ -54,7 +54,7 @@ def evict(
     before, first = None, 0
     if cache is None:
         if context.window is None:
-            first = min(window, k.shape[1] - 1)
+            first = min(settings.window, k.shape[1] - 1)
         keys, values = (delay_tokens(x, window, settings.window) for x in (k, v))
     else:
         assert context.length is not None
