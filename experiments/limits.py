@@ -1,16 +1,16 @@
 """What a model can read: token ids inside its embedding, rows within its learned positions."""
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tptt_jax import ModelConfig
 from tptt_jax.array_typing import Array, Int
+from tptt_jax.inference.token_ids import check_token_ids
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
-
-_SHOWN = 3
 
 
 def check_tokens(
@@ -28,20 +28,10 @@ def check_tokens(
     Raises:
       ValueError: if an id lies outside of 0 to vocab_size - 1.
     """
-    outside = np.unique(tokens[(tokens < 0) | (tokens >= vocab_size)]).tolist()
-    if not outside:
-        return
-    names = [_name(token, tokenizer) for token in outside[:_SHOWN]]
-    if more := len(outside) - len(names):
-        names.append(f"{more} more")
-    raise ValueError(
-        f"The embedding has rows for token ids 0 to {vocab_size - 1}, got {', '.join(names)}: use "
-        "the tokenizer that came with the model, or resize its embedding first "
-        "(resize_token_embeddings of transformers)."
-    )
+    check_token_ids(tokens, vocab_size, functools.partial(_name, tokenizer))
 
 
-def _name(token: int, tokenizer: "PreTrainedTokenizerFast | None") -> str:
+def _name(tokenizer: "PreTrainedTokenizerFast | None", token: int) -> str:
     text = None if tokenizer is None or token < 0 else tokenizer.convert_ids_to_tokens(token)
     return str(token) if text is None else f"{token} ({text})"
 

@@ -2,13 +2,19 @@
 
 from pathlib import Path
 
+import jax
+import optax
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from convert import export_pretrained
+from convert import export_pretrained, load_pretrained
 from experiments.data import python_docs_text
-from tptt_jax import CausalLM, ModelConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training.checkpoint import RunCheckpoints
+from tptt_jax.training.description import Description, write_description
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import init_train_state
 
 PAD, BOS, EOS, TURN = 0, 1, 2, 3
 CHATML = (
@@ -50,3 +56,15 @@ def write_tiny_model(directory: Path) -> Path:
     export_pretrained(CausalLM(config, rngs=nnx.Rngs(0)), directory)
     make_tokenizer(begin=True, template=CHATML).save_pretrained(directory)
     return directory
+
+
+def write_untrained_run(folder: Path, source: Path) -> Path:
+    """A run of finetune that has trained nothing: a Titan behind a window of 16, with adapters."""
+    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
+    described = Description(source=str(source), liza=liza, lora=lora, train="lora")
+    write_description(folder, described)
+    model = CausalLM(load_pretrained(source).config, liza, lora, rngs=nnx.Rngs(0))
+    _, trainable, share = split_trainable(model, "lora")
+    with RunCheckpoints(folder) as checkpoints:
+        checkpoints.save(init_train_state(trainable, share, optax.adam(1e-3), jax.random.key(0)))
+    return folder

@@ -12,15 +12,14 @@ from flax import nnx
 from rich.table import Table
 
 from experiments.data import DataConfig
-from experiments.evaluation.blocks import Blocks, difference, text_sums
-from experiments.evaluation.perplexity import haystack_tokens
+from experiments.evaluation.blocks import Blocks, difference
+from experiments.evaluation.perplexity import score_text, scored_tokens
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary
 from experiments.evaluation.variants import MEMORY, Column
 from experiments.training.pictures import new_figure, save_figure
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array, Float, Tokens
-from tptt_jax.inference.score import token_losses
 from tptt_jax.layers.gates import MassGate
 from tptt_jax.layers.liza import LizaAttention
 from tptt_jax.model import replace_memory
@@ -54,11 +53,7 @@ class Ablation:
 
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
         """The same text, once for each part."""
-        tokens = haystack_tokens(self.data, tokenizer, self.tokens)
-        if len(tokens) < 2:
-            raise ValueError(
-                f"{self.data.path} has fewer than two tokens: nothing can be predicted."
-            )
+        tokens = scored_tokens(self.data, tokenizer, self.tokens)
         about = {"data": self.data.path, "tokens": self.tokens}
         return [Row(about | {"off": part}, tokens) for part in (AS_IT_IS, *PARTS)]
 
@@ -77,8 +72,7 @@ class Ablation:
         if changed is None:
             return {}
         uses = use_memory and part != "memory"
-        losses = np.concatenate([*token_losses(changed, [row.data], use_memory=uses)])
-        return text_sums(losses)
+        return score_text(changed, row.data, use_memory=uses)
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Perplexity without each part, and what that costs in nats."""

@@ -7,7 +7,6 @@ right if each of its tokens is the likeliest.
 
 import functools
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from flax import nnx
 from rich.table import Table
 
 from experiments.evaluation.perplexity import LINES
-from experiments.evaluation.shares import right_shares, shares_at
+from experiments.evaluation.shares import percents_by_length, shares_at
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.formats import begin_tokens
@@ -141,10 +140,7 @@ class AssociativeRecall:
         figure, axes = new_figure(len(results), height=4)
         for axis, (label, columns) in zip(axes, results.items(), strict=True):
             for name, found in columns.items():
-                shares = [
-                    right_shares(rows[label], found, length=length) for length in self.lengths
-                ]
-                means = [100 * float(np.mean(each)) if each else math.nan for each in shares]
+                means = percents_by_length(rows[label], found, self.lengths)
                 axis.plot(self.lengths, means, label=name, **LINES[name])
             scale_tokens(axis, "tokens of the row")
             axis.set_ylim(-2, 102)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,20 @@ class Estimate(NamedTuple):
 
     value: float
     error: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float] | Float[np.ndarray, " N"]) -> Self:
+        """Mean of independent numbers, of which there is at least one."""
+        error = math.nan
+        if len(samples) > 1:
+            error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
+        return cls(float(np.mean(samples)), error)
+
+    @property
+    def report(self) -> dict[str, float | None]:
+        """For results.json, which has no NaN."""
+        error = None if math.isnan(self.error) else self.error
+        return {"value": self.value, "standard_error": error}
 
 
 class Blocks(NamedTuple):

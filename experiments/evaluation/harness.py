@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
 from experiments.evaluation.bars import plot_bars
+from experiments.evaluation.blocks import Estimate
 from experiments.evaluation.harness_tasks import (
     HarnessConfig,
     check_installed,
@@ -33,16 +34,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 
-class Score(NamedTuple):
-    """What lm-eval says of a task or group.
+class Score(Estimate):
+    """What lm-eval says of a task or group, in its own unit, with its own standard error.
 
-    Attributes:
-      value: in lm-eval's own unit: accuracies from 0 to 1, perplexities as they are.
-      error: lm-eval's standard error; NaN where it gives none.
+    Accuracies are from 0 to 1, perplexities as they are; the error is NaN where it gives none.
     """
-
-    value: float
-    error: float
 
     def __str__(self) -> str:
         """For tables."""
@@ -122,7 +118,7 @@ class Harness:
         report: dict[str, Any] = {"scores": {}, "tasks": {}}
         for task, metrics in scores.items():
             report["scores"][task] = {
-                metric: {column: _report(score) for column, score in found.items()}
+                metric: {column: score.report for column, score in found.items()}
                 for metric, found in metrics.items()
             }
         for row, result in zip(rows, results[columns[0]], strict=False):
@@ -137,11 +133,10 @@ class Harness:
         """A panel for each model and metric, with a group of bars for each task."""
         panels = []
         for label, columns in results.items():
-            by_metric: dict[str, dict[str, dict[str, tuple[float, float]]]] = {}
+            by_metric: dict[str, dict[str, dict[str, Score]]] = {}
             for task, metrics in self.scores(rows[label], columns).items():
                 for metric, found in metrics.items():
-                    bars = {column: (score.value, score.error) for column, score in found.items()}
-                    by_metric.setdefault(metric, {})[task] = bars
+                    by_metric.setdefault(metric, {})[task] = found
             panels.append([(f"{label}\n{metric}", bars) for metric, bars in by_metric.items()])
         plot_bars(png, panels)
 
@@ -176,11 +171,6 @@ def _scores(metrics: Mapping[str, Any]) -> dict[str, Score]:
             is_known = isinstance(error, int | float)
             found[shown] = Score(float(value), float(error) if is_known else math.nan)
     return found
-
-
-def _report(score: Score) -> dict[str, float | None]:
-    error = None if math.isnan(score.error) else score.error
-    return {"value": score.value, "standard_error": error}
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from experiments.evaluation.likelihood import Continuation, score_continuations
+from experiments.evaluation.likelihood import Continuation, pad_prompts, score_continuations
 from tptt_jax import CausalLM, generate
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -205,10 +205,7 @@ class HarnessModel(TemplateLM):
         self, prompts: Sequence[list[int]], settings: _Generation, size: int, seed: int
     ) -> list[str]:
         """Answers to some prompts, padded to `size` rows."""
-        tokens, valid = np.zeros((2, size, max(map(len, prompts))), np.int32)
-        for row in range(size):
-            prompt = prompts[min(row, len(prompts) - 1)]
-            tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, 1
+        tokens, valid = pad_prompts(prompts, size)
         result = generate(
             self.model,
             tokens,

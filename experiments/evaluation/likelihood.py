@@ -89,6 +89,20 @@ def score_continuations(
     return scores
 
 
+def pad_prompts(
+    prompts: Sequence[Sequence[int]], size: int
+) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
+    """Prompts as the rows of one array, and where they are: 1 on their tokens, 0 on padding.
+
+    The last prompt is repeated up to `size` rows: fewer than usual would compile anew.
+    """
+    tokens, valid = np.zeros((2, size, max(map(len, prompts))), np.int32)
+    for row in range(size):
+        prompt = prompts[min(row, len(prompts) - 1)]
+        tokens[row, : len(prompt)], valid[row, : len(prompt)] = prompt, 1
+    return tokens, valid
+
+
 def padded_length(count: int) -> int:
     """The length to which a row of `count` tokens is padded: 64, 96, 128, 192, 256, ..."""
     length = _SHORTEST

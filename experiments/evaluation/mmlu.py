@@ -20,12 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.evaluation.bars import plot_bars
+from experiments.evaluation.blocks import Estimate
 from experiments.evaluation.exact_match import (
     exact_match,
     prefix_exact_match,
     prefix_quasi_exact_match,
 )
-from experiments.evaluation.likelihood import Continuation, score_continuations
+from experiments.evaluation.likelihood import Continuation, pad_prompts, score_continuations
 from experiments.evaluation.mmlu_data import (
     MmluConfig,
     choose_evenly,
@@ -92,11 +93,7 @@ class Mmlu:
         """The answers to some questions, and what each is worth."""
         most = model.config.max_positions - _NEW_TOKENS
         prompts = [tokenizer.encode(row.about["prompt"])[-most:] for row in rows]
-        # Fewer questions than usual would compile anew.
-        filled = [prompts[min(i, len(rows) - 1)] for i in range(self.config.batch_size)]
-        tokens, valid = np.zeros((2, len(filled), max(map(len, filled))), np.int32)
-        for i, prompt in enumerate(filled):
-            tokens[i, : len(prompt)], valid[i, : len(prompt)] = prompt, 1
+        tokens, valid = pad_prompts(prompts, self.config.batch_size)
         state = read(model, tokens, valid, use_memory=use_memory)
         texts = _answers(model, tokenizer, state, use_memory=use_memory)
         chances = _next_token_chances(model, state)
@@ -213,26 +210,22 @@ def _score_letters(
     return [each.nats for each in scores]
 
 
-def _averages(results: Results, places: Sequence[int]) -> dict[str, dict[str, tuple[float, float]]]:
-    """By metric and column: mean and standard error over the rows at these places."""
-    averages: dict[str, dict[str, tuple[float, float]]] = {}
-    for metric in METRICS:
-        averages[metric] = {}
-        for name in measured_columns(results):
-            right = [float(results[name][i][metric]) for i in places if i < len(results[name])]
-            error = math.nan
-            if len(right) > 1:
-                error = float(np.std(right, ddof=1)) / math.sqrt(len(right))
-            averages[metric][name] = (float(np.mean(right)), error)
-    return averages
-
-
-def _report(averages: Mapping[str, Mapping[str, tuple[float, float]]]) -> dict[str, Any]:
+def _averages(results: Results, places: Sequence[int]) -> dict[str, dict[str, Estimate]]:
+    """By metric and column, over the rows at these places."""
     return {
         metric: {
-            name: {"value": value, "standard_error": None if math.isnan(error) else error}
-            for name, (value, error) in each.items()
+            name: Estimate.of(
+                [float(results[name][i][metric]) for i in places if i < len(results[name])]
+            )
+            for name in measured_columns(results)
         }
+        for metric in METRICS
+    }
+
+
+def _report(averages: Mapping[str, Mapping[str, Estimate]]) -> dict[str, Any]:
+    return {
+        metric: {name: estimate.report for name, estimate in each.items()}
         for metric, each in averages.items()
     }
 

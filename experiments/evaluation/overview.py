@@ -1,14 +1,11 @@
 """The picture that matters: perplexity and recall against the length of the context."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from experiments.evaluation.needles import NEEDLES, Needles
 from experiments.evaluation.perplexity import LINES, Perplexity
-from experiments.evaluation.shares import right_shares
+from experiments.evaluation.shares import percents_by_length
 from experiments.evaluation.task import Results, Row, Task, measured_columns
 from experiments.training.pictures import (
     new_figure,
@@ -50,10 +47,7 @@ def plot_overview(
     chosen = min(hidden, key=lambda task: NEEDLES.index(task.name))
     found = results[chosen.name]
     for name in measured_columns(found):
-        shares = [
-            right_shares(rows[chosen.name], found[name], length=length) for length in chosen.lengths
-        ]
-        means = [100 * float(np.mean(each)) if each else math.nan for each in shares]
+        means = percents_by_length(rows[chosen.name], found[name], chosen.lengths)
         right.plot(chosen.lengths, means, label=name, **LINES[name])
     scale_tokens(right, "tokens of context")
     right.set_ylim(-3, 103)

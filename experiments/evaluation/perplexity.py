@@ -56,12 +56,7 @@ class Perplexity:
         """A text as a single row, a table as the rows that finetune holds out."""
         about = {"data": self.data.path, "tokens": self.tokens}
         if self.data.path == PYTHON_DOCS or is_text_file(self.data.path):
-            tokens = haystack_tokens(self.data, tokenizer, self.tokens)
-            if len(tokens) < 2:
-                raise ValueError(
-                    f"{self.data.path} has fewer than two tokens: nothing can be predicted."
-                )
-            return [Row(about, tokens)]
+            return [Row(about, scored_tokens(self.data, tokenizer, self.tokens))]
         held_out = load_token_data(self.data, tokenizer, self.seed).eval
         if held_out is None:
             raise ValueError(f"nothing of {self.data.path} is held out: raise --data.eval-rows.")
@@ -81,8 +76,7 @@ class Perplexity:
         """Summed nats and counted tokens of every block of positions."""
         del tokenizer
         if isinstance(row.data, np.ndarray):
-            losses = np.concatenate([*token_losses(model, [row.data], use_memory=use_memory)])
-            return text_sums(losses)
+            return score_text(model, row.data, use_memory=use_memory)
         batch = Batch(*jax.device_put(tuple(row.data)))
         nats, counts = map(np.asarray, losses_by_place(model, batch, use_memory=use_memory))
         return block_sums(nats, counts)
@@ -135,6 +129,25 @@ class Perplexity:
             axis.set_title(label, loc="left", fontsize=10)
             axis.legend(fontsize=9, edgecolor="none")
         save_figure(figure, png)
+
+
+def scored_tokens(
+    data: DataConfig, tokenizer: "PreTrainedTokenizerFast", most: int
+) -> Int[np.ndarray, " L"]:
+    """`haystack_tokens` of a text that is predicted.
+
+    Raises:
+      ValueError: likewise, or if there is nothing to predict.
+    """
+    tokens = haystack_tokens(data, tokenizer, most)
+    if len(tokens) < 2:
+        raise ValueError(f"{data.path} has fewer than two tokens: nothing can be predicted.")
+    return tokens
+
+
+def score_text(model: CausalLM, tokens: Int[np.ndarray, " L"], *, use_memory: bool) -> Result:
+    """Summed nats and counted tokens of every block of a text, read from its beginning."""
+    return text_sums(np.concatenate([*token_losses(model, [tokens], use_memory=use_memory)]))
 
 
 def haystack_tokens(

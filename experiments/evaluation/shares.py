@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from experiments.evaluation.blocks import Estimate
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, measured_columns
 
@@ -39,8 +40,13 @@ def percent(shares: Sequence[float]) -> str:
     """Their mean and its standard error, in percent; empty if there are none."""
     if not shares:
         return ""
-    mean = 100 * float(np.mean(shares))
-    if len(shares) < 2:
-        return f"{mean:.0f}"
-    error = 100 * float(np.std(shares, ddof=1)) / math.sqrt(len(shares))
-    return f"{mean:.0f} ± {error:.0f}"
+    mean, error = Estimate.of(shares)
+    return f"{100 * mean:.0f}" + ("" if math.isnan(error) else f" ± {100 * error:.0f}")
+
+
+def percents_by_length(
+    rows: Sequence[Row], results: Sequence[Result], lengths: Sequence[int]
+) -> list[float]:
+    """Mean percentage right at each length; NaN where nothing was measured."""
+    shares = [right_shares(rows, results, length=length) for length in lengths]
+    return [100 * float(np.mean(each)) if each else math.nan for each in shares]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
+from experiments.evaluation.blocks import Estimate
 from experiments.tracking.groups import GroupName, multiplication_table
 from experiments.tracking.model import Variant
 from experiments.training.pictures import new_figure, save_figure
@@ -48,10 +49,8 @@ def accuracies(curves: Float[np.ndarray, "S T"], length: int) -> dict[tuple[int,
     """The accuracy in each of the `spans`."""
     means = {}
     for start, stop in spans(length, curves.shape[1]):
-        by_seed = curves[:, start:stop].mean(axis=1)
-        count = len(by_seed)
-        error = float(by_seed.std(ddof=1)) / math.sqrt(count) if count > 1 else None
-        means[start, stop] = Mean(float(by_seed.mean()), error)
+        value, error = Estimate.of(curves[:, start:stop].mean(axis=1))
+        means[start, stop] = Mean(value, None if math.isnan(error) else error)
     return means
 
 

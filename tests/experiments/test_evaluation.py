@@ -4,10 +4,8 @@ import json
 import math
 from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from rich.table import Table
@@ -28,18 +26,13 @@ from experiments.evaluation.variants import (
     EQUAL,
     FULL,
     MEMORY,
-    Source,
     equal_window,
     variants_of,
 )
 from tests.contracts import random_tokens
-from tests.tiny import BOS, make_tokenizer
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, state_bytes
+from tests.tiny import BOS, make_tokenizer, write_untrained_run
+from tptt_jax import CausalLM, LizaConfig, ModelConfig, state_bytes
 from tptt_jax.inference.score import token_losses
-from tptt_jax.training.checkpoint import RunCheckpoints
-from tptt_jax.training.description import Description, write_description
-from tptt_jax.training.partition import split_trainable
-from tptt_jax.training.train_step import init_train_state
 
 TINY = ModelConfig.tiny(num_layers=2)
 F32 = jnp.dtype("float32")
@@ -307,17 +300,7 @@ def test_a_report_needs_nothing_else(tmp_path):
 
 @pytest.fixture(scope="module")
 def titan(tiny_model_dir, tmp_path_factory):
-    """A run of finetune that has trained nothing."""
-    folder = tmp_path_factory.mktemp("titan")
-    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
-    source = str(tiny_model_dir)
-    write_description(folder, Description(source=source, liza=liza, lora=lora, train="lora"))
-    loaded = Source.named(str(tiny_model_dir)).load(None, None, F32).model
-    model = CausalLM(loaded.config, liza, lora, rngs=nnx.Rngs(0))
-    _, trainable, share = split_trainable(model, "lora")
-    with RunCheckpoints(folder) as checkpoints:
-        checkpoints.save(init_train_state(trainable, share, optax.adam(1e-3), jax.random.key(0)))
-    return folder
+    return write_untrained_run(tmp_path_factory.mktemp("titan"), tiny_model_dir)
 
 
 ARGUMENTS = ["--task", "perplexity", "passkey", "recall", "--tokens", "300", "--samples", "1"]

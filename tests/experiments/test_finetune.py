@@ -22,6 +22,7 @@ from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.description import read_description
 
 PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def command(module, *arguments):
@@ -40,16 +41,6 @@ def run(module, *arguments, check=True, timeout=400):
     if check:
         assert done.returncode == 0, done.stderr
     return done
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory):
-    """The processes of this file compile the same programs: the first one does it for all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from experiments.sweep.table import markdown_table, table_rows
 from tptt_jax.training.checkpoint import latest_step
 
 PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("shared_programs")
 ABLATION = PROJECT / "experiments" / "configs" / "grids" / "ablation.yaml"
 
 
@@ -107,16 +108,6 @@ def test_a_file_that_is_not_there(tmp_path, capsys):
 
 
 # --- runs ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_programs(tmp_path_factory):
-    """The processes of this file compile the same programs: the first one does it for all."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import yaml
 from flax import nnx
@@ -18,11 +17,8 @@ from experiments.arguments import run_configured
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation.likelihood import Continuation, padded_length, score_continuations
 from experiments.evaluation.variants import FULL, MEMORY
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
-from tptt_jax.training.checkpoint import RunCheckpoints
-from tptt_jax.training.description import Description, write_description
-from tptt_jax.training.partition import split_trainable
-from tptt_jax.training.train_step import init_train_state
+from tests.tiny import write_untrained_run
+from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -220,16 +216,7 @@ def test_lengths_are_few():
 
 @pytest.fixture(scope="module")
 def titan(tiny_model_dir, tmp_path_factory):
-    """A run of finetune that has trained nothing."""
-    folder = tmp_path_factory.mktemp("titan")
-    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
-    source = str(tiny_model_dir)
-    write_description(folder, Description(source=source, liza=liza, lora=lora, train="lora"))
-    model = CausalLM(load_pretrained(tiny_model_dir).config, liza, lora, rngs=nnx.Rngs(0))
-    _, trainable, share = split_trainable(model, "lora")
-    with RunCheckpoints(folder) as checkpoints:
-        checkpoints.save(init_train_state(trainable, share, optax.adam(1e-3), jax.random.key(0)))
-    return folder
+    return write_untrained_run(tmp_path_factory.mktemp("titan"), tiny_model_dir)
 
 
 TASKS = ("tiny_choice", "tiny_rolling", "tiny_words")

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -23,11 +22,8 @@ from experiments.evaluation.exact_match import (
 from experiments.evaluation.mmlu import METRICS, Mmlu
 from experiments.evaluation.mmlu_data import MmluConfig, choose_evenly, load_questions
 from experiments.evaluation.variants import FULL, MEMORY
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, generate
-from tptt_jax.training.checkpoint import RunCheckpoints
-from tptt_jax.training.description import Description, write_description
-from tptt_jax.training.partition import split_trainable
-from tptt_jax.training.train_step import init_train_state
+from tests.tiny import write_untrained_run
+from tptt_jax import generate
 
 COUNTS = {"abstract_algebra": 3, "anatomy": 1, "world_religions": 4}
 
@@ -175,17 +171,7 @@ def test_averages_have_standard_errors_and_subjects(data, tmp_path):
 
 @pytest.fixture
 def titan(tiny_model_dir, tmp_path):
-    """A run of finetune that has trained nothing."""
-    folder = tmp_path / "titan"
-    folder.mkdir()
-    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
-    source = str(tiny_model_dir)
-    write_description(folder, Description(source=source, liza=liza, lora=lora, train="lora"))
-    model = CausalLM(load_pretrained(tiny_model_dir).config, liza, lora, rngs=nnx.Rngs(0))
-    _, trainable, share = split_trainable(model, "lora")
-    with RunCheckpoints(folder) as checkpoints:
-        checkpoints.save(init_train_state(trainable, share, optax.adam(1e-3), jax.random.key(0)))
-    return folder
+    return write_untrained_run(tmp_path / "titan", tiny_model_dir)
 
 
 def test_an_evaluation_goes_on_question_by_question(titan, data, tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
 from tptt_jax.config import runs_memory
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.inference.token_ids import check_token_ids
 from tptt_jax.model import CausalLM
 
 # A prompt is read in long segments, CALL_TOKENS in one call of the device, and what is left of
@@ -117,7 +118,8 @@ def check_state(
 def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadState:
     """`read` for prompts in order; the arrays of `state` are used up."""
     seen = int(np.max(state.cache.length, initial=0))
-    check_tokens(model, prompts)
+    valid = np.arange(prompts.tokens.shape[1]) < prompts.counts[:, None]
+    check_token_ids(prompts.tokens[valid], model.config.vocab_size)
     check_positions(model, int(np.max(np.asarray(state.cache.length) + prompts.counts)))
     graphdef, weights = nnx.split(model)
     width = prompts.tokens.shape[1]
@@ -133,18 +135,6 @@ def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadSta
         state = grow_state(model, state, seen + end)
         state = _read(graphdef, size, weights, buffer, counts, state)
     return state
-
-
-def check_tokens(model: CausalLM, prompts: Prompts) -> None:
-    """Raises ValueError if a prompt has a token that the embedding has no row for."""
-    valid = np.arange(prompts.tokens.shape[1]) < prompts.counts[:, None]
-    vocab_size = model.config.vocab_size
-    outside = prompts.tokens[valid & ((prompts.tokens < 0) | (prompts.tokens >= vocab_size))]
-    if outside.size:
-        raise ValueError(
-            f"the embedding has rows for token ids 0 to {vocab_size - 1}, got {outside[0]}: use "
-            "the tokenizer that came with the model, or resize its embedding first."
-        )
 
 
 def check_positions(model: CausalLM, tokens: int) -> None:
