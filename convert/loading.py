@@ -21,6 +21,7 @@ from convert.tensors import empty_aligned
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory, layer_location, memory_location
+from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.sharding import sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
@@ -37,8 +38,8 @@ def variables_of(model: nnx.Module) -> Variables:
 
 
 def is_base(variable: nnx.Variable) -> bool:
-    """Whether a variable is a weight of the pretrained model; adapters have types of their own."""
-    return type(variable) is nnx.Param
+    """Whether a variable is a weight of the pretrained model."""
+    return isinstance(variable, BaseParam)
 
 
 def plan_for(
@@ -55,7 +56,7 @@ def plan_for(
     }
 
     def locate(layer: int, path: str) -> tuple[int, int] | None:
-        if is_memory(tuple(path.split(".")), None):
+        if is_memory(tuple(path.split("."))):
             return memory_location(model.config, model.liza, layer)
         return layer_location(model.config, layer)
 

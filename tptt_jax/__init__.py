@@ -6,13 +6,17 @@ from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.layers.linear_attention import LinearAttention
+from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
 from tptt_jax.model import CausalLM, init_cache
 
 __all__ = [
+    "AdapterParam",
+    "BaseParam",
     "CausalLM",
     "LinearAttention",
     "LizaConfig",
     "LoraConfig",
+    "MemoryParam",
     "ModelConfig",
     "fork_state",
     "generate",

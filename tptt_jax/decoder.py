@@ -32,6 +32,7 @@ from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutpu
 from tptt_jax.layers.mlp import MLP
 from tptt_jax.layers.moe import ExpertsMLP
 from tptt_jax.layers.norm import NormLayer, residual_norm
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
     extend_cache,
@@ -102,8 +103,8 @@ def stack_memory(
     return tuple(layer for layer in layers if layer in remembering)
 
 
-def is_memory(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether a parameter of a layer belongs to its memory: a filter for `nnx.split`."""
+def is_memory(path: tuple[Any, ...]) -> bool:
+    """Whether a path leads to a parameter of the memory; with a variable see `MemoryParam`."""
     return "memory" in path or "mag" in path
 
 
@@ -205,7 +206,7 @@ def init_stack(
     keys = jax.random.split(rngs.params(), len(layers))
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(keys[0])))
     state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
-    of_memory, others = nnx.split_state(state, is_memory, ...)
+    of_memory, others = nnx.split_state(state, MemoryParam, ...)
     places = np.array([layers.index(layer) for layer in remembering], int)
     of_memory = jax.tree.map(lambda x: x[places], of_memory)
     return nnx.merge(graphdef, of_memory, others)
@@ -299,7 +300,7 @@ class StackRun:
         """
         if isinstance(layers, nnx.List):
             return self._run_unstacked(layers, x, cache)
-        graphdef, of_memory, parameters = nnx.split(layers, is_memory, ...)
+        graphdef, of_memory, parameters = nnx.split(layers, MemoryParam, ...)
         kinds = tuple(dict.fromkeys(self.kinds))
         kind_number = jnp.array([kinds.index(kind) for kind in self.kinds])
         keys = None

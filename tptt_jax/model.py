@@ -10,9 +10,11 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
 from tptt_jax.decoder import Cache, StackRun, init_stack, init_stack_caches, layer_stacks
+from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
+from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.softcap import apply_softcap
 
@@ -48,10 +50,10 @@ class Embedding(nnx.Module):
             values = jax.random.normal(rngs.params(), (rows, config.embed_dim), jnp.float32)
             return (values * config.embed_dim**-0.5).astype(dtype)
 
-        self.embedding = nnx.Param(table(config.vocab_size), axes=("vocab", "embed"))
+        self.embedding = BaseParam(table(config.vocab_size), axes=("vocab", "embed"))
         self.positions = nnx.data(None)
         if config.position_embedding == "learned":
-            self.positions = nnx.Param(table(config.max_positions), axes=("positions", "embed"))
+            self.positions = BaseParam(table(config.max_positions), axes=("positions", "embed"))
         self.scale = config.embed_dim**0.5 if config.scale_embeddings else None
         self.dtype = jnp.dtype(dtype)
 
@@ -101,6 +103,7 @@ class CausalLM(nnx.Module):
           ValueError: if a LoRA target names no projection.
         """
         self.config, self.liza, self.lora = config, liza, lora
+        self.deterministic = True  # train() and eval() change it
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
         self.stacks = nnx.List(
@@ -138,6 +141,7 @@ class CausalLM(nnx.Module):
         window: Int[Array, ""] | None = None,
         return_branches: bool = False,
         remat: Remat = "none",
+        rngs: nnx.Rngs | None = None,
         dropout_key: Array | None = None,
     ) -> CausalLMOutput:
         """Logits of the next token at every place.
@@ -154,14 +158,16 @@ class CausalLM(nnx.Module):
           return_branches: also return both attention branches of every layer.
           remat: what the backward pass computes again: "none": only what takes longer to
             keep; "dots": all but products with weights; "full": whole layers.
-          dropout_key: turns dropout on.
+          rngs: after `model.train()` its stream "dropout" turns dropout on.
+          dropout_key: turns dropout on in any mode.
 
         Returns:
           Logits [B, T, V] in the model's dtype, and what was asked for. At padding
           they mean nothing.
 
         Raises:
-          ValueError: if the memory is left out of a purely linear model, or remat is no choice.
+          ValueError: if the memory is left out of a purely linear model, remat is no choice, or
+            dropout is on and has no randomness.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -172,6 +178,7 @@ class CausalLM(nnx.Module):
             window=window,
             return_branches=return_branches,
             remat=remat,
+            rngs=rngs,
             dropout_key=dropout_key,
         )
         return CausalLMOutput(self.project_logits(hidden), hidden, new_cache, branches)
@@ -187,6 +194,7 @@ class CausalLM(nnx.Module):
         window: Int[Array, ""] | None = None,
         return_branches: bool = False,
         remat: Remat = "none",
+        rngs: nnx.Rngs | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Hidden, Cache | None, tuple[Branches, ...] | None]:
         """`__call__` without the LM head: hidden states [B, T, E], cache, branches."""
@@ -194,6 +202,8 @@ class CausalLM(nnx.Module):
             raise ValueError("a purely linear model cannot run without its memory.")
         if window is not None and cache is not None:
             raise ValueError("a cache keeps the model's own window: leave window None.")
+        if cache is None:
+            dropout_key = self._dropout_key(dropout_key, rngs)
         order = None
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
@@ -241,6 +251,10 @@ class CausalLM(nnx.Module):
             valid = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1)
             new_cache = Cache(tuple(stack_caches), cache.length + valid)
         return x, new_cache, tuple(branches) if return_branches else None
+
+    def _dropout_key(self, key: Array | None, rngs: nnx.Rngs | None) -> Array | None:
+        rates = tuple(c.dropout for c in (self.lora, self.liza) if c is not None)
+        return choose_dropout_key(key, rngs, deterministic=self.deterministic, rates=rates)
 
     def project_logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
         """The LM head: [B, T, E] -> [B, T, V]."""

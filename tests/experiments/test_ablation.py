@@ -16,8 +16,8 @@ from experiments.evaluation.variants import MEMORY
 from tests.contracts import random_tokens
 from tests.tiny import make_tokenizer
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
-from tptt_jax.decoder import is_memory
 from tptt_jax.inference.score import token_losses
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import base_model, replace_memory
 
 WINDOW = 16
@@ -28,7 +28,7 @@ def make_titan(**changes):
     """A Titan whose memory is far from what it is before a fit."""
     liza = LizaConfig(softmax_window=WINDOW, softmax_sinks=2, memory_rank=2, **changes)
     model = CausalLM(ModelConfig.tiny(num_layers=2), liza, rngs=nnx.Rngs(0))
-    _, of_memory, _ = nnx.split(model, is_memory, ...)
+    _, of_memory, _ = nnx.split(model, MemoryParam, ...)
     leaves, tree = jax.tree.flatten(of_memory)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]

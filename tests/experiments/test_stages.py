@@ -30,7 +30,7 @@ from experiments.training.run import Run
 from experiments.training.windows import WindowRange
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
-from tptt_jax.decoder import is_memory
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.training.checkpoint import restore_trainable
 from tptt_jax.training.fit import FitMetrics
 from tptt_jax.training.partition import split_trainable
@@ -154,7 +154,7 @@ def test_fitting_changes_the_memory_alone(config, tmp_path):
     job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
     before = values(job.model)
     job.fit()
-    of_memory = nnx.to_flat_state(nnx.split(job.model, is_memory, ...)[1])
+    of_memory = nnx.to_flat_state(nnx.split(job.model, MemoryParam, ...)[1])
     memory = {path for path, _ in of_memory}
     changed = {path for path, new in values(job.model).items() if (new != before[path]).any()}
     assert changed

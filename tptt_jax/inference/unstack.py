@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax.config import memory_layers
-from tptt_jax.decoder import DecoderLayer, is_memory, layer_stacks
+from tptt_jax.decoder import DecoderLayer, layer_stacks
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM
 
 # Below this, weights stay in the processor's own caches and copies of them are cheap.
@@ -47,7 +48,7 @@ def unstack_layers(model: CausalLM) -> CausalLM:
 
 def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer]:
     """The layers of a stack; parameters of the memory are for those that have one."""
-    graphdef, of_memory, others = nnx.split(stack, is_memory, ...)
+    graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
     memories = iter(_apart(of_memory, sum(remembers)))
     bare = nnx.merge(*nnx.split(stack))
     bare.self_attn.memory = bare.self_attn.mag = nnx.data(None)

@@ -7,6 +7,7 @@ from flax import nnx
 from tptt_jax.array_typing import Array, Bool, Hidden, Int, SegmentIds
 from tptt_jax.config import LizaConfig
 from tptt_jax.layers.cache import MemoryState, init_memory_state
+from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 
@@ -74,6 +75,7 @@ class LinearAttention(nnx.Module):
         self.head_dim = head_dim or embed_dim // num_heads
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.bidirectional = bidirectional
+        self.deterministic = True  # train() and eval() change it
 
         def projection(name: str, size: tuple[int, int], axes: tuple[str, str]) -> Projection:
             return Projection(*size, path=name, axes=axes, bias=use_bias, dtype=dtype, rngs=rngs)
@@ -102,6 +104,7 @@ class LinearAttention(nnx.Module):
         x: Hidden,
         segment_ids: SegmentIds | None = None,
         *,
+        rngs: nnx.Rngs | None = None,
         dropout_key: Array | None = None,
     ) -> Hidden:
         """Attends within every document of every row.
@@ -109,11 +112,21 @@ class LinearAttention(nnx.Module):
         Args:
           x: [B, T, E].
           segment_ids: [B, T], 0 = padding; None: every row is one document.
-          dropout_key: turns the dropout of `config` on.
+          rngs: after `train()` its stream "dropout" turns the dropout of `config` on.
+          dropout_key: turns it on in any mode.
 
         Returns:
           [B, T, E] in x's dtype; before the output bias, padding is zero.
+
+        Raises:
+          ValueError: if dropout is on and has no randomness.
         """
+        dropout_key = choose_dropout_key(
+            dropout_key,
+            rngs,
+            deterministic=self.deterministic,
+            rates=(self.memory.config.dropout,),
+        )
         q, k, v = self._project(x)
         args = (x, q, MemoryTokens(k, v, segment_ids))
         out, _ = self.memory(*args, dropout_key=dropout_key)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import LoraConfig
+from tptt_jax.layers.parameters import AdapterParam, AddedParam, BaseParam
 from tptt_jax.ops.residuals import save_mixed, save_product
 
 
@@ -23,6 +24,7 @@ class LowRank(nnx.Module):
         scale: float,
         dropout: float = 0.0,
         axes: tuple[str, str],
+        param: type[AddedParam] = AdapterParam,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates a [in_dim, rank], uniform as in PEFT, and b [rank, out_dim], zero."""
@@ -30,8 +32,8 @@ class LowRank(nnx.Module):
         self.dropout = dropout
         bound = in_dim**-0.5
         a = jax.random.uniform(rngs.params(), (in_dim, rank), minval=-bound, maxval=bound)
-        self.a = nnx.LoRAParam(a, axes=(axes[0], "rank"))
-        self.b = nnx.LoRAParam(jnp.zeros((rank, out_dim)), axes=("rank", axes[1]))
+        self.a = param(a, axes=(axes[0], "rank"))
+        self.b = param(jnp.zeros((rank, out_dim)), axes=("rank", axes[1]))
 
     def __call__(
         self, x: Float[Array, "... I"], dropout_key: Array | None = None
@@ -68,10 +70,10 @@ class Projection(nnx.Module):
         """Creates kernel [in_dim, out_dim] and bias [out_dim] in `dtype`."""
         self.path = path
         kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
-        self.kernel = nnx.Param(kernel.astype(dtype), axes=axes)
+        self.kernel = BaseParam(kernel.astype(dtype), axes=axes)
         self.bias = nnx.data(None)
         if bias:
-            self.bias = nnx.Param(jnp.zeros((out_dim,), dtype), axes=axes[1:])
+            self.bias = BaseParam(jnp.zeros((out_dim,), dtype), axes=axes[1:])
         self.lora = nnx.data(None)
         if lora is not None and lora.matches(path):
             self.lora = LowRank(

@@ -8,6 +8,7 @@ from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LoraConfig, ModelConfig
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.mlp import ACTIVATIONS
+from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
 
 
@@ -27,7 +28,7 @@ class ExpertKernels(nnx.Module):
         """Creates them in `dtype`."""
         shape = (num_experts, in_dim, out_dim)
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * in_dim**-0.5
-        self.kernel = nnx.Param(kernel.astype(dtype), axes=("experts", *axes))
+        self.kernel = BaseParam(kernel.astype(dtype), axes=("experts", *axes))
 
 
 class ExpertsMLP(nnx.Module):

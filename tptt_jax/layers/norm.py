@@ -5,6 +5,7 @@ from flax import nnx
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import ModelConfig, Norm
+from tptt_jax.layers.parameters import BaseParam
 
 
 def rms_normalize(
@@ -43,9 +44,9 @@ class NormLayer(nnx.Module):
         self.weight = self.bias = nnx.data(None)
         if weight:
             fill = jnp.zeros if offset else jnp.ones
-            self.weight = nnx.Param(fill((dim,), dtype), axes=("norm",))
+            self.weight = BaseParam(fill((dim,), dtype), axes=("norm",))
         if bias:
-            self.bias = nnx.Param(jnp.zeros((dim,), dtype), axes=("norm",))
+            self.bias = BaseParam(jnp.zeros((dim,), dtype), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; returns x's shape and dtype."""

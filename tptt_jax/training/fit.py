@@ -14,8 +14,8 @@ import optax
 from flax import nnx
 
 from tptt_jax.array_typing import Array, Float, Int, SegmentIds, Tokens
-from tptt_jax.decoder import is_memory
 from tptt_jax.layers.liza import LizaAttention
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM
 from tptt_jax.training.partition import Partition, Trainable, dotted
 from tptt_jax.training.schedules import learning_rate_schedule
@@ -97,7 +97,7 @@ def gap_gradients(
     """
 
     def visit(attention: LizaAttention, view: LayerView) -> tuple[Array, nnx.State]:
-        graphdef, of_memory, others = nnx.split(attention, is_memory, ...)
+        graphdef, of_memory, others = nnx.split(attention, MemoryParam, ...)
 
         def loss(of_memory: nnx.State) -> Array:
             return gap_left(nnx.merge(graphdef, of_memory, others), view)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int, SegmentIds, Tokens
@@ -119,6 +120,7 @@ def causal_lm_loss(
     window: Int[Array, ""] | None = None,
     remat: Remat = "none",
     train_head: bool = False,
+    rngs: nnx.Rngs | None = None,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Summed negative log-likelihood of the next tokens, and how many there are.
@@ -132,6 +134,7 @@ def causal_lm_loss(
       window: below the model's own, as a traced scalar; None: that.
       remat: what the backward pass computes again.
       train_head: whether the head (or the tied embedding) needs a gradient.
+      rngs: see `CausalLM.__call__`.
       dropout_key: turns dropout on.
 
     Returns:
@@ -143,6 +146,7 @@ def causal_lm_loss(
         use_memory=use_memory,
         window=window,
         remat=remat,
+        rngs=rngs,
         dropout_key=dropout_key,
     )
     targets = next_token_targets(tokens, segment_ids, loss_mask)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory
-from tptt_jax.layers.parameters import MemoryParam
+from tptt_jax.layers.parameters import AddedParam, MemoryParam
 from tptt_jax.model import CausalLM, MagShare
 
 TrainMode = Literal["lora", "projections", "full", "memory"]
@@ -32,8 +32,8 @@ def is_trainable(mode: TrainMode, path: Path, variable: nnx.Variable) -> bool:
       variable: the variable.
     """
     if mode == "memory":
-        return is_memory(path, variable) and isinstance(variable, nnx.Param)
-    if isinstance(variable, (nnx.LoRAParam, MemoryParam)):
+        return isinstance(variable, MemoryParam)
+    if isinstance(variable, AddedParam):
         return True
     if not isinstance(variable, nnx.Param):
         return False
@@ -147,7 +147,7 @@ def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> N
 def is_base_weight(name: str) -> bool:
     """Whether a dotted path names a weight of the pretrained model."""
     path = tuple(name.split("."))
-    return "lora" not in path and not is_memory(path, None)
+    return "lora" not in path and not is_memory(path)
 
 
 def dotted(path: Path) -> str:

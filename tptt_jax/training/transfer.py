@@ -17,9 +17,10 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Int, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, LizaConfig
-from tptt_jax.decoder import DecoderLayer, apply_norm, is_memory, layer_stacks, spread_memory
+from tptt_jax.decoder import DecoderLayer, apply_norm, layer_stacks, spread_memory
 from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.liza import LizaAttention, Projected
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
     apply_softmax,
@@ -99,7 +100,7 @@ def _visit_stack(
     liza = layers.self_attn.liza
     assert liza is not None
     has = [liza.has_memory(kind) for kind in kinds]
-    graphdef, of_memory, parameters = nnx.split(layers, is_memory, ...)
+    graphdef, of_memory, parameters = nnx.split(layers, MemoryParam, ...)
     different = tuple(dict.fromkeys(kinds))
     numbers = jnp.array([different.index(kind) for kind in kinds])
 

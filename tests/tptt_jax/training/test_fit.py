@@ -17,6 +17,7 @@ from tests.tptt_jax.evicted_oracle import run_layer, weights_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.decoder import is_memory, memory_location
 from tptt_jax.layers.liza import LayerTokens
+from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import token_context
 from tptt_jax.model import base_model, count_positions
 from tptt_jax.training.fit import gap_gradients, make_fit_optimizer, make_fit_step
@@ -87,7 +88,7 @@ def _layers(model):
     """Every layer as a module of its own, the memory's parameters where there are any."""
     layers = []
     for number, stack in enumerate(model.stacks):
-        graphdef, of_memory, others = nnx.split(stack, is_memory, ...)
+        graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
         first = len(layers)
         for index in range(jax.tree.leaves(others)[0].shape[0]):
             place = memory_location(model.config, model.liza, first + index)
@@ -122,7 +123,7 @@ def _plain_gaps(model, tokens, ids):
         normed = layer.attn_norm(x)
         full = run(layer.self_attn, kind, normed)
         if model.liza.has_memory(kind):
-            graphdef, of_memory, others = nnx.split(titan.self_attn, is_memory, ...)
+            graphdef, of_memory, others = nnx.split(titan.self_attn, MemoryParam, ...)
             of_layer = ((graphdef, others), kind, normed, full)
             found = jax.value_and_grad(error)(of_memory, *of_layer)
             window = run(titan.self_attn, kind, normed, use_memory=False)
@@ -232,7 +233,7 @@ def test_thirty_steps_close_a_good_part_of_the_gap():
     # The base model is what it was, bit for bit.
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         same = np.array_equal(variable.get_value(), before[path])
-        assert same is not (is_memory(path, None) and path[-1] != "limit"), path
+        assert same is not (is_memory(path) and path[-1] != "limit"), path
 
 
 def test_a_fit_draws_windows_without_compiling_again():
