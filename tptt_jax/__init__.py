@@ -8,6 +8,7 @@ from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.layers.linear_attention import LinearAttention
 from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
 from tptt_jax.model import CausalLM, init_cache
+from tptt_jax.version import __version__
 
 __all__ = [
     "AdapterParam",
@@ -18,6 +19,7 @@ __all__ = [
     "LoraConfig",
     "MemoryParam",
     "ModelConfig",
+    "__version__",
     "fork_state",
     "generate",
     "init_cache",

@@ -1,0 +1,43 @@
+"""``tptt-jax COMMAND``, also ``python -m experiments COMMAND``: every command under one name."""
+
+import difflib
+import importlib
+import sys
+
+# What each command is about, and the module whose `main` it is. Modules are imported when called:
+# some take seconds.
+COMMANDS = {
+    "finetune": ("experiments.finetune", "Fit a memory to a model, and train it with LoRA."),
+    "generate": ("experiments.generate", "Go on with a text, from a prompt or a saved state."),
+    "evaluate": ("experiments.evaluate", "Perplexity, recall, MMLU and lm-eval's tasks."),
+    "convert": ("convert.__main__", "Import, export, inspect and verify models."),
+    "bench": ("experiments.bench", "Speed and memory of operators, training and decoding."),
+    "grid": ("experiments.grid", "Many runs of finetune, from a YAML file."),
+    "state-tracking": ("experiments.state_tracking", "Which states one layer can follow."),
+}
+
+
+def main() -> int | None:
+    """Hands the arguments after the command's name to that command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
+        print(f"error: there is no command {name!r}: {remedy}", file=sys.stderr)
+        return 2
+    del sys.argv[1]
+    return importlib.import_module(COMMANDS[name][0]).main()
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {about}" for name, (_, about) in COMMANDS.items()]
+    head = "usage: tptt-jax COMMAND [OPTIONS]; tptt-jax COMMAND --help lists the options\n"
+    return "\n".join([head, *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
