@@ -1,11 +1,10 @@
 """``tptt-jax COMMAND``, also ``python -m experiments COMMAND``: every command under one name."""
 
 import difflib
-import importlib
+import os
 import sys
 
-# What each command is about, and the module whose `main` it is. Modules are imported when called:
-# some take seconds.
+# The module of each command, and what it is about.
 COMMANDS = {
     "finetune": ("experiments.finetune", "Fit a memory to a model, and train it with LoRA."),
     "generate": ("experiments.generate", "Go on with a text, from a prompt or a saved state."),
@@ -17,8 +16,8 @@ COMMANDS = {
 }
 
 
-def main() -> int | None:
-    """Hands the arguments after the command's name to that command."""
+def main() -> int:
+    """Starts the command with the arguments after its name."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(_usage())
@@ -28,8 +27,9 @@ def main() -> int | None:
         remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
         print(f"error: there is no command {name!r}: {remedy}", file=sys.stderr)
         return 2
-    del sys.argv[1]
-    return importlib.import_module(COMMANDS[name][0]).main()
+    # As a process of its own: `python -m` prepares the process before anything is imported.
+    module = COMMANDS[name][0].removesuffix(".__main__")
+    os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[2:]])
 
 
 def _usage() -> str:
