@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import tyro
 
 from convert.readable import print_readable
+from convert.usage_errors import list_options, usage_sentence
 
 Command = Callable[..., dict[str, Any] | None]
 
@@ -83,16 +83,21 @@ def _parse(
     function: Command | Mapping[str, Command], arguments: list[str], prog: str | None
 ) -> Callable[[], dict[str, Any] | None]:
     """Binds the arguments, so that what the command itself raises is not taken for theirs."""
+
+    def parse(arguments: list[str]) -> Callable[[], dict[str, Any] | None]:
+        if not callable(function):
+            bound = {name: _deferred(each) for name, each in function.items()}
+            return tyro.extras.subcommand_cli_from_dict(bound, prog=prog, args=arguments)
+        return tyro.cli(_deferred(function), prog=prog, args=arguments)
+
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            if not callable(function):
-                bound = {name: _deferred(each) for name, each in function.items()}
-                return tyro.extras.subcommand_cli_from_dict(bound, prog=prog, args=arguments)
-            return tyro.cli(_deferred(function), prog=prog, args=arguments)
+            return parse(arguments)
     except SystemExit as end:
         if end.code:
-            raise ValueError(_one_line(stderr.getvalue())) from None
+            options = functools.partial(list_options, functools.partial(_help, parse, arguments))
+            raise ValueError(usage_sentence(stderr.getvalue(), options)) from None
         raise
 
 
@@ -107,10 +112,10 @@ def _deferred(function: Command) -> Callable[..., Callable[[], dict[str, Any] | 
     return bind
 
 
-def _one_line(report: str) -> str:
-    """Takes tyro's report out of its box."""
-    words = re.sub(r"\x1b\[[0-9;]*m|[─-╿]", " ", report).split()
-    return " ".join(words)
+def _help(parse: Callable[[list[str]], object], arguments: list[str]) -> None:
+    """Prints the help of a command, or of the subcommand that the arguments begin with."""
+    command = [] if not arguments or arguments[0].startswith("-") else arguments[:1]
+    parse([*command, "--help"])
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,10 @@
 """Everything that decides a fine-tuning run, and how command lines are read."""
 
 import contextlib
+import functools
 import inspect
 import io
 import math
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ import tyro
 
 from convert.command_line import run_command
 from convert.demo import DEFAULT_MODEL
+from convert.usage_errors import list_options, usage_sentence
 from experiments.data import DataConfig, check_literals
 from experiments.training.fit_config import FitConfig
 from experiments.training.windows import WindowRange
@@ -231,16 +232,19 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
     values = {} if path is None else _modernized(read_yaml(path))
     default = unresolved_defaults(cls, None, values, where=str(path))
     description = f"{inspect.getdoc(cls)}\n\n{_SHARED_FLAGS}"
+
+    def parse(args: Sequence[str]) -> Config:
+        return tyro.cli(cls, args=args, default=default, prog=prog, description=description)
+
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                cls, args=list(argv), default=default, prog=prog, description=description
-            )
+            return parse(list(argv))
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ValueError(_one_sentence(complaint.getvalue())) from None
+        options = functools.partial(list_options, lambda: parse(["--help"]))
+        raise ValueError(usage_sentence(complaint.getvalue(), options)) from None
 
 
 def run_finetune(
@@ -287,21 +291,3 @@ def _modernized(values: dict[str, Any]) -> dict[str, Any]:
     """What a configuration file says, in today's words: remat once was true or false."""
     remat = values.get("remat")
     return values | {"remat": "full" if remat else "none"} if isinstance(remat, bool) else values
-
-
-def _one_sentence(box: str) -> str:
-    """The message of the box that tyro draws around an error, without title and help text."""
-    sentences: list[str] = []
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯ ")
-        if not set(text) <= {"─", "-"}:
-            sentences.append(text)
-        elif sentences:
-            break
-    message = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(sentences))
-    message = re.sub(
-        r"^Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*)\]",
-        r"\1 expects \2, got \3",
-        message,
-    )
-    return f"{message.rstrip('.')}; --help lists the options." if message else box.strip()
