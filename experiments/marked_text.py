@@ -65,7 +65,7 @@ def check_characters(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"half of a surrogate pair ({ascii(text[error.start])}) is no character: repair or "
+            f"half of a surrogate pair ({text[error.start]!a}) is no character: repair or "
             "remove the row."
         ) from None
     return text

@@ -12,6 +12,7 @@ from experiments.formats import alpaca_prompt
 from experiments.packing import Example, pack_examples
 from tests.tiny import BOS, CHATML, EOS, make_tokenizer
 
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(begin=True)
