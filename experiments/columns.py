@@ -54,8 +54,8 @@ def rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
         return rows
     if lacking := [name for name in columns.values() if name not in rows.columns]:
         raise ValueError(
-            f"{rows.source} has the columns {', '.join(rows.columns)}, but --data.columns names "
-            f"{', '.join(lacking)}: name columns that are there."
+            f"{rows.source} has the columns {_listing(rows.columns)}, but --data.columns names "
+            f"{_listing(lacking)}: name columns that are there."
         )
     ours: dict[str, list[str]] = {theirs: [] for theirs in columns.values()}
     for name, theirs in columns.items():
@@ -90,7 +90,7 @@ def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
         found.pop()
     if len(found) == 1:
         return found[0]
-    shown = f"{rows.source} has the columns {', '.join(rows.columns)}"
+    shown = f"{rows.source} has the columns {_listing(rows.columns)}"
     if found:
         raise ValueError(
             f"{shown}, which fit the formats {' and '.join(found)}: choose with --data.format "
@@ -103,3 +103,9 @@ def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
         f"{shown}; expected {expected}: give their names, as in --data.columns prompt=question "
         "completion=answer."
     )
+
+
+def _listing(columns: Sequence[str]) -> str:
+    """Names on one line, whatever they are."""
+    shown = (name if name.isprintable() and name.strip() else repr(name) for name in columns)
+    return ", ".join(shown)

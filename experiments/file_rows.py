@@ -138,9 +138,8 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dic
     lines = _csv_lines(file, delimiter)
     _, header = next(lines, (1, []))
     if repeated := sorted({name for name in header if header.count(name) > 1}):
-        raise ValueError(
-            f"{file} has several columns called {', '.join(repeated)}: give each its own name."
-        )
+        shown = ", ".join(map(repr, repeated))
+        raise ValueError(f"{file} has several columns called {shown}: give each its own name.")
 
     def rows() -> Iterator[dict[str, str]]:
         for number, cells in lines:
