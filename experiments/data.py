@@ -208,14 +208,16 @@ def load_token_data(
         for part, length in zip((kept, held_out), lengths, strict=True)
     )
     if config.recall:
+        begin = begin_tokens(tokenizer)
         asked = recall_examples(
             tokenizer,
-            [example.tokens for example in kept.examples],
+            # Rows have one beginning, their own.
+            [tokens[len(begin) * (tokens[:1] == begin).all() :] for tokens, _ in kept.examples],
             round(train.num_rows * config.recall / (1 - config.recall)),
             length=config.sequence_length,
             window=config.sequence_length // 2 if window is None else window,
             seed=seed,
-            prefix=begin_tokens(tokenizer),
+            prefix=begin,
             kinds=config.recall_kinds,
         )
         train = train.joined(pack_examples(asked, config.sequence_length, packing=False))
