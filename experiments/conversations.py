@@ -1,7 +1,11 @@
 """Conversations as data files hold them: OpenAI's messages, and the tools they may call."""
 
 import json
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+Reader = Callable[[dict[str, Any]], "Conversation"]
+"""Of one row."""
 
 
 class Conversation(NamedTuple):
@@ -10,8 +14,8 @@ class Conversation(NamedTuple):
     Attributes:
       messages: each with role and content, a text, and what else it has.
       tools: descriptions of functions; None: the row has none.
-      answers: indices of the assistant's messages.
-      untrained: those of them that do not count in the loss ("weight": 0).
+      answers: indices of the assistant's messages that count in the loss.
+      untrained: those of them that do not after all ("weight": 0).
     """
 
     messages: list[dict[str, Any]]
@@ -32,18 +36,65 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     Raises:
       ValueError: if it holds no conversation, or something else than text.
     """
-    messages, tools = _parsed(row, "messages"), _parsed(row, "tools")
+    return make_conversation(read_list(row, "messages"), row)
+
+
+def read_prompt_completion(row: dict[str, Any]) -> Conversation:
+    """Reads the columns `prompt` and `completion`, lists of messages; only the latter count."""
+    prompt, completion = read_list(row, "prompt"), read_list(row, "completion")
+    return make_conversation([*prompt, *completion], row, first=len(prompt))
+
+
+def read_question_answer(row: dict[str, Any]) -> Conversation:
+    """Reads the columns `question` and `answer`, which are texts."""
+    turns = {"user": "question", "assistant": "answer"}
+    for column in turns.values():
+        if not isinstance(row.get(column), str):
+            raise ValueError(f"{column} must be text, got {short(row.get(column))}.")
+    return make_conversation([{"role": r, "content": row[c]} for r, c in turns.items()], row)
+
+
+def read_list(row: dict[str, Any], column: str) -> list[Any]:
+    """A column of messages, or JSON text of them.
+
+    Raises:
+      ValueError: if it is neither, or empty.
+    """
+    messages = _parsed(row, column)
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages must be a list of role and content, got {messages!r:.200}.")
+        raise ValueError(f"{column} must be a list of role and content, got {short(messages)}.")
+    return messages
+
+
+def make_conversation(messages: list[Any], row: dict[str, Any], first: int = 0) -> Conversation:
+    """Checks messages, and reads the column `tools` if there is one.
+
+    Args:
+      messages: with role and content.
+      row: that they are of.
+      first: of the messages whose answers count.
+
+    Raises:
+      ValueError: if it holds no conversation, or something else than text.
+    """
+    tools = _parsed(row, "tools")
     if not _is_objects(tools or []):
-        raise ValueError(f"tools must be a list of objects, got {tools!r:.200}.")
-    answers = [i for i, m in enumerate(messages) if _role(m) == "assistant"]
+        raise ValueError(f"tools must be a list of objects, got {short(tools)}.")
+    answers = [i for i, m in enumerate(messages) if _role(m) == "assistant" and i >= first]
     return Conversation(
         messages=[_message(message) for message in messages],
         tools=tools or None,
         answers=tuple(answers),
         untrained=tuple(i for i in answers if not _weight(messages[i])),
     )
+
+
+def short(value: Any) -> str:
+    """The beginning of a value's repr, for messages."""
+    try:
+        return f"{value!r:.200}"
+    except RecursionError:
+        return f"a deeply nested {type(value).__name__}"
 
 
 def _parsed(row: dict[str, Any], column: str) -> Any:
@@ -54,7 +105,7 @@ def _parsed(row: dict[str, Any], column: str) -> Any:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError):
         raise ValueError(
-            f"{column} must be a list, or JSON text of one, got {value!r:.200}."
+            f"{column} must be a list, or JSON text of one, got {short(value)}."
         ) from None
 
 
@@ -65,7 +116,7 @@ def _is_objects(value: Any) -> bool:
 def _role(message: Any) -> str:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
-        raise ValueError(f"every message needs role and content, got {message!r:.200}.")
+        raise ValueError(f"every message needs role and content, got {short(message)}.")
     return role
 
 
@@ -73,7 +124,7 @@ def _weight(message: dict[str, Any]) -> bool:
     """Whether an answer counts in the loss, by OpenAI's key."""
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise ValueError(f"the weight of a message must be 0 or 1, got {weight!r:.200}.")
+        raise ValueError(f"the weight of a message must be 0 or 1, got {short(weight)}.")
     return weight != 0
 
 
@@ -92,11 +143,11 @@ def _content(message: dict[str, Any]) -> str:
             return ""
         raise ValueError(
             "every message needs role and content (content may be null beside tool_calls only), "
-            f"got {message!r:.200}."
+            f"got {short(message)}."
         )
     if isinstance(content, list):
         return "".join(map(_part, content))
-    raise ValueError(f"content must be text or a list of text parts, got {content!r:.200}.")
+    raise ValueError(f"content must be text or a list of text parts, got {short(content)}.")
 
 
 def _part(part: Any) -> str:
@@ -106,7 +157,7 @@ def _part(part: Any) -> str:
     text = part.get("text") if isinstance(part, dict) else None
     if kind != "text" or not isinstance(text, str):
         raise ValueError(
-            f"content must be text or a list of text parts, got a part of type {kind!r:.200}: "
+            f"content must be text or a list of text parts, got a part of type {short(kind)}: "
             "remove such rows, as this model reads text only."
         )
     return text

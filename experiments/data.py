@@ -15,15 +15,15 @@ from typing import (
 import numpy as np
 import tyro
 
+from experiments.columns import read_columns, rename_columns
 from experiments.formats import (
     Format,
     FormatChoice,
     Loss,
     begin_tokens,
-    chat_examples,
     cut_document,
     find_format,
-    instruction_examples,
+    row_examples,
     text_cells,
     text_documents,
 )
@@ -51,14 +51,22 @@ _LONGEST_HELD_OUT_ROW = 2048
 class DataConfig:
     """What to train on, and how it is laid out in rows of tokens."""
 
-    path: Annotated[str, tyro.conf.arg(name="data", prefix_name=False)] = PYTHON_DOCS
-    """"python-docs" (the Python language reference that comes with every CPython), a JSON Lines,
-    JSON, CSV, TSV, Parquet or text file, or a dataset id on the Hugging Face Hub."""
+    path: Annotated[str | tuple[str, ...], tyro.conf.arg(name="data", prefix_name=False)] = (
+        PYTHON_DOCS
+    )
+    """"python-docs" (the Python language reference that comes with every CPython); JSON Lines,
+    JSON, CSV, TSV, Parquet or text files (all but Parquet also as .gz or .zst), a folder or a
+    pattern of them; or a dataset id on the Hugging Face Hub."""
     split: str = "train"
-    """Split of a Hub dataset; a slice such as "train[:500]" works everywhere."""
+    """Split of a Hub dataset or a folder; a slice such as "train[:500]" works everywhere."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub dataset; None: the newest."""
     format: FormatChoice = "auto"
     """"text": one column of text; "alpaca": instruction, input (may be empty or missing), output;
-    "chat": messages with role and content; "auto": what the columns say."""
+    "chat": messages with role and content; "sharegpt": conversations with from and value;
+    "prompt-completion": texts or messages; "question-answer"; "auto": what the columns say."""
+    columns: tuple[str, ...] = ()
+    """Names of columns where they are others than a format's: prompt=question completion=answer."""
     text_column: str = "text"
     """Column of plain text."""
     max_rows: int | None = None
@@ -85,6 +93,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Rejects values that no data can be read with."""
         check_literals(self)
+        read_columns(self.columns)
+        if not isinstance(self.path, str) and len(self.path) < 2:
+            if not self.path:
+                raise ValueError("data must name a file, a folder or a dataset, got nothing.")
+            object.__setattr__(self, "path", self.path[0])
         minima = {"sequence_length": 2, "max_rows": 1, "eval_tokens": 0, "eval_length": 2}
         for name, minimum in minima.items():
             value = getattr(self, name)
@@ -119,8 +132,12 @@ class TokenData:
     num_without_targets: int
     """Examples left out because none of their tokens would count in the loss."""
 
-    def describe(self) -> str:
-        """One line for people."""
+    def describe(self, batch_size: int = 1) -> str:
+        """One line for people.
+
+        Args:
+          batch_size: rows per step; more than there are is said.
+        """
         train = self.train
         filled = train.num_tokens / train.tokens.size
         parts = [
@@ -134,6 +151,10 @@ class TokenData:
             parts.append(f"{self.num_truncated:,} examples cut off")
         if self.num_without_targets:
             parts.append(f"{self.num_without_targets:,} left out for want of targets")
+        if batch_size > train.num_rows:
+            parts.append(
+                f"fewer rows than a batch of {batch_size}, which repeats them: lower --batch-size"
+            )
         return ", ".join(parts)
 
 
@@ -159,7 +180,8 @@ def load_token_data(
       FileNotFoundError: if the data is not there.
       ValueError: if it cannot be read or leaves nothing to train on.
     """
-    rows = load_rows(config.path, config.split, config.max_rows)
+    rows = load_rows(config.path, config.split, config.max_rows, config.revision)
+    rows = rename_columns(rows, read_columns(config.columns))
     found = find_format(rows, config.format, config.text_column)
     if rows.is_document:
         parts = _split_document(rows, config, tokenizer)
@@ -186,14 +208,16 @@ def load_token_data(
         for part, length in zip((kept, held_out), lengths, strict=True)
     )
     if config.recall:
+        begin = begin_tokens(tokenizer)
         asked = recall_examples(
             tokenizer,
-            [example.tokens for example in kept.examples],
+            # Rows have one beginning, their own.
+            [tokens[len(begin) * (tokens[:1] == begin).all() :] for tokens, _ in kept.examples],
             round(train.num_rows * config.recall / (1 - config.recall)),
             length=config.sequence_length,
             window=config.sequence_length // 2 if window is None else window,
             seed=seed,
-            prefix=begin_tokens(tokenizer),
+            prefix=begin,
             kinds=config.recall_kinds,
         )
         train = train.joined(pack_examples(asked, config.sequence_length, packing=False))
@@ -264,10 +288,8 @@ def _row_examples(
     rows: Rows, found: Format, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> list[list[Example]]:
     """The examples of each row: one, or the pieces of a long text."""
-    if found == "alpaca":
-        return [[example] for example in instruction_examples(tokenizer, rows, config.loss)]
-    if found == "chat":
-        return [[example] for example in chat_examples(tokenizer, rows, config.loss)]
+    if found != "text":
+        return [[example] for example in row_examples(tokenizer, rows, found, config.loss)]
     prefix = begin_tokens(tokenizer)
     return [
         cut_document(document, config.sequence_length, prefix)

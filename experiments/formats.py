@@ -1,21 +1,50 @@
 """Rows of text, instructions or conversations become examples of tokens."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Int
-from jinja2 import TemplateError
 
-from experiments.conversations import Conversation, read_conversation
+from experiments.answers import mark_answers
+from experiments.columns import Format, FormatChoice, find_format
+from experiments.conversations import (
+    Reader,
+    read_conversation,
+    read_prompt_completion,
+    read_question_answer,
+)
+from experiments.marked_text import (
+    MarkedText,
+    all_targets,
+    check_characters,
+    marked_examples,
+    portions,
+)
 from experiments.packing import Example
 from experiments.rows import Rows
+from experiments.sharegpt import read_sharegpt
+from experiments.special_tokens import begin_once, begin_tokens, end_token
+from experiments.templates import ChatTemplate
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-Format = Literal["text", "alpaca", "chat"]
-FormatChoice = Literal["auto", "text", "alpaca", "chat"]
+__all__ = [
+    "Format",
+    "FormatChoice",
+    "Loss",
+    "alpaca_prompt",
+    "begin_once",
+    "begin_tokens",
+    "cut_document",
+    "end_token",
+    "find_format",
+    "row_examples",
+    "text_cells",
+    "text_documents",
+]
+
 Loss = Literal["answers", "all"]
 
 # The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which the model must
@@ -31,42 +60,14 @@ ALPACA_PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
-# Offsets are Python tuples: a whole data set of them would not fit in memory.
-_TOKENIZE_AT_ONCE = 1000
+_QUESTION_PROMPT = "Question: {question}\nAnswer:"
 
-
-class MarkedText(NamedTuple):
-    """A text and which of its characters count in the loss."""
-
-    text: str
-    targets: list[tuple[int, int]]
-    """(start, end) of each piece."""
-
-
-def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
-    """The format of these rows, recognised by their columns if `wanted` is "auto".
-
-    Raises:
-      ValueError: if columns are missing.
-    """
-    needed: dict[Format, tuple[str, ...]] = {
-        "chat": ("messages",),
-        "alpaca": ("instruction", "output"),
-        "text": (text_column,),
-    }
-    if wanted == "auto" and text_column != "text":
-        wanted = "text"  # whoever names the column of plain text wants it read
-    candidates: list[Format] = list(needed) if wanted == "auto" else [wanted]
-    for candidate in candidates:
-        if all(name in rows.columns for name in needed[candidate]):
-            return candidate
-    expected = ", or ".join(
-        f"{' and '.join(needed[candidate])} (format {candidate})" for candidate in candidates
-    )
-    raise ValueError(
-        f"{rows.source} has the columns {', '.join(rows.columns)}; expected {expected}: rename "
-        "them, or name the column of plain text with --data.text-column."
-    )
+_READERS: dict[Format, Reader] = {
+    "chat": read_conversation,
+    "sharegpt": read_sharegpt,
+    "prompt-completion": read_prompt_completion,
+    "question-answer": read_question_answer,
+}
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -83,7 +84,7 @@ def text_documents(
     end = [] if end_id is None else [end_id]
     start = begin_tokens(tokenizer)
     documents = []
-    for some in _portions(texts):
+    for some in portions(texts):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)
         for ids in encoded["input_ids"]:
             ids = begin_once(tokenizer, start + ids)[len(start) :]
@@ -106,77 +107,86 @@ def cut_document(
     # An empty document stays one example, so that it is counted among those without targets.
     places = range(0, max(len(tokens), 1), room)
     pieces = (tokens[place : place + room] for place in places)
-    return [_all_targets(np.concatenate([start, piece])) for piece in pieces]
+    return [all_targets(np.concatenate([start, piece])) for piece in pieces]
 
 
-def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
-    """The beginning-of-sequence token, if the tokenizer puts one before a text."""
-    begin = cast("int | None", tokenizer.bos_token_id)  # wider types come from a common base
-    return [begin] if begin is not None and tokenizer("a")["input_ids"][0] == begin else []
-
-
-def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
-    """The same tokens, with one beginning-of-sequence token where they begin with several.
-
-    A rendered chat brings its own, and the tokenizer or the template puts another before it.
-    """
-    begin = tokenizer.bos_token_id
-    count = next((i for i, token in enumerate(tokens) if token != begin), len(tokens))
-    return tokens[max(count - 1, 0) :]
-
-
-def end_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
-    """The end-of-sequence token, if the tokenizer has one."""
-    return cast("int | None", tokenizer.eos_token_id)
-
-
-def instruction_examples(
-    tokenizer: "PreTrainedTokenizerFast", rows: Rows, loss: Loss
+def row_examples(
+    tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format, loss: Loss
 ) -> list[Example]:
-    """Prompt, answer and end of sequence of each Alpaca row.
+    """The example of each row of a table that has prompts and answers.
+
+    Args:
+      tokenizer: of the model.
+      rows: with the columns of the format.
+      found: any format but "text".
+      loss: what counts.
 
     Raises:
-      ValueError: if a cell is not text.
+      ValueError: if a cell is not what it should be, or if the chat template cannot write a
+        conversation; the row is named.
     """
+    if found not in _READERS or _is_plain(tokenizer, rows, found):
+        return _instruction_examples(tokenizer, rows, found, loss)
+    return _chat_examples(tokenizer, rows, _READERS[found], loss)
+
+
+def _is_plain(tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format) -> bool:
+    """Whether prompts and answers are texts, not turns of a conversation."""
+    if found == "question-answer":
+        return not tokenizer.chat_template
+    return found == "prompt-completion" and not any(
+        isinstance(row.get("prompt"), list) for row in rows.rows
+    )
+
+
+def _instruction_examples(
+    tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format, loss: Loss
+) -> list[Example]:
+    """Prompt, answer and end of sequence of each row."""
     marked = []
-    for number, row in enumerate(rows.rows, start=1):
-        place = f"{rows.source}, row {number}"
-        context = row.get("input")
-        prompt = alpaca_prompt(
-            _text_cell(row, "instruction", place),
-            "" if context is None else _text_cell(row, "input", place),
-        )
-        text = prompt + _text_cell(row, "output", place)
+    for number, row in enumerate(rows.rows):
+        prompt, answer = _prompt_and_answer(row, found, rows.place(number))
+        text = prompt + answer
         marked.append(MarkedText(text, [(len(prompt), len(text))]))
     if loss == "all":
         marked = [MarkedText(text, [(0, len(text))]) for text, _ in marked]
-    examples = _marked_examples(tokenizer, marked, special_tokens=True)
+    examples = marked_examples(tokenizer, marked, special_tokens=True)
     return [_ended(example, end_token(tokenizer)) for example in examples]
 
 
-def chat_examples(tokenizer: "PreTrainedTokenizerFast", rows: Rows, loss: Loss) -> list[Example]:
-    """Each conversation as the tokenizer's chat template writes it.
+def _prompt_and_answer(row: dict[str, Any], found: Format, place: str) -> tuple[str, str]:
+    if found == "prompt-completion":
+        return _text_cell(row, "prompt", place), _text_cell(row, "completion", place)
+    if found == "question-answer":
+        question, answer = (_text_cell(row, name, place) for name in ("question", "answer"))
+        return _QUESTION_PROMPT.format(question=question), f" {answer}"
+    context = row.get("input")
+    prompt = alpaca_prompt(
+        _text_cell(row, "instruction", place),
+        "" if context is None else _text_cell(row, "input", place),
+    )
+    return prompt, _text_cell(row, "output", place)
 
-    Raises:
-      ValueError: if there is no template, if it refuses a conversation, if it writes a
-        conversation's beginning differently once it goes on, so that answers cannot be found, or
-        if a message holds something else than text.
-    """
+
+def _chat_examples(
+    tokenizer: "PreTrainedTokenizerFast", rows: Rows, read: Reader, loss: Loss
+) -> list[Example]:
+    """Each conversation as the tokenizer's chat template writes it."""
     if not tokenizer.chat_template:
         raise ValueError(
-            "Conversations (format chat) need a tokenizer with a chat template and this model has "
-            "none: take an instruction-tuned model, or bring the data into the text format."
+            f"Conversations, as in {rows.source}, need a tokenizer with a chat template and this "
+            "model has none: take an instruction-tuned model, or bring the data into the text "
+            "format."
         )
+
     marked = []
-    for number, row in enumerate(rows.rows, start=1):
-        place = f"{rows.source}, row {number}"
-        try:
-            chat = read_conversation(row)
-            marked.append(_mark_conversation(tokenizer, chat, loss))
-        # TypeError: what a template does to values of a kind that its author did not think of.
-        except (TemplateError, TypeError, ValueError) as error:
-            raise ValueError(f"{place}: {error}") from error
-    return list(_marked_examples(tokenizer, marked, special_tokens=False))
+    with ChatTemplate(tokenizer) as template:
+        for number, row in enumerate(rows.rows):
+            try:
+                marked.append(mark_answers(template, read(row), everything=loss == "all"))
+            except ValueError as error:
+                raise ValueError(f"{rows.place(number)}: {error}") from error
+    return list(marked_examples(tokenizer, marked, special_tokens=False))
 
 
 def text_cells(rows: Rows, column: str) -> list[str]:
@@ -185,10 +195,7 @@ def text_cells(rows: Rows, column: str) -> list[str]:
     Raises:
       ValueError: if a cell is not text.
     """
-    return [
-        _text_cell(row, column, f"{rows.source}, row {number}")
-        for number, row in enumerate(rows.rows, start=1)
-    ]
+    return [_text_cell(row, column, rows.place(number)) for number, row in enumerate(rows.rows)]
 
 
 def _text_cell(row: dict[str, Any], column: str, place: str) -> str:
@@ -196,69 +203,10 @@ def _text_cell(row: dict[str, Any], column: str, place: str) -> str:
     if not isinstance(value, str):
         came = "nothing" if value is None else type(value).__name__
         raise ValueError(f"{place}: {column} must be text, got {came}.")
-    return value
-
-
-def _mark_conversation(
-    tokenizer: "PreTrainedTokenizerFast", chat: Conversation, loss: Loss
-) -> MarkedText:
-    def render(count: int, *, ask: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                chat.messages[:count],
-                tools=cast(Any, chat.tools),
-                tokenize=False,
-                add_generation_prompt=ask,
-            )
-        )
-
-    def find(index: int) -> tuple[int, int]:
-        before, through = render(index, ask=True) if index else "", render(index + 1)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise ValueError(
-                f"the chat template rewrites earlier turns, so that answer {index + 1} cannot be "
-                "found in the text: use --data.loss all, or conversations with one answer."
-            )
-        return len(before), len(through)
-
-    text = render(len(chat.messages))
-    if loss == "answers":
-        trained = [i for i in chat.answers if i not in chat.untrained]
-        return MarkedText(text, [find(index) for index in trained])
-    targets, start = [], 0
-    for before, end in map(find, chat.untrained):
-        targets.append((start, before))
-        start = end
-    return MarkedText(text, [*targets, (start, len(text))])
-
-
-def _marked_examples(
-    tokenizer: "PreTrainedTokenizerFast", marked: Sequence[MarkedText], *, special_tokens: bool
-) -> Iterator[Example]:
-    """Tokenises whole texts, so that tokens fall as in running text, and finds targets by place."""
-    for some in _portions(marked):
-        encoded = tokenizer(
-            [text for text, _ in some],
-            add_special_tokens=special_tokens,
-            return_offsets_mapping=True,
-            verbose=False,
-        )
-        places = zip(encoded["input_ids"], encoded["offset_mapping"], some, strict=True)
-        for ids, offsets, (text, targets) in places:
-            kept = begin_once(tokenizer, ids)
-            example = _all_targets(np.asarray(kept, dtype=np.int32))
-            if targets != [(0, len(text))]:
-                places_of = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-                starts, ends = places_of[len(ids) - len(kept) :].T
-                inside = np.zeros(len(kept), dtype=np.bool_)
-                for start, end in targets:
-                    inside |= (ends > start) & (starts < end) & (ends > starts)
-                example = Example(example.tokens, example.targets & inside)
-            yield example
-
-
-def _all_targets(tokens: Int[np.ndarray, " L"]) -> Example:
-    return Example(tokens, np.arange(len(tokens)) > 0)
+    try:
+        return check_characters(value)
+    except ValueError as error:
+        raise ValueError(f"{place}: {column}: {error}") from None
 
 
 def _ended(example: Example, end: int | None) -> Example:
@@ -269,8 +217,3 @@ def _ended(example: Example, end: int | None) -> Example:
         tokens, targets = np.append(tokens, np.int32(end)), np.append(targets, True)
     targets[-1] = True
     return Example(tokens, targets)
-
-
-def _portions(items: Sequence[Any]) -> Iterable[list[Any]]:
-    for start in range(0, len(items), _TOKENIZE_AT_ONCE):
-        yield list(items[start : start + _TOKENIZE_AT_ONCE])

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.formats import begin_once, begin_tokens, end_token
+from experiments.templates import ChatTemplate
+from experiments.text_files import open_text
 from tptt_jax.array_typing import Int
 from tptt_jax.inference.prefill import CALL_TOKENS
 
@@ -23,19 +25,16 @@ def read_text(path: Path) -> Iterator[str]:
     """The pieces of a text file, cut where a line begins with a letter.
 
     Raises:
-      ValueError: if the file is not UTF-8.
+      ValueError: if the file is not UTF-8, or what its byte-order mark says.
     """
     left = ""
-    try:
-        with path.open(encoding="utf-8") as file:
-            while more := file.read(_CHARACTERS_AT_A_TIME):
-                left += more
-                end = _last_line_start(left)
-                if end:
-                    yield left[:end]
-                    left = left[end:]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}.") from None
+    with open_text(path) as file:
+        while more := file.read(_CHARACTERS_AT_A_TIME):
+            left += more
+            end = _last_line_start(left)
+            if end:
+                yield left[:end]
+                left = left[end:]
     if left:
         yield left
 
@@ -81,18 +80,15 @@ def chat_tokens(
     Raises:
       ValueError: if there is no template or it refuses the conversation.
     """
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise ValueError(
             "--chat needs a tokenizer with a chat template and this model has none: take an "
             "instruction-tuned model."
         )
     try:
-        text = str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
-    except TemplateError as error:
+        with ChatTemplate(tokenizer) as template:
+            text = template.render(messages, ask=True)
+    except ValueError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
     tokens = begin_once(tokenizer, list(ids))
@@ -133,8 +129,8 @@ def _token_lists(
         # verbose: lengths beyond the base model's are what this is for.
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = list(ids)
-        if start and number == 0:
-            tokens = begin_once(tokenizer, start + tokens)[0 if begin else 1 :]
+        if number == 0:
+            tokens = begin_once(tokenizer, start + tokens)[0 if begin else len(start) :]
         yield tokens
 
 

@@ -1,31 +1,29 @@
 """Reading text and rows from Python's own documentation, files and the Hugging Face Hub."""
 
-import csv
 import glob
-import json
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from experiments.file_rows import FileRows, kind_of, read_file
+from experiments.hub_rows import dataset_rows, first_line, folder_files, slice_splits
 
 PYTHON_DOCS = "python-docs"
 """Names the demo text, the Python language reference that comes with every CPython."""
 
-_BUILDERS = {
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-    ".rst": "text",
-}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SPLIT_NAMES = re.compile(r"(?:^|\+)\s*([^\[\]+\s]+)")
+
+
+class _Run(NamedTuple):
+    """Rows that follow one another in a file: where they begin in `Rows.rows` and in the file."""
+
+    start: int
+    source: str
+    number: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +36,33 @@ class Rows:
     rows: list[dict[str, Any]]
     is_document: bool = False
     """One row with one text that is read from its beginning to its end."""
+    runs: tuple[_Run, ...] = ()
+    """Where the rows come from; empty: all from `source`."""
+
+    def place(self, index: int) -> str:
+        """Names a row by its file and its number there, counted from 1."""
+        found = bisect_right([run.start for run in self.runs], index)
+        if not found:
+            return f"{self.source}, row {index + 1}"
+        start, source, number = self.runs[found - 1]
+        return f"{source}, row {index - start + number}"
 
 
-def load_rows(path: str, split: str = "train", max_rows: int | None = None) -> Rows:
+def load_rows(
+    path: str | Sequence[str],
+    split: str = "train",
+    max_rows: int | None = None,
+    revision: str | None = None,
+) -> Rows:
     """Reads the data that `path` names.
 
     Args:
-      path: "python-docs", a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder that
-        `datasets.load_dataset` understands, or a dataset id on the Hugging Face Hub.
+      path: "python-docs", a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder, a pattern
+        such as "parts/*.jsonl", several of these files, or a dataset id on the Hugging Face
+        Hub. All but Parquet may be compressed: .gz, .zst.
       split: split of a Hub dataset or a folder; slices such as "train[:10%]" work everywhere.
       max_rows: reads only so many rows.
+      revision: branch, tag or commit of a Hub dataset.
 
     Returns:
       At least one row.
@@ -56,27 +71,43 @@ def load_rows(path: str, split: str = "train", max_rows: int | None = None) -> R
       FileNotFoundError: if there is no such file, folder or dataset.
       ValueError: if it cannot be read, naming the line if there is one, or is empty.
     """
-    if path == PYTHON_DOCS:
-        return _document(path, python_docs_text())
-    file = Path(path).expanduser()
-    if file.is_file():
-        rows = _load_file(file, split, max_rows)
-    elif file.is_dir():
-        with tempfile.TemporaryDirectory() as cache:
-            rows = _load_dataset(str(file), split, max_rows, cache_dir=cache)
-    elif file.suffix.lower() in _BUILDERS or not _HUB_ID.fullmatch(path):
-        raise FileNotFoundError(f"There is no file {path}: check the path given as data.")
+    paths = [path] if isinstance(path, str) else list(path)
+    shown = " ".join(paths)
+    is_hub = len(paths) == 1 and is_hub_id(paths[0])
+    if revision is not None and not is_hub:
+        raise ValueError(
+            f"--data.revision {revision} is of a dataset on the Hugging Face Hub, but {shown} is "
+            "none: leave it out."
+        )
+    if paths == [PYTHON_DOCS]:
+        return _document(shown, python_docs_text())
+    if is_hub:
+        columns, rows = dataset_rows(shown, split, max_rows, shown=shown, revision=revision)
+        found = Rows(source=shown, columns=columns, rows=rows)
     else:
-        rows = _load_dataset(path, split, max_rows)
-    if not rows.rows:
-        raise ValueError(f"{path} has no rows in split {split!r}: nothing to read.")
-    return rows
+        found = _load_local(paths, shown, split, max_rows)
+    if not found.rows:
+        raise ValueError(f"{shown} has no rows in split {split!r}: nothing to read.")
+    return found
 
 
-def is_text_file(path: str) -> bool:
-    """Whether `path` is a file that holds one text, not a table."""
+def is_hub_id(path: str) -> bool:
+    """Whether `path` can only be a dataset on the Hugging Face Hub."""
     file = Path(path).expanduser()
-    return file.is_file() and _BUILDERS.get(file.suffix.lower(), "text") == "text"
+    return (
+        path != PYTHON_DOCS
+        and not file.exists()
+        and kind_of(file) is None
+        and bool(_HUB_ID.fullmatch(path))
+    )
+
+
+def is_text_file(path: str | Sequence[str]) -> bool:
+    """Whether `path` is a file that holds one text, not a table."""
+    if not isinstance(path, str):
+        return False
+    file = Path(path).expanduser()
+    return file.is_file() and (kind_of(file) or "text") == "text"
 
 
 def python_docs_text() -> str:
@@ -90,173 +121,106 @@ def _document(source: str, text: str) -> Rows:
     return Rows(source=source, columns=("text",), rows=[{"text": text}], is_document=True)
 
 
-def _load_file(file: Path, split: str, max_rows: int | None) -> Rows:
-    suffix = file.suffix.lower()
-    builder = _BUILDERS.get(suffix)
-    if builder is None:
+def _load_local(paths: list[str], shown: str, split: str, max_rows: int | None) -> Rows:
+    """Files, folders and patterns, one after the other."""
+    splits: dict[str, list[Path]] = {}
+    for path in paths:
+        folder = Path(path).expanduser()
+        found = _find_files(path)
+        if found is None:
+            if len(paths) > 1:
+                raise ValueError(f"{path} cannot be read beside other data: give it alone.")
+            columns, rows = dataset_rows(str(folder), split, max_rows, shown=folder)
+            return Rows(source=shown, columns=columns, rows=rows)
+        for name, files in found.items():
+            splits.setdefault(name, []).extend(files)
+    wanted = [name for name in _SPLIT_NAMES.findall(split) if name in splits]
+    # An unknown split is refused before anything is read.
+    _slices(shown, split, dict.fromkeys(splits, 1 << 40))
+    most = max_rows if split in splits else None
+    read = {name: _read_files(splits[name], most) for name in dict.fromkeys(wanted)}
+    files = [each for name in read for each in read[name]]
+    kinds = {kind_of(file) == "text" for file, _ in files}
+    if len(kinds) > 1:
+        raise ValueError(f"{shown} names texts and tables: read them in runs of their own.")
+    if len(files) == 1 and kinds == {True} and files[0][1].rows:
+        return _document(str(files[0][0]), files[0][1].rows[0]["text"])
+    return _join(shown if len(files) != 1 else str(files[0][0]), split, max_rows, read)
+
+
+def _find_files(path: str) -> dict[str, list[Path]] | None:
+    """The files that a path names, by split; None: a folder that only `datasets` can read."""
+    file = Path(path).expanduser()
+    if file.is_file():
+        return {"train": [file]}
+    if file.is_dir():
+        return _find_in_folder(file)
+    _refuse_special(file)
+    if glob.has_magic(path):
+        found = sorted(map(Path, glob.glob(str(file), recursive=True)))
+        found = [each for each in found if not each.is_dir()]
+        if not found:
+            raise FileNotFoundError(f"No file matches {path}: check the pattern given as data.")
+        for each in found:
+            _refuse_special(each)
+        return {"train": found}
+    if is_hub_id(path):
+        raise ValueError(f"{path} is no file here, and a dataset of the Hub must be given alone.")
+    raise FileNotFoundError(f"There is no file {path}: check the path given as data.")
+
+
+def _find_in_folder(folder: Path) -> dict[str, list[Path]] | None:
+    known = [file for file in sorted(folder.rglob("*")) if kind_of(file) and not file.is_dir()]
+    for file in known:
+        _refuse_special(file)
+    tables = [file for file in known if kind_of(file) != "text"]
+    if any(file.suffix.lower() == ".zst" for file in known):
+        # `datasets` does not know the extension. Texts beside tables describe them.
+        return {"train": tables or known}
+    return folder_files(folder)
+
+
+def _refuse_special(file: Path) -> None:
+    """Raises ValueError for what would never end, or come only once."""
+    if file.exists() and not file.is_file() and not file.is_dir():
         raise ValueError(
-            f"{file} has the unknown extension {suffix!r}: use one of {', '.join(_BUILDERS)}."
+            f"{file} is no regular file but a device, a pipe or a socket: write the data into a "
+            "file first."
         )
-    if file.stat().st_size == 0:
-        raise ValueError(f"{file} is empty: nothing to read.")
-    options: dict[str, Any] = {}
-    try:
-        if builder == "json":
-            return _load_json(file, split, max_rows, lines=suffix != ".json")
-        if builder == "csv":
-            options = _csv_options(file, "\t" if suffix == ".tsv" else ",")
-        elif builder == "text":
-            options = {"sample_by": "document"}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason}): convert it.") from None
-    # A path is a pattern to `datasets`: without the escape "a[1].jsonl" would not be found.
-    data_files = {"train": glob.escape(str(file.absolute()))}
-    with tempfile.TemporaryDirectory() as cache:
-        rows = _load_dataset(
-            builder, split, max_rows, source=file, data_files=data_files, cache_dir=cache, **options
-        )
-    if builder == "text" and rows.rows:
-        return _document(rows.source, rows.rows[0]["text"])
-    return rows
 
 
-def _load_dataset(
-    name: str, split: str, max_rows: int | None, *, source: Path | None = None, **options: Any
-) -> Rows:
-    shown = str(source or name)
-    import datasets  # takes seconds to import, and the demo text needs none of it
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        with _quiet_datasets():
-            table = datasets.load_dataset(name, split=split, **options)
-            if max_rows is not None:
-                table = table.select(range(min(max_rows, len(table))))
-            rows = [_without_nulls(row) for row in table.to_list()]
-            return Rows(source=shown, columns=tuple(table.column_names), rows=rows)
-    except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{shown} is neither a file here nor a dataset that the Hugging Face Hub gives "
-            f"({_first_line(error)})."
-        ) from error
-    # The builders let pass whatever pandas, pyarrow and they themselves raise, StopIteration too.
-    except Exception as error:
-        raise ValueError(f"Cannot read {shown} as a dataset: {_first_line(error)}") from error
-
-
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without the keys that only nested objects of other rows have."""
-
-    def own(value: Any) -> Any:
-        if isinstance(value, list):
-            return [own(item) for item in value]
-        if isinstance(value, dict):
-            return {key: own(item) for key, item in value.items() if item is not None}
-        return value
-
-    return {key: own(value) for key, value in row.items()}
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log lines beside our own errors."""
-    import datasets
-
-    verbosity = datasets.logging.get_verbosity()
-    had_bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _load_json(file: Path, split: str, max_rows: int | None, *, lines: bool) -> Rows:
-    """Rows as they are written: Arrow would make dates of texts and give all rows the same keys."""
-    rows: list[dict[str, Any]] = []
-    most = max_rows if split == "train" else None
-    for row in _json_rows(file, lines=lines):
-        rows.append(row)
-        if len(rows) == most:
+def _read_files(files: list[Path], most: int | None) -> list[tuple[Path, FileRows]]:
+    found: list[tuple[Path, FileRows]] = []
+    for file in files:
+        left = None if most is None else most - sum(len(each.rows) for _, each in found)
+        if left == 0:
             break
-    chosen = _split_of(file, rows, split)[:max_rows]
-    columns = dict.fromkeys(key for row in chosen for key in row)
-    return Rows(source=str(file), columns=tuple(columns), rows=chosen)
+        found.append((file, read_file(file, left)))
+    return found
 
 
-def _split_of(file: Path, rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
-    """The slices of the only split, "train", that an expression such as "train[:10%]" names."""
-    if split == "train":
-        return rows
-    import datasets
-
+def _slices(shown: str, split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
     try:
-        parts = datasets.ReadInstruction.from_spec(split).to_absolute({"train": len(rows)})
+        return slice_splits(split, lengths)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"Cannot read {file} as a dataset: {_first_line(error)}") from error
-    return [row for part in parts for row in rows[part.from_ : part.to]]
+        raise ValueError(f"Cannot read {shown} as a dataset: {first_line(error)}") from error
 
 
-def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON or JSON Lines file; a fault is named by its line."""
-    if not lines:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            # JSON Lines are often called .json.
-            if error.msg != "Extra data":
-                raise ValueError(
-                    f"{file}, line {error.lineno}, is not valid JSON ({error.msg}): repair it."
-                ) from None
-        except RecursionError:
-            raise ValueError(f"{file} is nested too deeply: repair it.") from None
-        else:
-            rows = content if isinstance(content, list) else [content]
-            for number, row in enumerate(rows, start=1):
-                yield _object(row, f"{file}, element {number},")
-            return
-    with file.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number},"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{place} is not valid JSON ({error.msg}): repair or remove the line."
-                ) from None
-            except RecursionError:
-                raise ValueError(f"{place} is nested too deeply: remove the line.") from None
-            yield _object(row, place)
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}.")
-    return row
-
-
-def _csv_options(file: Path, delimiter: str) -> dict[str, Any]:
-    """Keeps every cell a string ("NA" and "007" too) and refuses rows that were cut off."""
-    import datasets
-
-    csv.field_size_limit(2**31 - 1)  # the default refuses cells of 128 KiB, a long text
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter)
-        header = next(reader, [])
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(
-                    f"{file}, line {reader.line_num}, has {len(row)} cells where the header has "
-                    f"{len(header)}: repair or remove the line."
-                )
-    features = datasets.Features({name: datasets.Value("string") for name in header})
-    return {"sep": delimiter, "features": features, "keep_default_na": False}
+def _join(
+    source: str, split: str, max_rows: int | None, read: dict[str, list[tuple[Path, FileRows]]]
+) -> Rows:
+    """The rows of all files that the split keeps, and where each comes from."""
+    lengths = {name: sum(len(each.rows) for _, each in files) for name, files in read.items()}
+    rows: list[dict[str, Any]] = []
+    runs: list[_Run] = []
+    columns: dict[str, None] = {}
+    for name, first, end in _slices(source, split, lengths):
+        start = 0
+        for file, (names, found) in read[name]:
+            low, high = max(first - start, 0), min(end - start, len(found))
+            if low < high:
+                runs.append(_Run(len(rows), str(file), low + 1))
+                rows += found[low:high]
+                columns |= dict.fromkeys(names)
+            start += len(found)
+    return Rows(source=source, columns=tuple(columns), rows=rows[:max_rows], runs=tuple(runs))

@@ -45,6 +45,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         place = f", line {mark.line + 1}," if mark else ""
         problem = getattr(error, "problem", None) or "it is not text"
         raise ValueError(f"{path}{place} is not valid YAML ({problem}): repair it.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply: repair it.") from None
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path} must hold names and values, got {type(values).__name__}.")
     return values or {}
@@ -71,7 +73,7 @@ def unresolved_defaults(
     Raises:
       ValueError: if a name or the type of a value is wrong.
     """
-    if isinstance(values, str) and "path" in cls.__dataclass_fields__:
+    if isinstance(values, str | list) and "path" in cls.__dataclass_fields__:
         values = {"path": values}  # "data: x.jsonl", as --data x.jsonl
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: {prefix[:-1]} must be a block of names, got {values!r}.")
@@ -130,8 +132,10 @@ def _checked(value: Any, hint: Any, place: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in choices:
             return None
-        (hint,) = (choice for choice in choices if choice is not type(None))
-        return _checked(value, hint, place)
+        kinds = [choice for choice in choices if choice is not type(None)]
+        # Text or several texts.
+        fitting = [kind for kind in kinds if (get_origin(kind) is tuple) == isinstance(value, list)]
+        return _checked(value, (fitting or kinds)[0], place)
     if origin is Literal:
         if value in choices:
             return value

@@ -107,6 +107,8 @@ class Needles:
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
         """A prompt for each length, depth and sample."""
         text = haystack_tokens(self.data, tokenizer)
+        # Every prompt has a beginning of its own.
+        text = text[len(begin_tokens(tokenizer)) :]
         return [
             self._row(tokenizer, text, length, depth, sample)
             for length in self.lengths

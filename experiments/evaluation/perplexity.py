@@ -24,7 +24,7 @@ from experiments.evaluation.blocks import (
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.evaluation.variants import ALONE, EQUAL, FULL, MEMORY
-from experiments.formats import begin_tokens
+from experiments.formats import begin_once, begin_tokens
 from experiments.prompts import document_tokens
 from experiments.rows import PYTHON_DOCS, is_text_file, python_docs_text
 from experiments.training.evaluation import losses_by_place
@@ -161,9 +161,10 @@ def haystack_tokens(
     """
     if data.path == PYTHON_DOCS:
         ids = tokenizer(python_docs_text(), add_special_tokens=False, verbose=False)["input_ids"]
-        return np.asarray([*begin_tokens(tokenizer), *ids][:most], np.int32)
-    if not is_text_file(data.path):
-        if not Path(data.path).expanduser().exists():
+        tokens = begin_once(tokenizer, [*begin_tokens(tokenizer), *ids])
+        return np.asarray(tokens[:most], np.int32)
+    if not isinstance(data.path, str) or not is_text_file(data.path):
+        if isinstance(data.path, str) and not Path(data.path).expanduser().exists():
             raise FileNotFoundError(f"There is no file {data.path}: check the path given as data.")
         raise ValueError(f"{data.path} is a table: this task needs a text file.")
     parts, count = [np.zeros(0, np.int32)], 0

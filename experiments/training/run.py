@@ -77,7 +77,7 @@ class Run:
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
         data = load_token_data(config.data, tokenizer, config.seed, window=window)
-        console.print(data.describe())
+        console.print(data.describe(config.batch_size))
         model = load_pretrained(
             config.model,
             config.memory,
@@ -289,7 +289,7 @@ def _fit_rows(
     length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
     changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
     if config.fit.data is not None:
-        changes["path"] = config.fit.data
+        changes |= {"path": config.fit.data, "columns": (), "revision": None}
     data = dataclasses.replace(config.data, **changes)
     rows = load_token_data(data, tokenizer, config.seed, window=liza.softmax_window).train
     check_tokens(rows.tokens, model.config.vocab_size, tokenizer)

@@ -12,14 +12,6 @@ from experiments.formats import alpaca_prompt
 from experiments.packing import Example, pack_examples
 from tests.tiny import BOS, CHATML, EOS, make_tokenizer
 
-# As Qwen3: the last answer is written differently from those before it.
-UNSTABLE = (
-    "{% for m in messages %}<|turn|>{{ m['role'] }}\n"
-    "{% if loop.last and m['role'] == 'assistant' %}thinking{% endif %}"
-    "{{ m['content'] }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -205,10 +197,13 @@ def test_keys_that_only_other_messages_have_are_not_shown_to_the_template(tmp_pa
     assert texts == ["role,content", "role,content,name"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    tokenizer = make_tokenizer(begin=False, template=UNSTABLE)
-    path = write_lines(tmp_path / "c.jsonl", [{"messages": CHAT[1:3]}, {"messages": CHAT}])
-    with pytest.raises(ValueError, match=r"row 2: the chat template rewrites earlier turns"):
+def test_a_template_that_writes_other_answers_is_refused(tmp_path):
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'] | upper }}")
+    template = template.replace("{% endfor %}", "{% endfor %}{{ messages | length }}")
+    tokenizer = make_tokenizer(begin=False, template=template)
+    path = write_lines(tmp_path / "c.jsonl", [{"messages": CHAT[1:]}])
+    expected = r"row 1: the chat template rewrites earlier turns, so that answer 1 cannot"
+    with pytest.raises(ValueError, match=expected):
         load_token_data(DataConfig(path=path, eval_rows=0), tokenizer)
     assert load_token_data(DataConfig(path=path, eval_rows=0, loss="all"), tokenizer)
 
@@ -462,10 +457,10 @@ def test_max_rows_and_split_slices_take_the_first_rows(tokenizer, tmp_path):
         ("a.csv", "text,other\na,b\nc\n", r"line 3, has 1 cells where the header has 2"),
         ("a.csv", "text\n", "Cannot read|no rows"),
         ("a.parquet", "PAR1", "Cannot read"),
-        ("a.jsonl", b'{"text": "\xff"}\n', "is not UTF-8"),
-        ("a.txt", b"\xff\xfe\xfa", "is not UTF-8|Cannot read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2, is not UTF-8"),
+        ("a.txt", b"\xff\xfe\xfa", "line 1, is not UTF-16-LE text"),
         ("a.xyz", "x", r"unknown extension '\.xyz': use one of \.jsonl"),
-        ("a.jsonl", '{"question": "a", "answer": "b"}\n', "has the columns question, answer; exp"),
+        ("a.jsonl", '{"ask": "a", "answer": "b"}\n', "has the columns ask, answer; exp"),
         ("a.jsonl", '{"text": 5}\n{"text": 6}\n', "row 1: text must be text, got int"),
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "row 2: text must be text, got nothing"),
         ("a.jsonl", '{"text": ""}\n{"text": ""}\n', "No example of"),
@@ -508,7 +503,7 @@ def test_holding_out_everything_is_an_error(tokenizer, tmp_path):
         ({"max_rows": 0}, "max_rows must be at least 1"),
         ({"eval_rows": 1.5}, "eval_rows must be a share"),
         ({"eval_rows": -1.0}, "eval_rows must be a share"),
-        ({"format": "sharegpt"}, "format must be one of auto, text, alpaca, chat"),
+        ({"format": "dpo"}, "format must be one of auto, text, alpaca, chat"),
         ({"loss": "some"}, "loss must be one of answers, all"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),

@@ -13,11 +13,11 @@ from rich.table import Table
 from experiments.arguments import run_configured
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
-from experiments.evaluation import associative, needles
+from experiments.evaluation import associative, needles, perplexity
 from experiments.evaluation.associative import AssociativeRecall
 from experiments.evaluation.html import Section, write_report
 from experiments.evaluation.needles import NEEDLES, Needles
-from experiments.evaluation.perplexity import BLOCK, Perplexity
+from experiments.evaluation.perplexity import BLOCK, Perplexity, haystack_tokens
 from experiments.evaluation.shares import percent
 from experiments.evaluation.store import RowStore, row_key
 from experiments.evaluation.task import Row
@@ -178,6 +178,19 @@ def test_columns_that_lack_rows_have_no_gap():
 def needles_of(name, **changes):
     settings = {"lengths": (300,), "depths": (0.0, 0.5, 1.0), "samples": 2} | changes
     return Needles(name, DataConfig(), **settings)
+
+
+def test_haystacks_and_prompts_begin_once(tmp_path, tokenizer, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("<s><s>The with statement is a statement.\n")
+    data = DataConfig(path=str(text))
+    expected = tokenizer("The with statement is a statement.\n")["input_ids"]
+    assert haystack_tokens(data, tokenizer).tolist() == expected
+    # The text is shorter than the prompts, which repeat it.
+    for row in Needles("passkey", data, (300,), (0.0, 1.0), 1).rows(tokenizer):
+        assert row.data[0].tolist().count(BOS) == 1
+    monkeypatch.setattr(perplexity, "python_docs_text", text.read_text)
+    assert haystack_tokens(DataConfig(), tokenizer).tolist() == expected
 
 
 @pytest.mark.parametrize("name", NEEDLES)

@@ -74,6 +74,9 @@ def test_a_prompt_begins_once(tokenizer, tmp_path, text):
     path = tmp_path / "text.txt"
     path.write_text(text)
     assert all_tokens(tokenizer, path) == expected
+    bare = make_tokenizer(begin=False)
+    begun = [BOS] if "<s>" in text else []
+    assert all_tokens(bare, path) == begun + expected[1:]
     chat = make_tokenizer(begin=True, template="<s>{{ messages[0]['content'] }}")
     assert chat_tokens(chat, [{"role": "user", "content": text}]) == expected
 

@@ -112,6 +112,7 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
     for tokens in mixed.train.tokens[rows_of_text:][:9]:
         assert tokens[0] == BOS
+        assert tokens.tolist().count(BOS) == 1
         assert re.search(r"\nWhat (is the|goes with)", tokenizer.decode(tokens))
     # What is held out stays text.
     assert plain.eval is not None

@@ -1,0 +1,109 @@
+"""Rows that the library `datasets` reads: of the Hugging Face Hub, and of Parquet files."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def dataset_rows(
+    name: str, split: str, most: int | None, *, shown: str | Path, **options: Any
+) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Columns and rows of what `datasets.load_dataset` finds.
+
+    Args:
+      name: of a builder or of a dataset on the Hub.
+      split: or a slice of it.
+      most: only so many rows.
+      shown: the name in messages.
+      options: of `load_dataset`.
+
+    Raises:
+      FileNotFoundError: if there is no such dataset.
+      ValueError: if it cannot be read.
+    """
+    with quiet_errors(shown):
+        import datasets  # takes seconds to import, and the demo text needs none of it
+
+        table = datasets.load_dataset(name, split=split, **options)
+        if most is not None:
+            table = table.select(range(min(most, len(table))))
+        return tuple(table.column_names), [_without_nulls(row) for row in table.to_list()]
+
+
+def folder_files(folder: Path) -> dict[str, list[Path]] | None:
+    """The files of each split of a folder, as `datasets` assigns them by name or README.md.
+
+    Returns:
+      None if they are none of the kinds that we read ourselves.
+
+    Raises:
+      ValueError: if there is nothing to read.
+    """
+    with tempfile.TemporaryDirectory() as cache, quiet_errors(folder):
+        import datasets
+
+        builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
+        if builder.name not in ("json", "csv", "text", "parquet"):
+            return None
+        found = builder.config.data_files or {}
+        return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def slice_splits(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """The rows that an expression such as "train[:10%]" names: split, first, end.
+
+    Raises:
+      ValueError: if it names none.
+    """
+    if split in lengths:
+        return [(split, 0, lengths[split])]
+    import datasets
+
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [(part.splitname, part.from_, part.to) for part in parts]
+
+
+@contextmanager
+def quiet_errors(shown: str | Path) -> Iterator[None]:
+    """Makes one line of what `datasets` raises, without its progress bars and log lines."""
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    verbosity = datasets.logging.get_verbosity()
+    had_bars = not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except (DatasetNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{shown} is neither a file here nor a dataset that the Hugging Face Hub gives "
+            f"({first_line(error)})."
+        ) from error
+    # The builders let pass whatever pandas, pyarrow and they themselves raise, StopIteration too.
+    except Exception as error:
+        raise ValueError(f"Cannot read {shown} as a dataset: {first_line(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if had_bars:
+            datasets.enable_progress_bars()
+
+
+def first_line(error: Exception) -> str:
+    """Of an exception's text, or its name."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of Arrow's without the keys that only other rows have."""
+
+    def own(value: Any) -> Any:
+        if isinstance(value, list):
+            return [own(item) for item in value]
+        if isinstance(value, dict):
+            return {key: own(item) for key, item in value.items() if item is not None}
+        return value
+
+    return own(row)

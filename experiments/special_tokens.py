@@ -1,0 +1,27 @@
+"""The tokens that begin and end a sequence."""
+
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+
+def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
+    """The beginning-of-sequence token, if the tokenizer puts one before a text."""
+    begin = cast("int | None", tokenizer.bos_token_id)  # wider types come from a common base
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][0] == begin else []
+
+
+def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
+    """The same tokens, with one beginning-of-sequence token where they begin with several.
+
+    A rendered chat brings its own, and the tokenizer or the template puts another before it.
+    """
+    begin = tokenizer.bos_token_id
+    count = next((i for i, token in enumerate(tokens) if token != begin), len(tokens))
+    return tokens[max(count - 1, 0) :]
+
+
+def end_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
+    """The end-of-sequence token, if the tokenizer has one."""
+    return cast("int | None", tokenizer.eos_token_id)

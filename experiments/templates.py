@@ -1,0 +1,138 @@
+"""Chat templates, which are programs that come with a model: run with a time limit."""
+
+import ctypes
+import re
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+from jinja2 import TemplateError
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+
+_SECONDS = 20.0
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class Rendered(NamedTuple):
+    """A conversation as a template writes it.
+
+    Attributes:
+      text: all of it.
+      answers: (start, end) of what the template marks as generated; None: it has no marks.
+    """
+
+    text: str
+    answers: list[tuple[int, int]] | None
+
+
+class ChatTemplate:
+    """The template of a tokenizer; a context, in which a thread watches the time.
+
+    Whatever a template raises becomes a ValueError of one line.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
+        """Takes a tokenizer that has a template."""
+        self._tokenizer = tokenizer
+        self._began: float | None = None
+        self._done = threading.Event()
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> "ChatTemplate":
+        """Starts to watch the calls of this thread."""
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends the watch."""
+        self._done.set()
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        *,
+        ask: bool = False,
+    ) -> str:
+        """The text of a conversation.
+
+        Args:
+          messages: with role and content.
+          tools: descriptions of functions.
+          ask: end with what begins an answer.
+
+        Raises:
+          ValueError: if the template refuses it, fails or runs too long.
+        """
+        apply: Any = self._tokenizer.apply_chat_template
+        return self._limited(
+            lambda: str(apply(messages, tools=tools, tokenize=False, add_generation_prompt=ask))
+        )
+
+    def render_marked(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> Rendered:
+        """The text, and what the template itself marks as the assistant's.
+
+        Raises:
+          ValueError: likewise.
+        """
+        template = self._limited(lambda: self._tokenizer.get_chat_template(None, cast(Any, tools)))
+        if not _GENERATION.search(template):
+            return Rendered(self.render(messages, tools), None)
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template
+        texts, spans = self._limited(
+            lambda: render(
+                conversations=[messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
+        )
+        return Rendered(texts[0], [(start, end) for start, end in spans[0]])
+
+    def _limited(self, function: Callable[[], T]) -> T:
+        self._began = time.monotonic()
+        try:
+            return function()
+        except _OverdueError:
+            raise ValueError(
+                f"the chat template has not ended after {_SECONDS:g} seconds: mend the template, "
+                "or leave the conversation out."
+            ) from None
+        except TemplateError as error:  # what its author has foreseen
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(
+                f"the chat template fails ({reason:.200}): mend the template, or leave the "
+                "conversation out."
+            ) from None
+        finally:
+            self._began = None
+
+    def _watch(self) -> None:
+        while not self._done.wait(min(0.25, _SECONDS / 4)):
+            began = self._began
+            if began is not None and time.monotonic() - began > _SECONDS:
+                self._began = None
+                _raise_in(self._thread)
+
+
+class _OverdueError(Exception):
+    """Raised within a template that takes too long."""
+
+
+def _raise_in(thread: int) -> None:
+    """Python has no other way to end a loop of somebody else's that works in every thread."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(_OverdueError)
+    )

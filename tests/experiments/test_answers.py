@@ -1,0 +1,168 @@
+"""Which characters of a rendered chat are the assistant's, against transformers and by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from experiments import templates
+from experiments.data import DataConfig, load_token_data
+from tests.tiny import BOS, CHATML, make_tokenizer
+
+# As Qwen3: reasoning stays in the last answer only, which always has a block of it.
+QWEN3 = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% set parts = m['content'].split('</think>') %}{% if loop.index0 > ns.last %}<think>\n"
+    "{{ parts[0].split('<think>')[-1].strip() if parts | length > 1 else '' }}\n</think>\n\n"
+    "{% endif %}{{ parts[-1].lstrip('\\n') }}{% else %}{{ m['content'] }}{% endif %}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+# As DeepSeek R1's distils: the prompt opens the reasoning.
+THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+MARKED = (
+    "{% for m in messages %}<|turn|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}</s>"
+    "{% endif %}\n{% endfor %}"
+)
+# As Mistral's: what comes first is written before the last question only.
+LATE_SYSTEM = (
+    "{% for m in messages %}{% if loop.last or loop.index0 == messages | length - 2 %}"
+    "{% if m['role'] == 'user' %}[SYSTEM] {% endif %}{% endif %}{{ m['role'] }}: "
+    "{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+REASONED = "<think>\nAs they met.\n</think>\n\nHello."
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hello."},
+]
+
+
+def targets(tokenizer: PreTrainedTokenizerFast, folder: Path, row: dict, **changes) -> list[str]:
+    """Pieces of text that count."""
+    path = folder / "c.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    settings = {"eval_rows": 0, "packing": False, "sequence_length": 400} | changes
+    train = load_token_data(DataConfig(path=str(path), **settings), tokenizer).train
+    pieces, last = [], -2
+    for place in train.loss_mask[0].nonzero()[0].tolist():
+        if place > last + 1:
+            pieces.append([])
+        pieces[-1].append(int(train.tokens[0, place]))
+        last = place
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+def reasoning(*contents: str) -> dict:
+    answers = iter(contents)
+    return {"messages": [m | {"content": next(answers)} if i % 2 else m for i, m in ENUMERATED]}
+
+
+ENUMERATED = list(enumerate(CHAT))
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "expected"),
+    [
+        (
+            QWEN3,
+            reasoning("Hello.", "Hello."),
+            ["Hello.</s>\n", "<think>\n\n</think>\n\nHello.</s>\n"],
+        ),
+        (QWEN3, reasoning(REASONED, REASONED), ["Hello.</s>\n", f"{REASONED}</s>\n"]),
+        (THINKING, reasoning("Hello.", "Hello."), ["Hello.</s>\n"] * 2),
+        (THINKING, reasoning("Hi", REASONED), ["Hi</s>\n", REASONED[8:] + "</s>\n"]),
+        (LATE_SYSTEM, reasoning(" Hello.\n", "Bye."), ["Hello.</s>", "Bye.</s>"]),
+        (CHATML, {"messages": CHAT[1:]}, ["Hello.</s>\n"] * 2),
+        (MARKED, reasoning("Hello.", REASONED), ["Hello.</s>", f"{REASONED}</s>"]),
+    ],
+    ids=["qwen3", "qwen3 reasons", "r1", "r1 reasons", "late system", "begins", "marked"],
+)
+def test_exactly_the_answers_count(tmp_path, template, row, expected):
+    tokenizer = make_tokenizer(begin=False, template=template)
+    assert targets(tokenizer, tmp_path, row) == expected
+
+
+def test_marks_of_a_template_are_transformers(tmp_path):
+    tokenizer = make_tokenizer(begin=False, template=MARKED)
+    expected = tokenizer.apply_chat_template(
+        CHAT, return_dict=True, return_assistant_tokens_mask=True
+    )
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps({"messages": CHAT}))
+    train = load_token_data(DataConfig(path=str(path), eval_rows=0), tokenizer).train
+    count = len(expected["input_ids"])
+    assert train.tokens[0, :count].tolist() == expected["input_ids"]
+    assert train.loss_mask[0, :count].tolist() == [bool(m) for m in expected["assistant_masks"]]
+    assert not train.loss_mask[0, count:].any()
+    # "weight" is a key of ours alone.
+    unweighted = [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]
+    assert targets(tokenizer, tmp_path, {"messages": unweighted}) == ["Hello.</s>"]
+
+
+@pytest.mark.parametrize("template", [QWEN3, THINKING], ids=["qwen3", "r1"])
+def test_prompts_end_where_answers_begin(tmp_path, template):
+    tokenizer = make_tokenizer(begin=False, template=template)
+    row = reasoning("Hello.", REASONED)
+    whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    prompt = tokenizer.apply_chat_template(CHAT[:3], tokenize=False, add_generation_prompt=True)
+    assert targets(tokenizer, tmp_path, row)[-1] == whole.removeprefix(prompt)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "TypeError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ 'a' * (10 ** 15) }}", "MemoryError"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
+        ("{{ messages[7]['content'] }}", "has no element 7"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ messages[0]['content'].encode('ascii') }}{{ 1 // 0 }}", "Error"),
+    ],
+    ids=["type", "zero", "recursion", "memory", "range", "index", "syntax", "method"],
+)
+def test_failing_templates_are_one_line(tmp_path, template, expected):
+    tokenizer = make_tokenizer(begin=False, template=template)
+    with pytest.raises(ValueError, match=rf"c\.jsonl, row 1: .*{expected}") as caught:
+        targets(tokenizer, tmp_path, {"messages": CHAT})
+    assert "\n" not in str(caught.value)
+
+
+def test_templates_have_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "_SECONDS", 0.4)
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    tokenizer = make_tokenizer(begin=False, template=loop)
+    with pytest.raises(ValueError, match=r"row 1: the chat template has not ended after 0\.4 s"):
+        targets(tokenizer, tmp_path, {"messages": CHAT})
+    tokenizer.chat_template = CHATML
+    assert targets(tokenizer, tmp_path, {"messages": CHAT}) == ["Hello.</s>\n"] * 2
+
+
+BLANKS = "name        value\nx = 1    # note\n    y"
+
+
+@pytest.mark.parametrize("kind", ["chat", "alpaca", "roberta"])
+def test_blanks_of_an_answer_count_where_offsets_omit_them(tmp_path, kind):
+    tokenizer = make_tokenizer(begin=False, template=CHATML)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = (
+        processors.RobertaProcessing(("</s>", 2), ("<s>", BOS), add_prefix_space=False)
+        if kind == "roberta"
+        else processors.ByteLevel(add_prefix_space=False, trim_offsets=True)
+    )
+    before = backend.post_processor.__getstate__()
+    row = {"messages": [CHAT[0], {"role": "assistant", "content": BLANKS}]}
+    if kind != "chat":
+        row = {"instruction": "Hello.", "output": BLANKS}
+    end = "</s>\n" if kind == "chat" else "</s>"
+    assert targets(tokenizer, tmp_path, row) == [BLANKS + end]
+    assert backend.post_processor.__getstate__() == before
