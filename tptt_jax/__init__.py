@@ -6,7 +6,7 @@ from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.layers.linear_attention import LinearAttention
-from tptt_jax.model import CausalLM, init_cache
+from tptt_jax.model import CausalLM, fix_context, init_cache
 
 __all__ = [
     "CausalLM",
@@ -14,6 +14,7 @@ __all__ = [
     "LizaConfig",
     "LoraConfig",
     "ModelConfig",
+    "fix_context",
     "fork_state",
     "generate",
     "init_cache",

@@ -1,11 +1,12 @@
 """Cross-entropy of a large vocabulary that never holds all of its logits."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.softcap import apply_softcap, softcap_slope
@@ -55,6 +56,9 @@ def token_cross_entropy(
 
     Returns:
       Nats, float32 [B, T].
+
+    Raises:
+      ValueError: if a gradient for the head is asked for.
     """
     batch, length, _ = hidden.shape
     vocab = head.shape[vocab_axis]
@@ -74,8 +78,28 @@ def token_cross_entropy(
 
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
     """[..., E] and [V, E] -> float32 [..., V]."""
-    logits = jnp.einsum("...e,ve->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-    return apply_softcap(logits, softcap)
+    return apply_softcap(head_product(hidden, head, 0).astype(jnp.float32), softcap)
+
+
+def head_product(hidden: Array, head: Array, vocab_axis: int) -> Array:
+    """Hidden states times the head [..., V], in at least float32.
+
+    In half precision logits are rounded by so much that probabilities of a token exceed 1.
+    """
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    form = "...e,ve->...v" if vocab_axis == 0 else "...e,ev->...v"
+    return jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=wide)
+
+
+def refuse_gradient(head: Any, what: str) -> None:
+    """Raises ValueError if the head of a loss that gives it no gradient is to be trained.
+
+    Args:
+      head: as `jax.custom_vjp` hands it to the forward pass with symbolic_zeros.
+      what: what to do.
+    """
+    if head.perturbed:
+        raise ValueError(f"this loss gives the LM head no gradient, and one is asked for: {what}.")
 
 
 def slice_rows(x: Array, size: int) -> Array:
@@ -89,17 +113,22 @@ def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
     return _each_slice(hidden, head, tokens, plan, with_gradient=False)[0]
 
 
-def _losses_forward(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> tuple[Array, Array]:
-    losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
+def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
+    refuse_gradient(head, "pass train_head=True to the loss, or differentiate other weights only")
+    arrays = (x.value for x in (hidden, head, tokens))
+    losses, gradient = _each_slice(*arrays, plan, with_gradient=True)
     assert gradient is not None
     return losses, gradient
 
 
-def _losses_backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
+def _losses_backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
+    if isinstance(scale, SymbolicZero):
+        scale = jnp.zeros(scale.shape, scale.dtype)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
-_losses.defvjp(_losses_forward, _losses_backward)
+# Only so can the forward pass see whether the head is to be trained.
+_losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _each_slice(
@@ -143,7 +172,7 @@ def _slice_losses(
         total = total * shrink + jnp.sum(weights, axis=-1)
         if gradient is not None:
             slopes = (weights * softcap_slope(logits, plan.softcap)).astype(hidden.dtype)
-            step = jnp.einsum("...v,ve->...e", slopes, piece.astype(hidden.dtype))
+            step = head_product(slopes, piece, 1)
             gradient = gradient * shrink[..., None] + step.astype(jnp.float32)
         return new_top, total, gradient
 
@@ -153,7 +182,8 @@ def _slice_losses(
     rows = rows.reshape(hidden.shape).astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
     chosen = apply_softcap(chosen, plan.softcap)
-    losses = top + jnp.log(total) - chosen
+    # No probability is above 1, whatever two sums in different orders say.
+    losses = jnp.maximum(top + jnp.log(total) - chosen, 0)
     if gradient is None:
         return losses, None
     own = jnp.ones_like(chosen) * softcap_slope(chosen, plan.softcap)

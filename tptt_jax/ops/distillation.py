@@ -1,14 +1,20 @@
 """Kullback-Leibler divergence between two predictions of a large vocabulary, block by block."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden
-from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits
+from tptt_jax.ops.cross_entropy import (
+    LOGITS_AT_A_TIME,
+    head_logits,
+    head_product,
+    refuse_gradient,
+)
 from tptt_jax.ops.softcap import softcap_slope
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
@@ -55,6 +61,9 @@ def token_divergence(
 
     Returns:
       Nats, float32 [B, T].
+
+    Raises:
+      ValueError: if a gradient for the head is asked for.
     """
     batch, tokens, _ = hidden.shape
     vocab = head.shape[vocab_axis]
@@ -71,15 +80,18 @@ def _divergence(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> Arra
     return _run(hidden, teacher, head, plan)[0]
 
 
-def _forward(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
-    return _run(hidden, teacher, head, plan)
+def _forward(hidden: Any, teacher: Any, head: Any, plan: _Plan) -> tuple[Array, Array]:
+    refuse_gradient(head, "differentiate other weights only")
+    return _run(hidden.value, teacher.value, head.value, plan)
 
 
-def _backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
+def _backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
+    if isinstance(scale, SymbolicZero):
+        scale = jnp.zeros(scale.shape, scale.dtype)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
-_divergence.defvjp(_forward, _backward)
+_divergence.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
@@ -126,7 +138,7 @@ def _add(
     top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
     shrink = jnp.exp(sums.top - top)
     weights = jnp.exp(logits - top[..., None])
-    rows = jnp.einsum("btv,ve->bte", (weights * slope).astype(dtype), piece.astype(dtype))
+    rows = head_product((weights * slope).astype(dtype), piece, 1)
     total = sums.total * shrink + jnp.sum(weights, axis=-1)
     weighted = sums.weighted * shrink[..., None] + rows.astype(jnp.float32)
     return _Sums(top, total, weighted), weights, shrink
