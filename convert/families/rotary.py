@@ -188,9 +188,13 @@ def read_gguf_rope(
     if kind == "longrope" and factors is not None:
         short, long = (tuple(map(shortest, each)) for each in factors)
         return RopeConfig(
-            **{"theta": base, "scaling": "longrope", "factor": longest / original},
-            **{"original_max_positions": original, "attention_factor": scale},
-            **{"short_factor": short, "long_factor": long},
+            theta=base,
+            scaling="longrope",
+            factor=longest / original,
+            original_max_positions=original,
+            attention_factor=scale,
+            short_factor=short,
+            long_factor=long,
         )
     raise ConversionError(
         f"rope scaling {kind!r} of a GGUF file is not supported here: use the Hugging Face "

@@ -176,11 +176,9 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
 
 def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
     """Which settings a state was read with that the model does not have."""
-    try:
-        saved, ours = json.loads(metadata.get("settings", "{}")), _flat_settings(model)
-        changed = [name for name in ours if name in saved and saved[name] != ours[name]]
-    except (ValueError, TypeError):
-        changed = []
+    ours, saved = _flat_settings(model), json.loads(metadata.get("settings", "{}"))
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [name for name in ours if name in saved and saved[name] != ours[name]]
     if not changed:
         return (
             "another model has read it: load the weights, adapter, dtype, memory and window it was "

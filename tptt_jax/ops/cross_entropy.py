@@ -115,15 +115,15 @@ def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
 
 def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
     refuse_gradient(head, "pass train_head=True to the loss, or differentiate other weights only")
-    arrays = (x.value for x in (hidden, head, tokens))
-    losses, gradient = _each_slice(*arrays, plan, with_gradient=True)
+    hidden, head, tokens = hidden.value, head.value, tokens.value
+    losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
     assert gradient is not None
     return losses, gradient
 
 
 def _losses_backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
     if isinstance(scale, SymbolicZero):
-        scale = jnp.zeros(scale.shape, scale.dtype)
+        scale = jnp.zeros(scale.shape, jnp.float32)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 

@@ -87,7 +87,7 @@ def _forward(hidden: Any, teacher: Any, head: Any, plan: _Plan) -> tuple[Array, 
 
 def _backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
     if isinstance(scale, SymbolicZero):
-        scale = jnp.zeros(scale.shape, scale.dtype)
+        scale = jnp.zeros(scale.shape, jnp.float32)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
