@@ -91,17 +91,6 @@ def head_product(hidden: Array, head: Array, vocab_axis: int) -> Array:
     return jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=wide)
 
 
-def refuse_gradient(head: Any, what: str) -> None:
-    """Raises ValueError if the head of a loss that gives it no gradient is to be trained.
-
-    Args:
-      head: as `jax.custom_vjp` hands it to the forward pass with symbolic_zeros.
-      what: what to do.
-    """
-    if head.perturbed:
-        raise ValueError(f"this loss gives the LM head no gradient, and one is asked for: {what}.")
-
-
 def slice_rows(x: Array, size: int) -> Array:
     """[B, T, ...] -> [n, B, size, ...], filled with zeros."""
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)) + ((0, 0),) * (x.ndim - 2))
@@ -114,7 +103,11 @@ def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
 
 
 def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
-    refuse_gradient(head, "pass train_head=True to the loss, or differentiate other weights only")
+    if head.perturbed:
+        raise ValueError(
+            "this loss gives the LM head no gradient, and one is asked for: pass train_head=True "
+            "to the loss, or differentiate other weights only."
+        )
     hidden, head, tokens = hidden.value, head.value, tokens.value
     losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
     assert gradient is not None

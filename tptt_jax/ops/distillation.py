@@ -1,20 +1,14 @@
 """Kullback-Leibler divergence between two predictions of a large vocabulary, block by block."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden
-from tptt_jax.ops.cross_entropy import (
-    LOGITS_AT_A_TIME,
-    head_logits,
-    head_product,
-    refuse_gradient,
-)
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits, head_product
 from tptt_jax.ops.softcap import softcap_slope
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
@@ -61,9 +55,6 @@ def token_divergence(
 
     Returns:
       Nats, float32 [B, T].
-
-    Raises:
-      ValueError: if a gradient for the head is asked for.
     """
     batch, tokens, _ = hidden.shape
     vocab = head.shape[vocab_axis]
@@ -80,18 +71,15 @@ def _divergence(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> Arra
     return _run(hidden, teacher, head, plan)[0]
 
 
-def _forward(hidden: Any, teacher: Any, head: Any, plan: _Plan) -> tuple[Array, Array]:
-    refuse_gradient(head, "differentiate other weights only")
-    return _run(hidden.value, teacher.value, head.value, plan)
+def _forward(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
+    return _run(hidden, teacher, head, plan)
 
 
-def _backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
-    if isinstance(scale, SymbolicZero):
-        scale = jnp.zeros(scale.shape, jnp.float32)
+def _backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
-_divergence.defvjp(_forward, _backward, symbolic_zeros=True)
+_divergence.defvjp(_forward, _backward)
 
 
 def _run(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
