@@ -23,6 +23,7 @@ from convert.sources import Pretrained
 from convert.tokenizer import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
+from tptt_jax.config import RopeConfig
 
 
 def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> None:
@@ -55,9 +56,16 @@ def write_titan(model: CausalLM, directory: Path, base: Pretrained | None) -> No
       base: what the model was loaded from; its generation settings and tokenizer go along.
 
     Raises:
-      ConversionError: if the memory has the reference's operator.
+      ConversionError: if the memory has the reference's operator, or rotary frequencies depend on
+        the length of the text.
     """
     config, liza = model.config, model.liza
+    if config.fixed_up_to is not None:
+        raise ConversionError(
+            f"the rotary frequencies of this model change beyond {config.fixed_up_to} tokens, "
+            'which the "titan" file cannot do: export tptt_jax.fix_context(model, tokens), fixed '
+            "for the longest text."
+        )
     if liza is not None and liza.operator == "tptt_reference":
         raise ConversionError(
             'operator "tptt_reference" is not in the "titan" file; use format "tptt".'
@@ -122,10 +130,17 @@ def _config_json(
     if original is None or original.get("model_type") != family.model_type:
         return content
     kept = {key: value for key, value in original.items() if key not in family.superseded}
+    if base is not None and _ropes(config) != _ropes(base.config):
+        # Fixed for a length: settings of the old scaling do not belong to the new one.
+        kept.pop("rope_parameters", None)
     if base is not None and config.eos_token_ids == base.config.eos_token_ids:
         # Without those that generation_config.json adds, which goes along.
         content |= {"eos_token_id": original.get("eos_token_id")}
     return _merge(kept, content)
+
+
+def _ropes(config: ModelConfig) -> tuple[RopeConfig, RopeConfig]:
+    return config.rope_of("full"), config.rope_of("sliding")
 
 
 def _copy_code(source: Path, directory: Path, content: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ and 3) is parsed here; the block formats are the `gguf` package's.
 
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from convert.errors import ConversionError
+from convert.gguf_parts import all_parts
 from convert.tensors import TensorInfo, empty_aligned, read_bytes
 
 _SCALARS: Mapping[GGUFValueType, np.dtype] = {
@@ -82,34 +83,36 @@ class _Stored(NamedTuple):
     info: TensorInfo
     kind: GGMLQuantizationType
     offset: int
+    path: Path = Path()
+
+
+class _Header(NamedTuple):
+    metadata: dict[str, Any]
+    tensors: dict[str, _Stored]
 
 
 class GgufFile:
-    """A GGUF file: its metadata, and its tensors on demand."""
+    """A GGUF file, or all parts of one: its metadata, and its tensors on demand."""
 
     def __init__(self, path: Path):
-        """Reads and checks the header.
+        """Reads and checks the headers.
 
         Args:
-          path: the file.
+          path: the file; of a model in several parts, any of them.
 
         Raises:
-          ConversionError: if it is not a readable GGUF file, or is truncated.
+          ConversionError: if it is not a readable GGUF file, or is truncated, or a part is missing.
         """
         self.path = path
-        self.metadata: dict[str, Any] = {}
-        """Every key of the file with its value; arrays are lists."""
-        try:
-            with (
-                path.open("rb") as file,
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-            ):
-                self._stored = self._read_header(_Cursor(data))
-        except OSError as error:
-            raise ConversionError(f"{path} cannot be read: {error.strerror}.") from None
-        except (ValueError, OverflowError, RecursionError) as error:
-            # Our own sentences, and what enums, UTF-8 and an empty file raise.
-            raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from None
+        if not path.is_file():
+            raise ConversionError(f"{path} cannot be read: there is no such file.")
+        parts = all_parts(path)
+        headers = [_read_file(part) for part in parts]
+        self.metadata: dict[str, Any] = headers[0].metadata
+        """Every key of the (first) file with its value; arrays are lists."""
+        if len(parts) > 1 or self.metadata.get("split.count", 1) != 1:
+            _check_parts(parts, headers)
+        self._stored = {name: x for header in headers for name, x in header.tensors.items()}
         self._tensors = {name: stored.info for name, stored in self._stored.items()}
 
     @property
@@ -129,8 +132,8 @@ class GgufFile:
         Raises:
           ConversionError: if the `gguf` package cannot dequantise its type.
         """
-        info, kind, offset = self._stored[name]
-        raw = read_bytes(self.path, offset, info.nbytes, name)
+        info, kind, offset, path = self._stored[name]
+        raw = read_bytes(path, offset, info.nbytes, name)
         width = info.shape[-1] if info.shape else 1
         blocks = raw.reshape(prod(info.shape) // width, -1)
         result = empty_aligned((len(blocks), width), np.dtype(np.float32))
@@ -141,35 +144,75 @@ class GgufFile:
                 result[rows] = gguf.dequantize(blocks[rows], kind)
         except NotImplementedError:
             raise ConversionError(
-                f"{name} in {self.path} has the type {info.dtype}, which the gguf package cannot "
+                f"{name} in {path} has the type {info.dtype}, which the gguf package cannot "
                 "dequantise; use another quantisation of the model."
             ) from None
         return result.reshape(info.shape)
 
-    def _read_header(self, cursor: _Cursor) -> dict[str, _Stored]:
-        begin = cursor.take(4)
-        if cursor.data[begin : begin + 4] != b"GGUF":
-            raise ConversionError("it does not begin with GGUF")
-        version = cursor.number("I")
-        if version not in (2, 3):
-            raise ConversionError(f"it has version {version}, known are 2 and 3 (little-endian)")
-        tensor_count, metadata_count = cursor.number("Q"), cursor.number("Q")
-        for _ in range(metadata_count):
-            key = cursor.string()
-            if key in self.metadata:
-                raise ConversionError(f"it has the key {key} twice")
-            self.metadata[key] = cursor.value(GGUFValueType(cursor.number("I")))
-        entries: dict[str, _Stored] = {}
-        for _ in range(tensor_count):
-            name = cursor.string()
-            if name in entries:
-                raise ConversionError(f"it has the tensor {name} twice")
-            entries[name] = _read_entry(cursor, name)
-        alignment = self.metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        if not isinstance(alignment, int) or alignment < 1:
-            raise ConversionError(f"its general.alignment is {alignment!r}")
-        start = -(-cursor.position // alignment) * alignment
-        return _place(entries, start, len(cursor.data))
+
+def _read_file(path: Path) -> _Header:
+    """The header of one file."""
+    try:
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
+            metadata, tensors = _read_header(_Cursor(data))
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, OverflowError, RecursionError) as error:
+        # Our own sentences, and what enums, UTF-8 and an empty file raise.
+        raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from None
+    return _Header(metadata, {name: x._replace(path=path) for name, x in tensors.items()})
+
+
+def _check_parts(parts: Sequence[Path], headers: Sequence[_Header]) -> None:
+    """Raises ConversionError unless these are all parts of one model, in order."""
+    seen: set[str] = set()
+    for number, (path, header) in enumerate(zip(parts, headers, strict=True)):
+        place = tuple(header.metadata.get(f"split.{key}") for key in ("no", "count"))
+        if place != (number, len(parts)):
+            raise ConversionError(
+                f"{path} must be part {number + 1} of {len(parts)} by its name, but its split.no "
+                f"and split.count are {place[0]!r:.99} and {place[1]!r:.99}: keep the names that "
+                "llama.cpp gave the parts."
+            )
+        if twice := seen & header.tensors.keys():
+            raise ConversionError(f"{path} has {min(twice)}, which another part has as well.")
+        seen |= header.tensors.keys()
+    total = headers[0].metadata.get("split.tensors.count")
+    if total != len(seen):
+        raise ConversionError(
+            f"the {len(parts)} parts of {parts[0]} have {len(seen)} tensors, not {total!r:.99} as "
+            "they say: fetch them again."
+        )
+
+
+def _read_header(cursor: _Cursor) -> _Header:
+    begin = cursor.take(4)
+    if cursor.data[begin : begin + 4] != b"GGUF":
+        raise ConversionError("it does not begin with GGUF")
+    version = cursor.number("I")
+    if version not in (2, 3):
+        raise ConversionError(f"it has version {version}, known are 2 and 3 (little-endian)")
+    tensor_count, metadata_count = cursor.number("Q"), cursor.number("Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(metadata_count):
+        key = cursor.string()
+        if key in metadata:
+            raise ConversionError(f"it has the key {key} twice")
+        metadata[key] = cursor.value(GGUFValueType(cursor.number("I")))
+    entries: dict[str, _Stored] = {}
+    for _ in range(tensor_count):
+        name = cursor.string()
+        if name in entries:
+            raise ConversionError(f"it has the tensor {name} twice")
+        entries[name] = _read_entry(cursor, name)
+    alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ConversionError(f"its general.alignment is {alignment!r}")
+    start = -(-cursor.position // alignment) * alignment
+    return _Header(metadata, _place(entries, start, len(cursor.data)))
 
 
 def _read_entry(cursor: _Cursor, name: str) -> _Stored:

@@ -97,6 +97,8 @@ class _State:
 
     def __init__(self, config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype):
         self.config, self.liza = config, liza
+        # Sizes are the same whatever the length that rotary frequencies are fixed for.
+        config = config.at_length(0)
         self.model = nnx.eval_shape(lambda: CausalLM(config, liza, dtype=dtype, rngs=nnx.Rngs(0)))
 
     def cache(self, context: int) -> Cache:

@@ -16,8 +16,10 @@ from convert.errors import ConversionError
 from convert.families import Family, family_of, family_of_architecture
 from convert.families.family import is_match
 from convert.families.fields import Fields
+from convert.families.gguf_metadata import ROPE_FACTORS
 from convert.files import read_json
 from convert.gguf_io import GgufFile
+from convert.gguf_parts import all_parts, find_gguf
 from convert.hf_directory import SafetensorsDirectory
 from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
@@ -36,6 +38,8 @@ _WEIGHT_PATTERNS = (
 _CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py", "adapter_config.json")
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
+# A directory with one of these is described by it, whatever else it holds.
+_DESCRIPTIONS = ("config.json", "adapter_config.json", "checkpoint.json")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 """What may be the name of a model on the hub."""
 
@@ -89,9 +93,9 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     """Finds, fetches or assembles what a user named.
 
     Args:
-      source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", or
-        a packaged model ("smollm2-135m", "gemma3-270m"), whose name never means a directory:
-        write "./smollm2-135m".
+      source: a directory, a .gguf file, any part of one or a directory that holds one, a hub id
+        such as "HuggingFaceTB/SmolLM2-135M", or a packaged model ("smollm2-135m", "gemma3-270m"),
+        whose name never means a directory: write "./smollm2-135m".
       weights: whether the weights of a hub model are needed, or its small files only.
 
     Returns:
@@ -104,6 +108,11 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     if name in PACKAGED_SOURCES:
         return packaged_file(name)
     path = Path(source).expanduser()
+    described = _DESCRIPTIONS if weights else (*_DESCRIPTIONS, "tokenizer.json")
+    if path.is_dir() and not any((path / name).exists() for name in described):
+        return find_gguf(path) or path
+    if path.is_file() and path.suffix == ".gguf":
+        return all_parts(path)[0]
     if path.exists():
         return path
     if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
@@ -212,13 +221,14 @@ def open_gguf(path: Path) -> Pretrained:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
+    read = map(re.escape, ROPE_FACTORS if config.rope.scaling == "longrope" else ())
     return Pretrained(
         path=path,
         family=family,
         config=config,
         tensors=file,
         rules=table.rules(config),
-        ignored=table.ignored,
+        ignored=(*table.ignored, *read),
         config_json=None,
     )
 

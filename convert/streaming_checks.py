@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from tptt_jax import CausalLM, init_cache
+from tptt_jax import CausalLM, fix_context, init_cache
 
 _PIECE = 7
 _PADDING = 4
@@ -34,6 +34,8 @@ class Runner:
           model: the model.
           tokens: [2, T] int32.
         """
+        # As transformers computes the whole text; a cache needs the same frequencies throughout.
+        model = fix_context(model, tokens.shape[1])
         graphdef, self._state = nnx.split(model)
         self.model, self.tokens = model, tokens
         self.empty = init_cache(model, *tokens.shape)

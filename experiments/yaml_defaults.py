@@ -110,7 +110,10 @@ def _plain(value: Any) -> Any:
         return {name: _plain(getattr(value, name)) for name in names}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, Path | str):
+        return str(value)
+    # YAML writes plain types only, not those of values that another setting implies.
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:

@@ -7,7 +7,7 @@ from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.layers.linear_attention import LinearAttention
 from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
-from tptt_jax.model import CausalLM, init_cache
+from tptt_jax.model import CausalLM, fix_context, init_cache
 from tptt_jax.version import __version__
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "MemoryParam",
     "ModelConfig",
     "__version__",
+    "fix_context",
     "fork_state",
     "generate",
     "init_cache",

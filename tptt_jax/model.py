@@ -16,6 +16,7 @@ from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
+from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.softcap import apply_softcap
 
 
@@ -162,8 +163,8 @@ class CausalLM(nnx.Module):
           dropout_key: turns dropout on in any mode.
 
         Returns:
-          Logits [B, T, V] in the model's dtype, and what was asked for. At padding
-          they mean nothing.
+          Logits [B, T, V] in the model's dtype (`project_logits(hidden)` has them in float32), and
+          what was asked for. At padding they mean nothing.
 
         Raises:
           ValueError: if the memory is left out of a purely linear model, remat is no choice, or
@@ -181,7 +182,8 @@ class CausalLM(nnx.Module):
             rngs=rngs,
             dropout_key=dropout_key,
         )
-        return CausalLMOutput(self.project_logits(hidden), hidden, new_cache, branches)
+        logits = self.project_logits(hidden).astype(hidden.dtype)
+        return CausalLMOutput(logits, hidden, new_cache, branches)
 
     def forward_hidden(
         self,
@@ -211,11 +213,13 @@ class CausalLM(nnx.Module):
             order = order_padding(segment_ids)
             tokens, segment_ids = _take(tokens, order), _take(segment_ids, order)
             positions = None if positions is None else _take(positions, order)
+        is_plain = positions is None and segment_ids is None and cache is None
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
         contexts: dict[LayerKind, TokenContext] = {
             kind: token_context(
-                self.config, self.liza, kind, positions, segment_ids, length, window
+                *(self.config, self.liza, kind, positions, segment_ids, length, window),
+                text_length=tokens.shape[1] if is_plain else None,
             )
             for kind in dict.fromkeys(self.config.layer_kinds)
         }
@@ -257,12 +261,8 @@ class CausalLM(nnx.Module):
         return choose_dropout_key(key, rngs, deterministic=self.deterministic, rates=rates)
 
     def project_logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
-        """The LM head: [B, T, E] -> [B, T, V]."""
-        if self.lm_head is None:
-            logits = hidden @ self.embed.embedding[...].astype(hidden.dtype).T
-        else:
-            logits = self.lm_head(hidden)
-        return apply_softcap(logits, self.config.final_softcap)
+        """The LM head: [B, T, E] -> [B, T, V], in at least float32."""
+        return apply_softcap(head_product(hidden, *self.head_matrix()), self.config.final_softcap)
 
     def head_matrix(self) -> tuple[Array, int]:
         """The LM head [V, E] or [E, V], tied or not, and which axis is the vocabulary."""
@@ -279,14 +279,18 @@ def init_cache(
     Args:
       model: whose layers it is for.
       batch_size: rows B.
-      max_tokens: longest context, in tokens, that layers without a window can hold;
-        beyond it they forget the oldest tokens.
+      max_tokens: slots of layers without a window: so many tokens they hold between calls, and
+        forget the oldest beyond it. Layers with a window have as many slots as it is wide.
       dtype: of keys, values and raw tokens; None: the model's. Memories are float32.
 
     Returns:
       The empty cache. Its size does not depend on max_tokens where every layer has
       a window or no softmax.
+
+    Raises:
+      ValueError: if rotary frequencies depend on the length of such long texts (`fix_context`).
     """
+    check_context(model.config, max_tokens)
     stacks = init_stack_caches(
         model.config,
         model.liza,
@@ -304,6 +308,37 @@ def base_model(model: CausalLM) -> CausalLM:
     they are now.
     """
     return _rebuild(model, None, None, {})
+
+
+def fix_context(model: CausalLM, tokens: int) -> CausalLM:
+    """The same model with the rotary frequencies that texts of so many tokens have.
+
+    "dynamic" and "longrope" scaling choose frequencies by the length of the whole text, which
+    changes every key before. A cache cannot do that, so a model that reads or writes beyond its
+    trained length with one is fixed for the longest text before it begins, as servers do.
+
+    Args:
+      model: it is not changed; arrays are shared.
+      tokens: longest text, prompt and new tokens together.
+
+    Returns:
+      A model whose frequencies do not depend on the length; `model` itself if they never did.
+    """
+    if model.config.fixed_up_to is None:
+        return model
+    fixed = nnx.merge(*nnx.split(model))
+    fixed.config = model.config.at_length(tokens)
+    return fixed
+
+
+def check_context(config: ModelConfig, tokens: int) -> None:
+    """Raises ValueError if a cache of so many tokens would need other keys than short ones."""
+    longest = config.fixed_up_to
+    if longest is not None and tokens > longest:
+        raise ValueError(
+            f"rotary frequencies of this model change beyond {longest} tokens, which a cache of "
+            f"{tokens} cannot follow: fix them first, with tptt_jax.fix_context(model, {tokens})."
+        )
 
 
 def replace_memory(

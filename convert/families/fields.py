@@ -79,6 +79,17 @@ class Fields:
             raise ConversionError(f"{key} in {self.origin} must be a list of integers.")
         return tuple(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers.
+
+        Raises:
+          ConversionError: if the key is absent, or null, or holds something else.
+        """
+        value = self._get(key, _REQUIRED, (list,), "a list of numbers")
+        if not all(type(x) in (int, float) and abs(x) <= sys.float_info.max for x in value):
+            raise ConversionError(f"{key} in {self.origin} must be a list of finite numbers.")
+        return tuple(map(float, value))
+
     def object(self, key: str) -> "Fields":
         """A nested object; empty if the key is absent or null."""
         value = self._get(key, {}, (dict,), "an object")

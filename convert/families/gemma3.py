@@ -57,6 +57,9 @@ def _read_ropes(fields: Fields, positions: int) -> tuple[RopeConfig, RopeConfig]
     if not full.raw:
         full = fields.object("rope_scaling")
     sliding = parameters.object("sliding_attention")
+    for each in (full, sliding):
+        # transformers looks for it beside the layer kinds, so it never applies.
+        each.require("truncate", (None, True), None)
     return read_rope(full, theta, positions), read_rope(sliding, local, positions)
 
 
@@ -87,6 +90,7 @@ def _read_config(fields: Fields) -> ModelConfig:
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
+    positions = config.max_positions
     return {
         **write_sizes(config),
         "hidden_activation": "gelu_pytorch_tanh",
@@ -97,14 +101,14 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "layer_types": write_layer_kinds(config),
         "sliding_window": config.sliding_window,
         "rope_parameters": {
-            "full_attention": write_rope(config.rope),
-            "sliding_attention": write_rope(config.rope_of("sliding")),
+            "full_attention": write_rope(config.rope, positions),
+            "sliding_attention": write_rope(config.rope_of("sliding"), positions),
         },
     }
 
 
 def _write_old_config(config: ModelConfig) -> dict[str, Any]:
-    content = write_old_rope(config.rope)
+    content = write_old_rope(config.rope, config.max_positions)
     content["rope_local_base_freq"] = config.rope_of("sliding").theta
     # transformers 4.50 to 4.52 have no layer_types.
     period = next((i + 1 for i, kind in enumerate(config.layer_kinds) if kind == "full"), None)

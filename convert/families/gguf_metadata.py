@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.families.rotary import read_gguf_rope, shortest
+from convert.families.rotary import GgufFactors, read_gguf_rope, shortest
 from convert.gguf_io import GgufFile
 from tptt_jax.config import MAX_LAYERS
+
+ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
+"""Tensors of "longrope" scaling; they are part of the configuration."""
 
 
 def metadata_reader(file: GgufFile) -> Callable[..., Any]:
@@ -77,6 +80,14 @@ def _end_tokens(file: GgufFile) -> tuple[int, ...]:
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
+def _rope_factors(file: GgufFile) -> GgufFactors | None:
+    """The divisors of "longrope" for short and for long texts, if the file has them."""
+    if not all(name in file.tensors for name in ROPE_FACTORS):
+        return None
+    short, long = (file.read(name).reshape(-1) for name in ROPE_FACTORS)
+    return short, long
+
+
 def read_gguf_common(file: GgufFile) -> dict[str, Any]:
     """The sizes, and what else an RMS-norm decoder with rotary embeddings says of itself.
 
@@ -97,5 +108,5 @@ def read_gguf_common(file: GgufFile) -> dict[str, Any]:
     return {
         **sizes,
         "norm_eps": shortest(get("attention.layer_norm_rms_epsilon")),
-        "rope": read_gguf_rope(get, 10_000.0),
+        "rope": read_gguf_rope(get, 10_000.0, _rope_factors(file)),
     }

@@ -1,5 +1,6 @@
 """Rotary embeddings in the configurations of Hugging Face and of llama.cpp."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,18 +8,27 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.families.fields import Fields
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import RopeConfig, RopeScaling
 
-_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
+GgufFactors = tuple[np.ndarray, np.ndarray]
+
+_TYPES: dict[str, RopeScaling] = {
+    **{"default": "none", "linear": "linear", "llama3": "llama3", "yarn": "yarn"},
+    **{"dynamic": "dynamic", "longrope": "longrope"},
+}
 
 
-def read_rope(scaling: Fields, theta: float, max_positions: int) -> RopeConfig:
+def read_rope(
+    scaling: Fields, theta: float, max_positions: int, original: int | None = None
+) -> RopeConfig:
     """Reads `rope_scaling` (published) or `rope_parameters` (transformers 5) of one layer kind.
 
     Args:
       scaling: the object; empty means an ordinary rotary embedding.
       theta: the base to use where the object has none of its own.
-      max_positions: the context length to assume where "llama3" names none.
+      max_positions: the model's `max_position_embeddings`.
+      original: the context length before stretching, where it stands beside the object and
+        not in it; it goes before what the object says, as in transformers.
 
     Returns:
       Our description.
@@ -34,43 +44,88 @@ def read_rope(scaling: Fields, theta: float, max_positions: int) -> RopeConfig:
         )
     scaling.require("partial_rotary_factor", (None, 1.0), None)
     settings: dict[str, Any] = {"theta": scaling.number("rope_theta", theta)}
-    if name != "default":
+    if name in ("linear", "llama3", "dynamic"):
         settings["factor"] = scaling.number("factor")
+    if name == "dynamic":
+        settings["original_max_positions"] = max_positions
+    if name in ("llama3", "yarn", "longrope"):
+        if original is None:
+            original = scaling.integer("original_max_position_embeddings", max_positions)
+        settings["original_max_positions"] = original
     if name == "llama3":
         settings |= {
             "low_freq_factor": scaling.number("low_freq_factor"),
             "high_freq_factor": scaling.number("high_freq_factor"),
-            "original_max_positions": scaling.integer(
-                "original_max_position_embeddings", max_positions
-            ),
         }
-    return RopeConfig(scaling=_TYPES[name], **settings)  # pyright: ignore[reportArgumentType]
+    if name in ("yarn", "longrope"):
+        # As in transformers: "yarn" may leave its factor null, but not out.
+        implied = (
+            {}
+            if name == "yarn" and "factor" not in scaling.raw
+            else {"default": max_positions / max(original or 1, 1)}
+        )
+        settings |= {
+            "factor": scaling.number("factor", **implied),
+            "attention_factor": scaling.number("attention_factor", None),
+        }
+    if name == "yarn":
+        settings |= {
+            # transformers takes its defaults for 0 as well.
+            "beta_fast": scaling.number("beta_fast", None) or 32.0,
+            "beta_slow": scaling.number("beta_slow", None) or 1.0,
+            "mscale": scaling.number("mscale", None),
+            "mscale_all_dim": scaling.number("mscale_all_dim", None),
+            "truncate": scaling.boolean("truncate", True),
+        }
+    if name == "longrope":
+        settings |= {key: scaling.numbers(key) for key in ("short_factor", "long_factor")}
+    return RopeConfig(scaling=_TYPES[name], **settings)
 
 
-def write_rope(rope: RopeConfig) -> dict[str, Any]:
-    """The transformers-5 form of one layer kind."""
-    content: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.scaling != "none":
-        content |= {"rope_type": rope.scaling, "factor": rope.factor}
+# Settings that transformers has under the same name, and that stand in a file only if it has them.
+_OPTIONAL = {
+    "yarn": (
+        *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+    "longrope": ("attention_factor",),
+}
+
+
+def write_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
+    """The transformers-5 form of one layer kind; `max_positions` are the model's."""
+    if rope.scaling == "none":
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    content: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
+    # Published long models leave the factor to the ratio of both lengths.
+    if rope.scaling != "longrope" or rope.factor != max_positions / rope.original_max_positions:
+        content["factor"] = rope.factor
+    if rope.scaling in ("llama3", "yarn", "longrope"):
+        content["original_max_position_embeddings"] = rope.original_max_positions
     if rope.scaling == "llama3":
         content |= {
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_positions,
         }
+    if rope.scaling == "longrope":
+        content |= {key: list(getattr(rope, key)) for key in ("short_factor", "long_factor")}
+    plain = RopeConfig()
+    for key in _OPTIONAL.get(rope.scaling, ()):
+        if getattr(rope, key) != getattr(plain, key):
+            content[key] = getattr(rope, key)
     return content
 
 
-def write_old_rope(rope: RopeConfig) -> dict[str, Any]:
+def write_old_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
     """The published form, which transformers 4, vLLM and llama.cpp's converter read.
 
     Args:
       rope: the embedding of all layers, or of the full ones where layers differ.
+      max_positions: the model's `max_position_embeddings`.
 
     Returns:
       `rope_theta` and `rope_scaling`; the latter is null for an ordinary embedding.
     """
-    scaling = write_rope(rope)
+    scaling = write_rope(rope, max_positions)
     theta = scaling.pop("rope_theta")
     return {"rope_theta": theta, "rope_scaling": None if rope.scaling == "none" else scaling}
 
@@ -97,15 +152,20 @@ def read_flat_rope(fields: Fields, theta: float, max_positions: int) -> RopeConf
         raise ConversionError(
             f"{scaling.origin} differs by layer ({', '.join(nested)}), which this family does not."
         )
-    return read_rope(scaling, fields.number("rope_theta", theta), max_positions)
+    original = fields.integer("original_max_position_embeddings", None)
+    return read_rope(scaling, fields.number("rope_theta", theta), max_positions, original)
 
 
-def read_gguf_rope(get: Callable[..., Any], theta: float) -> RopeConfig:
-    """Reads the rotary embedding from the metadata of a GGUF file.
+def read_gguf_rope(
+    get: Callable[..., Any], theta: float, factors: GgufFactors | None = None
+) -> RopeConfig:
+    """Reads the rotary embedding from the metadata of a GGUF file, as llama.cpp does.
 
     Args:
       get: looks a metadata key up, with a default.
       theta: the base to use where the file has none.
+      factors: the tensors rope_factors_short.weight and rope_factors_long.weight, which "longrope"
+        has; None: there are none.
 
     Returns:
       Our description.
@@ -114,12 +174,59 @@ def read_gguf_rope(get: Callable[..., Any], theta: float) -> RopeConfig:
       ConversionError: for a type of scaling that is not implemented.
     """
     base = shortest(get("rope.freq_base", theta))
-    kind = get("rope.scaling.type", "none")
-    if kind == "none":
+    kind = get("rope.scaling.type", "linear")
+    factor = shortest(get("rope.scaling.factor", get("rope.scale_linear", 1.0)) or 1.0)
+    if kind == "none" or (kind == "linear" and factor == 1):
         return RopeConfig(theta=base)
-    if kind != "linear":
-        raise ConversionError(f"rope scaling {kind!r} of a GGUF file is not supported.")
-    return RopeConfig(theta=base, scaling="linear", factor=shortest(get("rope.scaling.factor")))
+    if kind == "linear":
+        return RopeConfig(theta=base, scaling="linear", factor=factor)
+    longest = get("context_length")
+    original = get("rope.scaling.original_context_length", longest)
+    scale = shortest(get("rope.scaling.attn_factor", 1.0))
+    if kind == "yarn":
+        return _read_gguf_yarn(get, base, factor, original, scale)
+    if kind == "longrope" and factors is not None:
+        short, long = (tuple(map(shortest, each)) for each in factors)
+        return RopeConfig(
+            theta=base,
+            scaling="longrope",
+            factor=longest / original,
+            original_max_positions=original,
+            attention_factor=scale,
+            short_factor=short,
+            long_factor=long,
+        )
+    raise ConversionError(
+        f"rope scaling {kind!r} of a GGUF file is not supported here: use the Hugging Face "
+        "checkpoint of the model."
+    )
+
+
+def _read_gguf_yarn(
+    get: Callable[..., Any], theta: float, factor: float, original: int, scale: float
+) -> RopeConfig:
+    """What "yarn" says; `scale` multiplies the recommended attention factor."""
+    for key, plain in (("yarn_ext_factor", (1.0, -1.0)), ("yarn_log_multiplier", (0.0,))):
+        value = get(f"rope.scaling.{key}", plain[0])
+        if value not in plain:
+            raise ConversionError(
+                f"rope.scaling.{key} = {value!r:.99} of a GGUF file is not supported; it must be "
+                f"{plain[0]}."
+            )
+    rope = RopeConfig(
+        theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_max_positions=original,
+        beta_fast=shortest(get("rope.scaling.yarn_beta_fast", 32.0)),
+        beta_slow=shortest(get("rope.scaling.yarn_beta_slow", 1.0)),
+    )
+    # llama.cpp's converter writes transformers' attention_factor as this.
+    given = get("rope.scaling.yarn_attn_factor", None)
+    if given is None and scale == 1:
+        return rope
+    total = rope.attention_scale if given is None else shortest(given)
+    return dataclasses.replace(rope, attention_factor=total * scale)
 
 
 def shortest(value: float) -> float:

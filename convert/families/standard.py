@@ -33,13 +33,13 @@ def write_standard(config: ModelConfig, *, implied_head_dim: bool = False) -> di
     return {
         **write_sizes(config, implied_head_dim=implied_head_dim),
         "hidden_act": "silu",
-        "rope_parameters": write_rope(config.rope),
+        "rope_parameters": write_rope(config.rope, config.max_positions),
     }
 
 
 def write_old_standard(config: ModelConfig) -> dict[str, Any]:
     """The rotary embedding under its published keys (see `Family.write_old_config`)."""
-    return write_old_rope(config.rope)
+    return write_old_rope(config.rope, config.max_positions)
 
 
 def read_attention_bias(fields: Fields) -> dict[str, bool]:

@@ -50,12 +50,16 @@ def _read_config(fields: Fields) -> ModelConfig:
     }
     values["eos_token_ids"] = fields.token_ids("eos_token_id")
     values |= {
-        name: _build(RopeConfig, fields.object(name).raw, fields.origin)
+        name: _build(RopeConfig, _with_tuples(fields.object(name).raw), fields.origin)
         for name in _ROPES
         if values.get(name) is not None
     }
-    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    return _build(ModelConfig, values | tuples, fields.origin)
+    return _build(ModelConfig, _with_tuples(values), fields.origin)
+
+
+def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON's lists as the tuples that descriptions have."""
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
 def read_liza(fields: Fields) -> LizaConfig | None:

@@ -328,7 +328,7 @@ class TitanNorm(nn.Module):
 
 
 def rotary_frequencies(rope: dict[str, Any], head_dim: int, device: torch.device) -> Tensor:
-    """Radians per token, float64 [D / 2]; "llama3" stretches long wavelengths only."""
+    """Radians per token, float64 [D / 2]; "llama3" and "yarn" stretch long wavelengths only."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
     frequencies = rope["theta"] ** -exponents
     if rope["scaling"] == "linear":
@@ -338,25 +338,71 @@ def rotary_frequencies(rope: dict[str, Any], head_dim: int, device: torch.device
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return frequencies * (keep + (1 - keep) / rope["factor"])
+    if rope["scaling"] == "yarn":
+        low, high = yarn_range(rope, head_dim)
+        index = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+        keep = 1 - ((index - low) / (high - low)).clamp(0, 1)
+        return frequencies * (keep + (1 - keep) / rope["factor"])
+    if rope["scaling"] == "longrope":
+        return frequencies / torch.tensor(rope["short_factor"], dtype=torch.float64, device=device)
     return frequencies
 
 
+def yarn_range(rope: dict[str, Any], head_dim: int) -> tuple[float, float]:
+    """The channels between which "yarn" goes over to stretching (arXiv:2309.00071)."""
+
+    def channel(turns: float) -> float:
+        wavelength = rope["original_max_positions"] / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(rope["theta"]))
+
+    low, high = channel(rope["beta_fast"]), channel(rope["beta_slow"])
+    if rope["truncate"]:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high
+
+
+def rotary_scale(rope: dict[str, Any]) -> float:
+    """Factor on cosine and sine."""
+    if rope["scaling"] not in ("yarn", "longrope"):
+        return 1.0
+    if rope["attention_factor"] is not None:
+        return rope["attention_factor"]
+    factor = rope["factor"]
+    if factor <= 1:
+        return 1.0
+    if rope["scaling"] == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(rope["original_max_positions"]))
+    scales = [
+        1 + 0.1 * (rope[name] or 0) * math.log(factor) for name in ("mscale", "mscale_all_dim")
+    ]
+    if rope["mscale"] and rope["mscale_all_dim"]:
+        return scales[0] / scales[1]
+    return 1 + 0.1 * math.log(factor)
+
+
 class Rotation(NamedTuple):
-    """Cosine and sine of every token's rotation, float32 [B, T, 1, D / 2]."""
+    """Cosine and sine of every token's rotation, float32 [B, T, 1, D / 2].
+
+    `scale` is in both of them.
+    """
 
     cos: Tensor
     sin: Tensor
+    scale: float
 
     @classmethod
     def at(cls, positions: Tensor, rope: dict[str, Any], head_dim: int) -> "Rotation":
         """The rotations at positions [B, T]; in float32 the angle of a far token would be off."""
         frequencies = rotary_frequencies(rope, head_dim, positions.device)
         angles = (positions[..., None, None].double() * frequencies) % (2 * math.pi)
-        return cls(angles.cos().float(), angles.sin().float())
+        scale = rotary_scale(rope)
+        return cls((angles.cos() * scale).float(), (angles.sin() * scale).float(), scale)
 
     def back(self) -> "Rotation":
-        """The opposite rotations."""
-        return Rotation(self.cos, -self.sin)
+        """The rotations back, which take the scale out again."""
+        undo = self.scale**-2
+        return Rotation(self.cos * undo, -self.sin * undo, 1 / self.scale)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates channel i of [B, T, heads, D] together with channel i + D / 2."""
@@ -1289,3 +1335,17 @@ def check_settings(config: TitanConfig) -> None:
     for name, known in choices.items():
         if given.get(name) not in known:
             raise ValueError(f"{name} must be one of {known}, got {given.get(name)!r}.")
+    for rope in (config.rope, config.sliding_rope):
+        check_rope(rope or {"scaling": "none"})
+
+
+def check_rope(rope: dict[str, Any]) -> None:
+    """Raises ValueError for a rotary embedding that this file does not have."""
+    known = ("none", "linear", "llama3", "yarn", "longrope")
+    if rope["scaling"] not in known:
+        raise ValueError(f"rope scaling must be one of {known}, got {rope['scaling']!r}.")
+    if rope["scaling"] == "longrope" and rope["short_factor"] != rope["long_factor"]:
+        raise ValueError(
+            "longrope scaling needs the same factors for short and long texts here: fix the model "
+            "for a length before it is exported."
+        )

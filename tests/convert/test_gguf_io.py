@@ -45,11 +45,16 @@ def write_gguf(
     *,
     kind=None,
     extra: dict[str, np.ndarray] | None = None,
+    numbers: dict[str, Any] | None = None,
+    split: int = 0,
 ):
     """What llama.cpp's convert_hf_to_gguf.py writes, without a tokenizer."""
     arch = ARCHITECTURES[config["model_type"]]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch], split_max_tensors=split)
+    for key, value in (numbers or {}).items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)](f"{writer.arch}.{key}", value)
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -197,6 +202,85 @@ def test_other_rotary_factors_are_refused(tmp_path):
         extra={"rope_freqs.weight": np.linspace(1, 9, 5, dtype=np.float32)},
     )
     with pytest.raises(ConversionError, match="not Llama 3's"):
+        open_gguf(path)
+
+
+# What llama.cpp's converter writes for these settings of transformers, and older files have.
+ROPES = {
+    "linear": (
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {"scaling": "linear", "factor": 4.0},
+    ),
+    "linear without a type": (
+        {"rope.scaling.factor": 4.0},
+        {"scaling": "linear", "factor": 4.0},
+    ),
+    "linear of old files": ({"rope.scale_linear": 4.0}, {"scaling": "linear", "factor": 4.0}),
+    "none": ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {}),
+    "yarn": (
+        {
+            **{"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0},
+            "rope.scaling.original_context_length": 64,
+        },
+        {"scaling": "yarn", "factor": 8.0, "original_max_positions": 64},
+    ),
+    "yarn, all": (
+        {
+            **{"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0},
+            **{"rope.scaling.original_context_length": 64, "rope.scaling.yarn_beta_fast": 16.0},
+            **{"rope.scaling.yarn_beta_slow": 0.1, "rope.scaling.yarn_attn_factor": 0.7},
+            "rope.scaling.yarn_ext_factor": 1.0,
+        },
+        {
+            **{"scaling": "yarn", "factor": 8.0, "original_max_positions": 64},
+            **{"beta_fast": 16.0, "beta_slow": 0.1, "attention_factor": 0.7},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("numbers", "want"), ROPES.values(), ids=ROPES)
+def test_scaled_rotary_embeddings(tmp_path, numbers, want):
+    path = write_gguf(tmp_path / "a.gguf", QWEN2, random_tensors(hf_shapes(QWEN2)), numbers=numbers)
+    assert open_gguf(path).config.rope == RopeConfig(theta=QWEN2["rope_theta"], **want)
+
+
+LONGROPE = {
+    **{"rope.scaling.type": "longrope", "rope.scaling.attn_factor": 1.25},
+    "rope.scaling.original_context_length": 16,
+}
+
+
+def test_longrope_has_its_factors_in_tensors(tmp_path):
+    short, long = np.linspace(1, 2, 5, dtype="f4"), np.linspace(1, 9, 5, dtype="f4")
+    path = write_gguf(
+        *(tmp_path / "a.gguf", LLAMA | {"head_dim": 10}),
+        random_tensors(hf_shapes(LLAMA | {"head_dim": 10})),
+        numbers=LONGROPE,
+        extra={"rope_factors_short.weight": short, "rope_factors_long.weight": long},
+    )
+    rope = load_pretrained(path).config.rope
+    assert (rope.scaling, rope.original_max_positions) == ("longrope", 16)
+    assert rope.attention_scale == 1.25
+    np.testing.assert_array_equal(np.float32(rope.short_factor), short)
+    np.testing.assert_array_equal(np.float32(rope.long_factor), long)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        (LONGROPE, "rope scaling 'longrope'"),
+        ({"rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'"),
+        (
+            {"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5},
+            "yarn_ext_factor = 0.5",
+        ),
+    ],
+    ids=["no factors", "unknown", "half of yarn"],
+)
+def test_other_scalings_are_refused(tmp_path, numbers, message):
+    path = write_gguf(tmp_path / "a.gguf", LLAMA, random_tensors(hf_shapes(LLAMA)), numbers=numbers)
+    with pytest.raises(ConversionError, match=message):
         open_gguf(path)
 
 

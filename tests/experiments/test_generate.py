@@ -117,7 +117,14 @@ def test_a_saved_document_answers_without_being_read_again(
     other = run(
         generate_text, GenerateConfig, capsys, *settings, "--window", 31, "--load-state", saved
     )
-    assert "another model has read it" in other
+    assert "another model has read it: softmax_window: 32 in the state, 31 in the model" in other
+    spoiled = bytearray(saved.read_bytes())
+    spoiled[-1] ^= 1
+    (tmp_path / "spoiled.state").write_bytes(spoiled)
+    arguments = ("--load-state", tmp_path / "spoiled.state")
+    status = run_configured(generate_text, GenerateConfig, [*map(str, (*settings, *arguments))])
+    assert status == 2
+    assert "has changed since it was saved" in capsys.readouterr().err
 
 
 def test_a_chat_reads_only_what_is_new(document, tiny_model_dir, capsys, monkeypatch):

@@ -29,7 +29,10 @@ BAD_ADAPTERS = {
     "target": ({"targets": ("q_proj", "[")}, r"LoRA target '\[' is not a valid regular expr"),
 }
 BAD_ROPES = {
-    "scaling": ({"scaling": "yarn"}, "one of none, linear, llama3, got 'yarn'"),
+    "scaling": (
+        {"scaling": "ntk"},
+        "one of none, linear, llama3, yarn, dynamic, longrope, got 'ntk'",
+    ),
     "theta": ({"theta": 0.0}, "must be positive, got 0.0"),
     "factor": ({"factor": -1.0}, "must be positive, got 10000.0 and -1.0"),
 }

@@ -21,6 +21,7 @@ from tests.contracts import (
     verify_streaming_contract,
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import RopeConfig
 from tptt_jax.decoder import memory_location
 from tptt_jax.model import init_cache
 
@@ -32,6 +33,14 @@ GEMMA = dataclasses.replace(
     layer_kinds=("sliding", "full", "sliding", "full", "sliding"),
 )
 LEARNED_POSITIONS = dataclasses.replace(LLAMA, position_embedding="learned", attention_bias=True)
+# What leaves the ring is rotated back, and the factor 1.7 on its keys taken out.
+YARN = dataclasses.replace(
+    LLAMA,
+    rope=RopeConfig(
+        **{"theta": 50.0, "scaling": "yarn", "factor": 4.0, "original_max_positions": 8},
+        **{"beta_fast": 2.0, "beta_slow": 0.1, "attention_factor": 1.7},
+    ),
+)
 CLIPPED = dataclasses.replace(LLAMA, qk_norm="full", clip_qkv=2.0)
 SLIDING = dataclasses.replace(LLAMA, layer_kinds=("sliding",) * 2, sliding_window=5)
 # Calls of five tokens are longer than some of these windows and shorter than others.
@@ -41,6 +50,7 @@ STREAMS = {
         LLAMA,
         {"softmax_sinks": 0, "mag": "scheduled", "linear_scale": "unit"},
     ),
+    "rotated with an attention factor": (YARN, {"softmax_window": 4, "softmax_sinks": 2}),
     "two steps, clipped": (CLIPPED, {"operator": "delta_product"}),
     "three steps, combined, window of two": (
         LLAMA,

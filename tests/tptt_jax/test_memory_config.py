@@ -1,5 +1,8 @@
 """What the memory's configuration accepts, resolves and refuses."""
 
+import dataclasses
+import json
+
 import pytest
 
 from tptt_jax import LizaConfig, ModelConfig
@@ -246,3 +249,26 @@ def test_the_papers_recipe():
     default = LizaConfig(writes="all")
     assert (default.mag, default.mag_init, default.linear_scale) == ("learned", 0.05, "match")
     assert (default.softmax_sinks, default.operator) == (4, "delta_product")
+
+
+@pytest.mark.parametrize("writes", ["evicted", "all"])
+@pytest.mark.parametrize("after", OPERATORS)
+@pytest.mark.parametrize("before", ["delta_product", "gated_delta_rule", "delta_rule_gelu"])
+def test_another_operator_brings_its_own_settings(before, after, writes):
+    """`dataclasses.replace` alone kept two Householder steps under the name "delta_rule"."""
+    config = LizaConfig(writes=writes, operator=before, softmax_window=9)
+    want = LizaConfig(writes=writes, operator=after, softmax_window=9)
+    assert dataclasses.replace(config, operator=after) == want
+    # Also if the settings were written out, as they are in files.
+    read = LizaConfig(**json.loads(json.dumps(dataclasses.asdict(config))))
+    assert read == config
+    assert dataclasses.replace(read, operator=after) == want
+
+
+def test_what_was_chosen_stays_with_another_operator():
+    config = LizaConfig(operator="delta_product", num_householder=3, beta_gate="v")
+    changed = dataclasses.replace(config, operator="delta_rule")
+    assert (changed.num_householder, changed.beta_gate) == (3, "v")
+    assert dataclasses.replace(changed, num_householder=2).num_householder == 2
+    assert dataclasses.replace(LizaConfig(), writes="all") == LizaConfig(writes="all")
+    assert hash(changed) == hash(dataclasses.replace(changed))

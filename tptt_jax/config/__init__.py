@@ -22,8 +22,8 @@ from tptt_jax.config.model import (
     Norm,
     NormPlacement,
     Remat,
-    RopeConfig,
 )
+from tptt_jax.config.rope import RopeConfig, RopeScaling
 
 __all__ = [
     "MAX_LAYERS",
@@ -42,6 +42,7 @@ __all__ = [
     "Recurrence",
     "Remat",
     "RopeConfig",
+    "RopeScaling",
     "Trick",
     "Writes",
     "memory_layers",

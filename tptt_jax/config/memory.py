@@ -62,6 +62,18 @@ _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+class _ImpliedText(str):
+    """A choice that follows from another setting: `dataclasses.replace` lets it follow again."""
+
+
+class _ImpliedCount(int):
+    """A number that follows from another setting, likewise."""
+
+
+def _imply(value: str | int) -> str | int:
+    return _ImpliedText(value) if isinstance(value, str) else _ImpliedCount(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
     """A resolved update rule: what an operator's name stands for."""
@@ -84,8 +96,8 @@ class LizaConfig:
     Fields that are None take what `writes` and `operator` say:
     ``LizaConfig(operator="delta_rule")`` has one Householder step and
     ``LizaConfig(operator="delta_rule", num_householder=3)`` has three. After construction they
-    hold the resolved values; to switch an existing configuration to another operator use
-    `with_operator`.
+    hold the resolved values. `dataclasses.replace` with another operator resolves again what is as
+    the old one has it, and keeps what differs from it; `with_operator` resolves everything again.
     """
 
     writes: Writes = "evicted"
@@ -174,9 +186,11 @@ class LizaConfig:
         self._check_writes()
 
     def _fill(self, values: dict[str, Any]) -> None:
+        """Sets what was left to `writes` or `operator`, or was set so by another one."""
         for name, value in values.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+            given = getattr(self, name)
+            if given is None or given == value or isinstance(given, (_ImpliedText, _ImpliedCount)):
+                object.__setattr__(self, name, _imply(value))
 
     def _operator_defaults(self) -> dict[str, Any]:
         assert self.operator is not None

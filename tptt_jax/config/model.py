@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from tptt_jax.config.checks import check_at_least, check_at_most, check_choice, is_int32
+from tptt_jax.config.rope import RopeConfig
 
 LayerKind = Literal["full", "sliding"]
 Norm = Literal["rms", "layer"]
@@ -20,40 +21,7 @@ products with weights; "full": whole layers, of which only the input is kept."""
 MAX_LAYERS = 10_000
 """Upper bound; rejects corrupt configurations before anything is allocated."""
 _MAX_EXPERTS = 1 << 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeConfig:
-    """Rotary position embedding of one kind of layer."""
-
-    theta: float = 10_000.0
-    """Base of the geometric series of wavelengths."""
-    scaling: Literal["none", "linear", "llama3"] = "none"
-    """How the frequencies were stretched for longer contexts."""
-    factor: float = 1.0
-    """Stretch factor of "linear" and "llama3"."""
-    low_freq_factor: float = 1.0
-    """"llama3": wavelengths above original_max_positions / this are stretched fully."""
-    high_freq_factor: float = 4.0
-    """"llama3": wavelengths below original_max_positions / this are left alone."""
-    original_max_positions: int = 8192
-    """"llama3": the context length before stretching, in tokens."""
-
-    def __post_init__(self) -> None:
-        """Rejects values no rotary embedding can have."""
-        if self.scaling not in ("none", "linear", "llama3"):
-            raise ValueError(
-                f"rope scaling must be one of none, linear, llama3, got {self.scaling!r}."
-            )
-        if self.scaling == "llama3" and not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(
-                "llama3 rope scaling needs low_freq_factor < high_freq_factor, got "
-                f"{self.low_freq_factor} and {self.high_freq_factor}."
-            )
-        if not (0 < self.theta < math.inf and 0 < self.factor < math.inf):
-            raise ValueError(
-                f"rope theta and factor must be positive, got {self.theta} and {self.factor}."
-            )
+_PLAIN_ROPE = RopeConfig()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +91,7 @@ class ModelConfig:
     """Tokens that a "sliding" layer sees, the current one included."""
     position_embedding: PositionEmbedding = "rotary"
     """"learned": a table of max_positions vectors is added to the embeddings."""
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = _PLAIN_ROPE
     sliding_rope: RopeConfig | None = None
     """The rotary embedding of "sliding" layers; None: the same as the others."""
     max_positions: int = 8192
@@ -150,6 +118,9 @@ class ModelConfig:
             raise ValueError(
                 f"head_dim must be even for the rotary embedding, got {self.head_dim}."
             )
+        for rope in (self.rope, self.sliding_rope):
+            if rope is not None:
+                rope.check_head_dim(self.head_dim)
         check_choice("activation", self.activation, Activation)
         check_choice("norm", self.norm, Norm)
         check_choice("norm_placement", self.norm_placement, NormPlacement)
@@ -241,6 +212,24 @@ class ModelConfig:
         if kind == "sliding" and self.sliding_rope is not None:
             return self.sliding_rope
         return self.rope
+
+    @property
+    def fixed_up_to(self) -> int | None:
+        """Tokens up to which rotary frequencies do not depend on the length; None: any number."""
+        if self.position_embedding != "rotary":
+            return None
+        ropes = {self.rope_of(kind) for kind in self.layer_kinds}
+        ends = [rope.original_max_positions for rope in ropes if rope.depends_on_length]
+        return min(ends, default=None)
+
+    def at_length(self, tokens: int) -> Self:
+        """This model with the rotary frequencies that texts of so many tokens have."""
+        sliding = self.sliding_rope
+        return dataclasses.replace(
+            self,
+            rope=self.rope.at_length(tokens, self.head_dim),
+            sliding_rope=None if sliding is None else sliding.at_length(tokens, self.head_dim),
+        )
 
     @classmethod
     def tiny(cls, **changes: Any) -> Self:

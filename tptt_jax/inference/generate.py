@@ -14,11 +14,11 @@ from tptt_jax.array_typing import Array, HostTokens, Int, Key, SegmentIds, Token
 from tptt_jax.inference.prefill import (
     align_prompts,
     check_positions,
-    check_state,
     extend_state,
 )
 from tptt_jax.inference.sampling import Sampling, sample
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.inference.state_checks import check_state
 from tptt_jax.inference.text import Decode, TextStream, check_stop_strings
 from tptt_jax.inference.unstack import unstack_layers
 from tptt_jax.model import CausalLM

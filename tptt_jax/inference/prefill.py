@@ -10,10 +10,10 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
-from tptt_jax.config import runs_memory
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.inference.state_checks import check_state
 from tptt_jax.inference.token_ids import check_token_ids
-from tptt_jax.model import CausalLM
+from tptt_jax.model import CausalLM, check_context
 
 # A prompt is read in long segments, CALL_TOKENS in one call of the device, and what is left of
 # it in short ones, so that a few words do not cost a whole segment.
@@ -95,26 +95,6 @@ def align_prompts(
     return Prompts(tokens[:, : counts.max(initial=0)], counts)
 
 
-def check_state(
-    model: CausalLM, state: ReadState, batch_size: int, *, use_memory: bool = True
-) -> None:
-    """Raises ValueError if a state is not for this model and so many rows."""
-    want = jax.eval_shape(functools.partial(init_state, model, state.batch_size))
-    sizes = [(x.hidden.shape, x.hidden.dtype, x.seen.shape) for x in (state, want)]
-    if sizes[0] != sizes[1] or len(state.cache.stacks) != len(want.cache.stacks):
-        raise ValueError("the state comes from a model of another shape: read the document again.")
-    if state.batch_size != batch_size:
-        raise ValueError(
-            f"the state has {state.batch_size} rows, the prompts have {batch_size}: "
-            "fork_state(state, copies) gives every row copies."
-        )
-    if (use_memory and runs_memory(model.config, model.liza)) != state.has_memory:
-        raise ValueError(
-            f"the state was read {'with' if state.has_memory else 'without'} the memory: go on the "
-            f"same way, with use_memory={state.has_memory}."
-        )
-
-
 def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadState:
     """`read` for prompts in order; the arrays of `state` are used up."""
     seen = int(np.max(state.cache.length, initial=0))
@@ -138,8 +118,9 @@ def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadSta
 
 
 def check_positions(model: CausalLM, tokens: int) -> None:
-    """Raises ValueError if so many tokens are more than learned positions can number."""
+    """Raises ValueError if positions cannot number so many tokens, or not in a cache."""
     config = model.config
+    check_context(config, tokens)
     if config.position_embedding == "learned" and tokens > config.max_positions:
         raise ValueError(
             f"{tokens} tokens are more than the {config.max_positions} positions that this model "

@@ -17,11 +17,13 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tptt_jax.inference.prefill import check_state
+from tptt_jax.config import RopeConfig
 from tptt_jax.inference.state import ReadState, init_state
+from tptt_jax.inference.state_checks import check_state
 from tptt_jax.model import CausalLM
 
 _FORMAT = "tptt_jax read state 1"
+_SHOWN = 3
 
 
 def model_fingerprint(model: CausalLM) -> str:
@@ -48,14 +50,22 @@ def model_fingerprint(model: CausalLM) -> str:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         lines = list(pool.map(digest, named))
-    configs = [
-        None if config is None else dataclasses.asdict(config)
-        for config in (model.config, model.liza, model.lora)
-    ]
+    configs = list(_settings(model).values())
+    assert configs[0] is not None
+    for name in ("rope", "sliding_rope"):
+        _drop_later_scalings(configs[0][name])
     if configs[1] is not None:
         _drop_later_options(configs[1])
     lines.append(json.dumps([*configs, str(jnp.dtype(model.dtype))], sort_keys=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
+    """What was configured, as JSON has it."""
+    return {
+        name: None if config is None else dataclasses.asdict(config)
+        for name, config in (("model", model.config), ("liza", model.liza), ("lora", model.lora))
+    }
 
 
 def _drop_later_options(liza: dict[str, Any]) -> None:
@@ -64,6 +74,22 @@ def _drop_later_options(liza: dict[str, Any]) -> None:
         del liza["precision"]
     if liza["writes"] == "all":
         del liza["writes"]
+
+
+# What a rotary embedding consisted of when the first states were saved.
+_FIRST_ROPE = (
+    *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
+    "original_max_positions",
+)
+
+
+def _drop_later_scalings(rope: dict[str, Any] | None) -> None:
+    """Settings of scalings that came later count where they are set."""
+    if rope is None:
+        return
+    for name, plain in dataclasses.asdict(RopeConfig()).items():
+        if name not in _FIRST_ROPE and rope[name] == plain:
+            del rope[name]
 
 
 def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) -> None:
@@ -78,10 +104,37 @@ def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) 
       OSError: if the file cannot be written.
     """
     target = Path(path)
-    metadata = {"format": _FORMAT, "model": model_fingerprint(model)}
     arrays = {name: _to_bits(np.asarray(leaf)) for name, leaf in _named_leaves(state)}
-    with _replacing(target) as temporary:
-        save_file(arrays, temporary, metadata=metadata)
+    metadata = {
+        "format": _FORMAT,
+        "model": model_fingerprint(model),
+        "settings": json.dumps(_flat_settings(model)),
+        "checksum": _checksum(arrays),
+    }
+    try:
+        with _replacing(target) as temporary:
+            save_file(arrays, temporary, metadata=metadata)
+    except SafetensorError as error:
+        # What the writer calls a full disk.
+        raise OSError(f"{path} cannot be written: {error}") from None
+
+
+def _flat_settings(model: CausalLM) -> dict[str, Any]:
+    """Every setting by its name, for the error that says which one differs."""
+    flat: dict[str, Any] = {"dtype": str(jnp.dtype(model.dtype))}
+    for name, config in _settings(model).items():
+        flat |= {f"{name}.{key}": value for key, value in (config or {name: None}).items()}
+    return json.loads(json.dumps(flat))
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes, dtypes and contents."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {value.dtype} {value.shape} ".encode())
+        total.update(value.reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
@@ -107,38 +160,72 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f'its "format" is not {_FORMAT!r}')
             if metadata.get("model") != model_fingerprint(model):
-                raise ValueError(
-                    "another model has read it: load the weights, adapter, dtype, memory and "
-                    "window it was saved with"
-                )
+                raise ValueError(_describe_difference(metadata, model))
             arrays = {name: file.get_tensor(name) for name in names}
+        # Files from before there was one have no checksum.
+        checksum = metadata.get("checksum")
+        if checksum is not None and checksum != _checksum(arrays):
+            raise ValueError("its content has changed since it was saved: copy it again")
         return _rebuild(arrays, model)
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:
+        reason = str(error).removesuffix(".").removesuffix(": read the document again")
         raise ValueError(
-            f"{path} cannot be continued from ({error}); or read the document again."
+            f"{path} cannot be continued from ({reason}); or read the document again."
         ) from None
 
 
+def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
+    """Which settings a state was read with that the model does not have."""
+    ours, saved = _flat_settings(model), json.loads(metadata.get("settings", "{}"))
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [name for name in ours if name in saved and saved[name] != ours[name]]
+    if not changed:
+        return (
+            "another model has read it: load the weights, adapter, dtype, memory and window it was "
+            "saved with"
+        )
+    shown = [
+        f"{name.rpartition('.')[2]}: {saved[name]!s:.40} in the state, "
+        f"{ours[name]!s:.40} in the model"
+        for name in changed[:_SHOWN]
+    ]
+    more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return f"another model has read it: {'; '.join(shown)}{more}"
+
+
 def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
-    """Puts arrays where an empty state of the same sizes has them, and checks every shape."""
+    """Puts arrays where an empty state of the same sizes has them, and checks every one."""
+    if "hidden" not in arrays:
+        raise ValueError("it lacks hidden")
     rows = int(arrays["hidden"].shape[0])
     use_memory = any("memory" in name for name in arrays)
     wanted = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
     leaves = []
     for name, leaf in _named_leaves(wanted):
+        if name not in arrays:
+            raise ValueError(f"it lacks {name}")
         value = arrays.pop(name)
-        # Caches without a window have as many slots as they have grown to.
-        shape = leaf.shape
-        if name.endswith((".keys", ".values")) and len(shape) == 5 and "softmax" in name:
-            shape = (*shape[:2], value.shape[2], *shape[3:])
+        # Rings are checked together, as their slots are those of the window or of the text.
+        is_ring = "softmax" in name and value.ndim == len(leaf.shape)
+        shape = (*leaf.shape[:2], value.shape[2], *leaf.shape[3:]) if is_ring else leaf.shape
         if value.shape != shape or value.dtype != _bits_dtype(leaf.dtype):
-            raise ValueError(f"{name} is {value.dtype} {value.shape}, wanted is {shape}")
-        leaves.append(jax.device_put(value.view(leaf.dtype)))
+            raise ValueError(f"{name} is {value.dtype} {value.shape}, expected is {shape}")
+        leaves.append(_checked(name, value, leaf.dtype))
     if arrays:
         raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")
     state = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
     check_state(model, state, rows, use_memory=use_memory)
-    return state
+    return jax.device_put(state)
+
+
+def _checked(name: str, value: np.ndarray, dtype: Any) -> np.ndarray:
+    """The array as a model has it, if all its values are possible."""
+    if jnp.issubdtype(dtype, jnp.bool_) and value.view(np.uint8).max(initial=0) > 1:
+        raise ValueError(f"{name} holds bytes that are neither true nor false")
+    value = value.view(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and not np.isfinite(value).all():
+        raise ValueError(f"{name} holds values that are not finite")
+    return value
 
 
 def _named_leaves(state: ReadState) -> list[tuple[str, Any]]:

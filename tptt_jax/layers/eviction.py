@@ -9,7 +9,7 @@ from tptt_jax.layers.cache import KeyValueCache
 from tptt_jax.layers.memory import MemoryTokens
 from tptt_jax.layers.softmax_attention import SoftmaxSettings, TokenContext
 from tptt_jax.ops.eviction import delay_tokens, evicted_ids
-from tptt_jax.ops.rope import RotaryAngles, rotate
+from tptt_jax.ops.rope import rotate
 
 
 class Evicted(NamedTuple):
@@ -75,7 +75,7 @@ def _from_cache(
     assert context.length is not None
     rows = jnp.arange(k.shape[0])[:, None]
     slot = left % cache.keys.shape[1]
-    keys = _rotate_back(cache.keys[rows, slot].astype(k.dtype), context.evicted_angles)
+    keys = rotate(cache.keys[rows, slot].astype(k.dtype), context.evicted_angles)
     values = cache.values[rows, slot].astype(v.dtype)
     if k.shape[1] <= cache.keys.shape[1] and context.window is None:
         return keys, values
@@ -85,7 +85,3 @@ def _from_cache(
     place = jnp.take_along_axis(order, jnp.clip(since, 0, k.shape[1] - 1), axis=1)
     is_new = (since >= 0)[..., None, None]
     return jnp.where(is_new, k[rows, place], keys), jnp.where(is_new, v[rows, place], values)
-
-
-def _rotate_back(x: Array, angles: RotaryAngles | None) -> Array:
-    return x if angles is None else rotate(x, RotaryAngles(angles.cos, -angles.sin))

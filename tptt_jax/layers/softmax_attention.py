@@ -1,5 +1,6 @@
 """The softmax branch: rotary embedding, windows with sinks, the KV cache."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,13 @@ from tptt_jax.layers.cache import (
 )
 from tptt_jax.ops.attend import Attended, KeyValues, attend
 from tptt_jax.ops.fused_attention import can_fuse, fused_attention
-from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotate
+from tptt_jax.ops.rope import (
+    RotaryAngles,
+    document_lengths,
+    invert_rotation,
+    rotary_angles,
+    rotate,
+)
 from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
 
 # Logits that cached attention holds at a time: 128 MiB in float32.
@@ -36,8 +43,8 @@ class TokenContext(NamedTuple):
       sink_angles: rotation of queries that look at the sinks, likewise; None without sinks.
       window: tokens that softmax attention sees, where a call chooses fewer than the layer's
         window; None: the layer's window.
-      evicted_angles: rotation of the token that leaves the window at each place, with a cache;
-        None: nothing leaves, or positions are in the embeddings.
+      evicted_angles: rotation back of the token that leaves the window at each place, with a
+        cache; None: nothing leaves, or positions are in the embeddings.
     """
 
     positions: Positions
@@ -94,8 +101,12 @@ def token_context(
     segment_ids: SegmentIds | None,
     length: Int[Array, "B"] | None,
     window: Int[Array, ""] | None = None,
+    text_length: int | None = None,
 ) -> TokenContext:
     """Computes the rotations that all layers of a kind share.
+
+    Frequencies that depend on the length of a text are those of each document's whole length.
+    With a cache nobody knows it yet: they are those of short texts (see `fix_context`).
 
     Args:
       config: of the model.
@@ -105,22 +116,29 @@ def token_context(
       segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
       length: tokens of each row before this call [B]; None without a cache.
       window: a window below the one that `liza` gives; None: that one.
+      text_length: of all documents, where it is known before the call is compiled; None: it is
+        found from positions and segment_ids.
     """
     widest = softmax_window(config, liza, kind)
     if kind == "sliding" or widest is None:
         window = None
     if config.position_embedding == "learned":
         return TokenContext(positions, segment_ids, length, None, None, window)
-    rope = config.rope_of(kind)
+    rope, lengths = config.rope_of(kind), text_length
+    if rope.depends_on_length and length is None and lengths is None:
+        lengths = document_lengths(positions, segment_ids)
+    rotations = functools.partial(
+        rotary_angles, config=rope, head_dim=config.head_dim, lengths=lengths
+    )
     sink_angles = evicted_angles = None
     seen = widest if window is None else window
     if seen is not None:
         if sinks := num_sinks(config, liza, kind):
             # Farther than this no query is from a sink, whatever the length of the document.
-            sink_angles = rotary_angles(jnp.minimum(positions, seen + sinks), rope, config.head_dim)
+            sink_angles = rotations(jnp.minimum(positions, seen + sinks))
         if length is not None and liza is not None and liza.writes == "evicted":
-            evicted_angles = rotary_angles(jnp.maximum(positions - seen, 0), rope, config.head_dim)
-    angles = rotary_angles(positions, rope, config.head_dim)
+            evicted_angles = invert_rotation(rotations(jnp.maximum(positions - seen, 0)), rope)
+    angles = rotations(positions)
     return TokenContext(positions, segment_ids, length, angles, sink_angles, window, evicted_angles)
 
 

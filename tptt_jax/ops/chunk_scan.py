@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float
 from tptt_jax.ops.delta_product_inputs import activate_state
+from tptt_jax.ops.manual_axes import vary_along, varying_axes
 
 
 class ChunkTerms(NamedTuple):
@@ -129,7 +130,7 @@ def _scan_backward(
         scores=outer[..., size:, :],
         value=grad_value,
         lower=jnp.tril(outer[..., :size, :], -1),
-        inverse=jnp.zeros_like(inverse),
+        inverse=vary_along(jnp.zeros_like(inverse), varying_axes(inverse)),
         gate=None if gate is None else contract("...mx,...mx->...m", grad_written, missing),
         keep=None
         if keep is None

@@ -1,11 +1,12 @@
 """Cross-entropy of a large vocabulary that never holds all of its logits."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.softcap import apply_softcap, softcap_slope
@@ -55,6 +56,9 @@ def token_cross_entropy(
 
     Returns:
       Nats, float32 [B, T].
+
+    Raises:
+      ValueError: if a gradient for the head is asked for.
     """
     batch, length, _ = hidden.shape
     vocab = head.shape[vocab_axis]
@@ -74,8 +78,17 @@ def token_cross_entropy(
 
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
     """[..., E] and [V, E] -> float32 [..., V]."""
-    logits = jnp.einsum("...e,ve->...v", hidden, head.astype(hidden.dtype)).astype(jnp.float32)
-    return apply_softcap(logits, softcap)
+    return apply_softcap(head_product(hidden, head, 0).astype(jnp.float32), softcap)
+
+
+def head_product(hidden: Array, head: Array, vocab_axis: int) -> Array:
+    """Hidden states times the head [..., V], in at least float32.
+
+    In half precision logits are rounded by so much that probabilities of a token exceed 1.
+    """
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    form = "...e,ve->...v" if vocab_axis == 0 else "...e,ev->...v"
+    return jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=wide)
 
 
 def slice_rows(x: Array, size: int) -> Array:
@@ -89,17 +102,26 @@ def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
     return _each_slice(hidden, head, tokens, plan, with_gradient=False)[0]
 
 
-def _losses_forward(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> tuple[Array, Array]:
+def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
+    if head.perturbed:
+        raise ValueError(
+            "this loss gives the LM head no gradient, and one is asked for: pass train_head=True "
+            "to the loss, or differentiate other weights only."
+        )
+    hidden, head, tokens = hidden.value, head.value, tokens.value
     losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
     assert gradient is not None
     return losses, gradient
 
 
-def _losses_backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
+def _losses_backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
+    if isinstance(scale, SymbolicZero):
+        scale = jnp.zeros(scale.shape, jnp.float32)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
-_losses.defvjp(_losses_forward, _losses_backward)
+# Only so can the forward pass see whether the head is to be trained.
+_losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _each_slice(
@@ -143,7 +165,7 @@ def _slice_losses(
         total = total * shrink + jnp.sum(weights, axis=-1)
         if gradient is not None:
             slopes = (weights * softcap_slope(logits, plan.softcap)).astype(hidden.dtype)
-            step = jnp.einsum("...v,ve->...e", slopes, piece.astype(hidden.dtype))
+            step = head_product(slopes, piece, 1)
             gradient = gradient * shrink[..., None] + step.astype(jnp.float32)
         return new_top, total, gradient
 
@@ -153,7 +175,8 @@ def _slice_losses(
     rows = rows.reshape(hidden.shape).astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
     chosen = apply_softcap(chosen, plan.softcap)
-    losses = top + jnp.log(total) - chosen
+    # No probability is above 1, whatever two sums in different orders say.
+    losses = jnp.maximum(top + jnp.log(total) - chosen, 0)
     if gradient is None:
         return losses, None
     own = jnp.ones_like(chosen) * softcap_slope(chosen, plan.softcap)

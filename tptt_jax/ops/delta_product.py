@@ -17,6 +17,7 @@ from tptt_jax.ops.delta_product_inputs import (
     silence_padding,
 )
 from tptt_jax.ops.delta_product_plan import ChunkPlan, plan_chunks
+from tptt_jax.ops.manual_axes import vary_along, varying_axes
 from tptt_jax.ops.residuals import scan_blocks
 from tptt_jax.ops.token_shift import document_ordinals
 from tptt_jax.ops.triangular import invert_unit_lower
@@ -81,8 +82,7 @@ def chunk_delta_product(
       implementation: "xla" runs anywhere. "pallas" are kernels for NVIDIA GPUs (interpreted
         where there is none: slow, for tests); they choose their own chunk size and take neither
         float64, a state_activation, more than 4 Householder steps nor heads of more than 128
-        channels; where several devices are, not under `jax.vmap` either, and under
-        `jax.shard_map` only with check_vma=False.
+        channels; under `jax.shard_map` they work with check_vma=False only.
         None: the kernels where they were measured to be faster and, in a short trial of this
         process, compute the same, see `choose_implementation`.
 
@@ -106,6 +106,9 @@ def chunk_delta_product(
     state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
+    arrays = (q, k, v, beta, log_decay, state, segment_ids)
+    axes = varying_axes(*arrays)
+    q, k, v, beta, log_decay, state, segment_ids = vary_along(arrays, axes)
     if implementation is None and state_activation == "none":
         implementation = choose_implementation(q, k, v, beta, log_decay, segment_ids, precision)
     if implementation == "pallas":

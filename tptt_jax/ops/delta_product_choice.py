@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.ops.delta_product_inputs import compute_dtype, is_default_precision
 from tptt_jax.ops.gpu import compute_capability
+from tptt_jax.ops.manual_axes import varying_axes
 
 # Architecture that the kernels were measured on.
 _HOPPER = 9
@@ -46,6 +47,9 @@ def choose_implementation(
     """
     asked = os.environ.get("TPTT_JAX_PALLAS")
     if asked == "0" or not is_default_precision(precision):
+        return "xla"
+    if varying_axes(q):
+        # Kernels do not say along which axes of a mesh their results vary.
         return "xla"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
         return "xla"
@@ -90,6 +94,11 @@ def check_kernels(
         raise ValueError(
             f"jax {jax.__version__} has no Triton backend for Pallas, which the kernels need: "
             f'use implementation="xla".'
+        )
+    if varying_axes(q):
+        raise ValueError(
+            "the kernels do not work under jax.shard_map with check_vma=True: use "
+            'check_vma=False or implementation="xla".'
         )
     if state_activation != "none" or not _fits_kernels(q, k, v, beta):
         raise ValueError(

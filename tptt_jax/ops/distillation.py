@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden
-from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits, head_product
 from tptt_jax.ops.softcap import softcap_slope
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
@@ -126,7 +126,7 @@ def _add(
     top = jnp.maximum(sums.top, jnp.max(logits, axis=-1))
     shrink = jnp.exp(sums.top - top)
     weights = jnp.exp(logits - top[..., None])
-    rows = jnp.einsum("btv,ve->bte", (weights * slope).astype(dtype), piece.astype(dtype))
+    rows = head_product((weights * slope).astype(dtype), piece, 1)
     total = sums.total * shrink + jnp.sum(weights, axis=-1)
     weighted = sums.weighted * shrink[..., None] + rows.astype(jnp.float32)
     return _Sums(top, total, weighted), weights, shrink

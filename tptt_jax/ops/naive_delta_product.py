@@ -13,6 +13,7 @@ from tptt_jax.ops.delta_product_inputs import (
     compute_dtype,
     silence_padding,
 )
+from tptt_jax.ops.manual_axes import vary_along, varying_axes
 from tptt_jax.ops.token_shift import document_ordinals
 
 
@@ -72,6 +73,7 @@ def naive_delta_product(
     state = jnp.zeros((batch, kv_heads, dim, value_dim), dtype)
     if initial_state is not None:
         state = initial_state.astype(dtype)
+    state = vary_along(state, varying_axes(q, k, v, beta, log_decay, state, segment_ids))
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, kv_heads), dtype)
     restarts = jnp.zeros((batch, length), bool)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.config import RopeConfig
@@ -31,11 +32,12 @@ def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """Angles per token of distance, in radians.
 
     Args:
-      config: base and scaling; "llama3" follows the Llama 3.1 release.
+      config: base and scaling; where they depend on the length of the text, what
+        short texts have (see `RopeConfig.at_length`).
       head_dim: even.
 
     Returns:
-      float64 [head_dim / 2], decreasing.
+      float64 [head_dim / 2].
     """
     frequencies = config.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if config.scaling == "linear":
@@ -45,7 +47,28 @@ def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
         span = config.high_freq_factor - config.low_freq_factor
         keep = np.clip((turns - config.low_freq_factor) / span, 0.0, 1.0)
         return frequencies * (keep + (1 - keep) / config.factor)
+    if config.scaling == "yarn":
+        keep = 1 - _yarn_ramp(config, head_dim)
+        return frequencies * (keep + (1 - keep) / config.factor)
+    if config.scaling == "longrope":
+        return frequencies / np.asarray(config.short_factor, np.float64)
     return frequencies
+
+
+def _yarn_ramp(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """How much each channel is stretched, 0 to 1 [head_dim / 2] (arXiv:2309.00071, eq. 18)."""
+
+    def channel(turns: float) -> float:
+        """The channel that turns so often in the original context."""
+        wavelength = config.original_max_positions / (turns * 2 * math.pi)
+        return head_dim * math.log(wavelength) / (2 * math.log(config.theta))
+
+    low, high = channel(config.beta_fast), channel(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0  # as the paper's code does
+    return np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,28 +81,84 @@ def _digit_tables(config: RopeConfig, head_dim: int) -> tuple[np.ndarray, ...]:
     )
 
 
-def rotary_angles(positions: Int[Array, "B T"], config: RopeConfig, head_dim: int) -> RotaryAngles:
+def rotary_angles(
+    positions: Int[Array, "B T"],
+    config: RopeConfig,
+    head_dim: int,
+    lengths: Int[Array, "B T"] | int | None = None,
+) -> RotaryAngles:
     """The rotation of every token, right to 4e-6 rad at any position an int32 can hold.
 
     ``position * frequency`` in float32 is off by 0.06 rad at a million tokens. Here
     the position is cut into base-256 digits, and the angle of each digit comes from
-    a table made on the host in float64 and reduced modulo 2 pi.
+    a table made on the host in float64 and reduced modulo 2 pi. Only a "dynamic" base that depends
+    on traced lengths is known too late for that: those angles are right to 3e-7 of themselves.
 
     Args:
       positions: [B, T] in tokens.
       config: base and scaling of the layer.
       head_dim: even.
+      lengths: tokens of the text that each token belongs to [B, T], or of all texts, for scaling
+        that depends on it; None: no text is longer than `config.original_max_positions`.
 
     Returns:
-      Factors, float32 [B, T, head_dim].
+      Factors, float32 [B, T, head_dim], with the scaling's attention factor in them.
     """
-    mask = (1 << _DIGIT_BITS) - 1
-    angle = sum(
-        jnp.asarray(table)[(positions >> (_DIGIT_BITS * place)) & mask]
-        for place, table in enumerate(_digit_tables(config, head_dim))
-    )
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    known = lengths if isinstance(lengths, int) else 0
+    angle = _table_angles(positions, config.at_length(known, head_dim), head_dim)
+    if isinstance(lengths, jax.Array) and config.depends_on_length:
+        is_long = (lengths > config.original_max_positions)[..., None]
+        angle = jnp.where(is_long, _long_angles(positions, config, head_dim, lengths), angle)
+    cos, sin = (x * np.float32(config.attention_scale) for x in (jnp.cos(angle), jnp.sin(angle)))
     return RotaryAngles(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
+
+
+def _table_angles(positions: Array, config: RopeConfig, head_dim: int) -> Array:
+    mask = (1 << _DIGIT_BITS) - 1
+    return sum(
+        (
+            jnp.asarray(table)[(positions >> (_DIGIT_BITS * place)) & mask]
+            for place, table in enumerate(_digit_tables(config, head_dim))
+        ),
+        start=jnp.zeros((), jnp.float32),
+    )
+
+
+def _long_angles(positions: Array, config: RopeConfig, head_dim: int, lengths: Array) -> Array:
+    """Angles [B, T, head_dim / 2] in texts beyond the trained length."""
+    longest = config.original_max_positions
+    if config.scaling == "longrope":
+        fixed = config.at_length(longest + 1, head_dim)
+        return _table_angles(positions, fixed, head_dim)
+    growth = config.factor * (lengths.astype(jnp.float32) / longest - 1) + 1
+    index = np.arange(head_dim // 2, dtype=np.float32)
+    shrink = jnp.exp(jnp.log(growth)[..., None] * (-2 * index / (head_dim - 2)))
+    plain = rotary_frequencies(config, head_dim).astype(np.float32)
+    return positions.astype(jnp.float32)[..., None] * (plain * shrink)
+
+
+def invert_rotation(angles: RotaryAngles, config: RopeConfig) -> RotaryAngles:
+    """The rotation back, which takes the attention factor out again."""
+    scale = np.float32(config.attention_scale**-2)
+    return RotaryAngles(angles.cos * scale, angles.sin * -scale)
+
+
+def document_lengths(
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+    """Tokens of the document that each token belongs to.
+
+    Args:
+      positions: within the document [B, T]; the last one of a document is its largest.
+      segment_ids: [B, T], documents are contiguous; None: one document per row.
+    """
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
+    tokens = segment_ids.shape[1]
+    following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+    last = jnp.where(segment_ids != following, jnp.arange(tokens), tokens)
+    last = lax.cummin(last, axis=1, reverse=True)
+    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Array, "B T H D"]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Float
+from tptt_jax.ops.manual_axes import vary_along, varying_axes
 
 _BLOCK = 16
 
@@ -70,6 +71,7 @@ def _invert_diagonal_blocks(blocks: Array) -> Array:
         return rows - column[:, None] * rows[j], None
 
     rows = jnp.broadcast_to(jnp.eye(size, dtype=blocks.dtype)[..., None], columns.shape)
+    rows = vary_along(rows, varying_axes(columns))
     rows, _ = jax.lax.scan(eliminate, rows, (jnp.arange(size - 1), columns[:-1]))
     return jnp.transpose(rows, (2, 0, 1)).reshape(blocks.shape)
 

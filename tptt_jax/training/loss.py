@@ -139,6 +139,9 @@ def causal_lm_loss(
 
     Returns:
       (sum in nats, count), float32 scalars; the mean is their quotient.
+
+    Raises:
+      ValueError: if the head is differentiated without train_head.
     """
     hidden, _, _ = model.forward_hidden(
         tokens,

@@ -82,8 +82,8 @@ def init_train_state(
     key: Key[Array, ""],
 ) -> TrainState:
     """The state before the first step; the optimizer's arrays lie where the parameters lie."""
-    # The step donates its state; a copy keeps the caller's model alive.
-    trainable = jax.tree.map(jnp.copy, trainable)
+    # The step donates its state; copies keep the caller's model, its share and the key alive.
+    trainable, share, key = jax.tree.map(jnp.copy, (trainable, share, key))
     opt_state = optimizer.init(trainable)
     return TrainState(trainable, opt_state, share, jnp.zeros((), jnp.int32), key)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
@@ -90,6 +93,10 @@ def test_states_from_before_there_were_more_options_are_still_read(monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda x, **kw: (hashed.append(x), dumps(x, **kw))[1])
     model_fingerprint(make())
     assert hashed[0][1] == FIRST_OPTIONS
+    assert hashed[0][0]["rope"].keys() == {
+        *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_positions",
+    }
 
 
 def changed_weight():
@@ -131,8 +138,6 @@ def test_a_cut_file_is_refused(size, saved, tmp_path):
 
 
 def test_another_file_is_refused(tmp_path):
-    from safetensors.numpy import save_file
-
     save_file({"hidden": np.zeros((1, 32), np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match='its "format" is not'):
         load_state(tmp_path / "other.safetensors", make())
@@ -152,3 +157,119 @@ def test_a_failed_write_leaves_the_old_state(saved, monkeypatch):
         save_state(saved, make(), read(make(), TOKENS))
     assert saved.read_bytes() == before
     assert [file.name for file in saved.parent.iterdir()] == [saved.name]
+
+
+def test_states_of_another_setting_say_which(saved):
+    for change, reason in (
+        ({"softmax_window": 8}, "softmax_window: 7 in the state, 8 in the model"),
+        ({"softmax_sinks": 2}, "softmax_sinks: 4 in the state, 2 in the model"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            load_state(saved, make(liza=dataclasses.replace(LIZA, **change)))
+    with pytest.raises(ValueError, match="dtype: float32 in the state, bfloat16 in the model"):
+        load_state(saved, make(dtype=jnp.bfloat16))
+
+
+def test_a_state_in_memory_is_not_read_with_another_window():
+    state = read(make(), TOKENS)
+    for change, reason in (
+        ({"softmax_window": 16}, "window: 7 in the state, 16 in the model"),
+        ({"softmax_window": None}, "7 slots for 30 tokens"),
+        ({"softmax_sinks": 5}, "softmax_sinks: 4 in the state, 5 in the model"),
+    ):
+        other = make(liza=dataclasses.replace(LIZA, **change))
+        with pytest.raises(ValueError, match=reason):
+            read(other, TOKENS, state=state)
+        with pytest.raises(ValueError, match=reason):
+            generate(other, TOKENS, 2, state=state)
+
+
+KEYS, VALUES = (f"cache.stacks.0.softmax.full.{name}" for name in ("keys", "values"))
+
+
+def spoiled_lengths(value):
+    return lambda arrays: arrays | {"cache.length": np.full(2, value, np.int32)}
+
+
+def with_nan(arrays):
+    arrays["hidden"][1, 3] = np.nan
+    return arrays
+
+
+# What a file without a checksum, from before there was one, may hold.
+SPOILED = {
+    "rank": (lambda x: x | {KEYS: x[KEYS][0, 0, 0]}, "expected is"),
+    "no axis": (lambda x: x | {"hidden": np.zeros((), np.float32)}, "cannot be continued"),
+    "slots": (lambda x: x | {KEYS: x[KEYS][:, :, :5]}, "other slots for keys than for values"),
+    "window": (
+        lambda x: x | {name: x[name][:, :, :5] for name in (KEYS, VALUES)},
+        "window: 5 in the state, 7 in the model",
+    ),
+    "rows": (lambda x: x | {VALUES: x[VALUES][:, :1]}, "expected is"),
+    "negative length": (spoiled_lengths(-5), "must have 0 to"),
+    "huge length": (spoiled_lengths(2**31 - 1), "must have 0 to"),
+    "length of floats": (lambda x: x | {"cache.length": np.ones(2, np.float32)}, "expected is"),
+    "not a number": (with_nan, "hidden holds values that are not finite"),
+    "neither true nor false": (
+        lambda x: x | {"seen": np.full(x["seen"].shape, 7, np.uint8).view(bool)},
+        "neither true nor false",
+    ),
+    "missing": (lambda x: {k: v for k, v in x.items() if k != KEYS}, "it lacks cache"),
+    "more": (lambda x: x | {"strange": np.zeros(2, np.float32)}, "no use for"),
+}
+
+
+@pytest.fixture(scope="module")
+def content(saved):
+    with safe_open(saved, "numpy") as file:
+        return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata()
+
+
+@pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED)
+def test_impossible_states_are_refused(content, spoil, reason, tmp_path):
+    arrays, metadata = content
+    old = {name: metadata[name] for name in ("format", "model")}
+    spoiled = spoil({name: np.array(value) for name, value in arrays.items()})
+    save_file(spoiled, tmp_path / "a.state", metadata=old)
+    with pytest.raises(ValueError, match=reason) as error:
+        load_state(tmp_path / "a.state", make())
+    assert len(str(error.value).splitlines()) == 1
+    # Whole files of those days are as good as ever.
+    save_file(arrays, tmp_path / "a.state", metadata=old)
+    assert load_state(tmp_path / "a.state", make()).cache.length.tolist() == [30, 30]
+
+
+def test_a_flipped_bit_is_noticed(saved, tmp_path):
+    whole = saved.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    for place in np.linspace(first, len(whole) - 1, 7, dtype=int):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (tmp_path / "a.state").write_bytes(changed)
+        with pytest.raises(ValueError, match="has changed since it was saved"):
+            load_state(tmp_path / "a.state", make())
+
+
+def test_a_full_disk_leaves_the_old_state(saved, tmp_path):
+    """The limit on the size of files stands for the disk; it belongs to a process of its own."""
+    shutil.copy(saved, tmp_path / "a.state")
+    program = """
+import resource, sys
+import numpy as np
+from tests.tptt_jax.inference.test_snapshot import TOKENS, make, read, save_state
+model = make()
+state = read(model, TOKENS)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_state(sys.argv[1], model, state)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.state")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert "a.state" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["a.state"]
+    assert (tmp_path / "a.state").read_bytes() == saved.read_bytes()

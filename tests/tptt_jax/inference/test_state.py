@@ -50,6 +50,12 @@ def test_only_caches_without_a_window_grow():
     assert mixed[2] - mixed[1] == (base[2] - base[1]) // 2
 
 
+def test_slots_are_those_of_the_window_or_as_many_as_asked_for():
+    for name, want in (("window", {"full": 7}), ("sliding and full", {"sliding": 600, "full": 1})):
+        (stack,) = init_cache(make(*CONFIGS[name]), 1, 1).stacks
+        assert {kind: ring.keys.shape[2] for kind, ring in stack.softmax.items()} == want
+
+
 def test_a_linear_model_keeps_states_and_raw_tokens_only():
     cache = init_cache(make(*CONFIGS["no softmax"]), 1, 1000)
     kinds = {leaf.shape[2:] for leaf in jax.tree.leaves(cache.stacks)}

@@ -178,3 +178,41 @@ def test_the_gradient_is_the_rotation_back(dtype):
     assert got.dtype == dtype
     tolerance = 1e-5 if dtype == jnp.float32 else 0.02
     assert_allclose(got.astype(jnp.float32), want.astype(jnp.float32), atol=tolerance)
+
+
+LENGTHS = {
+    "dynamic": RopeConfig(theta=1e4, scaling="dynamic", factor=3.0, original_max_positions=16),
+    "longrope": RopeConfig(
+        **{"scaling": "longrope", "factor": 4.0, "original_max_positions": 16},
+        short_factor=tuple(np.linspace(1, 2, 32).tolist()),
+        long_factor=tuple(np.linspace(1, 30, 32).tolist()),
+    ),
+}
+
+
+@pytest.mark.parametrize("config", LENGTHS.values(), ids=LENGTHS)
+def test_every_document_has_the_frequencies_of_its_length(config):
+    """Three documents and padding in one row: 10, 17 and 300 tokens."""
+    counts = (10, 17, 300)
+    ids = np.repeat([1, 2, 3, 0], (*counts, 5))[None]
+    positions = np.concatenate([*map(np.arange, counts), np.zeros(5, int)])[None]
+    lengths = rope.document_lengths(jnp.asarray(positions), jnp.asarray(ids))
+    assert lengths[0, :-5].tolist() == np.repeat(counts, counts).tolist()
+    got = rotary_angles(jnp.asarray(positions), config, HEAD_DIM, lengths)
+    for number, count in enumerate(counts, 1):
+        fixed = config.at_length(count, HEAD_DIM)
+        want = angles_of(jnp.arange(count)[None], fixed, HEAD_DIM)
+        for have, wanted in zip(got, want, strict=True):
+            assert_allclose(have[:, ids[0] == number], wanted, atol=1e-4)
+    alone = rope.document_lengths(jnp.asarray([[3, 4, 9], [0, 1, 2]]), None)
+    assert alone.tolist() == [[10] * 3, [3] * 3]
+
+
+def test_the_rotation_back_takes_the_factor_out():
+    config = RopeConfig(scaling="yarn", factor=8.0, original_max_positions=64)
+    assert config.attention_scale == pytest.approx(1 + 0.1 * math.log(8))
+    x, angles = jnp.asarray(_heads(7)), angles_of(jnp.asarray([[3, 40, 500, 9]]), config, HEAD_DIM)
+    turned = rotate(x, angles)
+    factor = jnp.linalg.norm(turned, axis=-1) / jnp.linalg.norm(x, axis=-1)
+    assert_allclose(factor, config.attention_scale, rtol=1e-5)
+    assert_allclose(rotate(turned, rope.invert_rotation(angles, config)), x, atol=1e-5)

@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.ops.cross_entropy import token_cross_entropy
 from tptt_jax.training.loss import (
     Targets,
     causal_lm_loss,
@@ -125,3 +126,54 @@ def test_packed_loss_is_the_sum_of_the_documents():
     second, _ = causal_lm_loss(model, tokens[:, 9:20])
     assert count == 8 + 10
     np.testing.assert_allclose(packed, first + second, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_losses_in_half_precision_are_possible_and_close(tied):
+    """Logits rounded to bfloat16 gave a quarter of the tokens a probability above 1."""
+    config = ModelConfig.tiny(tie_embeddings=tied)
+    exact = CausalLM(config, rngs=nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(1), 2)
+    head, axis = exact.head_matrix()
+    tokens = jax.random.randint(keys[0], (2, 40), 0, config.vocab_size)
+    # Hidden states that are sure of the token, as those of a trained model are.
+    rows = head if axis == 0 else head.T
+    hidden = (40 * rows[tokens]).astype(jnp.bfloat16)
+    half = head.astype(jnp.bfloat16)
+    options = {"vocab_axis": axis}
+    got = token_cross_entropy(hidden, half, tokens, **options)
+    want = token_cross_entropy(
+        hidden.astype(jnp.float32), half.astype(jnp.float32), tokens, **options
+    )
+    assert got.dtype == jnp.float32
+    assert float(got.min()) >= 0
+    np.testing.assert_allclose(got, want, atol=2e-4)
+    targets = Targets(tokens, jnp.ones(tokens.shape))
+    total = chunked_cross_entropy(hidden, half, targets, train_head=True, **options)
+    np.testing.assert_allclose(total, want.sum(), rtol=1e-3, atol=1e-3)
+    # What is sampled from and ranked.
+    low = CausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    logits = low.project_logits(hidden)
+    assert logits.dtype == jnp.float32
+    wide = hidden.astype(jnp.float32) @ (half if axis else half.T).astype(jnp.float32)
+    np.testing.assert_allclose(logits, wide, rtol=1e-5, atol=1e-4)
+    assert low(tokens).logits.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_head_gets_its_gradient_or_says_that_it_does_not(tied):
+    model = CausalLM(ModelConfig.tiny(num_layers=1, tie_embeddings=tied), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (1, 12), 0, 97)
+
+    def loss(model, **options):
+        return causal_lm_loss(model, tokens, **options)[0]
+
+    with pytest.raises(ValueError, match="train_head=True"):
+        nnx.grad(loss)(model)
+    gradients = nnx.grad(lambda model: loss(model, train_head=True))(model)
+    head = gradients["embed"]["embedding"] if tied else gradients["lm_head"]["kernel"]
+    assert float(jnp.abs(head.get_value()).max()) > 0.01
+    # A frozen head needs none.
+    others = nnx.DiffState(0, lambda path, x: "stacks" in path)
+    some = nnx.jit(nnx.grad(loss, argnums=others))(model)
+    assert all(float(jnp.abs(x).max()) > 0 for x in jax.tree.leaves(some))

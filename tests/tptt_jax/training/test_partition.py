@@ -138,3 +138,21 @@ def test_frozen_adapters_belong_to_what_the_memory_is_fitted_to():
         losses[mode] = float(step(state, partition.frozen, batch)[1].loss)
     assert losses["memory"] == pytest.approx(0, abs=1e-6)
     assert losses["lora"] > 1e-4
+
+
+def test_a_step_leaves_the_callers_share_and_key_alone():
+    """The step donates its state: what the model and the caller hold must not be part of it."""
+    liza = LizaConfig(writes="all", mag="scheduled", mag_init=0.3)
+    model = CausalLM(ModelConfig.tiny(num_layers=1), liza, LoraConfig(), rngs=nnx.Rngs(0))
+    want = np.asarray(model(TOKENS).logits)
+    partition, trainable, share = split_trainable(model, "lora")
+    optimizer, key = make_optimizer(OptimizerConfig(), 10), jax.random.key(3)
+    state = init_train_state(trainable, share, optimizer, key)
+    step = make_train_step(partition, optimizer, mag_schedule=MagSchedule())
+    state, _ = step(state, partition.frozen, BATCH)
+    assert float(model.mag_share[...]) == pytest.approx(0.3)
+    np.testing.assert_array_equal(model(TOKENS).logits, want)
+    assert jax.random.key_data(key).shape == (2,)
+    load_trainable(model, state.trainable, state.share)
+    assert float(model.mag_share[...]) == pytest.approx(float(state.share))
+    assert np.isfinite(model(TOKENS).logits).all()

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -30,14 +32,14 @@ _OUT, _LAST = "b t (k g) e", _AXES["state"]
 
 def forward(inputs: KernelInputs, cut: Cut) -> tuple[Array, Array]:
     """`run_forward` on all devices."""
-    if jax.device_count() == 1:
+    if _is_local():
         return run_forward(inputs, cut)
     return _divide(lambda x: run_forward(x, cut), (inputs,), (_OUT, _LAST), inputs)
 
 
 def backward(inputs: KernelInputs, grad_out: Array, grad_last: Array, cut: Cut) -> KernelInputs:
     """`run_backward` on all devices."""
-    if jax.device_count() == 1:
+    if _is_local():
         return run_backward(inputs, grad_out, grad_last, cut)
     results = inputs._replace(ordinals=None)
     return _divide(
@@ -46,6 +48,13 @@ def backward(inputs: KernelInputs, grad_out: Array, grad_last: Array, cut: Cut) 
         _name_axes(results),
         inputs,
     )
+
+
+def _is_local() -> bool:
+    """Whether arrays are those of one device: there is one, or `jax.shard_map` has divided them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    is_divided = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
+    return jax.device_count() == 1 or is_divided
 
 
 def _name_axes(inputs: KernelInputs) -> KernelInputs:
@@ -95,7 +104,27 @@ def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInpu
         need_replication_factors=tuple(whole),
         **sizes,
     )
-    return jax.tree.unflatten(result_structure, divided(*arrays))
+    return jax.tree.unflatten(result_structure, _fold_vmapped(divided)(*arrays))
+
+
+def _fold_vmapped(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
+    """The same under `jax.vmap`, whose axis becomes one of more rows: all arrays have rows first.
+
+    Partitioned functions have no batching rule of their own.
+    """
+    folded = custom_vmap(run)
+
+    @folded.def_vmap
+    def map_rows(size: int, is_mapped: list[bool], *flat: Array) -> tuple[Any, Any]:
+        whole = (
+            x if mapped else jnp.broadcast_to(x, (size, *x.shape))
+            for x, mapped in zip(flat, is_mapped, strict=True)
+        )
+        results = folded(*(x.reshape(-1, *x.shape[2:]) for x in whole))
+        apart = tuple(x.reshape(size, -1, *x.shape[1:]) for x in results)
+        return apart, (True,) * len(apart)
+
+    return folded
 
 
 def _spec(shape: Any) -> tuple[Any, ...]:
