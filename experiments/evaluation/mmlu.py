@@ -121,7 +121,8 @@ class Mmlu:
         """Averages over all questions, and in the report those of each subject."""
         columns = measured_columns(results)
         table = Table(
-            title=f"{label}: MMLU, one-shot, % of {len(rows):,} questions", title_justify="left"
+            title=f"{escape(label)}: MMLU, one-shot, % of {len(rows):,} questions",
+            title_justify="left",
         )
         table.add_column("metric")
         for name in columns:

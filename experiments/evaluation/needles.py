@@ -163,7 +163,7 @@ class Needles:
         """Shares of right answers by length, over all depths, and one question with its answers."""
         names = measured_columns(results)
         table = Table(
-            title=f"{label}: {self.name}, % right, {len(self.depths)} depths x {self.samples}",
+            title=f"{escape(label)}: {self.name}, % right, {len(self.depths)} depths x {self.samples}",
             title_justify="left",
         )
         table.add_column("tokens", justify="right")

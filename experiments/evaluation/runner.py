@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.evaluation.store import Result, RowStore, row_key
@@ -117,7 +118,7 @@ class Runner:
         rows: Sequence[_KeyedRow],
     ) -> None:
         bar = Progress(
-            TextColumn(f"{title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
+            TextColumn(f"{escape(title)}  {{task.completed:.0f}}/{{task.total:.0f}}"),
             BarColumn(),
             TimeRemainingColumn(),
             console=self.console,

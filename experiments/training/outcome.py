@@ -146,7 +146,7 @@ class Outcome:
             f"tokens of held-out text. The first text hides: {escape(first.hidden)}",
             title_justify="left",
         )
-        table.add_column(first.question)
+        table.add_column(escape(first.question))
         table.add_column("answer to the first", justify="right")
         table.add_column(f"right, of {count}", justify="right")
         labels = _LABELS | {"window": "memory off", "fitted": "memory on"}

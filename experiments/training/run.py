@@ -77,7 +77,7 @@ class Run:
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
         data = load_token_data(config.data, tokenizer, config.seed, window=window)
-        console.print(data.describe())
+        console.print(data.describe(), markup=False)
         model = load_pretrained(
             config.model,
             config.memory,
@@ -191,6 +191,9 @@ class Run:
             checkpoint_every=self.config.checkpoint_every,
             step=step,
             batch_at=self._batch_at,
+            rows_at=lambda number: self.data.train.rows_at(
+                number, self.config.batch_size, self.config.seed
+            ),
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_last=True,
