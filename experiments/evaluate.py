@@ -168,7 +168,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for summary in each:
             console.print(summary.table)
             if summary.sample:
-                console.print(summary.sample + "\n")
+                console.print(summary.sample + "\n", markup=False)
     result = _result(config, findings, summaries)
     _write(config, tasks, findings, summaries, result)
     console.print(f"report, pictures and results are in {config.output}", markup=False)

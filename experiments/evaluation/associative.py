@@ -119,7 +119,8 @@ class AssociativeRecall:
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Shares of right answers by length."""
         table = Table(
-            title=f"{escape(label)}: recall, % of {_QUERIES} queries right, {self.samples} rows each",
+            title=f"{escape(label)}: recall, % of {_QUERIES} queries right, "
+            f"{self.samples} rows each",
             title_justify="left",
         )
         table.add_column("tokens", justify="right")

@@ -144,7 +144,7 @@ class Mmlu:
         }
         lines = [f"asked: {rows[0].data.text}  (right: {rows[0].about['letter']})"]
         lines += [f"{name}: {results[name][0]['answer'].strip()}" for name in columns]
-        return Summary(table, report, escape("\n".join(lines)))
+        return Summary(table, report, "\n".join(lines))
 
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]

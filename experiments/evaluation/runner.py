@@ -117,8 +117,10 @@ class Runner:
         variant: Variant,
         rows: Sequence[_KeyedRow],
     ) -> None:
+        # Both markup and str.format read what stands in the column.
+        shown_title = escape(title).replace("{", "{{").replace("}", "}}")
         bar = Progress(
-            TextColumn(f"{escape(title)}  {{task.completed:.0f}}/{{task.total:.0f}}"),
+            TextColumn(f"{shown_title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
             BarColumn(),
             TimeRemainingColumn(),
             console=self.console,
