@@ -1,10 +1,13 @@
 """What is checked of a run before anything is loaded or written."""
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convert.bases import base_source, has_base
 from convert.demo import PACKAGED_SOURCES
 from experiments.arguments import FinetuneConfig
+from experiments.output_folder import check_path
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -29,15 +32,56 @@ def describe_run(config: FinetuneConfig) -> Description:
 def check_output(config: FinetuneConfig, description: Description) -> None:
     """Raises if the output directory holds another run."""
     output = config.output
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: name a directory.")
+    check_path(output)
     if output.resolve() == Path(description.source):
         raise ValueError(f"--output {output} is the model itself: name another directory.")
-    if is_checkpoint(output) and config.resume and read_description(output) != description:
-        raise ValueError(
-            f"{output} holds a run with another model or other settings: use another --output, "
-            "or --no-resume to start again."
-        )
+    for needed in _needed(description.source):
+        if output.resolve() == needed:
+            raise ValueError(
+                f"--output {output} is needed by {config.model}, which was trained on it: name "
+                "another directory."
+            )
+    for stage in (".", "transfer", "distill"):
+        folder = output / stage / "checkpoints"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, where checkpoints belong: remove it.")
+    if is_checkpoint(output) and config.resume:
+        differences = _differences(read_description(output), description)
+        if differences:
+            raise ValueError(
+                f"{output} holds a run with another model or other settings "
+                f"({'; '.join(differences)}): use another --output, or --no-resume to start again."
+            )
+
+
+def _needed(source: str) -> list[Path]:
+    """The folders that a source is loaded from: its own, and its base's, and so on."""
+    needed: list[Path] = []
+    path = Path(source).expanduser()
+    while source not in PACKAGED_SOURCES and path.exists() and path.resolve() not in needed:
+        needed.append(path.resolve())
+        if is_checkpoint(path):
+            source = read_description(path).source
+        elif has_base(path):
+            source = base_source(path)
+        else:
+            break
+        path = Path(source).expanduser()
+    return needed
+
+
+def _differences(before: Description, now: Description) -> list[str]:
+    """What a run was begun with, and what is asked, by the names of the settings."""
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in ("source", "train")]
+    pairs.append(("dtype", before.dtype, now.dtype))
+    for name in ("liza", "lora"):
+        parts = [getattr(each, name) for each in (before, now)]
+        if None in parts:
+            pairs.append((name, *("none" if part is None else "given" for part in parts)))
+        else:
+            old, new = map(dataclasses.asdict, parts)
+            pairs += [(f"{name}.{key}", old.get(key), new[key]) for key in new]
+    return [f"{name}: {a} in the run, {b} asked" for name, a, b in pairs if a != b]
 
 
 def check_rows(batch_size: int, mesh: "Mesh | None") -> None:

@@ -28,7 +28,7 @@ def locked_output(output: Path) -> Iterator[None]:
       ValueError: if it cannot be written, or another process works in it.
     """
     try:
-        _check_path(output)
+        check_path(output)
         made = _make(output)
     except OSError as error:
         raise ValueError(_complaint(output, error)) from None
@@ -68,8 +68,15 @@ def check_output_file(file: Path, option: str) -> None:
         raise ValueError(f"{option} {file} cannot be written: {existing} is not writable.")
 
 
+def check_path(output: Path) -> None:
+    """Raises ValueError if --output is something else than a directory, or none yet."""
+    try:
+        _check_path(output)
+    except OSError as error:
+        raise ValueError(_complaint(output, error)) from None
+
+
 def _check_path(output: Path) -> None:
-    """Raises ValueError if the path is something else than a directory, or none yet."""
     for each in (output, *output.absolute().parents):
         if each.is_symlink() and not each.exists():
             raise ValueError(

@@ -42,10 +42,10 @@ def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
         fill(partial)
         _write_manifest(partial)
         for entry in partial.rglob("*"):
-            _sync(entry)
-        _sync(partial)
+            sync_path(entry)
+        sync_path(partial)
         _put(partial, final)
-        _sync(folder)
+        sync_path(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -138,7 +138,8 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
