@@ -87,7 +87,7 @@ def init_train_state(
 ) -> TrainState:
     """The state before the first step; the optimizer's arrays lie where the parameters lie."""
     # The step donates its state; a copy keeps the caller's model alive.
-    trainable = jax.tree.map(jnp.copy, trainable)
+    trainable, share = jax.tree.map(jnp.copy, (trainable, share))
     opt_state = optimizer.init(trainable)
     return TrainState(trainable, opt_state, share, jnp.zeros((), jnp.int32), key)
 
