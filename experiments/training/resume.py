@@ -19,7 +19,7 @@ from experiments.models import is_tuned
 from experiments.training import fingerprints
 from experiments.yaml_defaults import read_yaml
 from tptt_jax import CausalLM
-from tptt_jax.training.checkpoint import latest_step
+from tptt_jax.training.checkpoint import latest_sound_step, latest_step
 
 STAGES = ("transfer", "distill", ".")
 """Folders of checkpoints below a run's directory."""
@@ -107,7 +107,7 @@ class Resumption:
         steps = [latest_step(output / name) for name in STAGES] if config.resume else []
         self.is_started = any(step is not None for step in steps)
         """Whether earlier calls have left a checkpoint to go on from."""
-        self.step = steps[-1] if steps else None
+        self.step = latest_sound_step(output) if self.is_started else None
         """Of training; None: it has not begun."""
         self._earlier = Record.read(output) if self.is_started else None
         _check_names(config)

@@ -4,6 +4,7 @@ A run's directory holds `checkpoint.json` (what to load the base from, and how) 
 `checkpoints/<step>/` (orbax; a step appears under its name only once it is complete and on disk).
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from tptt_jax.training.train_step import TrainState
 
 _LOG = logging.getLogger(__name__)
 _Read = TypeVar("_Read")
+_PARTS = ("weights", "progress")
 
 
 class CheckpointMisfit(ValueError):
@@ -51,6 +53,16 @@ def latest_step(path: str | os.PathLike[str]) -> int | None:
     """The last complete step of a run, or None; whether its files are sound is not checked."""
     steps = list_steps(_folder(path))
     return steps[-1] if steps else None
+
+
+def latest_sound_step(path: str | os.PathLike[str]) -> int | None:
+    """The last step whose files are as they were written, or None."""
+    folder = _folder(path)
+    for step in reversed(list_steps(folder)):
+        with contextlib.suppress(DamagedStep):
+            check_step(folder / str(step), _PARTS)
+            return step
+    return None
 
 
 def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
@@ -149,7 +161,7 @@ class RunCheckpoints:
         if step == self._known:
             return
         # The next step may take over the state's memory while it is being written.
-        trees = dict(zip(("weights", "progress"), _items(state), strict=True))
+        trees = dict(zip(_PARTS, _items(state), strict=True))
         copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
         self._pending = self._writer.submit(self._write, step, copies)
         self._known = step
@@ -178,8 +190,7 @@ class RunCheckpoints:
           ValueError: if there is none, none can be read, or it was saved by a run with other
             trainable parameters.
         """
-        weights, progress = _items(like)
-        parts = {"weights": weights, "progress": progress}
+        parts = dict(zip(_PARTS, _items(like), strict=True))
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, parts)
 
         def read(folder: Path) -> Any:

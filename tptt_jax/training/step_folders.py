@@ -47,7 +47,9 @@ def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
         _put(partial, final)
         sync_path(folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        # orbax adds an ending to the name while it writes.
+        for left in folder.glob(f"{partial.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
         raise
 
 
