@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convert.bases import base_source, has_base
 from convert.demo import PACKAGED_SOURCES
+from convert.overwriting import needed_paths
 from experiments.arguments import FinetuneConfig
 from experiments.output_folder import check_path
 from tptt_jax.training.description import Description, is_checkpoint, read_description
@@ -35,7 +35,7 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
     check_path(output)
     if output.resolve() == Path(description.source):
         raise ValueError(f"--output {output} is the model itself: name another directory.")
-    for needed in _needed(description.source):
+    for needed in needed_paths(description.source):
         if output.resolve() == needed:
             raise ValueError(
                 f"--output {output} is needed by {config.model}, which was trained on it: name "
@@ -54,33 +54,19 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
             )
 
 
-def _needed(source: str) -> list[Path]:
-    """The folders that a source is loaded from: its own, and its base's, and so on."""
-    needed: list[Path] = []
-    path = Path(source).expanduser()
-    while source not in PACKAGED_SOURCES and path.exists() and path.resolve() not in needed:
-        needed.append(path.resolve())
-        if is_checkpoint(path):
-            source = read_description(path).source
-        elif has_base(path):
-            source = base_source(path)
-        else:
-            break
-        path = Path(source).expanduser()
-    return needed
-
-
 def _differences(before: Description, now: Description) -> list[str]:
     """What a run was begun with, and what is asked, by the names of the settings."""
-    pairs = [(name, getattr(before, name), getattr(now, name)) for name in ("source", "train")]
-    pairs.append(("dtype", before.dtype, now.dtype))
+    names = ("source", "train", "dtype")
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
     for name in ("liza", "lora"):
-        parts = [getattr(each, name) for each in (before, now)]
-        if None in parts:
-            pairs.append((name, *("none" if part is None else "given" for part in parts)))
+        old, new = getattr(before, name), getattr(now, name)
+        if old is None or new is None:
+            pairs.append(
+                (name, "none" if old is None else "given", "none" if new is None else "given")
+            )
         else:
-            old, new = map(dataclasses.asdict, parts)
-            pairs += [(f"{name}.{key}", old.get(key), new[key]) for key in new]
+            values = dataclasses.asdict(old)
+            pairs += [(f"{name}.{k}", values.get(k), v) for k, v in dataclasses.asdict(new).items()]
     return [f"{name}: {a} in the run, {b} asked" for name, a, b in pairs if a != b]
 
 

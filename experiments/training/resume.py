@@ -111,9 +111,8 @@ class Resumption:
         """Of training; None: it has not begun."""
         self._earlier = Record.read(output) if self.is_started else None
         _check_names(config)
-        seed = config.seed
+        seed, saved = config.seed, _saved_settings(output) if self.is_started else {}
         if self.is_started:
-            saved = _saved_settings(output)
             found = self._earlier.seed if self._earlier else saved.get("seed")
             seed = found if isinstance(found, int) else seed
         self.record = Record(seed=seed)
@@ -148,19 +147,20 @@ class Resumption:
         differing = [name for name in record.base if record.base[name] != earlier.base.get(name)]
         if differing or earlier.base.keys() - record.base.keys():
             names = differing or sorted(earlier.base.keys() - record.base.keys())
-            values = (str(each.get(names[0], "none"))[:60] for each in (earlier.base, record.base))
+            a, b = (str(each.get(names[0], "none"))[:60] for each in (earlier.base, record.base))
             what = f"{len(names)} tensors of {self._config.model} have changed, first {names[0]}"
-            found.append(Change("base", *values, f"restore the base model ({what})"))
+            found.append(Change("base", a, b, f"restore the base model ({what})"))
         remedy = "restore the data, the tokenizer and the packages that the run began with"
         if record.held_out != earlier.held_out:
-            found.append(Change("held_out", *_short(earlier.held_out, record.held_out), remedy))
+            a, b = _short(earlier.held_out), _short(record.held_out)
+            found.append(Change("held_out", a, b, remedy))
         if not self._changes:
             for name, before, now in (
                 ("data.path", earlier.rows, record.rows),
                 ("fit.data", earlier.fit_rows, record.fit_rows),
             ):
                 if before != now and before is not None:
-                    found.append(Change(name, *_short(before, now), remedy))
+                    found.append(Change(name, _short(before), _short(now), remedy))
         self._refuse(found)
 
     @property
@@ -195,8 +195,8 @@ class Resumption:
             ("fit.data", earlier.fit_data, self.record.fit_data, "--fit-data"),
         ):
             if not fingerprints.is_same_data(before, now):
-                shown = map(fingerprints.describe_data, (before, now))
-                found.append(Change(name, *shown, f"restore what {flag} named"))
+                a, b = map(fingerprints.describe_data, (before, now))
+                found.append(Change(name, a, b, f"restore what {flag} named"))
         return found
 
     def _refuse(self, changes: list[Change]) -> None:
@@ -265,5 +265,5 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _short(*hashes: str | None) -> tuple[str, ...]:
-    return tuple("none" if each is None else f"rows {each[:8]}" for each in hashes)
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"rows {digest[:8]}"

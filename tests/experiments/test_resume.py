@@ -152,7 +152,9 @@ def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(start
 
 
 def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
-    exploding = replace(started, output=tmp_path / "run", learning_rate=1e30, warmup_steps=0)
+    data = replace(started.data, eval_rows=0.0)
+    exploding = replace(started, output=tmp_path / "run", data=data, learning_rate=1e30)
+    exploding = replace(exploding, warmup_steps=0)
     with pytest.raises(ValueError, match=r"step 2 is not finite \(loss .*, rows (\d+), \d+ ") as no:
         run(exploding)
     assert "--learning-rate and --resume-allow" in str(no.value)

@@ -40,7 +40,8 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
 def read_shapes(folder: Path, part: str) -> Any:
     """A tree of what a part holds, with `shape` and `dtype`."""
     with _plain_path(folder) as place:
-        return _checkpointer().metadata(place).item_metadata[part]
+        found: Any = _checkpointer().metadata(place)
+        return found.item_metadata[part]
 
 
 def read_trees(folder: Path, targets: Mapping[str, Any]) -> Mapping[str, Any]:
