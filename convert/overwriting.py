@@ -59,13 +59,13 @@ def check_overwrite(output: Path, source: Source) -> None:
     for path in needed_paths(source):
         if path.is_relative_to(target):
             raise ConversionError(
-                f"{output} cannot be overwritten: {os.fspath(source)} is loaded from {path}; choose "
-                "another directory."
+                f"{output} cannot be overwritten: {os.fspath(source)} is loaded from {path}; "
+                "choose another directory."
             )
     names = sorted(entry.name for entry in output.iterdir())
     others = [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]
     if others:
         raise ConversionError(
-            f"{output} holds {listing(others)}, which no export consists of, so it is not "
+            f"{output} holds {listing(others[:5])}, which no export consists of, so it is not "
             "overwritten; move that away, or choose another directory."
         )
