@@ -32,7 +32,8 @@ def test_what_is_needed_is_not_replaced(kind, base, tmp_path, monkeypatch, capsy
         source = base
     elif kind == "adapter":
         source.mkdir()
-        config = {"base_model_name_or_path": str(base), "peft_type": "LORA"}
+        config = {"base_model_name_or_path": str(base), "peft_type": "LORA", "r": 2}
+        config |= {"target_modules": ["q_proj"], "lora_alpha": 4}
         (source / "adapter_config.json").write_text(json.dumps(config))
     else:
         described = Description(source=str(base), liza=None, lora=None, train="full")
