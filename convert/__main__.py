@@ -11,6 +11,7 @@ from convert.command_line import run_command
 from convert.files import check_replaceable
 from convert.inspection import describe
 from convert.model_card import read_results
+from convert.overwriting import check_overwrite
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import progress_bars
 from convert.verify import verify_pretrained
@@ -34,6 +35,7 @@ def import_model(
       overwrite: replace an earlier model in that directory.
     """
     check_replaceable(output, overwrite=overwrite)
+    check_overwrite(output, source)
     model = load_pretrained(source, dtype=dtype)
     export_pretrained(model, output, "merged", source, overwrite=overwrite)
     return {"output": str(output), "format": "merged", "dtype": model.dtype.name}
@@ -63,6 +65,7 @@ def export_model(
         (README.md) quotes.
     """
     check_replaceable(output, overwrite=overwrite)
+    check_overwrite(output, checkpoint)
     if results is not None:
         # Before the weights are loaded.
         read_results(results.expanduser(), checkpoint)

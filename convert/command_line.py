@@ -4,10 +4,11 @@ import contextlib
 import functools
 import io
 import json
+import logging
 import math
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def run_command(
     """
     arguments, flags = _take_flags(sys.argv[1:] if argv is None else argv)
     try:
-        result = _parse(function, arguments, prog)() or {}
+        with _plain_warnings():
+            result = _parse(function, arguments, prog)() or {}
         # Nothing may follow the JSON line, so it is written when the work is done.
         if "--json" in flags:
             print(json.dumps(_plain(result), allow_nan=False), flush=True)
@@ -70,6 +72,22 @@ def run_command(
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         return _BAD_INPUT
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """What our library warns of is a line on stderr, once, without the logger's name."""
+    logger, handler = logging.getLogger("tptt_jax"), logging.lastResort
+    if handler is None:
+        yield
+        return
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:

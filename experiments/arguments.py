@@ -126,6 +126,9 @@ class FinetuneConfig:
     """Length of that continuation; 0: none."""
     resume: bool = True
     """Go on from the last checkpoint in output; False: start again."""
+    resume_allow: tuple[str, ...] = ()
+    """Settings that may be others than in the run that goes on, such as learning_rate, seed or
+    data; config.yaml says from which step on they were. More --steps need no permission."""
 
     def __post_init__(self) -> None:
         """Rejects values that no run can have."""

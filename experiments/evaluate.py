@@ -32,6 +32,8 @@ from experiments.evaluation.runner import Findings, Runner
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Summary, Task
 from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
+from experiments.memory_use import peak_gb
+from experiments.output_folder import locked_output
 from experiments.process import prepare_process
 
 TaskName = Literal[
@@ -148,6 +150,11 @@ class EvaluateConfig:
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measures, prints and writes the reports; returns what --json prints."""
     prepare_process()
+    with locked_output(config.output):
+        return _evaluate(config) | {"peak_gb": peak_gb()}
+
+
+def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     tasks = config.tasks
     columns = config.columns or COLUMNS
@@ -168,7 +175,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for summary in each:
             console.print(summary.table)
             if summary.sample:
-                console.print(summary.sample + "\n")
+                console.print(summary.sample + "\n", markup=False)
     result = _result(config, findings, summaries)
     _write(config, tasks, findings, summaries, result)
     console.print(f"report, pictures and results are in {config.output}", markup=False)

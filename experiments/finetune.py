@@ -6,6 +6,8 @@ from typing import Any
 from rich.console import Console
 
 from experiments.arguments import FinetuneConfig, run_finetune
+from experiments.checks import check_output, describe_run
+from experiments.output_folder import locked_output
 from experiments.process import prepare_process
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
@@ -16,6 +18,12 @@ from tptt_jax.training.partition import load_trainable
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs a fine-tuning run, or goes on with it, and returns what --json prints."""
     prepare_process()
+    check_output(config, describe_run(config))
+    with locked_output(config.output):
+        return _finetune(config)
+
+
+def _finetune(config: FinetuneConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     run = Run.prepare(config, console)
     # With the adapters that the source may have brought.

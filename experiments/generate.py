@@ -1,6 +1,5 @@
 """``python -m experiments.generate``: continues a prompt of any length, streaming."""
 
-import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,9 @@ import tyro
 
 from convert.demo import DEFAULT_MODEL
 from experiments.arguments import run_configured
+from experiments.memory_use import peak_gb
 from experiments.models import is_tuned, load_model
+from experiments.output_folder import check_output_file
 from experiments.process import prepare_process
 from experiments.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
 from experiments.writer import Writer, report
@@ -108,6 +109,8 @@ class GenerateConfig:
 def generate_text(config: GenerateConfig) -> dict[str, Any]:
     """Loads, reads, generates, prints; returns what --json prints."""
     prepare_process()
+    if config.save_state is not None:
+        check_output_file(config.save_state, "--save-state")
     if config.compare and config.adapter is None and not is_tuned(config.model or DEFAULT_MODEL):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     loaded = load_model(
@@ -125,7 +128,7 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     if config.load_state is not None:
         writer.state = load_state(config.load_state, model)
     written |= _chat(config, writer) if config.chat else _continue(config, writer)
-    return written | {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return written | {"peak_gb": peak_gb()}
 
 
 def _writer(

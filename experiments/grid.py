@@ -10,7 +10,8 @@ from rich.console import Console
 
 from convert.command_line import run_command
 from convert.files import atomic_file
-from experiments.sweep.plan import read_plan
+from experiments.output_folder import locked_output
+from experiments.sweep.plan import Variant, read_plan
 from experiments.sweep.runner import Outcome, check_folders, run_variant
 from experiments.sweep.table import gap_left, markdown_table, rich_table, table_rows
 
@@ -29,6 +30,11 @@ def run_grid(config: Path, output: Path = Path("runs/grid")) -> dict[str, Any]:
         the run has printed. An interrupted run goes on from its last checkpoint.
     """
     variants = read_plan(config)
+    with locked_output(output):
+        return _run_variants(output, variants)
+
+
+def _run_variants(output: Path, variants: list[Variant]) -> dict[str, Any]:
     check_folders(output, variants)
     console = Console(soft_wrap=True, highlight=False)
     console.print(

@@ -1,10 +1,26 @@
 """Ctrl-C and SIGTERM as a request that a loop honours between two steps."""
 
+import os
 import signal
+import sys
 from types import FrameType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def exit_on_interrupt() -> None:
+    """Until a command has imported what it needs, Ctrl-C ends the process without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit_while_importing)
+
+
+def _exit_while_importing(number: int, frame: FrameType | None) -> None:
+    # A command's module defines `main` after its imports.
+    if hasattr(sys.modules["__main__"], "main"):
+        raise KeyboardInterrupt
+    os.write(2, b"interrupted\n")
+    os._exit(128 + number)
 
 
 class StopRequest:

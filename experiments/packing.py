@@ -85,6 +85,10 @@ class TokenBatchSource:
         Returns:
           Arrays [batch_size, T].
         """
+        return self._rows(self.rows_at(step, batch_size, seed))
+
+    def rows_at(self, step: int, batch_size: int, seed: int) -> Int[np.ndarray, " B"]:
+        """The numbers of the rows that `batch_at` takes."""
         places = np.arange(step * batch_size, (step + 1) * batch_size)
         epochs, within = np.divmod(places, self.num_rows)
         chosen = np.empty(batch_size, dtype=np.int64)
@@ -92,7 +96,7 @@ class TokenBatchSource:
             order = np.random.default_rng([seed, int(epoch)]).permutation(self.num_rows)
             here = epochs == epoch
             chosen[here] = order[within[here]]
-        return self._rows(chosen)
+        return chosen
 
     def batches(self, batch_size: int) -> Iterator[TokenBatch]:
         """All rows in order, once; the last batch is filled up with rows of padding."""

@@ -116,8 +116,12 @@ def plot_run(
     Raises:
       ValueError: if there are no steps to draw.
     """
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
+    # Titles are paths: a "$" is no formula.
+    rcParams["text.parse_math"] = False
 
     steps = read_metrics(metrics_path)
     if not steps:

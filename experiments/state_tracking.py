@@ -15,6 +15,7 @@ from rich.console import Console
 from convert.files import atomic_file
 from experiments.arguments import run_configured
 from experiments.evaluation.store import RowStore, row_key
+from experiments.output_folder import locked_output
 from experiments.process import prepare_process
 from experiments.tracking.groups import GroupName
 from experiments.tracking.model import Keys, Variant
@@ -112,6 +113,11 @@ class TrackingConfig:
 def track_states(config: TrackingConfig) -> dict[str, Any]:
     """Runs the trials that are missing, prints and writes the results; returns --json's."""
     prepare_process()
+    with locked_output(config.output):
+        return _track_states(config)
+
+
+def _track_states(config: TrackingConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     store = RowStore(config.output / "trials.jsonl")
     curves: Curves = {

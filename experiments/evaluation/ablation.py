@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import DataConfig
@@ -77,7 +78,7 @@ class Ablation:
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Perplexity without each part, and what that costs in nats."""
         table = Table(
-            title=f"{label}: perplexity of {self.data.path} without one part",
+            title=escape(f"{label}: perplexity of {self.data.path} without one part"),
             title_justify="left",
         )
         table.add_column("switched off")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.evaluation.perplexity import LINES
@@ -118,7 +119,8 @@ class AssociativeRecall:
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Shares of right answers by length."""
         table = Table(
-            title=f"{label}: recall, % of {_QUERIES} queries right, {self.samples} rows each",
+            title=f"{escape(label)}: recall, % of {_QUERIES} queries right, "
+            f"{self.samples} rows each",
             title_justify="left",
         )
         table.add_column("tokens", justify="right")

@@ -105,7 +105,7 @@ class Harness:
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Every metric of every task and group, with lm-eval's standard error."""
         columns = measured_columns(results)
-        table = Table(title=f"{label}: lm-eval", title_justify="left")
+        table = Table(title=f"{escape(label)}: lm-eval", title_justify="left")
         table.add_column("task")
         table.add_column("metric")
         for column in columns:

@@ -121,7 +121,8 @@ class Mmlu:
         """Averages over all questions, and in the report those of each subject."""
         columns = measured_columns(results)
         table = Table(
-            title=f"{label}: MMLU, one-shot, % of {len(rows):,} questions", title_justify="left"
+            title=f"{escape(label)}: MMLU, one-shot, % of {len(rows):,} questions",
+            title_justify="left",
         )
         table.add_column("metric")
         for name in columns:
@@ -143,7 +144,7 @@ class Mmlu:
         }
         lines = [f"asked: {rows[0].data.text}  (right: {rows[0].about['letter']})"]
         lines += [f"{name}: {results[name][0]['answer'].strip()}" for name in columns]
-        return Summary(table, report, escape("\n".join(lines)))
+        return Summary(table, report, "\n".join(lines))
 
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]

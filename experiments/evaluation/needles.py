@@ -165,7 +165,8 @@ class Needles:
         """Shares of right answers by length, over all depths, and one question with its answers."""
         names = measured_columns(results)
         table = Table(
-            title=f"{label}: {self.name}, % right, {len(self.depths)} depths x {self.samples}",
+            title=f"{escape(label)}: {self.name}, % right, {len(self.depths)} depths x "
+            f"{self.samples}",
             title_justify="left",
         )
         table.add_column("tokens", justify="right")
@@ -182,7 +183,7 @@ class Needles:
         lines = [f"hidden: {' '.join(part.strip() for part in probe.hidden)}"]
         lines += [f"asked: {probe.question.strip()}  (right: {', '.join(right)})"]
         lines += [f"{name}: {results[name][0]['answer']}" for name in names]
-        return Summary(table, report, escape("\n".join(lines)))
+        return Summary(table, report, "\n".join(lines))
 
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]

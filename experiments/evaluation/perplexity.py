@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 from jaxtyping import Int
+from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import DataConfig, load_token_data
@@ -86,7 +87,9 @@ class Perplexity:
         del rows
         sums = {name: Blocks.of(found) for name, found in results.items() if found}
         names = measured_columns(results)
-        table = Table(title=f"{label}: perplexity of {self.data.path}", title_justify="left")
+        table = Table(
+            title=escape(f"{label}: perplexity of {self.data.path}"), title_justify="left"
+        )
         table.add_column("position of the token")
         for name in names:
             table.add_column(name, justify="right")

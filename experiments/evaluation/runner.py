@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.evaluation.store import Result, RowStore, row_key
@@ -116,8 +117,10 @@ class Runner:
         variant: Variant,
         rows: Sequence[_KeyedRow],
     ) -> None:
+        # Both markup and str.format read what stands in the column.
+        shown_title = escape(title).replace("{", "{{").replace("}", "}}")
         bar = Progress(
-            TextColumn(f"{title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
+            TextColumn(f"{shown_title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
             BarColumn(),
             TimeRemainingColumn(),
             console=self.console,

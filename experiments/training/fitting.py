@@ -125,13 +125,17 @@ class Fitting:
             checkpoint_every=self.checkpoint_every,
             step=step,
             batch_at=batch_at,
+            rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),
+            rate_option="--fit-learning-rate" if name == "transfer" else "--distill-learning-rate",
             to_record=_transfer_record if name == "transfer" else _distillation_record,
         )
 
     def _batch_at(self, name: str, number: int, size: int) -> TokenBatch:
-        # Stages read the rows in orders of their own.
-        seed = int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
-        return self.rows.batch_at(number, size, seed)
+        return self.rows.batch_at(number, size, self._seed_of(name))
+
+    def _seed_of(self, name: str) -> int:
+        """Stages read the rows in orders of their own."""
+        return int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
 
 
 def _is_fitted(trainable: Trainable) -> bool:

@@ -41,6 +41,7 @@ class Outcome:
         self._questions = run.questions()
         self._file = run.config.output / "evaluation.json"
         self._found: dict[State, _Measured] = {}
+        self._is_new = not run.was_complete
         if self._file.is_file():
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self._found = {name: _from_json(part) for name, part in saved.items()}
@@ -56,6 +57,7 @@ class Outcome:
         if self._questions is not None and state in self._questioned:
             answers = self._questions.ask(model, use_memory=use_memory)
         self._found[state] = _Measured(held_out, answers)
+        self._is_new = True
         with atomic_file(self._file) as path:
             saved = {name: _to_json(part) for name, part in self._found.items()}
             path.write_text(json.dumps(saved), encoding="utf-8")
@@ -99,8 +101,11 @@ class Outcome:
         )
 
     def plot(self) -> None:
-        """Draws the stages of the run, and perplexity by position."""
+        """Draws the stages of the run, and perplexity by position, unless nothing is new."""
         config = self._run.config
+        first = "loss.png" if self._run.steps else "fit.png"
+        if not self._is_new and (config.output / first).is_file():
+            return
         title = f"{config.model} on {config.data.path}"
         losses = {state: found.held_out.loss for state, found in self._found.items()}
         plot_stages(
@@ -146,7 +151,7 @@ class Outcome:
             f"tokens of held-out text. The first text hides: {escape(first.hidden)}",
             title_justify="left",
         )
-        table.add_column(first.question)
+        table.add_column(escape(first.question))
         table.add_column("answer to the first", justify="right")
         table.add_column(f"right, of {count}", justify="right")
         labels = _LABELS | {"window": "memory off", "fitted": "memory on"}

@@ -123,8 +123,11 @@ def _draw_divergence(axis: "Axes", records: list[StepRecord]) -> None:
 
 def new_figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
     """A figure of the house's style and its axes, side by side."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    # Titles are paths: a "$" is no formula.
+    rcParams["text.parse_math"] = False
     figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
     for axis in axes:

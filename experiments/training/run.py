@@ -12,8 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
-from convert.files import atomic_file
-from experiments.arguments import FinetuneConfig, resolved_yaml
+from experiments.arguments import FinetuneConfig
 from experiments.checks import check_output, check_rows, describe_run
 from experiments.data import TokenData, load_token_data
 from experiments.limits import check_lengths, check_tokens
@@ -23,6 +22,7 @@ from experiments.report import StepRecord
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fitting import Fitting
 from experiments.training.questions import Questions
+from experiments.training.resume import STAGES, Resumption
 from experiments.training.stage import Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
@@ -66,6 +66,7 @@ class Run:
     """What the memory is fitted on; None: it is not fitted."""
     model: CausalLM
     mesh: "Mesh | None"
+    resumption: Resumption
 
     @classmethod
     def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
@@ -74,10 +75,12 @@ class Run:
         check_rows(config.batch_size, mesh)
         description = describe_run(config)
         check_output(config, description)
+        resumption = Resumption(config)
+        seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, config.seed, window=window)
-        console.print(data.describe(config.batch_size))
+        data = load_token_data(config.data, tokenizer, seed, window=window)
+        console.print(data.describe(config.batch_size), markup=False)
         model = load_pretrained(
             config.model,
             config.memory,
@@ -100,22 +103,38 @@ class Run:
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=_fit_rows(config, model, tokenizer),
+            fit_rows=_fit_rows(config, model, tokenizer, seed),
             model=model,
             mesh=mesh,
+            resumption=resumption,
         )
+        resumption.check_loaded(model, data, run.fit_rows)
         run._claim_output(description)
         return run
 
     def _claim_output(self, description: Any) -> None:
         output = self.config.output
+        if self.was_complete:
+            done = f"{self.resumption.step} of {self.steps} steps"
+            self.console.print(
+                f"the run in {output} is complete ({done}): nothing in it changes; more --steps go "
+                "on with it",
+                markup=False,
+            )
+            return
         if not self.config.resume:
-            for folder in (output, output / "transfer", output / "distill"):
-                remove_checkpoints(folder)
+            for folder in STAGES:
+                remove_checkpoints(output / folder)
+        if not self.config.resume or self.resumption.remeasures:
             (output / "evaluation.json").unlink(missing_ok=True)
         write_description(output, description)
-        with atomic_file(output / "config.yaml") as path:
-            path.write_text(resolved_yaml(dataclasses.replace(self.config, config=None)))
+        self.resumption.write()
+
+    @property
+    def was_complete(self) -> bool:
+        """Whether earlier calls have done all steps."""
+        done = self.resumption.step
+        return done is not None and done >= self.steps
 
     @property
     def window(self) -> int | None:
@@ -191,6 +210,9 @@ class Run:
             checkpoint_every=self.config.checkpoint_every,
             step=step,
             batch_at=self._batch_at,
+            rows_at=lambda number: self.data.train.rows_at(
+                number, self.config.batch_size, self.config.seed
+            ),
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_last=True,
@@ -233,7 +255,7 @@ class Run:
             source.tokens[source.segment_ids != 0],
             length=self.config.data.sequence_length,
             window=window,
-            seed=self.config.seed,
+            seed=self.resumption.record.seed,
         )
 
     def put(self, batch: TokenBatch) -> Batch:
@@ -277,7 +299,7 @@ class Run:
 
 
 def _fit_rows(
-    config: FinetuneConfig, model: CausalLM, tokenizer: "PreTrainedTokenizerFast"
+    config: FinetuneConfig, model: CausalLM, tokenizer: "PreTrainedTokenizerFast", seed: int
 ) -> TokenBatchSource | None:
     """The rows that the memory is fitted on."""
     liza = config.memory
@@ -291,7 +313,7 @@ def _fit_rows(
     if config.fit.data is not None:
         changes |= {"path": config.fit.data, "columns": (), "revision": None}
     data = dataclasses.replace(config.data, **changes)
-    rows = load_token_data(data, tokenizer, config.seed, window=liza.softmax_window).train
+    rows = load_token_data(data, tokenizer, seed, window=liza.softmax_window).train
     check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model.config, "fit: length")
     return rows

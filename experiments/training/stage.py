@@ -1,6 +1,5 @@
 """One stage of a run: a loop of compiled steps that can be stopped, killed and resumed."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from experiments.interrupts import StopRequest
@@ -36,6 +36,10 @@ class Stage:
     """Arguments of a step, by its number from 0, on their way to the device; and their tokens."""
     to_record: Callable[[int, Any, float, int], StepRecord]
     """Steps done, metrics, seconds and tokens of the last one -> what is written down."""
+    rows_at: Callable[[int], np.ndarray] = lambda number: np.zeros(0, np.int64)
+    """Numbers of the rows in the batch of a step, by its number from 0."""
+    rate_option: str = "--learning-rate"
+    """The flag that lowers the rate of this stage."""
     finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
     """Adds to a step's record what is measured now and then."""
     is_last: bool = False
@@ -63,7 +67,8 @@ class Stage:
 
         Raises:
           KeyboardInterrupt: after saving, if the run was asked to stop.
-          ValueError: if a loss is not finite; what was saved before stays.
+          ValueError: if a step is not finite; the state before it is saved.
+          OSError: if a checkpoint cannot be written.
         """
         with RunCheckpoints(self.folder) as checkpoints:
             state = initial
@@ -98,20 +103,34 @@ class Stage:
                 seconds = time.perf_counter() - start
                 total += seconds
                 record = self.to_record(number + 1, metrics, seconds, counted)
-                self._check(record)
+                if not metrics.is_finite:
+                    raise self._not_finite(record, state, checkpoints)
                 record = self.finish_record(state, record)
                 writer.write(record)
                 progress.update(record)
                 if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
                     checkpoints.save(state)
+                checkpoints.check()
                 if stop.requested and not (last and self.is_last):
+                    checkpoints.wait()
                     progress.note(f"stopped after step {number + 1}: the same command goes on")
                     raise KeyboardInterrupt
         return state, total
 
-    def _check(self, record: StepRecord) -> None:
-        if not math.isfinite(record.loss):
-            raise ValueError(
-                f"the loss is {record.loss} at step {record.step} of {self.title}: lower its "
-                f"learning rate; the last checkpoint before it is kept in {self.folder}."
-            )
+    def _not_finite(
+        self, record: StepRecord, state: TrainState, checkpoints: RunCheckpoints
+    ) -> ValueError:
+        """Saves the state before a step that is not finite; the error that says so."""
+        kept = int(state.step)
+        if kept:
+            checkpoints.save(state)
+            checkpoints.wait()
+        rows = ", ".join(map(str, self.rows_at(record.step - 1)))
+        norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
+        remedy = f"look at these rows, or go on with a lower {self.rate_option} and --resume-allow"
+        where = f"the state after step {kept} is kept in {self.folder}"
+        return ValueError(
+            f"{self.title} {record.step} is not finite (loss {record.loss:.4g}{norm}, rows {rows} "
+            f"of the training data, counted from 0): {remedy}; "
+            f"{where if kept else 'nothing was trained yet'}."
+        )

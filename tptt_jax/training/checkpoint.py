@@ -1,40 +1,75 @@
 """Checkpoints: what was trained, never the frozen base, written so that a kill loses nothing.
 
 A run's directory holds `checkpoint.json` (what to load the base from, and how) and
-`checkpoints/<step>/` (orbax; a step appears under its name only once it is complete).
+`checkpoints/<step>/` (orbax; a step appears under its name only once it is complete and on disk).
 """
 
+import contextlib
+import logging
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from tptt_jax.model import CausalLM
+from tptt_jax.training.orbax_files import flat_shapes, read_shapes, read_trees, write_trees
 from tptt_jax.training.partition import load_trainable, restore_targets
+from tptt_jax.training.step_folders import (
+    DamagedStep,
+    check_step,
+    list_steps,
+    remove_leftovers,
+    remove_steps,
+    write_step,
+)
 from tptt_jax.training.train_step import TrainState
+
+_LOG = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
+_PARTS = ("weights", "progress")
+
+
+class CheckpointMisfit(ValueError):
+    """A checkpoint that can be read, but belongs to another model."""
 
 
 def remove_checkpoints(path: str | os.PathLike[str]) -> None:
-    """Removes the saved steps of an earlier run in this directory, if there are any."""
-    shutil.rmtree(Path(path) / "checkpoints", ignore_errors=True)
+    """Removes the saved steps of an earlier run in this directory, if there are any.
+
+    Files that lie beside them stay.
+    """
+    folder = _folder(path)
+    remove_steps(folder, list_steps(folder))
+    remove_leftovers(folder)
 
 
 def latest_step(path: str | os.PathLike[str]) -> int | None:
-    """The last complete step of a run, or None."""
-    folder = Path(path) / "checkpoints"
-    if not folder.is_dir():
-        return None
-    with _manager(path, keep=None) as manager:
-        return manager.latest_step()
+    """The last complete step of a run, or None; whether its files are sound is not checked."""
+    steps = list_steps(_folder(path))
+    return steps[-1] if steps else None
+
+
+def latest_sound_step(path: str | os.PathLike[str]) -> int | None:
+    """The last step whose files are as they were written, or None."""
+    folder = _folder(path)
+    for step in reversed(list_steps(folder)):
+        with contextlib.suppress(DamagedStep):
+            check_step(folder / str(step), _PARTS)
+            return step
+    return None
 
 
 def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
-    """Puts the last checkpoint's trained values into a model, in place.
+    """Puts the last readable checkpoint's trained values into a model, in place.
+
+    A checkpoint that is damaged, or holds values that are not finite, is passed over; a line in
+    the log (WARNING) says so.
 
     Args:
       path: a run's directory.
@@ -44,20 +79,27 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
       The step it was saved at.
 
     Raises:
-      ValueError: if there is no complete checkpoint, or it does not fit the model.
+      ValueError: if there is no complete checkpoint, none can be read, or it does not fit the
+        model.
     """
-    step = latest_step(path)
-    if step is None:
-        raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
-    with _manager(path, keep=None) as manager:
+
+    def read(folder: Path) -> dict[str, Any]:
         # Named shapes and shardings: the devices that saved it need not be here.
-        saved = manager.item_metadata(step)["weights"]
+        saved = read_shapes(folder, "weights")
         shapes = {name: value.shape for name, value in saved["trainable"].items()}
-        target: dict[str, Any] = {"trainable": restore_targets(model, shapes)}
+        try:
+            target: dict[str, Any] = {"trainable": restore_targets(model, shapes)}
+        except ValueError as error:
+            raise CheckpointMisfit(str(error)) from None
         if "share" in saved:
             target["share"] = jax.ShapeDtypeStruct((), saved["share"].dtype)
-        args = ocp.args.Composite(weights=ocp.args.StandardRestore(target))
-        values = manager.restore(step, args=args)["weights"]
+        values = read_trees(folder, {"weights": target})["weights"]
+        _check_finite(values)
+        return values
+
+    if latest_step(path) is None:
+        raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
+    step, values = _read_newest(_folder(path), ("weights",), read)
     load_trainable(model, values["trainable"], values.get("share"))
     return step
 
@@ -69,8 +111,18 @@ class RunCheckpoints:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
-        """Opens `path`/checkpoints; the last `keep` steps are kept."""
-        self._manager = _manager(path, keep=keep)
+        """Opens `path`/checkpoints; the last `keep` steps are kept.
+
+        Raises:
+          OSError: if the folder cannot be made.
+        """
+        self._folder = _folder(path)
+        self._keep = keep
+        self._folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._folder)
+        self._known: int | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
         """Returns itself."""
@@ -82,50 +134,75 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the write that is under way."""
-        self._manager.close()
+        """Waits for the write that is under way; its failure never hides another error."""
+        try:
+            self.wait()
+        except OSError as failure:
+            if error is None:
+                raise
+            _LOG.warning("%s", failure)
+        finally:
+            self._writer.shutdown()
 
     @property
     def latest_step(self) -> int | None:
         """The last complete step."""
-        return self._manager.latest_step()
+        steps = list_steps(self._folder)
+        return steps[-1] if steps else None
 
     def save(self, state: TrainState) -> None:
-        """Starts writing a state under its step; returns once its arrays are copied."""
-        step = int(state.step)
-        if step == self._manager.latest_step():
-            return
-        weights, progress = _items(state)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardSave(weights),
-                progress=ocp.args.StandardSave(progress),
-            ),
-        )
-
-    def restore(self, like: TrainState) -> TrainState:
-        """The last complete state, with the shapes and shardings of `like`.
+        """Starts writing a state under its step; returns once its arrays are copied.
 
         Raises:
-          ValueError: if there is none, or it was saved by a run with other trainable
-            parameters.
+          OSError: if the write before has failed.
         """
-        weights, progress = _items(like)
-        step = self._manager.latest_step()
-        if step is None:
+        self.wait()
+        step = int(state.step)
+        if step == self._known:
+            return
+        # The next step may take over the state's memory while it is being written.
+        trees = dict(zip(_PARTS, _items(state), strict=True))
+        copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
+        self._pending = self._writer.submit(self._write, step, copies)
+        self._known = step
+
+    def check(self) -> None:
+        """Raises OSError if a write has failed, without waiting for one."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk and was read back.
+
+        Raises:
+          OSError: if it could not be written.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The last readable state, with the shapes and shardings of `like`.
+
+        A damaged one is passed over; a line in the log (WARNING) says so.
+
+        Raises:
+          ValueError: if there is none, none can be read, or it was saved by a run with other
+            trainable parameters.
+        """
+        parts = dict(zip(_PARTS, _items(like), strict=True))
+        targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, parts)
+
+        def read(folder: Path) -> Any:
+            for name, target in parts.items():
+                _check_fits(read_shapes(folder, name), target)
+            values = read_trees(folder, targets)
+            _check_finite(dict(values))
+            return values
+
+        if self.latest_step is None:
             raise ValueError("there is no complete checkpoint to resume from.")
-        metadata = self._manager.item_metadata(step)
-        for name, target in (("weights", weights), ("progress", progress)):
-            _check_fits(metadata[name], target)
-        weights, progress = jax.tree.map(ocp.utils.to_shape_dtype_struct, (weights, progress))
-        saved: Mapping[str, Any] = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                weights=ocp.args.StandardRestore(weights),
-                progress=ocp.args.StandardRestore(progress),
-            ),
-        )
+        self._known, saved = _read_newest(self._folder, tuple(parts), read)
         key = jax.random.wrap_key_data(saved["progress"]["key"])
         return TrainState(
             trainable=saved["weights"]["trainable"],
@@ -134,6 +211,54 @@ class RunCheckpoints:
             step=saved["progress"]["step"],
             key=key,
         )
+
+    def _write(self, step: int, trees: dict[str, Any]) -> None:
+        try:
+            _check_finite(trees)
+            write_step(self._folder, step, lambda place: write_trees(place, trees))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(
+                f"the checkpoint of step {step} cannot be written to {self._folder} ({reason}): "
+                "make room, or check the folder; the same command goes on from the last one."
+            ) from error
+        # Damaged steps after this one belong to a course that is given up.
+        steps = list_steps(self._folder)
+        kept = [each for each in steps if each <= step][-self._keep :]
+        remove_steps(self._folder, [each for each in steps if each not in kept])
+
+
+def _read_newest(
+    folder: Path, parts: tuple[str, ...], read: Callable[[Path], _Read]
+) -> tuple[int, _Read]:
+    """The newest step that can be read, and what `read` makes of it."""
+    damaged: dict[int, str] = {}
+    # Listed again each time: a run that is going on may remove a step that is being read.
+    while remaining := [step for step in list_steps(folder) if step not in damaged]:
+        step = remaining[-1]
+        try:
+            check_step(folder / str(step), parts)
+            found = read(folder / str(step))
+        except CheckpointMisfit:
+            raise
+        # orbax lets pass what asyncio, tensorstore, json and the system raise.
+        except Exception as error:
+            is_known = isinstance(error, DamagedStep)
+            reason = str(error) if is_known else (str(error).splitlines() or [""])[0]
+            damaged[step] = reason.partition(" [tensorstore_spec")[0][:200]
+            continue
+        for number, reason in damaged.items():
+            if (folder / str(number)).exists():
+                _LOG.warning(
+                    "checkpoint %d in %s cannot be read (%s): taking that of step %d",
+                    *(number, folder, reason, step),
+                )
+        return step, found
+    reasons = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
+    raise ValueError(
+        f"no checkpoint in {folder} can be read ({reasons}): restore its files from a copy, or "
+        "train again in another --output."
+    )
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -147,20 +272,22 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_fits(saved: Any, target: Any) -> None:
     """Compares names and shapes before anything is read: orbax would stop half-way."""
-    have, want = (
-        {name: tuple(x.shape) for name, x in ocp.utils.to_flat_dict(tree, sep=".").items()}
-        for tree in (saved, target)
-    )
+    have, want = flat_shapes(saved), flat_shapes(target)
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
-            raise ValueError(
+            raise CheckpointMisfit(
                 f"the checkpoint does not fit this run ({name} has shape {have.get(name)}, wanted "
                 f"is {want.get(name)}): use another --output."
             )
 
 
-def _manager(path: str | os.PathLike[str], *, keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None)
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("weights", "progress")}
-    folder = Path(path).resolve() / "checkpoints"
-    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
+def _check_finite(tree: Any) -> None:
+    """Raises DamagedStep if a floating-point array holds NaN or infinity."""
+    for path, value in jax.tree.leaves_with_path(tree):
+        array = np.asarray(value)
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise DamagedStep(f"values of {jax.tree_util.keystr(path)} are not finite")
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    return Path(path).resolve() / "checkpoints"

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.partition import TrainMode
+from tptt_jax.training.step_folders import sync_path
 
 _DESCRIPTION = "checkpoint.json"
 _FORMAT = "tptt_jax checkpoint 2"
@@ -46,7 +47,9 @@ def write_description(path: str | os.PathLike[str], description: Description) ->
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_suffix(".json.tmp")
     beside.write_text(description.to_json())
+    sync_path(beside)
     beside.replace(target)
+    sync_path(target.parent)
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from tptt_jax.array_typing import Array, Float, Int, SegmentIds, Tokens
+from tptt_jax.array_typing import Array, Bool, Float, Int, SegmentIds, Tokens
 from tptt_jax.layers.liza import LizaAttention
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM
+from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.partition import Partition, Trainable, dotted
 from tptt_jax.training.schedules import learning_rate_schedule
 from tptt_jax.training.train_step import TrainState
@@ -28,9 +29,12 @@ class FitMetrics(NamedTuple):
 
     Attributes:
       gap_left: error over gap of every layer with a memory, in order [M], float32.
+      is_finite: whether they, the gradient and what the step made of the state are finite; if
+        not, the state stays as it was before the step.
     """
 
     gap_left: Float[Array, "M"]
+    is_finite: Bool[Array, ""] | bool = True
 
 
 FitStep = Callable[
@@ -72,8 +76,11 @@ def make_fit_step(partition: Partition, optimizer: optax.GradientTransformation)
         gap_left, gradient = gap_gradients(model, tokens, segment_ids, window)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        state = state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1)
-        return state, FitMetrics(gap_left)
+        old = (state.trainable, state.opt_state, state.step)
+        new = (trainable, opt_state, state.step + 1)
+        kept, is_finite = keep_finite(old, new, gap_left, optax.tree.norm(gradient))
+        state = state._replace(trainable=kept[0], opt_state=kept[1], step=kept[2])
+        return state, FitMetrics(gap_left, is_finite)
 
     return jax.jit(step, donate_argnums=0)
 

@@ -14,6 +14,7 @@ from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Toke
 from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM, base_model, replace_memory
 from tptt_jax.sharding import replicated
+from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
 from tptt_jax.training.partition import Partition, Trainable, is_base_weight
 from tptt_jax.training.schedules import MagSchedule
@@ -61,6 +62,8 @@ class StepMetrics(NamedTuple):
       mu_mean: mean share of the memory; NaN where there is no one share, see `share_range`.
       mu_min: smallest share of any head.
       mu_max: largest share of any head.
+      is_finite: whether loss, gradient and what the step made of the state are finite; if not,
+        the state stays as it was before the step.
     """
 
     loss: Array
@@ -69,6 +72,7 @@ class StepMetrics(NamedTuple):
     mu_mean: Array
     mu_min: Array
     mu_max: Array
+    is_finite: Bool[Array, ""] | bool = True
 
 
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
@@ -108,6 +112,9 @@ def make_train_step(
     distill: float = 0.0,
 ) -> TrainStep:
     """Compiles ``(state, frozen, batch, window=None) -> (state, metrics)``; the state is donated.
+
+    A step whose loss, gradient or result is not finite leaves the state as it was
+    (`StepMetrics.is_finite`).
 
     `window` is a softmax window below the model's own, as a scalar, so that each step may draw
     another. Only the trainable side is differentiated. A scheduled share is computed inside,
@@ -162,12 +169,13 @@ def make_train_step(
             state.trainable, share, frozen, batch, window, key
         )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        new_state = TrainState(
-            cast("Trainable", trainable), opt_state, share, state.step + 1, state.key
-        )
+        trainable = cast("Trainable", optax.apply_updates(state.trainable, updates))
         norm = optax.tree.norm(gradient)
-        return new_state, StepMetrics(loss, count, norm, *share_range(state.trainable, share))
+        old = (state.trainable, state.opt_state, state.share, state.step)
+        new = (trainable, opt_state, share, state.step + 1)
+        kept, is_finite = keep_finite(old, new, loss, norm)
+        shares = share_range(state.trainable, share)
+        return TrainState(*kept, state.key), StepMetrics(loss, count, norm, *shares, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -1,4 +1,8 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,12 @@ import pytest
 from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.training.checkpoint import RunCheckpoints, latest_step, restore_trainable
+from tptt_jax.training.checkpoint import (
+    RunCheckpoints,
+    latest_step,
+    remove_checkpoints,
+    restore_trainable,
+)
 from tptt_jax.training.description import (
     Description,
     is_checkpoint,
@@ -122,3 +131,162 @@ def test_a_foreign_description_is_refused(tmp_path, content):
         read_description(tmp_path)
     with pytest.raises(ValueError, match="no complete checkpoint"):
         restore_trainable(tmp_path, CausalLM(ModelConfig.tiny(), rngs=nnx.Rngs(0)))
+
+
+# --- damage ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(setting, tmp_path):
+    """A run with checkpoints of steps 1 and 2, in a folder whose name is a pattern."""
+    _, partition, step, initial = setting
+    folder, state = tmp_path / "exp[1] *", initial()
+    with RunCheckpoints(folder) as checkpoints:
+        for _ in range(2):
+            state, _ = step(state, partition.frozen, BATCH)
+            checkpoints.save(state)
+            if int(state.step) == 1:
+                first = {name: np.array(value) for name, value in state.trainable.items()}
+    return folder, first
+
+
+def data_file(folder):
+    return max((folder / "weights").rglob("*"), key=lambda file: file.stat().st_size)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "deleted file": lambda folder: data_file(folder).unlink(),
+    "deleted folder": lambda folder: shutil.rmtree(folder / "weights"),
+    "empty": lambda folder: data_file(folder).write_bytes(b""),
+    "truncated": lambda folder: os.truncate(
+        data_file(folder), data_file(folder).stat().st_size - 9
+    ),
+    "flipped byte": lambda folder: flip(data_file(folder)),
+    "manifest": lambda folder: (folder / "manifest.json").write_text("{"),
+    "no manifest": lambda folder: (
+        (folder / "manifest.json").unlink(),
+        (folder / "weights" / "manifest.ocdbt").unlink(),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_and_said(kind, saved, setting, caplog):
+    folder, first = saved
+    DAMAGE[kind](folder / "checkpoints" / "2")
+    fresh = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(), rngs=nnx.Rngs(0))
+    assert restore_trainable(folder, fresh) == 1
+    _, loaded, _ = split_trainable(fresh, "lora")
+    assert all(np.array_equal(loaded[name], first[name]) for name in first)
+    (record,) = caplog.records
+    assert "checkpoint 2 in " in record.getMessage()
+    assert "taking that of step 1" in record.getMessage()
+    with RunCheckpoints(folder) as checkpoints:
+        assert int(checkpoints.restore(setting[3]()).step) == 1
+    DAMAGE[kind](folder / "checkpoints" / "1")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* can be read .step 2: .*; step 1: "):
+        restore_trainable(folder, fresh)
+
+
+def test_a_damaged_step_is_written_anew(saved, setting):
+    folder, _ = saved
+    _, partition, step, initial = setting
+    flip(data_file(folder / "checkpoints" / "2"))
+    with RunCheckpoints(folder) as checkpoints:
+        state = checkpoints.restore(initial())
+        state, _ = step(state, partition.frozen, BATCH)
+        checkpoints.save(state)
+    fresh = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(), rngs=nnx.Rngs(0))
+    assert restore_trainable(folder, fresh) == 2
+    assert sorted(each.name for each in (folder / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def test_weights_that_are_not_finite_are_neither_written_nor_loaded(saved, setting, monkeypatch):
+    folder, _ = saved
+    state = setting[3]()
+    name = next(iter(state.trainable))
+    broken = state.trainable | {name: state.trainable[name].at[(0,) * 2].set(jnp.nan)}
+    state = state._replace(trainable=broken, step=jnp.int32(3))
+    checkpoints = RunCheckpoints(folder)
+    checkpoints.save(state)
+    with pytest.raises(OSError, match=r"step 3 cannot be written .* are not finite"):
+        checkpoints.wait()
+    assert latest_step(folder) == 2
+    # What a version that wrote them has left.
+    with monkeypatch.context() as patch:
+        patch.setattr("tptt_jax.training.checkpoint._check_finite", lambda tree: None)
+        with RunCheckpoints(folder) as checkpoints:
+            checkpoints.save(state)
+    fresh = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(), rngs=nnx.Rngs(0))
+    assert restore_trainable(folder, fresh) == 2
+
+
+FULL_DISK = """
+import resource, sys
+sys.path.insert(0, sys.argv[2])
+import jax, jax.numpy as jnp, optax
+from tptt_jax.training.checkpoint import RunCheckpoints
+from tptt_jax.training.train_step import init_train_state
+state = init_train_state({"a": jnp.ones(9000)}, None, optax.adam(1e-3), jax.random.key(0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with RunCheckpoints(sys.argv[1]) as checkpoints:
+    checkpoints.save(state)
+"""
+
+
+def test_a_full_disk_is_one_error_at_once(tmp_path, project_dir):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), str(project_dir)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("OSError: the checkpoint of step 0 cannot be written to ")
+    assert "make room" in last
+    assert done.stderr.count("Traceback") <= 3, "the error and its causes, and nobody else's"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "checkpoints").write_text("mine")
+    with pytest.raises(OSError, match="checkpoints"):
+        RunCheckpoints(tmp_path)
+
+
+def test_only_our_own_files_are_removed(saved):
+    folder, _ = saved
+    (folder / "checkpoints" / "notes.txt").write_text("mine")
+    (folder / "checkpoints" / ".7.partial").mkdir()
+    remove_checkpoints(folder)
+    assert [each.name for each in (folder / "checkpoints").iterdir()] == ["notes.txt"]
+
+
+# --- steps that are not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["loss", "update"])
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(fault, setting):
+    model, _, _, _ = setting
+    partition, trainable, share = split_trainable(model, "lora")
+    rate = 1e39 if fault == "update" else 1e-3
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=rate, lr_schedule="constant"), 10)
+    if fault == "loss":
+        name = next(name for name in trainable if name.endswith("lora.a"))
+        trainable = trainable | {name: trainable[name] * 1e38 * 10}
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    before = {name: np.array(value) for name, value in state.trainable.items()}
+    step = make_train_step(partition, optimizer, mag_schedule=MagSchedule())
+    state, metrics = step(state, partition.frozen, BATCH)
+    assert not metrics.is_finite
+    assert np.isfinite(metrics.loss) == (fault == "update")
+    assert int(state.step) == 0
+    for name, value in before.items():
+        np.testing.assert_array_equal(state.trainable[name], value)

@@ -1,0 +1,71 @@
+"""What `--overwrite` may not take away: what a model is loaded from, and files of other people."""
+
+import fnmatch
+import os
+from pathlib import Path
+
+from convert.bases import base_source, has_base
+from convert.demo import PACKAGED_SOURCES
+from convert.errors import ConversionError, listing
+from convert.sources import TOKENIZER_PATTERNS, Source
+from tptt_jax.training.description import is_checkpoint, read_description
+
+# What exports consist of; tokenizers bring some more.
+_OURS = (
+    *("config.json", "generation_config.json", "adapter_config.json", "README.md", "*.py"),
+    *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates", "__pycache__"),
+    *TOKENIZER_PATTERNS,
+)
+
+
+def needed_paths(source: Source) -> list[Path]:
+    """The files and folders that a model is loaded from: its own, its base's, and so on.
+
+    Args:
+      source: what `load_pretrained` takes; names of the hub and of packages need no path.
+
+    Raises:
+      ValueError: if a checkpoint or an adapter on the way cannot be read.
+    """
+    needed: list[Path] = []
+    name = os.fspath(source)
+    while name not in PACKAGED_SOURCES:
+        path = Path(name).expanduser()
+        if not path.exists() or path.resolve() in needed:
+            break
+        needed.append(path.resolve())
+        if is_checkpoint(path):
+            name = read_description(path).source
+        elif has_base(path):
+            name = base_source(path)
+        else:
+            break
+    return needed
+
+
+def check_overwrite(output: Path, source: Source) -> None:
+    """Refuses to replace a directory that is needed, or holds what no export of ours consists of.
+
+    Args:
+      output: the directory; one that is not there, or is empty, passes.
+      source: what is to be written there, as `load_pretrained` takes it.
+
+    Raises:
+      ConversionError: if it may not be replaced.
+    """
+    if not output.is_dir():
+        return
+    target = output.resolve()
+    for path in needed_paths(source):
+        if path.is_relative_to(target):
+            raise ConversionError(
+                f"{output} cannot be overwritten: {os.fspath(source)} is loaded from {path}; "
+                "choose another directory."
+            )
+    names = sorted(entry.name for entry in output.iterdir())
+    others = [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]
+    if others:
+        raise ConversionError(
+            f"{output} holds {listing(others[:5])}, which no export consists of, so it is not "
+            "overwritten; move that away, or choose another directory."
+        )

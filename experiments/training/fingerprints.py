@@ -1,0 +1,98 @@
+"""What a run was made from, in a few hashes: its data files, its rows, its base weights."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from experiments.packing import TokenBatchSource
+from tptt_jax import CausalLM
+from tptt_jax.training.partition import dotted, is_base_weight
+
+# Any training changes nearly all values; so many of each tensor are enough to see it.
+_SAMPLES = 4096
+# Of a data file: a quarter of a gigabyte.
+_BLOCK, _BLOCKS = 2**20, 256
+
+
+def of_data(path: str | None) -> dict[str, Any] | None:
+    """Names a data set; for a file or a folder also its size and a hash of its contents.
+
+    Args:
+      path: what --data or --fit-data names; None: nothing.
+
+    Raises:
+      OSError: if a file cannot be read.
+    """
+    if path is None:
+        return None
+    given = Path(path).expanduser()
+    if not given.exists():
+        return {"name": path}
+    files = [given] if given.is_file() else sorted(f for f in given.rglob("*") if f.is_file())
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        size += file.stat().st_size
+        name = "" if file == given else file.relative_to(given).as_posix()
+        digest.update(f"{name} {_file_digest(file)}\n".encode())
+    return {"name": str(given.resolve()), "bytes": size, "sha256": digest.hexdigest()}
+
+
+def of_rows(rows: TokenBatchSource | None) -> str | None:
+    """A hash of rows of tokens and of what counts in them; None: there are none."""
+    if rows is None:
+        return None
+    digest = hashlib.sha256()
+    for array in (rows.tokens, rows.segment_ids, rows.loss_mask):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
+    """Shapes and a hash of some values of the tensors that were loaded, by dotted path.
+
+    Args:
+      model: as it was loaded.
+      adapters: whether its adapters come from the source too; else they are new.
+    """
+    found = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = dotted(path)
+        if is_base_weight(name) or (adapters and ".lora." in name):
+            value = variable.get_value()
+            flat = np.asarray(value).reshape(-1)
+            some = np.ascontiguousarray(flat[:: max(1, flat.size // _SAMPLES)])
+            content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
+            found[name] = f"{list(value.shape)} {content}"
+    return found
+
+
+def _file_digest(file: Path) -> str:
+    """Of all bytes, or of evenly spread blocks where that would take seconds."""
+    size, digest = file.stat().st_size, hashlib.sha256()
+    starts = range(0, size, _BLOCK)
+    with file.open("rb") as stream:
+        for start in starts[:: max(1, len(starts) // _BLOCKS)]:
+            stream.seek(start)
+            digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
+
+
+def is_same_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whether two data sets hold the same; without hashes, whether they have the same name."""
+    if before is None or now is None:
+        return before == now
+    keys = ("bytes", "sha256") if "sha256" in before and "sha256" in now else ("name",)
+    return all(before.get(key) == now.get(key) for key in keys)
+
+
+def describe_data(data: dict[str, Any] | None) -> str:
+    """For people: the name, and of a file its size and the beginning of its hash."""
+    if data is None:
+        return "the training data"
+    if "sha256" not in data:
+        return str(data["name"])
+    return f"{data['name']} ({data['bytes']:,} bytes, sha256 {str(data['sha256'])[:8]})"

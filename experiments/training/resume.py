@@ -1,0 +1,269 @@
+"""Going on with a run: what may differ from the call before, what may not, and what is kept of it.
+
+`run.json` in a run's directory holds fingerprints of what the run was made from, the seed that
+chose its rows, and the changes that --resume-allow let pass.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from convert.files import atomic_file
+from experiments.arguments import FinetuneConfig, resolved_yaml
+from experiments.models import is_tuned
+from experiments.training import fingerprints
+from experiments.yaml_defaults import read_yaml
+from tptt_jax import CausalLM
+from tptt_jax.training.checkpoint import latest_sound_step, latest_step
+
+STAGES = ("transfer", "distill", ".")
+"""Folders of checkpoints below a run's directory."""
+
+_FILE = "run.json"
+_FORMAT = "tptt_jax run 1"
+# How far a run goes, where it runs, and what is shown of it; `checks.py` compares the model.
+_FREE = (
+    *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt"),
+    *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
+    *("model", "liza", "no_liza", "lora", "train", "dtype"),
+)
+# Compared by what they hold, not by their names.
+_DATA = ("data.path", "fit.data")
+_OTHERS = ("data", "fit", "base", "held_out", *_DATA)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that is another one than in the calls before."""
+
+    name: str
+    before: str
+    now: str
+    remedy: str
+    """How to have what it was before."""
+
+    def __str__(self) -> str:
+        """One part of a sentence."""
+        return f"{self.name}: {self.before} in the run, {self.now} asked"
+
+
+@dataclass(kw_only=True)
+class Record:
+    """What `run.json` holds."""
+
+    seed: int
+    """That chose the rows held out and the rows of questions; it stays."""
+    data: dict[str, Any] | None = None
+    fit_data: dict[str, Any] | None = None
+    rows: str | None = None
+    fit_rows: str | None = None
+    held_out: str | None = None
+    base: dict[str, str] = dataclasses.field(default_factory=dict)
+    changes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def read(cls, output: Path) -> Self | None:
+        """What a directory holds; None: nothing, or it is from before there were records.
+
+        Raises:
+          ValueError: if the file is damaged.
+        """
+        file = output / _FILE
+        if not file.is_file():
+            return None
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            if values.pop("format") != _FORMAT:
+                raise ValueError(f'its "format" is not {_FORMAT!r}')
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{file} is damaged ({error}): remove it, and nothing is compared with it."
+            ) from None
+
+    def write(self, output: Path) -> None:
+        """Writes `run.json`."""
+        values = {"format": _FORMAT} | dataclasses.asdict(self)
+        with atomic_file(output / _FILE) as path:
+            path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+class Resumption:
+    """Compares a call with what earlier calls have left in its output directory."""
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        """Reads what is there, and compares the settings and the data files.
+
+        Raises:
+          ValueError: if one differs that --resume-allow does not name.
+        """
+        self._config = config
+        output = config.output
+        steps = [latest_step(output / name) for name in STAGES] if config.resume else []
+        self.is_started = any(step is not None for step in steps)
+        """Whether earlier calls have left a checkpoint to go on from."""
+        self.step = latest_sound_step(output) if self.is_started else None
+        """Of training; None: it has not begun."""
+        self._earlier = Record.read(output) if self.is_started else None
+        _check_names(config)
+        seed, saved = config.seed, _saved_settings(output) if self.is_started else {}
+        if self.is_started:
+            found = self._earlier.seed if self._earlier else saved.get("seed")
+            seed = found if isinstance(found, int) else seed
+        self.record = Record(seed=seed)
+        """What is written down once the run may begin."""
+        self.record.data = fingerprints.of_data(config.data.path)
+        self.record.fit_data = fingerprints.of_data(config.fit.data)
+        self._changes: list[Change] = []
+        if self.is_started:
+            self._refuse(_changed_settings(saved, config) + self._changed_files())
+
+    def check_loaded(self, model: CausalLM, data: Any, fit_rows: Any) -> None:
+        """Compares what was loaded.
+
+        Args:
+          model: the base model with a new memory and new adapters.
+          data: `TokenData`.
+          fit_rows: what the memory is fitted on; None: it is not fitted.
+
+        Raises:
+          ValueError: if something differs that --resume-allow does not name.
+        """
+        record, earlier = self.record, self._earlier
+        record.base = fingerprints.of_weights(model, adapters=is_tuned(self._config.model))
+        record.rows, record.held_out = map(fingerprints.of_rows, (data.train, data.eval))
+        record.fit_rows = fingerprints.of_rows(fit_rows)
+        if earlier is None:
+            return
+        # A run that is not fitted any more has none.
+        record.fit_rows = record.fit_rows or earlier.fit_rows
+        record.changes = list(earlier.changes)
+        found = []
+        differing = [name for name in record.base if record.base[name] != earlier.base.get(name)]
+        if differing or earlier.base.keys() - record.base.keys():
+            names = differing or sorted(earlier.base.keys() - record.base.keys())
+            a, b = (str(each.get(names[0], "none"))[:60] for each in (earlier.base, record.base))
+            what = f"{len(names)} tensors of {self._config.model} have changed, first {names[0]}"
+            found.append(Change("base", a, b, f"restore the base model ({what})"))
+        remedy = "restore the data, the tokenizer and the packages that the run began with"
+        if record.held_out != earlier.held_out:
+            a, b = _short(earlier.held_out), _short(record.held_out)
+            found.append(Change("held_out", a, b, remedy))
+        if not self._changes:
+            for name, before, now in (
+                ("data.path", earlier.rows, record.rows),
+                ("fit.data", earlier.fit_rows, record.fit_rows),
+            ):
+                if before != now and before is not None:
+                    found.append(Change(name, _short(before), _short(now), remedy))
+        self._refuse(found)
+
+    @property
+    def remeasures(self) -> bool:
+        """Whether what was measured before no longer belongs to this run."""
+        earlier = Record.read(self._config.output) if self._config.resume else None
+        return earlier is not None and earlier.held_out != self.record.held_out
+
+    def write(self) -> None:
+        """Writes the record, and config.yaml with the changes that were allowed."""
+        output = self._config.output
+        for change in self._changes:
+            entry = {"step": self.step or 0, "name": change.name}
+            self.record.changes.append(entry | {"before": change.before, "now": change.now})
+        self._changes = []
+        self.record.write(output)
+        notes = [
+            f"# after step {each['step']}, by --resume-allow: {each['name']} "
+            f"{each['before']} -> {each['now']}\n"
+            for each in self.record.changes
+        ]
+        settings = dataclasses.replace(self._config, config=None, resume_allow=())
+        with atomic_file(output / "config.yaml") as path:
+            path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")
+
+    def _changed_files(self) -> list[Change]:
+        earlier, found = self._earlier, []
+        if earlier is None:
+            return []
+        for name, before, now, flag in (
+            ("data.path", earlier.data, self.record.data, "--data"),
+            ("fit.data", earlier.fit_data, self.record.fit_data, "--fit-data"),
+        ):
+            if not fingerprints.is_same_data(before, now):
+                a, b = map(fingerprints.describe_data, (before, now))
+                found.append(Change(name, a, b, f"restore what {flag} named"))
+        return found
+
+    def _refuse(self, changes: list[Change]) -> None:
+        allowed = self._config.resume_allow
+        refused = [c for c in changes if not {c.name, c.name.partition(".")[0]} & set(allowed)]
+        self._changes += [change for change in changes if change not in refused]
+        if refused:
+            names = " ".join(change.name for change in refused)
+            remedies = ", ".join(dict.fromkeys(change.remedy for change in refused))
+            raise ValueError(
+                f"{'; '.join(map(str, refused))}: {remedies}, allow it with --resume-allow "
+                f"{names}, or start in another --output."
+            )
+
+
+def _check_names(config: FinetuneConfig) -> None:
+    known = [name for name in _flat(_plain(config)) if _is_compared(name)]
+    for name in config.resume_allow:
+        if name not in known and name not in _OTHERS:
+            raise ValueError(
+                f"--resume-allow {name} is nothing that may change; give some of "
+                f"{', '.join([*known, *_OTHERS])}."
+            )
+
+
+def _saved_settings(output: Path) -> dict[str, Any]:
+    file = output / "config.yaml"
+    return _flat(read_yaml(file)) if file.is_file() else {}
+
+
+def _changed_settings(saved: Mapping[str, Any], config: FinetuneConfig) -> list[Change]:
+    asked = _flat(_plain(config))
+    return [
+        Change(name, str(saved[name]), str(now), f"give {flag_of(name)} {saved[name]}")
+        for name, now in asked.items()
+        if _is_compared(name) and name not in _DATA and name in saved and saved[name] != now
+    ]
+
+
+def _is_compared(name: str) -> bool:
+    return name.partition(".")[0] not in _FREE
+
+
+def flag_of(name: str) -> str:
+    """The flag of a setting by its dotted name: "fit.length" -> "--fit-length"."""
+    if name == "data.path":
+        return "--data"
+    block, _, rest = name.rpartition(".")
+    if block == "fit":
+        name = rest if rest.startswith("distill") else f"fit-{rest}"
+    return f"--{name.replace('_', '-')}"
+
+
+def _plain(config: FinetuneConfig) -> dict[str, Any]:
+    return yaml.safe_load(resolved_yaml(config))
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"data": {"path": "x"}} -> {"data.path": "x"}."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _short(digest: str | None) -> str:
+    return "none" if digest is None else f"rows {digest[:8]}"

@@ -1,0 +1,231 @@
+"""Going on with a run: what may change, what is refused by name, and what is left alone."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy as st
+
+from convert import load_pretrained
+from convert.__main__ import main
+from experiments.arguments import FinetuneConfig, run_configured
+from experiments.checks import check_output, describe_run
+from experiments.data import DataConfig
+from experiments.evaluate import EvaluateConfig, evaluate
+from experiments.finetune import finetune
+from experiments.generate import GenerateConfig, generate_text
+from experiments.training.outcome import Outcome
+from experiments.training.resume import flag_of
+from tests.tiny import write_tiny_model, write_untrained_run
+from tptt_jax.config import LoraConfig
+from tptt_jax.training.checkpoint import latest_step, restore_trainable
+from tptt_jax.training.description import Description, write_description
+
+
+@pytest.fixture(scope="module")
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Outcome, "plot", lambda self: None)
+        yield
+
+
+def run(config: FinetuneConfig) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        finetune(config)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory, no_pictures):
+    """A complete run of two steps on a table, of a model and with data of its own."""
+    folder = tmp_path_factory.mktemp("run [b]")
+    rows = folder / "rows [1].jsonl"
+    rows.write_text("".join(json.dumps({"text": "word " * n}) + "\n" for n in range(2, 22)))
+    config = FinetuneConfig(
+        model=str(write_tiny_model(folder / "model")),
+        output=folder / "exp[1]",
+        data=DataConfig(path=str(rows), sequence_length=32, packing=False, eval_rows=0.2),
+        no_liza=True,
+        lora=LoraConfig(rank=2),
+        steps=2,
+        sample_tokens=0,
+    )
+    run(config)
+    return config
+
+
+def contents(folder):
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+
+def test_a_complete_run_says_so_and_changes_nothing(started):
+    before = contents(started.output)
+    printed = run(started)
+    assert f"the run in {started.output} is complete (2 of 2 steps)" in printed
+    assert contents(started.output) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.01}, r"learning_rate: 0.001 in the run, 0.01 asked: give "),
+        ({"learning_rate": 0.01}, r"give --learning-rate 0.001, allow it with --resume-allow lear"),
+        ({"lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear asked"),
+        ({"seed": 1, "batch_size": 3}, r"batch_size: 2 in .*; seed: 0 in the run, 1 asked"),
+        ({"data.sequence_length": 16}, r"data.sequence_length: 32 in .*--data.sequence-length 32"),
+        ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs a"),
+        ({"lora": LoraConfig(rank=3)}, r"\(lora.rank: 2 in the run, 3 asked\): use another --outp"),
+        ({"resume_allow": ("rate",)}, r"--resume-allow rate is nothing that may change; give some"),
+    ],
+)
+def test_what_changes_the_run_is_refused_by_name(changes, message, started):
+    before = contents(started.output)
+    data = {k.removeprefix("data."): v for k, v in changes.items() if k.startswith("data.")}
+    others = {k: v for k, v in changes.items() if not k.startswith("data.")}
+    changed = replace(started, data=replace(started.data, **data), steps=4, **others)
+    with pytest.raises(ValueError, match=message):
+        run(changed)
+    assert contents(started.output) == before
+
+
+def test_a_changed_data_file_is_refused_until_it_is_allowed(started):
+    rows = started.data.path
+    with open(rows, "a") as file:
+        file.write('{"text": "one more"}\n')
+    try:
+        with pytest.raises(ValueError, match=r"data.path: .* bytes, sha256 .* in the run"):
+            run(replace(started, steps=4))
+        # Another table has other rows held out, which is a name of its own.
+        with pytest.raises(ValueError, match=r"held_out: rows \w+ in the run, rows \w+ asked"):
+            run(replace(started, steps=4, resume_allow=("data",)))
+    finally:
+        os.truncate(rows, os.path.getsize(rows) - len('{"text": "one more"}\n'))
+
+
+def test_changed_base_weights_are_refused(started):
+    (file,) = [f for f in os.listdir(started.model) if f.endswith(".safetensors")]
+    path = os.path.join(started.model, file)
+    kept = Path(path).read_bytes()
+    weights = st.load_file(path)
+    name = next(name for name in sorted(weights) if "q_proj" in name)
+    st.save_file(weights | {name: weights[name] * 2}, path, {"format": "pt"})
+    try:
+        with pytest.raises(ValueError, match=r"base: .*q_proj|first .*q_proj"):
+            run(replace(started, steps=4))
+        st.save_file(weights | {name: weights[name] * np.nan}, path, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"NaN"):
+            run(replace(started, steps=4))
+    finally:
+        Path(path).write_bytes(kept)
+
+
+def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(started):
+    before = json.loads((started.output / "run.json").read_text())
+    measured = json.loads((started.output / "evaluation.json").read_text())
+    changed = replace(started, steps=3, seed=5, learning_rate=0.01)
+    printed = run(replace(changed, resume_allow=("learning_rate", "seed")))
+    assert "step: resuming after 2 of 3" in printed
+    after = json.loads((started.output / "run.json").read_text())
+    assert after["held_out"] == before["held_out"]
+    assert (after["seed"], after["rows"]) == (0, before["rows"])
+    assert (
+        json.loads((started.output / "evaluation.json").read_text())["before"]
+        == (measured["before"])
+    )
+    notes = (started.output / "config.yaml").read_text().splitlines()[:2]
+    assert notes == [
+        "# after step 2, by --resume-allow: learning_rate 0.001 -> 0.01",
+        "# after step 2, by --resume-allow: seed 0 -> 5",
+    ]
+    # From then on it is the run's own.
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 in the run, 0.001 asked"):
+        run(started)
+    assert "is complete (3 of 3 steps)" in run(changed)
+
+
+def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
+    data = replace(started.data, eval_rows=0.0)
+    exploding = replace(started, output=tmp_path / "run", data=data, learning_rate=1e30)
+    exploding = replace(exploding, warmup_steps=0)
+    with pytest.raises(ValueError, match=r"step 2 is not finite \(loss .*, rows (\d+), \d+ ") as no:
+        run(exploding)
+    assert "--learning-rate and --resume-allow" in str(no.value)
+    assert "the state after step 1 is kept" in str(no.value)
+    assert latest_step(exploding.output) == 1
+    model = load_pretrained(started.model, None, started.lora)
+    assert restore_trainable(exploding.output, model) == 1
+    # Resuming is not stuck: the state before the step is the one to go on from.
+    with pytest.raises(ValueError, match=r"step 2 is not finite"):
+        run(replace(exploding, learning_rate=1e-3, resume_allow=("learning_rate",)))
+
+
+def test_what_a_run_needs_is_not_its_output(started, tmp_path):
+    description = Description(source=str(started.output), liza=None, lora=None, train="lora")
+    write_description(tmp_path / "on top", description)
+    second = replace(started, model=str(tmp_path / "on top"), resume=False)
+    with pytest.raises(ValueError, match=r"exp\[1\] is needed by .*on top"):
+        check_output(second, describe_run(second))
+    fresh = replace(started, output=tmp_path / "new")
+    (fresh.output / "distill").mkdir(parents=True)
+    (fresh.output / "distill" / "checkpoints").write_text("mine")
+    with pytest.raises(ValueError, match="checkpoints is a file, where checkpoints belong"):
+        check_output(fresh, describe_run(fresh))
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("data.path", "--data"),
+        ("data.eval_rows", "--data.eval-rows"),
+        ("fit.length", "--fit-length"),
+        ("fit.distill_batch_size", "--distill-batch-size"),
+        ("mag_values", "--mag-values"),
+    ],
+)
+def test_flags_of_settings(name, flag):
+    assert flag_of(name) == flag
+
+
+# --- what other commands do with a damaged run -----------------------------------------------
+
+
+def damage(run, step):
+    files = (run / "checkpoints" / str(step) / "weights").rglob("*")
+    max(files, key=lambda file: file.stat().st_size).write_bytes(b"")
+
+
+def test_commands_take_the_checkpoint_before_or_say_that_there_is_none(
+    started, tmp_path, monkeypatch, capsys
+):
+    output = write_untrained_run(tmp_path / "run [1]", Path(started.model))
+    checkpoints = output / "checkpoints"
+    shutil.copytree(checkpoints / "0", checkpoints / "1")
+    damage(output, 1)
+    export = ["convert", "export", str(output), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", export)
+    assert main() == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"checkpoint 1 in {checkpoints} cannot be read (")
+    assert line.endswith("taking that of step 0")
+    damage(output, 0)
+    monkeypatch.setattr("sys.argv", [*export, "--overwrite"])
+    flags = ["--adapter", str(output)]
+    for command in (
+        main,
+        lambda: run_configured(generate_text, GenerateConfig, flags),
+        lambda: run_configured(
+            evaluate, EvaluateConfig, [*flags, "--output", str(tmp_path / "evaluation")]
+        ),
+    ):
+        assert command() == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: no checkpoint in {checkpoints} can be read (step 1: ")
+    assert not (tmp_path / "evaluation").exists()

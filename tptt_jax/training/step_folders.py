@@ -1,0 +1,149 @@
+"""Folders of checkpoints on disk: a step is there whole, checked and synced, or not at all.
+
+`checkpoints/<step>/` holds the files of one step and `manifest.json`, which lists them with their
+sizes and hashes. What is being written has a name that starts with a dot.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+_FORMAT = "tptt_jax step 1"
+
+
+class DamagedStep(ValueError):
+    """A step's files are missing, or not what was written."""
+
+
+def list_steps(folder: Path) -> list[int]:
+    """The steps in a folder, the oldest first; none if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    found = [each.name for each in folder.iterdir() if each.is_dir()]
+    return sorted(int(name) for name in found if name.isascii() and name.isdecimal())
+
+
+def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
+    """Writes a step; under its name it appears complete, and on disk.
+
+    Args:
+      folder: exists.
+      step: its number; an earlier, damaged one is replaced.
+      fill: makes the folder that it is given and writes the files; what it raises passes through.
+    """
+    partial, final = folder / f".{step}.partial", folder / str(step)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        fill(partial)
+        _write_manifest(partial)
+        for entry in partial.rglob("*"):
+            sync_path(entry)
+        sync_path(partial)
+        _put(partial, final)
+        sync_path(folder)
+    except BaseException:
+        # orbax adds an ending to the name while it writes.
+        for left in folder.glob(f"{partial.name}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise
+
+
+def check_step(folder: Path, parts: Sequence[str]) -> None:
+    """Compares the files of a step with its manifest.
+
+    Args:
+      folder: of the step.
+      parts: names of the subfolders that are needed.
+
+    Raises:
+      DamagedStep: if a file is missing or was changed. A step from before there were manifests
+        passes if its subfolders are there.
+    """
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise DamagedStep(f"{part} is missing")
+    if not (folder / MANIFEST).exists():
+        return
+    for name, (size, digest) in _read_manifest(folder / MANIFEST).items():
+        if name.partition("/")[0] in parts:
+            _check_file(folder, name, size, digest)
+
+
+def remove_steps(folder: Path, steps: Sequence[int]) -> None:
+    """Removes steps: first their names, so that no half of one is ever found."""
+    for step in steps:
+        doomed = folder / f".{step}.removed"
+        with contextlib.suppress(OSError):
+            (folder / str(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes have left half written or half removed."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        step, _, rest = entry.name.removeprefix(".").partition(".")
+        ours = ("partial", "removed", "orbax-checkpoint-tmp")
+        if step.isdecimal() and rest.startswith(ours):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        entry.relative_to(folder).as_posix(): [entry.stat().st_size, _digest(entry)]
+        for entry in sorted(folder.rglob("*"))
+        if entry.is_file()
+    }
+    text = json.dumps({"format": _FORMAT, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
+    try:
+        files = json.loads(file.read_text(encoding="utf-8"))["files"]
+        return {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DamagedStep(f"{MANIFEST} is damaged") from None
+
+
+def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
+    try:
+        found = (folder / name).stat().st_size
+        if found != size:
+            raise DamagedStep(f"{name} has {found:,} bytes, {size:,} were written")
+        if _digest(folder / name) != digest:
+            raise DamagedStep(f"the bytes of {name} have changed")
+    except FileNotFoundError:
+        raise DamagedStep(f"{name} is missing") from None
+    except OSError as error:
+        raise DamagedStep(f"{name}: {error.strerror}") from None
+
+
+def _put(partial: Path, final: Path) -> None:
+    if final.exists():
+        # A damaged one: nobody writes a readable step twice.
+        old = final.with_name(f".{final.name}.removed")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        partial.rename(final)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
