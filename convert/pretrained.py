@@ -169,5 +169,5 @@ def export_pretrained(
             write_tptt(model, directory, base, opened)
         else:
             write = write_titan if format == "titan" else write_merged
-            write(model, directory, opened)
+            write(model, directory, opened, source)
             write_card(directory, Path(path).name, model, format, base, tasks)

@@ -33,7 +33,7 @@ _WEIGHT_PATTERNS = (
     *("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     "adapter_model.safetensors",
 )
-_CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py", "adapter_config.json")
+_CONFIG_PATTERNS = ("config.json", "generation_config.json", "adapter_config.json")
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
