@@ -13,6 +13,7 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.families import Family, family_of, titan
 from convert.files import read_json, write_json
+from convert.finite_values import check_finite
 from convert.hf_directory import write_weights
 from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
@@ -38,7 +39,8 @@ def write_merged(
       tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
 
     Raises:
-      ConversionError: if the family cannot express the model's configuration.
+      ConversionError: if the family cannot express the model's configuration, or a weight is NaN
+        or infinite.
     """
     family = family_of(model.config.family)
     content = _config_json(family, model.config, np.dtype(model.dtype), base)
@@ -62,7 +64,7 @@ def write_titan(
       tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
 
     Raises:
-      ConversionError: if the memory has the reference's operator.
+      ConversionError: if the memory has the reference's operator, or a weight is NaN or infinite.
     """
     config, liza = model.config, model.liza
     if liza is not None and liza.operator == "tptt_reference":
@@ -114,7 +116,8 @@ def _write_directory(
     ]
     write_json(directory / "config.json", content)
     write_json(directory / "generation_config.json", _generation_json(content, base))
-    write_weights(directory, specs, _merged_tensors(model, plan, variables))
+    tensors = _merged_tensors(model, plan, variables)
+    write_weights(directory, specs, check_finite(specs, tensors))
 
 
 def _stored_dtype(move: Conversion, model: CausalLM, variables: Variables) -> np.dtype:
@@ -166,7 +169,10 @@ def _merged_tensors(
     sizes = [sum(prod(slot.shape) for slot in move.slots) for move in plan]
     for move in track(plan, "Writing weights", sizes):
         dtype = _stored_dtype(move, model, variables)
-        ours = [np.asarray(_merged(slot, variables, scale).astype(dtype)) for slot in move.slots]
+        # A value too large for float16 becomes Inf, which the export refuses.
+        with np.errstate(over="ignore"):
+            merged = [_merged(slot, variables, scale).astype(dtype) for slot in move.slots]
+        ours = [np.asarray(each) for each in merged]
         yield from move.transform.backward(ours)
 
 

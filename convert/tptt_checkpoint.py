@@ -174,7 +174,8 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
             if slot.path not in values:
                 values[slot.path] = np.array(variables[slot.path][1].get_value())
             whole = values[slot.path]
-            place = (...,) if slot.index is None else (slot.index,)
+            # Ellipsis: a view even where the part is a single number.
+            place = (*slot.index, ...)
             # A value too large for float16 becomes Inf, which is reported below.
             with np.errstate(over="ignore"):
                 whole[place] = array.astype(whole.dtype)
