@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from convert.adapter_embeddings import without_copies
 from convert.adapter_export import write_adapter
 from convert.adapters import FittedAdapter, fit_adapter, open_adapter
 from convert.bases import has_base, locate_base, resolve_base
@@ -116,7 +117,8 @@ def _is_supported(dtype: DTypeLike) -> bool:
 def _fit(adapter: Path, base: Pretrained) -> FittedAdapter | FittedTptt:
     if is_tptt(adapter):
         return fit_tptt(open_tptt(adapter), base.config)
-    return fit_adapter(open_adapter(adapter), base.config, base.family)
+    opened = without_copies(open_adapter(adapter), base)
+    return fit_adapter(opened, base.config, base.family)
 
 
 def export_pretrained(

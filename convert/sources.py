@@ -22,6 +22,7 @@ from convert.hf_directory import SafetensorsDirectory
 from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
+from convert.wrapped_names import PlainNames
 from tptt_jax import LizaConfig, ModelConfig
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -195,7 +196,7 @@ def open_directory(directory: Path) -> Pretrained:
         family=family,
         config=config,
         liza=None if read_liza is None else read_liza(fields),
-        tensors=SafetensorsDirectory(directory),
+        tensors=PlainNames(SafetensorsDirectory(directory), str(directory)),
         rules=family.rules(config),
         ignored=family.ignored,
         config_json=raw,
