@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.errors import ConversionError
-from convert.files import read_json
+from convert.files import check_regular, read_json
+from convert.source_files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -51,6 +52,7 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
       ConversionError: if there is no tokenizer, or one that cannot be read.
     """
     transformers = import_transformers()
+    check_files(path)
     with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
         if _is_generic(path):
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
@@ -67,6 +69,12 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         if has_file and is_rebuilt and not _agrees(found, path / TOKENIZER_FILE):
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
         return found
+
+
+def check_files(path: Path) -> None:
+    """Refuses pipes, devices and directories in the place of a tokenizer's files."""
+    for name in ("config.json", *TOKENIZER_FILES):
+        check_regular(path / name)
 
 
 def _agrees(tokenizer: Any, file: Path) -> bool:

@@ -12,9 +12,7 @@ _ELEMENTS_AT_ONCE = 1 << 20
 _MAX_NAMED = 20
 
 
-def check_finite(
-    specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]
-) -> Iterator[np.ndarray]:
+def check_finite(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Passes tensors on, and raises in place of the last if any of them is not finite.
 
     Not at the first, so that all are named; whoever writes must throw away what it has written

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,7 +17,7 @@ from convert.errors import ConversionError
 from convert.families import Family, family_of, family_of_architecture
 from convert.families.family import is_match
 from convert.families.fields import Fields
-from convert.files import read_json
+from convert.files import check_regular, read_json
 from convert.gguf_io import GgufFile
 from convert.hf_directory import SafetensorsDirectory
 from convert.rules import Rule
@@ -35,6 +36,8 @@ _WEIGHT_PATTERNS = (
     "adapter_model.safetensors",
 )
 _CONFIG_PATTERNS = ("config.json", "generation_config.json", "adapter_config.json")
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -166,7 +169,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
             f"{path} describes quantised weights (quantization_config); use the original "
             "checkpoint, or a GGUF file."
         )
-    fields = Fields(raw, str(path))
+    fields = Fields(_without_placeholders(raw), str(path))
     family = family_of(fields.text("model_type"))
     try:
         return family, _with_end_tokens(family.read_config(fields), directory), raw
@@ -176,10 +179,21 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
 
 
+def _without_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without -1 where that stands for "none", as transformers takes it."""
+    kept = {}
+    for key, value in raw.items():
+        if key in _TOKEN_KEYS and isinstance(value, list):
+            kept[key] = [each for each in value if each != -1]
+        elif value != -1 or key not in (*_TOKEN_KEYS, *_LENGTH_KEYS):
+            kept[key] = value
+    return kept
+
+
 def _with_end_tokens(config: ModelConfig, directory: Path) -> ModelConfig:
     """Adds the tokens that end a text by generation_config.json only, as a chat's turn end."""
     path = directory / "generation_config.json"
-    if not path.is_file():
+    if not path.exists():
         return config
     ends = Fields(read_json(path), str(path)).token_ids("eos_token_id")
     # In order, as the first one pads; -1 stands for none.
@@ -205,6 +219,7 @@ def open_directory(directory: Path) -> Pretrained:
 
 def open_gguf(path: Path) -> Pretrained:
     """Opens a GGUF file (see `open_pretrained`)."""
+    check_regular(path)
     file = GgufFile(path)
     family, table = family_of_architecture(str(file.metadata.get("general.architecture")))
     try:

@@ -11,12 +11,13 @@ from convert.demo import cache_directory
 from convert.directory_tokenizer import (
     SETTINGS_FILE,
     TOKENIZER_FILE,
+    check_files,
     import_transformers,
     read_directory_tokenizer,
     refusing,
 )
 from convert.errors import ConversionError, listing
-from convert.files import atomic_directory
+from convert.files import atomic_directory, check_regular
 from convert.gguf_io import GgufFile
 from convert.notices import say
 from convert.source_files import TOKENIZER_FILES, copy_tokenizer_files
@@ -132,6 +133,7 @@ def tokenizer_class_of(model_type: str) -> str:
 def _from_adapter(path: Path) -> "PreTrainedTokenizerFast":
     """An adapter's directory has no config.json that transformers could take a class from."""
     transformers = import_transformers()
+    check_files(path)
     with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
         return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
 
@@ -154,6 +156,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     transformers = import_transformers()
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
+    check_regular(path)
     metadata = GgufFile(path).metadata
     described = {
         name: metadata[f"tokenizer.ggml.{key}"]

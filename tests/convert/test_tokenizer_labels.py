@@ -17,7 +17,11 @@ from transformers import Qwen2Tokenizer
 
 from convert import ConversionError, load_tokenizer
 
-CORPUS = ["hello world is a test", "def f(x):\n    return x + 1\n\n", "don't say 12345 caf\u00e9"] * 9
+CORPUS = [
+    "hello world is a test",
+    "def f(x):\n    return x + 1\n\n",
+    "don't say 12345 caf\u00e9",
+] * 9
 TEXTS = (
     *("hello world is a test\ncaf\u00e9", "   three  blanks ", "a\n\n\nb\r\n\tc", "don't 12345"),
     *("e\u0301 \u4e2d\u6587 \U0001f600", "<|im_start|>hello<|im_end|> world<|endoftext|>x"),

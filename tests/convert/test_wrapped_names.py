@@ -82,7 +82,9 @@ def test_what_is_not_clear_is_named(tmp_path, extra, message):
 ADAPTER_NAMES = {
     "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
     "compiled outside": lambda name: f"_orig_mod.{name}",
-    "sharded": lambda name: f"module.{name.replace('self_attn.', '_fsdp_wrapped_module.self_attn.')}",
+    "sharded": lambda name: (
+        f"module.{name.replace('self_attn.', '_fsdp_wrapped_module.self_attn.')}"
+    ),
     "multimodal": lambda name: name.replace("model.layers", "model.language_model.layers"),
 }
 
