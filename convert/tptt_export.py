@@ -56,6 +56,11 @@ def write_tptt(
             f"or a hub id, but this one is {base}: write it as a directory first (python -m "
             "convert import) and give that as source."
         )
+    if pretrained.path != Path(base) and "@" in base:
+        raise ConversionError(
+            f"tptt loads the main branch of a hub id, but the base model is {base}: write that as "
+            "a directory first (python -m convert import) and give it as source."
+        )
     memory = _memory_json(model)
     variables = variables_of(model)
     places = places_of(model.config, variables)
