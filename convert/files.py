@@ -14,7 +14,6 @@ from convert.errors import ConversionError, listing
 
 # Far above any real file, far below what Python's recursion allows.
 _MAX_DEPTH = 100
-_TOO_DEEP = "{path} is not valid JSON for a model: it is nested more than {most} deep."
 
 
 def _sync_directory(path: Path) -> None:
@@ -158,30 +157,32 @@ def check_regular(path: Path) -> None:
         raise ConversionError(f"{path} is {kind}; it must be a regular file.")
 
 
-def parse_json(text: str, path: Path) -> Any:
+def parse_json(text: str, path: Path, problem: str = "is not valid JSON") -> Any:
     """Parses JSON from a file that anybody may have written.
 
     Args:
       text: the content.
       path: the file that error messages name.
+      problem: what they say about it.
 
     Raises:
       ConversionError: if it is no JSON, repeats a key, or is nested too deeply to work with.
     """
+    too_deep = f"{path} {problem}: it is nested more than {_MAX_DEPTH} deep."
     try:
         content = json.loads(text, object_pairs_hook=unique_keys(path))
     except ConversionError:
         raise
     except RecursionError:
-        raise ConversionError(_TOO_DEEP.format(path=path, most=_MAX_DEPTH)) from None
+        raise ConversionError(too_deep) from None
     # ValueError: syntax, and integers of more than 4,300 digits.
     except ValueError as error:
-        raise ConversionError(f"{path} is not valid JSON: {error}.") from None
+        raise ConversionError(f"{path} {problem}: {error}.") from None
     level, depth = [content], 0
     while level := [each for each in level if isinstance(each, dict | list)]:
         depth += 1
         if depth > _MAX_DEPTH:
-            raise ConversionError(_TOO_DEEP.format(path=path, most=_MAX_DEPTH))
+            raise ConversionError(too_deep)
         level = [
             inner for each in level for inner in (each.values() if type(each) is dict else each)
         ]

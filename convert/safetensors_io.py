@@ -126,7 +126,7 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
         text = file.read(length).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path} has a header that is not JSON: {error}.") from None
-    header = parse_json(text, path)
+    header = parse_json(text, path, "has a header that is not JSON")
     if not isinstance(header, dict):
         raise ConversionError(f"{path} has a header that is not a JSON object.")
     return header, 8 + length

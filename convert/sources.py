@@ -121,7 +121,7 @@ def _fetch(hub: HubName, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [*_CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
-    revision = {} if hub.revision is None else {"revision": hub.revision}
+    revision: dict[str, Any] = {} if hub.revision is None else {"revision": hub.revision}
     try:
         return Path(snapshot_download(hub.name, allow_patterns=patterns, **revision))
     except (OSError, ValueError) as error:
