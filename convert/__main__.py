@@ -9,6 +9,7 @@ import tyro
 
 from convert.command_line import run_command
 from convert.files import check_replaceable
+from convert.hub_names import with_revision
 from convert.inspection import describe
 from convert.model_card import read_results
 from convert.overwriting import check_overwrite
@@ -24,6 +25,7 @@ def import_model(
     output: Path,
     dtype: Dtype = "auto",
     overwrite: bool = False,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Writes a model, e.g. a GGUF file, as a Hugging Face directory.
 
@@ -33,8 +35,10 @@ def import_model(
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights).
       overwrite: replace an earlier model in that directory.
+      revision: branch, tag or commit of a hub id; the same as hub-id@revision.
     """
     check_replaceable(output, overwrite=overwrite)
+    source = with_revision(source, revision)
     check_overwrite(output, source)
     model = load_pretrained(source, dtype=dtype)
     export_pretrained(model, output, "merged", source, overwrite=overwrite)
@@ -82,6 +86,7 @@ def inspect_model(
     source: tyro.conf.Positional[str],
     context: tuple[int, ...] = (1024, 65_536, 1_048_576),
     window: int = 512,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Says what a model is and what a Titan of it would hold in memory; reads no weights.
 
@@ -90,8 +95,9 @@ def inspect_model(
         tptt's, or a checkpoint.
       context: lengths in tokens at which the state of one row is counted.
       window: tokens that softmax attention sees in the windowed Titan.
+      revision: branch, tag or commit of a hub id; the same as hub-id@revision.
     """
-    return describe(source, context, window)
+    return describe(with_revision(source, revision), context, window)
 
 
 def verify_model(
@@ -99,6 +105,7 @@ def verify_model(
     tokens: int = 40,
     dtype: Dtype = "float32",
     tolerance: float | None = None,
+    revision: str | None = None,
 ) -> dict[str, Any]:
     """Checks a model: against transformers if torch is installed, and against itself.
 
@@ -112,7 +119,9 @@ def verify_model(
       dtype: of weights and computation; auto: what the source is stored in.
       tolerance: of every check, relative to the largest logit; None: 1e-4 for float32, 1e-2
         for float16, 5e-2 for bfloat16.
+      revision: branch, tag or commit of a hub id; the same as hub-id@revision.
     """
+    source = with_revision(source, revision)
     checks, text = verify_pretrained(source, num_tokens=tokens, dtype=dtype, tolerance=tolerance)
     return {
         "source": source,

@@ -1,7 +1,6 @@
 """adapter_config.json: what PEFT says about a LoRA adapter."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from convert.errors import ConversionError, listing
 from convert.families.fields import Fields
 from convert.files import read_json
 from tptt_jax import LoraConfig
+from tptt_jax.config.patterns import check_pattern, matches_whole
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -57,9 +57,16 @@ class AdapterConfig:
 
 
 def matches(modules: Modules, name: str) -> bool:
-    """Whether a module is meant, by PEFT's rules."""
+    """Whether a module is meant, by PEFT's rules.
+
+    Raises:
+      ConversionError: if a regular expression takes too long to match.
+    """
     if isinstance(modules, str):
-        return re.fullmatch(modules, name) is not None
+        try:
+            return matches_whole(modules, name)
+        except ValueError as error:
+            raise ConversionError(f"The modules of the adapter cannot be found: {error}") from None
     return any(name == each or name.endswith(f".{each}") for each in modules)
 
 
@@ -129,11 +136,9 @@ def _read_modules(fields: Fields, key: str) -> Modules:
     if not isinstance(value, str):
         return tuple(fields.texts(key) or ())
     try:
-        re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ConversionError(
-            f"{key} in {fields.origin} is not a valid regular expression: {error}."
-        ) from None
+        check_pattern(value)
+    except ValueError as error:
+        raise ConversionError(f"{key} in {fields.origin} {error}.") from None
     # PEFT too takes an empty expression for none.
     return value or ()
 

@@ -12,6 +12,8 @@ from convert.adapter_places import Place, places_of
 from convert.errors import ConversionError, listing
 from convert.families import Family, family_of, titan
 from convert.files import read_json, write_json
+from convert.finite_values import check_finite
+from convert.hub_names import parse_hub_name
 from convert.loading import Variables, variables_of
 from convert.module_names import weighted_modules
 from convert.rules import Rule
@@ -31,7 +33,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
 
     Raises:
       ConversionError: if the model has no adapters, or some on projections that are no modules
-        of their own in Hugging Face's model.
+        of their own in Hugging Face's model, or values that are NaN or infinite.
     """
     if model.lora is None:
         raise ConversionError(
@@ -67,7 +69,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
         for name, array in zip(place.tensors, pair, strict=True)
     ]
     specs, arrays = zip(*named, strict=True)
-    write_safetensors(directory / WEIGHTS_FILE, specs, arrays)
+    write_safetensors(directory / WEIGHTS_FILE, specs, check_finite(specs, arrays))
 
 
 def _titan_of(base: str | None) -> Family | None:
@@ -108,13 +110,14 @@ def adapter_config_json(
     Returns:
       The JSON object.
     """
+    hub = None if base is None or Path(base).exists() else parse_hub_name(base)
     alpha = int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "auto_mapping": None,
-        "base_model_name_or_path": base,
-        "revision": None,
+        "base_model_name_or_path": base if hub is None else hub.name,
+        "revision": None if hub is None else hub.revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": alpha,

@@ -26,6 +26,7 @@ from convert.families import Family
 from convert.loading import Variables, variables_of
 from convert.plan import tensor_problems
 from convert.safetensors_io import SafetensorsFile
+from convert.wrapped_names import plain_names
 from tptt_jax import CausalLM, LoraConfig, ModelConfig
 from tptt_jax.training.partition import load_trainable
 
@@ -70,7 +71,8 @@ def open_adapter(directory: Path) -> Adapter:
             "DIR).save_pretrained(OTHER_DIR) writes safetensors."
         )
     file = SafetensorsFile(weights)
-    names = {name: _ADAPTER_NAME.sub(r"\1.weight", name) for name in file.tensors}
+    plain = plain_names(file.tensors, str(weights), "base_model.model.")
+    names = {own: _ADAPTER_NAME.sub(r"\1.weight", name) for name, own in plain.items()}
     counts = Counter(names.values())
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConversionError(f"{weights} has {listing(twice)} twice, with and without .default.")

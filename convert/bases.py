@@ -6,7 +6,8 @@ from pathlib import Path
 from convert.adapter_config import is_adapter, read_adapter_config
 from convert.demo import PACKAGED_SOURCES
 from convert.errors import ConversionError
-from convert.sources import HUB_ID, Source, find_checkpoint, locate
+from convert.hub_names import parse_hub_name
+from convert.sources import Source, find_checkpoint, locate
 from convert.tptt_config import is_tptt, read_tptt_config
 
 
@@ -17,11 +18,12 @@ def base_source(directory: Path) -> str:
       directory: such a directory.
 
     Returns:
-      A packaged model's name, an absolute path that exists, or a hub id.
+      A packaged model's name, an absolute path that exists, or a hub id, with "@" and the
+      revision if there is one.
 
     Raises:
-      ConversionError: if it names none, a revision, a path that means nothing here, or a model
-        that has adapters itself.
+      ConversionError: if it names none, a revision of a path, a path that means nothing here, or a
+        model that has adapters itself.
     """
     if is_tptt(directory):
         return _checked_name(directory, _tptt_base(directory))
@@ -32,12 +34,15 @@ def base_source(directory: Path) -> str:
             f"{directory} does not name its base model (base_model_name_or_path); "
             f"{_remedy(directory)}."
         )
-    if config.revision not in (None, "main"):
+    if config.revision in (None, "main"):
+        return _checked_name(directory, name)
+    hub = parse_hub_name(f"{name}@{config.revision}")
+    if hub is None or hub.revision != config.revision or _exists(Path(name)):
         raise ConversionError(
             f"{directory} belongs to revision {config.revision!r:.80} of {name}; fetch that, and "
             f"{_remedy(directory)}."
         )
-    return _checked_name(directory, name)
+    return str(hub)
 
 
 def _tptt_base(directory: Path) -> str:
@@ -57,7 +62,7 @@ def _checked_name(directory: Path, name: str) -> str:
         return name
     path = Path(name)
     exists = _exists(path)
-    if not exists if path.is_absolute() else exists or not _is_hub_id(name):
+    if not exists if path.is_absolute() else exists or parse_hub_name(name) is None:
         problem = (
             "does not exist here"
             if path.is_absolute()
@@ -80,11 +85,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def _is_hub_id(name: str) -> bool:
-    # Longer ones the hub does not give.
-    return len(name) <= 96 and HUB_ID.fullmatch(name) is not None
 
 
 def _remedy(directory: Path) -> str:

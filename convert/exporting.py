@@ -1,7 +1,6 @@
 """Writing a model as a Hugging Face directory: plain, or with its memory."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from math import prod
@@ -14,50 +13,60 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.families import Family, family_of, titan
 from convert.files import read_json, write_json
+from convert.finite_values import check_finite
 from convert.hf_directory import write_weights
 from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
 from convert.progress import track
 from convert.safetensors_io import TensorSpec
-from convert.sources import Pretrained
+from convert.source_files import is_own_file, say_what_is_left_out
+from convert.sources import Pretrained, Source
 from convert.tokenizer import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
 from tptt_jax.config import RopeConfig
 
 
-def write_merged(model: CausalLM, directory: Path, base: Pretrained | None) -> None:
+def write_merged(
+    model: CausalLM, directory: Path, base: Pretrained | None, tokenizer: Source | None = None
+) -> None:
     """Writes the model without its memory, its adapters merged into the weights.
 
     Args:
       model: the model.
       directory: an existing, empty directory.
-      base: what the model was loaded from; its unknown settings, generation settings and
-        tokenizer go along.
+      base: what the model was loaded from; its unknown settings and generation settings go
+        along.
+      tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
 
     Raises:
-      ConversionError: if the family cannot express the model's configuration.
+      ConversionError: if the family cannot express the model's configuration, or a weight is NaN
+        or infinite.
     """
     family = family_of(model.config.family)
     content = _config_json(family, model.config, np.dtype(model.dtype), base)
     variables = variables_of(model)
     plan = plan_for(family.rules(model.config), model, variables)
-    if base is not None:
-        _copy_code(base.path, directory, content)
+    # Code of the source never goes along, so nothing may refer to it.
+    content.pop("auto_map", None)
+    _write_tokenizer(directory, base, tokenizer)
     _write_directory(model, directory, base, content, plan, variables)
 
 
-def write_titan(model: CausalLM, directory: Path, base: Pretrained | None) -> None:
+def write_titan(
+    model: CausalLM, directory: Path, base: Pretrained | None, tokenizer: Source | None = None
+) -> None:
     """Writes the model with its memory and the PyTorch file that runs it.
 
     Args:
       model: the model; its adapters are merged into the weights.
       directory: an existing, empty directory.
-      base: what the model was loaded from; its generation settings and tokenizer go along.
+      base: what the model was loaded from; its generation settings go along.
+      tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
 
     Raises:
-      ConversionError: if the memory has the reference's operator, or rotary frequencies depend on
-        the length of the text.
+      ConversionError: if the memory has the reference's operator, rotary frequencies depend on
+        the length of the text, or a weight is NaN or infinite.
     """
     config, liza = model.config, model.liza
     if config.fixed_up_to is not None:
@@ -77,21 +86,26 @@ def write_titan(model: CausalLM, directory: Path, base: Pretrained | None) -> No
         "dtype": np.dtype(model.dtype).name,
         "liza": None if liza is None else dataclasses.asdict(liza),
     }
-    if tokenizer_class := _missing_tokenizer_class(base, config.family):
-        content["tokenizer_class"] = tokenizer_class
+    _write_tokenizer(directory, base, tokenizer)
+    if _lacks_tokenizer_class(directory):
+        content["tokenizer_class"] = tokenizer_class_of(config.family)
     _write_directory(model, directory, base, content, plan, variables)
     code = resources.files("convert") / "titan" / titan.MODELING_FILE
     (directory / titan.MODELING_FILE).write_bytes(code.read_bytes())
 
 
-def _missing_tokenizer_class(base: Pretrained | None, model_type: str) -> str | None:
-    """The class of a tokenizer whose own files leave it to the base model's type."""
+def _write_tokenizer(directory: Path, base: Pretrained | None, tokenizer: Source | None) -> None:
     if base is None:
-        return None
-    settings = base.path / "tokenizer_config.json"
-    if not settings.is_file() or "tokenizer_class" in read_json(settings):
-        return None
-    return tokenizer_class_of(model_type)
+        return
+    export_tokenizer(base.path if tokenizer is None else tokenizer, directory)
+    if base.path.is_dir():
+        say_what_is_left_out(base.path)
+
+
+def _lacks_tokenizer_class(directory: Path) -> bool:
+    """Whether the tokenizer's own files leave the class to the base model's type."""
+    settings = directory / "tokenizer_config.json"
+    return settings.is_file() and "tokenizer_class" not in read_json(settings)
 
 
 def _write_directory(
@@ -102,7 +116,7 @@ def _write_directory(
     plan: Sequence[Conversion],
     variables: Variables,
 ) -> None:
-    """Writes configuration, generation settings, tokenizer and weights."""
+    """Writes configuration, generation settings and weights."""
     specs = [
         TensorSpec(name, shape, _stored_dtype(move, model, variables))
         for move in plan
@@ -110,9 +124,8 @@ def _write_directory(
     ]
     write_json(directory / "config.json", content)
     write_json(directory / "generation_config.json", _generation_json(content, base))
-    if base is not None:
-        export_tokenizer(base.path, directory)
-    write_weights(directory, specs, _merged_tensors(model, plan, variables))
+    tensors = _merged_tensors(model, plan, variables)
+    write_weights(directory, specs, check_finite(specs, tensors))
 
 
 def _stored_dtype(move: Conversion, model: CausalLM, variables: Variables) -> np.dtype:
@@ -126,7 +139,9 @@ def _config_json(
 ) -> dict[str, Any]:
     content = family.config_json(config) | family.write_old_config(config)
     content |= {"dtype": dtype.name, "torch_dtype": dtype.name}
-    original = None if base is None else base.config_json
+    # A link out of the model's folder may lead to anything.
+    is_own = base is not None and is_own_file(base.path / "config.json", base.path)
+    original = base.config_json if base is not None and is_own else None
     if original is None or original.get("model_type") != family.model_type:
         return content
     kept = {key: value for key, value in original.items() if key not in family.superseded}
@@ -143,18 +158,6 @@ def _ropes(config: ModelConfig) -> tuple[RopeConfig, RopeConfig]:
     return config.rope_of("full"), config.rope_of("sliding")
 
 
-def _copy_code(source: Path, directory: Path, content: dict[str, Any]) -> None:
-    """The code that config.json refers to (OpenELM's) goes along; it is never run here."""
-    if "auto_map" not in content:
-        return
-    files = sorted(source.glob("*.py"))
-    for file in files:
-        shutil.copyfile(file, directory / file.name)
-    if not files:
-        # A reference to files that are not there would keep the export from loading at all.
-        del content["auto_map"]
-
-
 def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
     """Ours over the original, also inside nested objects such as rope_parameters."""
     result = {**original, **ours}
@@ -167,7 +170,7 @@ def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, An
 def _generation_json(config: Mapping[str, Any], base: Pretrained | None) -> dict[str, Any]:
     if base is not None:
         original = base.path / "generation_config.json"
-        if original.is_file():
+        if is_own_file(original, base.path):
             return read_json(original)
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     known = {key: config[key] for key in ids if config.get(key) is not None}
@@ -181,7 +184,10 @@ def _merged_tensors(
     sizes = [sum(prod(slot.shape) for slot in move.slots) for move in plan]
     for move in track(plan, "Writing weights", sizes):
         dtype = _stored_dtype(move, model, variables)
-        ours = [np.asarray(_merged(slot, variables, scale).astype(dtype)) for slot in move.slots]
+        # A value too large for float16 becomes Inf, which the export refuses.
+        with np.errstate(over="ignore"):
+            merged = [_merged(slot, variables, scale).astype(dtype) for slot in move.slots]
+        ours = [np.asarray(each) for each in merged]
         yield from move.transform.backward(ours)
 
 

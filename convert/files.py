@@ -12,6 +12,9 @@ from typing import Any
 
 from convert.errors import ConversionError, listing
 
+# Far above any real file, far below what Python's recursion allows.
+_MAX_DEPTH = 100
+
 
 def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -143,21 +146,64 @@ def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
     return build
 
 
+def check_regular(path: Path) -> None:
+    """Refuses what is there but no file: reading a pipe waits for ever, a device never ends.
+
+    Raises:
+      ConversionError: if `path` exists and is neither a regular file nor a link to one.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe, a device or a socket"
+        raise ConversionError(f"{path} is {kind}; it must be a regular file.")
+
+
+def parse_json(text: str, path: Path, problem: str = "is not valid JSON") -> Any:
+    """Parses JSON from a file that anybody may have written.
+
+    Args:
+      text: the content.
+      path: the file that error messages name.
+      problem: what they say about it.
+
+    Raises:
+      ConversionError: if it is no JSON, repeats a key, or is nested too deeply to work with.
+    """
+    too_deep = f"{path} {problem}: it is nested more than {_MAX_DEPTH} deep."
+    try:
+        content = json.loads(text, object_pairs_hook=unique_keys(path))
+    except ConversionError:
+        raise
+    except RecursionError:
+        raise ConversionError(too_deep) from None
+    # ValueError: syntax, and integers of more than 4,300 digits.
+    except ValueError as error:
+        raise ConversionError(f"{path} {problem}: {error}.") from None
+    level, depth = [content], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > _MAX_DEPTH:
+            raise ConversionError(too_deep)
+        level = [
+            inner for each in level for inner in (each.values() if type(each) is dict else each)
+        ]
+    return content
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that must hold one JSON object.
 
     Raises:
-      ConversionError: if the file is missing, is not JSON, is not an object, or repeats a key.
+      ConversionError: if the file is missing or no regular file, is not JSON, is not an object, is
+        nested more than a hundred deep, or repeats a key.
     """
+    check_regular(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys(path))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConversionError(f"{path} does not exist.") from None
-    except ConversionError:
-        raise
-    # ValueError: UTF-8, syntax, and integers of more than 4,300 digits.
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}.") from None
+    content = parse_json(text, path)
     if not isinstance(content, dict):
         raise ConversionError(
             f"{path} must hold a JSON object, it holds a {type(content).__name__}."

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert.errors import ConversionError, listing
-from convert.files import read_json, write_json
+from convert.files import check_regular, read_json, write_json
 from convert.safetensors_io import SafetensorsFile, TensorSpec, write_safetensors
 from convert.tensors import TensorInfo
 
@@ -53,6 +53,8 @@ class SafetensorsDirectory:
 
 
 def _weight_files(directory: Path) -> list[SafetensorsFile]:
+    for name in (INDEX_FILE, SINGLE_FILE):
+        check_regular(directory / name)
     if (directory / INDEX_FILE).is_file():
         return _indexed_files(directory)
     if (directory / SINGLE_FILE).is_file():
@@ -84,6 +86,8 @@ def _indexed_files(directory: Path) -> list[SafetensorsFile]:
                 "the directory."
             )
     names = sorted(set(weight_map.values()))
+    for name in names:
+        check_regular(directory / name)
     absent = [name for name in names if not (directory / name).is_file()]
     if absent:
         raise ConversionError(

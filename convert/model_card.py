@@ -45,7 +45,8 @@ def write_card(
         "tags": ["tptt_jax", *(["titan", "linear-attention"] if liza is not None else [])],
     }
     if base is not None and _is_hub_id(base):
-        head["base_model"] = base
+        # The hub links to a model, not to a revision of it.
+        head["base_model"] = base.partition("@")[0]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name}",

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from convert.adapter_embeddings import without_copies
 from convert.adapter_export import write_adapter
 from convert.adapters import FittedAdapter, fit_adapter, open_adapter
 from convert.bases import has_base, locate_base, resolve_base
@@ -42,8 +43,8 @@ def load_pretrained(
     Peak memory is the model plus one tensor.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, a packaged model
-        ("smollm2-135m", "gemma3-270m"), a checkpoint
+      source: a Hugging Face directory, a hub id ("name" or "name@revision"), a .gguf file, a
+        packaged model ("smollm2-135m", "gemma3-270m"), a checkpoint
         directory of our own, which brings its own `liza` and `lora` unless they are given, a
         "titan" export, which brings its `liza` likewise, or a directory of PEFT's or of
         tptt's, which names its base model.
@@ -116,7 +117,8 @@ def _is_supported(dtype: DTypeLike) -> bool:
 def _fit(adapter: Path, base: Pretrained) -> FittedAdapter | FittedTptt:
     if is_tptt(adapter):
         return fit_tptt(open_tptt(adapter), base.config)
-    return fit_adapter(open_adapter(adapter), base.config, base.family)
+    opened = without_copies(open_adapter(adapter), base)
+    return fit_adapter(opened, base.config, base.family)
 
 
 def export_pretrained(
@@ -169,5 +171,5 @@ def export_pretrained(
             write_tptt(model, directory, base, opened)
         else:
             write = write_titan if format == "titan" else write_merged
-            write(model, directory, opened)
+            write(model, directory, opened, source)
             write_card(directory, Path(path).name, model, format, base, tasks)

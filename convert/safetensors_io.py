@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.files import atomic_file, unique_keys
+from convert.files import atomic_file, check_regular, parse_json
 from convert.tensors import TensorInfo, read_bytes
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -64,6 +64,7 @@ class SafetensorsFile:
             disagrees with the data (unknown type, wrong length, gaps or overlaps, duplicates).
         """
         self.path = path
+        check_regular(path)
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -122,11 +123,10 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
             "truncated, fetch it again."
         )
     try:
-        header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique_keys(path))
-    except ConversionError:
-        raise
-    except (ValueError, RecursionError) as error:
+        text = file.read(length).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ConversionError(f"{path} has a header that is not JSON: {error}.") from None
+    header = parse_json(text, path, "has a header that is not JSON")
     if not isinstance(header, dict):
         raise ConversionError(f"{path} has a header that is not a JSON object.")
     return header, 8 + length

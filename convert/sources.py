@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,13 +18,15 @@ from convert.families import Family, family_of, family_of_architecture
 from convert.families.family import is_match
 from convert.families.fields import Fields
 from convert.families.gguf_metadata import ROPE_FACTORS
-from convert.files import read_json
+from convert.files import check_regular, read_json
 from convert.gguf_io import GgufFile
 from convert.gguf_parts import all_parts, find_gguf
 from convert.hf_directory import SafetensorsDirectory
+from convert.hub_names import HubName, parse_hub_name
 from convert.rules import Rule
 from convert.safetensors_io import FLOAT_TYPES
 from convert.tensors import TensorSource
+from convert.wrapped_names import PlainNames
 from tptt_jax import LizaConfig, ModelConfig
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -35,13 +38,13 @@ _WEIGHT_PATTERNS = (
     *("model.safetensors", "model.safetensors.index.json", "model-*.safetensors"),
     "adapter_model.safetensors",
 )
-_CONFIG_PATTERNS = ("config.json", "generation_config.json", "*.py", "adapter_config.json")
+_CONFIG_PATTERNS = ("config.json", "generation_config.json", "adapter_config.json")
+_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
 # A directory with one of these is described by it, whatever else it holds.
 _DESCRIPTIONS = ("config.json", "adapter_config.json", "checkpoint.json")
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-"""What may be the name of a model on the hub."""
 
 Source = str | os.PathLike[str]
 
@@ -94,8 +97,9 @@ def locate(source: Source, *, weights: bool = True) -> Path:
 
     Args:
       source: a directory, a .gguf file, any part of one or a directory that holds one, a hub id
-        such as "HuggingFaceTB/SmolLM2-135M", or a packaged model ("smollm2-135m", "gemma3-270m"),
-        whose name never means a directory: write "./smollm2-135m".
+        such as "HuggingFaceTB/SmolLM2-135M", with "@" and a revision if it is not the main
+        branch's, or a packaged model ("smollm2-135m", "gemma3-270m"), whose name never means a
+        directory: write "./smollm2-135m".
       weights: whether the weights of a hub model are needed, or its small files only.
 
     Returns:
@@ -115,25 +119,27 @@ def locate(source: Source, *, weights: bool = True) -> Path:
         return all_parts(path)[0]
     if path.exists():
         return path
-    if path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+    hub = parse_hub_name(name)
+    if path.suffix == ".gguf" or hub is None:
         raise ConversionError(
             f"{name} does not exist; give a model directory, a .gguf file, a hub id or "
             f"{DEFAULT_MODEL}."
         )
-    return _fetch(name, weights=weights)
+    return _fetch(hub, weights=weights)
 
 
-def _fetch(name: str, *, weights: bool) -> Path:
+def _fetch(hub: HubName, *, weights: bool) -> Path:
     # Costs half a second that local sources need not pay.
     from huggingface_hub import snapshot_download
 
     patterns = [*_CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    revision: dict[str, Any] = {} if hub.revision is None else {"revision": hub.revision}
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(hub.name, allow_patterns=patterns, **revision))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(
-            f"{name} is no directory here and could not be fetched from the Hugging Face hub: "
+            f"{hub} is no directory here and could not be fetched from the Hugging Face hub: "
             f"{reason}"
         ) from None
 
@@ -174,7 +180,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
             f"{path} describes quantised weights (quantization_config); use the original "
             "checkpoint, or a GGUF file."
         )
-    fields = Fields(raw, str(path))
+    fields = Fields(_without_placeholders(raw), str(path))
     family = family_of(fields.text("model_type"))
     try:
         return family, _with_end_tokens(family.read_config(fields), directory), raw
@@ -184,10 +190,21 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
         raise ConversionError(f"{path} describes an impossible model: {error}") from None
 
 
+def _without_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without -1 where that stands for "none", as transformers takes it."""
+    kept = {}
+    for key, value in raw.items():
+        if key in _TOKEN_KEYS and isinstance(value, list):
+            kept[key] = [each for each in value if each != -1]
+        elif value != -1 or key not in (*_TOKEN_KEYS, *_LENGTH_KEYS):
+            kept[key] = value
+    return kept
+
+
 def _with_end_tokens(config: ModelConfig, directory: Path) -> ModelConfig:
     """Adds the tokens that end a text by generation_config.json only, as a chat's turn end."""
     path = directory / "generation_config.json"
-    if not path.is_file():
+    if not path.exists():
         return config
     ends = Fields(read_json(path), str(path)).token_ids("eos_token_id")
     # In order, as the first one pads; -1 stands for none.
@@ -204,7 +221,7 @@ def open_directory(directory: Path) -> Pretrained:
         family=family,
         config=config,
         liza=None if read_liza is None else read_liza(fields),
-        tensors=SafetensorsDirectory(directory),
+        tensors=PlainNames(SafetensorsDirectory(directory), str(directory)),
         rules=family.rules(config),
         ignored=family.ignored,
         config_json=raw,
@@ -213,6 +230,7 @@ def open_directory(directory: Path) -> Pretrained:
 
 def open_gguf(path: Path) -> Pretrained:
     """Opens a GGUF file (see `open_pretrained`)."""
+    check_regular(path)
     file = GgufFile(path)
     family, table = family_of_architecture(str(file.metadata.get("general.architecture")))
     try:

@@ -1,18 +1,27 @@
 """Tokenizers of Hugging Face directories and of GGUF files, without torch."""
 
 import contextlib
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.adapter_config import is_adapter
 from convert.bases import has_base, locate_base
 from convert.demo import cache_directory
-from convert.errors import ConversionError
-from convert.files import atomic_directory, read_json
+from convert.directory_tokenizer import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    check_files,
+    import_transformers,
+    read_directory_tokenizer,
+    refusing,
+)
+from convert.errors import ConversionError, listing
+from convert.files import atomic_directory, check_regular
 from convert.gguf_io import GgufFile
-from convert.sources import TOKENIZER_PATTERNS, Source, find_checkpoint, locate
+from convert.notices import say
+from convert.source_files import TOKENIZER_FILES, copy_tokenizer_files
+from convert.sources import Source, find_checkpoint, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,10 +45,6 @@ _SPECIAL = {
     "unk_token": "unk_token_id",
     "pad_token": "pad_token_id",
 }
-# What transformers 5 calls a tokenizer that tokenizer.json says everything about.
-_GENERIC_CLASS = "TokenizersBackend"
-# For these it goes by the model, whatever the files say.
-_CLASS_BY_MODEL_TYPE = ("mistral", "qwen2")
 # llama.cpp begins every text of these with BOS even where the file does not say so.
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
 
@@ -49,7 +54,8 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
 
     Args:
       source: what `load_pretrained` takes. A checkpoint of our own has the tokenizer of the
-        model it was trained from, a directory of PEFT's or tptt's that of its base model.
+        model it was trained from, a directory of tptt's that of its base model, and so has one of
+        PEFT's unless it brings a complete tokenizer.
 
     Returns:
       A fast tokenizer; special tokens and the chat template are set as the source has them.
@@ -57,100 +63,84 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     Raises:
       ConversionError: if the source has no tokenizer, or one that cannot be read.
     """
-    if described := find_checkpoint(source):
-        return load_tokenizer(described.source)
-    path = locate(source, weights=False)
-    if has_base(path):
-        path = locate_base(path, weights=False)
+    path = locate_tokenizer(source)
     if path.is_dir():
-        return _from_directory(path)
+        if is_adapter(path):
+            return _from_adapter(path)
+        return read_directory_tokenizer(path)
     return _cached(path) if path.parent == cache_directory() else _from_gguf(path)
+
+
+def locate_tokenizer(source: Source) -> Path:
+    """Finds the directory or GGUF file that holds the tokenizer of a model.
+
+    Args:
+      source: what `load_tokenizer` takes.
+
+    Returns:
+      Of a PEFT directory with a complete tokenizer (tokenizer.json and tokenizer_config.json):
+      that directory, as the adapter was trained with it. Otherwise what holds the base model.
+
+    Raises:
+      ConversionError: if there is no such model.
+    """
+    while described := find_checkpoint(source):
+        source = described.source
+    path = locate(source, weights=False)
+    if not has_base(path):
+        return path
+    if is_adapter(path):
+        own = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if {TOKENIZER_FILE, SETTINGS_FILE} <= set(own):
+            say(f"using the tokenizer of the adapter {path} ({listing(own)})")
+            return path
+        if own:
+            say(
+                f"using the tokenizer of the base model; {listing(own)} of the adapter {path} is "
+                f"no complete tokenizer ({TOKENIZER_FILE} and {SETTINGS_FILE})"
+            )
+    return locate_base(path, weights=False)
 
 
 def export_tokenizer(source: Source, path: Path) -> None:
     """Writes the tokenizer of a model, with its chat template, into a directory.
 
     Args:
-      source: what `load_tokenizer` takes. The files of a Hugging Face directory are copied
-        as they are, if it has any.
+      source: what `load_tokenizer` takes. The tokenizer files of a directory are copied as
+        they are, if it has any (see `copy_tokenizer_files`).
       path: an existing directory.
 
     Raises:
       ConversionError: if the tokenizer of a GGUF file cannot be read.
     """
-    if described := find_checkpoint(source):
-        export_tokenizer(described.source, path)
+    place = locate_tokenizer(source)
+    if place.is_dir():
+        copy_tokenizer_files(place, path)
         return
-    place = locate(source, weights=False)
-    if not place.is_dir():
-        tokenizer = load_tokenizer(place)
-        with _refusing(f"the tokenizer cannot be written to {path}", "see that it has room"):
-            tokenizer.save_pretrained(path)
-        return
-    for pattern in TOKENIZER_PATTERNS:
-        for file in place.glob(pattern):
-            if file.is_file():
-                copy = path / file.relative_to(place)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
+    tokenizer = load_tokenizer(place)
+    with refusing(f"the tokenizer cannot be written to {path}", "see that it has room"):
+        tokenizer.save_pretrained(path)
 
 
 def tokenizer_class_of(model_type: str) -> str:
     """The class that transformers takes for a model type where no file names one."""
-    _transformers()
+    import_transformers()
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     return TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
 
 
-def _from_directory(path: Path) -> "PreTrainedTokenizerFast":
-    transformers = _transformers()
-    with _refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
-        if _is_generic(path):
-            return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
-        # False: a repository's own code is never run, and nobody is asked whether it may be.
-        return transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-
-
-def _is_generic(path: Path) -> bool:
-    """Whether transformers would take its generic class; finding that out imports torch."""
-    files = ("tokenizer.json", "tokenizer_config.json", "config.json")
-    if not all((path / name).is_file() for name in files):
-        return False
-    settings, config = (read_json(path / name) for name in files[1:])
-    return (
-        settings.get("tokenizer_class") == _GENERIC_CLASS
-        and "auto_map" not in settings
-        and config.get("model_type") not in _CLASS_BY_MODEL_TYPE
-    )
-
-
-@contextlib.contextmanager
-def _refusing(problem: str, remedy: str) -> Iterator[None]:
-    """Turns what transformers and tokenizers raise into one sentence.
-
-    They meet damaged files with whatever error comes first, and Rust's is a bare Exception.
-    """
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConversionError(
-            f"{problem} ({type(error).__name__}: {reason:.300}); {remedy}."
-        ) from None
-
-
-def _transformers() -> Any:
-    # Without torch it prints advice that nobody here needs; its import takes two seconds.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    import transformers
-
-    return transformers
+def _from_adapter(path: Path) -> "PreTrainedTokenizerFast":
+    """An adapter's directory has no config.json that transformers could take a class from."""
+    transformers = import_transformers()
+    check_files(path)
+    with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
+        return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
 
 
 def _cached(path: Path) -> "PreTrainedTokenizerFast":
     """The demo's tokenizer; kept beside the file, as deriving its merges takes seconds."""
-    transformers = _transformers()
+    transformers = import_transformers()
     cache = path.with_name(f"{path.stem}.tokenizer-{transformers.__version__}")
     if not cache.is_dir():
         tokenizer = _from_gguf(path)
@@ -163,9 +153,10 @@ def _cached(path: Path) -> "PreTrainedTokenizerFast":
 
 def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
     """Builds the tokenizer that a GGUF file's metadata describe."""
-    transformers = _transformers()
+    transformers = import_transformers()
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
+    check_regular(path)
     metadata = GgufFile(path).metadata
     described = {
         name: metadata[f"tokenizer.ggml.{key}"]
@@ -173,7 +164,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
         if f"tokenizer.ggml.{key}" in metadata
     }
     remedy = "give a Hugging Face directory of the same model"
-    with _refusing(f"{path} has no tokenizer that can be read", remedy):
+    with refusing(f"{path} has no tokenizer that can be read", remedy):
         backend, _ = convert_gguf_tokenizer(str(metadata.get("general.architecture")), described)
         return transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, **_settings(metadata, described)

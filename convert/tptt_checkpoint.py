@@ -16,6 +16,7 @@ from convert.loading import plan_for, variables_of
 from convert.plan import tensor_problems
 from convert.safetensors_io import SafetensorsFile
 from convert.tptt_config import TpttConfig, plain_name, read_tptt_config
+from convert.wrapped_names import plain_names
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.training.partition import load_trainable
 
@@ -56,7 +57,11 @@ def open_tptt(directory: Path) -> TpttCheckpoint:
             "run code when they are read; save it again with tptt 0.12.1 where you trust it."
         )
     file = SafetensorsFile(weights)
-    stored = {name: _canonical(name, has_lora=config.adapter is not None) for name in file.tensors}
+    has_lora = config.adapter is not None
+    stored = {
+        own: _canonical(name, has_lora=has_lora)
+        for name, own in plain_names(file.tensors, str(weights)).items()
+    }
     counts = Counter(stored.values())
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ConversionError(f"{weights} has {listing(twice)} more than once.")
@@ -174,7 +179,8 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
             if slot.path not in values:
                 values[slot.path] = np.array(variables[slot.path][1].get_value())
             whole = values[slot.path]
-            place = (...,) if slot.index is None else (slot.index,)
+            # Ellipsis: a view even where the part is a single number.
+            place = (*slot.index, ...)
             # A value too large for float16 becomes Inf, which is reported below.
             with np.errstate(over="ignore"):
                 whole[place] = array.astype(whole.dtype)

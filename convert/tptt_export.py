@@ -1,5 +1,6 @@
 """Writing a directory that tptt 0.12.1 loads."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from convert.errors import ConversionError, listing
 from convert.families import family_of
 from convert.families.rotary import shortest
 from convert.files import write_json
+from convert.finite_values import check_finite
 from convert.loading import plan_for, variables_of
 from convert.module_names import weighted_modules
 from convert.plan import Conversion
@@ -41,7 +43,8 @@ def write_tptt(
       pretrained: the base model, opened.
 
     Raises:
-      ConversionError: if the package cannot express the model, or cannot read the base model.
+      ConversionError: if the package cannot express the model, or cannot read the base model, or
+        a weight is NaN or infinite.
     """
     if base is None or pretrained is None:
         raise ConversionError(
@@ -52,6 +55,11 @@ def write_tptt(
             "tptt loads its base model through transformers, which needs a Hugging Face directory "
             f"or a hub id, but this one is {base}: write it as a directory first (python -m "
             "convert import) and give that as source."
+        )
+    if pretrained.path != Path(base) and "@" in base:
+        raise ConversionError(
+            f"tptt loads the main branch of a hub id, but the base model is {base}: write that as "
+            "a directory first (python -m convert import) and give it as source."
         )
     memory = _memory_json(model)
     variables = variables_of(model)
@@ -84,7 +92,7 @@ def write_tptt(
         (directory / f"{module}.py").write_text(f"from tptt import {name}  # noqa: F401\n")
     export_tokenizer(pretrained.path, directory)
     specs = [TensorSpec(name, array.shape, array.dtype) for name, array in tensors.items()]
-    write_safetensors(directory / WEIGHTS_FILE, specs, tensors.values())
+    write_safetensors(directory / WEIGHTS_FILE, specs, check_finite(specs, tensors.values()))
 
 
 def _memory_json(model: CausalLM) -> dict[str, Any]:
@@ -108,6 +116,10 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
             "LizaConfig.tptt_reference(...), which sets what it can."
         )
     share = 1.0 if model.mag_share is None else shortest(float(model.mag_share[...]))
+    if not math.isfinite(share):
+        raise ConversionError(
+            f"The model's mag_share is {share}; nothing was written: export an earlier checkpoint."
+        )
     return {
         **_operator_json(liza),
         "max_chunk_size": liza.chunk_size,
@@ -170,7 +182,7 @@ def _weights(model: CausalLM, places: list[Place], base: Pretrained) -> dict[str
         ours = []
         for slot in move.slots:
             value = variables[slot.path][1].get_value()
-            ours.append(np.asarray(value if slot.index is None else value[slot.index]))
+            ours.append(np.asarray(value[slot.index]))
         if _is_same(move, ours, base) and (has_lora or not _is_projection(move)):
             continue
         for name, array in zip(move.sources, move.transform.backward(ours), strict=True):

@@ -102,6 +102,17 @@ def is_hub_id(path: str) -> bool:
     )
 
 
+def local_files(path: str) -> list[Path]:
+    """The files that a file's name, a folder or a pattern stands for, in order; none of the Hub."""
+    given = Path(path).expanduser()
+    if given.is_dir():
+        return sorted(file for file in given.rglob("*") if file.is_file())
+    if given.is_file():
+        return [given]
+    matching = glob.glob(str(given), recursive=True) if glob.has_magic(path) else []
+    return sorted(file for file in map(Path, matching) if file.is_file())
+
+
 def is_text_file(path: str | Sequence[str]) -> bool:
     """Whether `path` is a file that holds one text, not a table."""
     if not isinstance(path, str):

@@ -1,6 +1,7 @@
 """What a run was made from, in a few hashes: its data files, its rows, its base weights."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.packing import TokenBatchSource
+from experiments.rows import local_files
 from tptt_jax import CausalLM
 from tptt_jax.training.partition import dotted, is_base_weight
 
@@ -17,8 +19,8 @@ _SAMPLES = 4096
 _BLOCK, _BLOCKS = 2**20, 256
 
 
-def of_data(path: str | None) -> dict[str, Any] | None:
-    """Names a data set; for a file or a folder also its size and a hash of its contents.
+def of_data(path: str | Sequence[str] | None) -> dict[str, Any] | None:
+    """Names a data set; for files also their size and a hash of their contents.
 
     Args:
       path: what --data or --fit-data names; None: nothing.
@@ -28,16 +30,20 @@ def of_data(path: str | None) -> dict[str, Any] | None:
     """
     if path is None:
         return None
-    given = Path(path).expanduser()
-    if not given.exists():
-        return {"name": path}
-    files = [given] if given.is_file() else sorted(f for f in given.rglob("*") if f.is_file())
+    paths = [path] if isinstance(path, str) else list(path)
+    found = [local_files(each) for each in paths]
+    if not all(found):
+        return {"name": " ".join(paths)}
     digest, size = hashlib.sha256(), 0
-    for file in files:
-        size += file.stat().st_size
-        name = "" if file == given else file.relative_to(given).as_posix()
-        digest.update(f"{name} {_file_digest(file)}\n".encode())
-    return {"name": str(given.resolve()), "bytes": size, "sha256": digest.hexdigest()}
+    for given, files in zip(paths, found, strict=True):
+        root = Path(given).expanduser()
+        for file in files:
+            size += file.stat().st_size
+            name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+            name = "" if file == root else name
+            digest.update(f"{name} {_file_digest(file)}\n".encode())
+    name = " ".join(str(Path(each).expanduser().resolve()) for each in paths)
+    return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def of_rows(rows: TokenBatchSource | None) -> str | None:

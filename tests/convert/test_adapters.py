@@ -324,6 +324,51 @@ def test_base_models_that_are_not_found(tmp_path, llama, adapter, monkeypatch, b
     assert load_pretrained(llama, adapter=adapter).lora is not None
 
 
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_equal_copies_of_the_embedding_are_passed_over(tmp_path, llama, dtype, capsys):
+    base = load_file(llama / "model.safetensors")
+    copies = {
+        EMBEDDING: base["model.embed_tokens.weight"].astype(dtype),
+        HEAD: base["lm_head.weight"].astype(dtype),
+    }
+    path = write_adapter_files(tmp_path / "a", adapter_tensors(*PLACES) | copies)
+    plain = lora_values(load_pretrained(llama, adapter=write_adapter_files(tmp_path / "b")))
+    capsys.readouterr()
+    values = lora_values(load_pretrained(llama, adapter=path))
+    for name, value in plain.items():
+        np.testing.assert_array_equal(values[name], value)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "a copy of the base model's lm_head.weight, model.embed_tokens.weight" in said
+
+
+@pytest.mark.parametrize("name", [EMBEDDING, HEAD])
+@pytest.mark.parametrize("rows", [97, 99], ids=["changed", "resized"])
+def test_other_embeddings_are_refused(tmp_path, llama, name, rows):
+    own = load_file(llama / "model.safetensors")[name.removeprefix("base_model.model.")]
+    copy = np.concatenate([own, own])[:rows]
+    copy[3, 5] += 1
+    path = write_adapter_files(tmp_path / "a", adapter_tensors(*PLACES) | {name: copy})
+    match = r"resized .* of 99 tokens, the base model has 97: .*resize_token_embeddings\(99\)"
+    wanted = match if rows == 99 else r"changed .*Merge it first: .*merge_and_unload\(\)"
+    with pytest.raises(ConversionError, match=wanted):
+        load_pretrained(llama, adapter=path)
+
+
+def test_a_copy_of_a_tied_head(tmp_path, capsys):
+    base = write_directory(tmp_path / "base", LLAMA | {"tie_word_embeddings": True})
+    copy = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    path = write_adapter_files(tmp_path / "a", adapter_tensors(*PLACES) | {HEAD: copy})
+    load_pretrained(base, adapter=path)
+    assert "lm_head.weight" in capsys.readouterr().err
+    write_adapter_files(path, adapter_tensors(*PLACES) | {HEAD: copy + 1})
+    with pytest.raises(ConversionError, match=r"changed lm_head\.weight"):
+        load_pretrained(base, adapter=path)
+
+
 def test_a_base_model_of_a_revision(adapter, llama):
     write_adapter_files(adapter, base_model_name_or_path=str(llama), revision="abc")
     with pytest.raises(ConversionError, match="belongs to revision 'abc'"):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.hf_directory import SafetensorsDirectory
 from convert.loading import variables_of
+from convert.sources import open_pretrained
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, generate
 
@@ -338,6 +339,16 @@ def test_all_end_tokens_end_a_text(tmp_path, llama):
         load_pretrained(llama)
 
 
+def test_sampling_settings_are_not_read(tmp_path, llama):
+    """What is drawn depends on the options of a command alone; exports hand them on."""
+    before = open_pretrained(llama).config
+    sampling = {"do_sample": True, "temperature": 0.1, "top_k": 3, "max_new_tokens": 5}
+    (llama / "generation_config.json").write_text(json.dumps(sampling))
+    assert open_pretrained(llama).config == before
+    export_pretrained(load_pretrained(llama), tmp_path / "a", source=llama)
+    assert json.loads((tmp_path / "a" / "generation_config.json").read_text()) == sampling
+
+
 def test_export_without_a_source(tmp_path, llama):
     export_pretrained(load_pretrained(llama), tmp_path / "b")
     assert json.loads((tmp_path / "b/generation_config.json").read_text()) == {
@@ -434,6 +445,7 @@ import sys
 import jax, numpy as np
 from convert import load_pretrained
 from convert.loading import variables_of
+from convert.sources import open_pretrained
 from tptt_jax import LizaConfig, LoraConfig
 from tptt_jax.sharding import make_mesh, sharding_of
 mesh = make_mesh("fsdp=2,tensor=2")

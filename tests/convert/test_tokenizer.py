@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import ConversionError, load_tokenizer
@@ -28,6 +28,8 @@ def hf_directory(tmp_path_factory) -> Path:
     """A byte-level tokenizer as transformers saves it."""
     path = tmp_path_factory.mktemp("hf")
     backend = Tokenizer(models.BPE(vocab={chr(i): i - 33 for i in range(33, 127)}, merges=[]))
+    # As Qwen's class has it, which would otherwise give other ids than the file.
+    backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")

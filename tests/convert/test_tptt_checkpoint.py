@@ -282,7 +282,10 @@ EXPORTS = {
 def test_exports_load_in_the_package(base, tmp_path, monkeypatch, liza, lora):
     """Weights that differ from the base model go along, whatever they are."""
     model = randomized(load_pretrained(base, liza, lora))
-    for name in ("stacks.0.self_attn.k_proj.kernel", "stacks.0.mlp_norm.weight"):
+    for name in (
+        *("stacks.0.self_attn.k_proj.kernel", "stacks.0.mlp_norm.weight"),
+        *("embed.embedding", "final_norm.weight"),
+    ):
         path, variable = variables_of(model)[name]
         nnx.update(
             model, nnx.from_flat_state([(path, variable.replace(variable.get_value() * 1.5))])

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from convert import export_pretrained, load_pretrained
+from convert import ConversionError, export_pretrained, load_pretrained
 from tests.parity import test_families, test_transformers
 from tests.parity.test_transformers import TOKENS
 from tests.parity.torch_models import build, relative_error, reload, torch_logits
 from tptt_jax import LizaConfig, LoraConfig
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 pytestmark = [
@@ -154,3 +155,30 @@ def test_merged_by_peft(tmp_path, bases):
     wanted = torch_logits(theirs, TOKENS)
     theirs.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert relative_error(ours(tmp_path / "merged"), wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+# It says each time that it saves the embedding.
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_embeddings_that_peft_saves(tmp_path, tied, capsys):
+    config = transformers.LlamaConfig(
+        **{"vocab_size": 61, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 1},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied},
+    )
+    base = str(tmp_path / "base")
+    transformers.LlamaForCausalLM(config).save_pretrained(base)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for name, rows in (("equal", 61), ("resized", 64)):
+        model = transformers.LlamaForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(rows)
+        adapted = peft.get_peft_model(model, lora)
+        adapted.save_pretrained(str(tmp_path / name), save_embedding_layers=rows == 61 or "auto")
+        assert any("embed_tokens" in each for each in load_file(adapter_file(tmp_path / name)))
+    assert load_pretrained(base, adapter=tmp_path / "equal").lora.rank == 2
+    assert "copy of the base model's" in capsys.readouterr().err
+    with pytest.raises(ConversionError, match=r"resized .*resize_token_embeddings\(64\)"):
+        load_pretrained(base, adapter=tmp_path / "resized")
+
+
+def adapter_file(path):
+    return path / "adapter_model.safetensors"

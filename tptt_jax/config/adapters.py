@@ -1,11 +1,11 @@
 """What LoRA adapters are and where they sit."""
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tptt_jax.config.checks import MAX_RANK, check_at_least, check_at_most
+from tptt_jax.config.patterns import check_pattern, matches_whole
 
 # Other names of the same projection in other families.
 _OTHER_NAMES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("out_proj",)}
@@ -36,11 +36,9 @@ class LoraConfig:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
         for target in self.targets:
             try:
-                re.compile(target)
-            except re.error as error:
-                raise ValueError(
-                    f"LoRA target {target!r} is not a valid regular expression: {error}."
-                ) from None
+                check_pattern(target)
+            except ValueError as error:
+                raise ValueError(f"LoRA target {target!r:.200} {error}.") from None
 
     @property
     def scale(self) -> float:
@@ -65,4 +63,4 @@ class LoraConfig:
 def _target_matches(target: str, path: str) -> bool:
     parent, _, name = path.rpartition(".")
     names = (name, *_OTHER_NAMES.get(name, ()))
-    return target in names or any(re.fullmatch(target, f"{parent}.{each}") for each in names)
+    return target in names or any(matches_whole(target, f"{parent}.{each}") for each in names)
