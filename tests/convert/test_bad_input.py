@@ -82,7 +82,7 @@ DAMAGES = {
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "not valid JSON"),
     "duplicate key": (twice, "names model_type more than once"),
     "unknown family": (edit_config(model_type="mamba"), "'mamba' is not supported; known are"),
-    "unknown rope": (edit_config(rope_scaling={"rope_type": "yarn"}), "rope type 'yarn'"),
+    "unknown rope": (edit_config(rope_scaling={"rope_type": "spiral"}), "rope type 'spiral'"),
     "a million layers": (edit_config(num_hidden_layers=10**6), "at most 10000"),
     "a trillion tokens": (edit_config(vocab_size=10**12), "vocab_size"),
     "quantised": (edit_config(quantization_config={}), "original checkpoint"),

@@ -341,6 +341,7 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
     # Two were measured before the stop, one was stopped, and three columns were left.
     assert len(calls) == 6
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report.pop("peak_gb") > 0
     assert report == json.loads((output / "results.json").read_text())
     tuned, base = (report["models"][str(path)] for path in (titan, tiny_model_dir))
     assert tuned["windows"] == {FULL: None, ALONE: 16, EQUAL: 24, MEMORY: 16}
