@@ -11,7 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-_PARTS = ("weights", "progress")
+PARTS = ("weights", "progress")
+"""Of a checkpoint: what a model needs, and what training needs besides."""
 _GLOB_CHARACTERS = "*?["
 # Above this, names, shapes and files are looked at, but not every value is read again.
 _READ_AGAIN_BYTES = 64 * 2**20
@@ -81,7 +82,7 @@ def _check_written(folder: Path, trees: Mapping[str, Any]) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handlers: Any = {name: ocp.StandardCheckpointHandler() for name in _PARTS}
+    handlers: Any = {name: ocp.StandardCheckpointHandler() for name in PARTS}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
