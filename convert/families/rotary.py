@@ -215,7 +215,7 @@ def read_gguf_rope(
 def _read_gguf_yarn(
     get: Callable[..., Any], theta: float, factor: float, original: int, scale: float
 ) -> RopeConfig:
-    """What "yarn" says; `scale` multiplies the recommended attention factor."""
+    """Reads "yarn" scaling; `scale` multiplies the recommended attention factor."""
     for key, plain in (("yarn_ext_factor", (1.0, -1.0)), ("yarn_log_multiplier", (0.0,))):
         value = get(f"rope.scaling.{key}", plain[0])
         if value not in plain:

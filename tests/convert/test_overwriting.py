@@ -58,7 +58,7 @@ def test_files_of_other_people_are_not_removed(base, tmp_path, monkeypatch, caps
 def test_the_python_call_protects_the_same(tmp_path):
     source = write_directory(tmp_path / "source", LLAMA)
     model = load_pretrained(source)
-    with pytest.raises(ConversionError, match="source cannot be overwritten: .* is loaded from "):
+    with pytest.raises(ConversionError, match=r"source cannot be overwritten: .* is loaded from "):
         export_pretrained(model, source, "merged", source, overwrite=True)
     for given in (source, None):
         export_pretrained(model, tmp_path / "a", "merged", given, overwrite=True)

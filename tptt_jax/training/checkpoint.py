@@ -265,8 +265,8 @@ def _check_fits(saved: Any, target: Any) -> None:
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise CheckpointMisfit(
-                f"`{name}` must have shape {want.get(name)}, the checkpoint has {have.get(name)}: use "
-                "another --output."
+                f"`{name}` must have shape {want.get(name)}, the checkpoint has {have.get(name)}: "
+                "use another --output."
             )
 
 
