@@ -192,6 +192,8 @@ DAMAGE = {
 }
 
 
+# orbax stops at the first array that is missing and leaves the reads of the others behind.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_passed_over_and_said(kind, saved, setting, caplog):
     folder, first = saved
