@@ -212,7 +212,7 @@ def test_commands_take_the_checkpoint_before_or_say_that_there_is_none(
     export = ["convert", "export", str(output), "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", export)
     assert main() == 0
-    (line,) = capsys.readouterr().err.splitlines()
+    line = capsys.readouterr().err.splitlines()[0]
     assert line.startswith(f"checkpoint 1 in {checkpoints} cannot be read (")
     assert line.endswith("taking that of step 0")
     damage(output, 0)
