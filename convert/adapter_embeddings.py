@@ -4,12 +4,14 @@ import dataclasses
 
 import numpy as np
 
+from convert.adapter_places import PEFT_PREFIX
 from convert.adapters import Adapter
 from convert.errors import ConversionError, listing
+from convert.families import Family
 from convert.notices import say
+from convert.rules import Rule
 from convert.sources import Pretrained
 
-_PREFIX = "base_model.model."
 _EMBEDDING, _HEAD = "embed.embedding", "lm_head.kernel"
 
 
@@ -27,35 +29,47 @@ def without_copies(adapter: Adapter, base: Pretrained) -> Adapter:
 
     Raises:
       ConversionError: if they are resized or have other values, as the adapter alone is not the
-        model then.
+        model then, or the base model is quantised, so that nobody can tell.
     """
     copies = {}
     for rule in base.family.rules(base.config):
         if len(rule.targets) == 1 and rule.targets[0] in (_EMBEDDING, _HEAD):
-            (source,) = rule.sources
-            for name in (source, source.removeprefix(base.family.prefix)):
-                if (stored := f"{_PREFIX}{name}") in adapter.stored_names:
+            for name in _stored_names(rule, base.family):
+                if (stored := f"{PEFT_PREFIX}{name}") in adapter.stored_names:
                     copies[stored] = rule
     if not copies:
         return adapter
     for name, rule in copies.items():
+        plain = name.removeprefix(PEFT_PREFIX)
         stored = adapter.file.read(adapter.stored_names[name])
         (copy,) = rule.transform.forward([stored], [stored.shape])
         own = _own_weight(base, rule.targets[0])
         if own is None or copy.shape != own.shape:
             rows = None if own is None else base.config.vocab_size
-            raise ConversionError(_resized(adapter, name, stored, rows))
+            raise ConversionError(_resized(adapter, plain, stored, rows))
         if not _is_same(copy, own):
+            if base.config_json is None:
+                raise ConversionError(
+                    f"the base is quantised ({base.path}), so the copy of {plain} in "
+                    f"{adapter.path} cannot be compared: use the Hugging Face checkpoint of the "
+                    "base."
+                )
             raise ConversionError(
-                f"{adapter.path} holds a changed {name.removeprefix(_PREFIX)}: the adapter alone "
+                f"{adapter.path} holds a changed {plain}: the adapter alone "
                 "is not the model. Merge it first: PeftModel.from_pretrained("
                 "AutoModelForCausalLM.from_pretrained(BASE_MODEL), DIR).merge_and_unload()"
                 ".save_pretrained(OTHER_DIR) writes a plain model that loads here."
             )
-    names = listing(name.removeprefix(_PREFIX) for name in copies)
+    names = listing(name.removeprefix(PEFT_PREFIX) for name in copies)
     say(f"{adapter.path} holds a copy of the base model's {names}; it is the same and not read")
     kept = {name: own for name, own in adapter.stored_names.items() if name not in copies}
     return dataclasses.replace(adapter, stored_names=kept)
+
+
+def _stored_names(rule: Rule, family: Family) -> tuple[str, str]:
+    """What files call the one tensor of a rule, with the model's own prefix and without."""
+    (source,) = rule.sources
+    return source, source.removeprefix(family.prefix)
 
 
 def _own_weight(base: Pretrained, target: str) -> np.ndarray | None:
@@ -66,8 +80,7 @@ def _own_weight(base: Pretrained, target: str) -> np.ndarray | None:
     for rule in base.rules:
         if rule.targets != (target,):
             continue
-        (source,) = rule.sources
-        for name in (source, source.removeprefix(base.family.prefix)):
+        for name in _stored_names(rule, base.family):
             if name in base.tensors.tensors:
                 stored = base.tensors.read(name)
                 return rule.transform.forward([stored], [stored.shape])[0]
@@ -84,7 +97,7 @@ def _is_same(copy: np.ndarray, own: np.ndarray) -> bool:
 
 def _resized(adapter: Adapter, name: str, stored: np.ndarray, rows: int | None) -> str:
     return (
-        f"{adapter.path} holds a resized {name.removeprefix(_PREFIX)} of {len(stored)} tokens, the "
+        f"{adapter.path} holds a resized {name} of {len(stored)} tokens, the "
         f"base model has {'none' if rows is None else rows}: the adapter alone is not the model. "
         "Merge it first: model = AutoModelForCausalLM.from_pretrained(BASE_MODEL); "
         f"model.resize_token_embeddings({len(stored)}); PeftModel.from_pretrained(model, DIR)"

@@ -9,7 +9,8 @@ from convert.module_names import module_names
 from tptt_jax import ModelConfig
 from tptt_jax.decoder import layer_location
 
-_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
+"""What PEFT writes before the names of the model that it wraps."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Place:
     @property
     def tensors(self) -> tuple[str, str]:
         """Names of the stored lora_A [rank, in] and lora_B [out, rank]."""
-        return f"{_PREFIX}{self.module}.lora_A.weight", f"{_PREFIX}{self.module}.lora_B.weight"
+        module = f"{PEFT_PREFIX}{self.module}"
+        return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
 def places_of(

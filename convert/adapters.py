@@ -20,7 +20,7 @@ from convert.adapter_config import (
     is_adapter,
     read_adapter_config,
 )
-from convert.adapter_places import Place, places_of
+from convert.adapter_places import PEFT_PREFIX, Place, places_of
 from convert.errors import ConversionError, listing
 from convert.families import Family
 from convert.loading import Variables, variables_of
@@ -71,7 +71,7 @@ def open_adapter(directory: Path) -> Adapter:
             "DIR).save_pretrained(OTHER_DIR) writes safetensors."
         )
     file = SafetensorsFile(weights)
-    plain = plain_names(file.tensors, str(weights), "base_model.model.")
+    plain = plain_names(file.tensors, str(weights), PEFT_PREFIX)
     names = {own: _ADAPTER_NAME.sub(r"\1.weight", name) for name, own in plain.items()}
     counts = Counter(names.values())
     if twice := [name for name, count in counts.items() if count > 1]:

@@ -52,8 +52,7 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
       ConversionError: if there is no tokenizer, or one that cannot be read.
     """
     transformers = import_transformers()
-    check_files(path)
-    with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
+    with _reading(path):
         if _is_generic(path):
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
         has_file = (path / TOKENIZER_FILE).is_file()
@@ -71,10 +70,24 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         return found
 
 
-def check_files(path: Path) -> None:
-    """Refuses pipes, devices and directories in the place of a tokenizer's files."""
+def read_adapter_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """Loads the tokenizer of an adapter's directory, which has no config.json to name a class.
+
+    Raises:
+      ConversionError: if there is no tokenizer, or one that cannot be read.
+    """
+    transformers = import_transformers()
+    with _reading(path):
+        return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Refuses pipes, devices and directories in the place of files, and files that are damaged."""
     for name in ("config.json", *TOKENIZER_FILES):
         check_regular(path / name)
+    with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
+        yield
 
 
 def _agrees(tokenizer: Any, file: Path) -> bool:

@@ -19,7 +19,7 @@ from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
 from convert.progress import track
 from convert.safetensors_io import TensorSpec
-from convert.source_files import is_own_file, say_what_is_left_out
+from convert.source_files import is_own_file, refuse_outer_link, say_what_is_left_out
 from convert.sources import Pretrained, Source
 from convert.tokenizer import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
@@ -40,9 +40,12 @@ def write_merged(
       tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
 
     Raises:
-      ConversionError: if the family cannot express the model's configuration, or a weight is NaN
-        or infinite.
+      ConversionError: if the family cannot express the model's configuration, a weight is NaN
+        or infinite, or config.json or tokenizer.json is a link out of the model's folder.
     """
+    if base is not None and base.path.is_dir():
+        # It may lead to anything, and what it says goes along.
+        refuse_outer_link(base.path / "config.json", base.path)
     family = family_of(model.config.family)
     content = _config_json(family, model.config, np.dtype(model.dtype), base)
     variables = variables_of(model)
@@ -139,9 +142,7 @@ def _config_json(
 ) -> dict[str, Any]:
     content = family.config_json(config) | family.write_old_config(config)
     content |= {"dtype": dtype.name, "torch_dtype": dtype.name}
-    # A link out of the model's folder may lead to anything.
-    is_own = base is not None and is_own_file(base.path / "config.json", base.path)
-    original = base.config_json if base is not None and is_own else None
+    original = None if base is None else base.config_json
     if original is None or original.get("model_type") != family.model_type:
         return content
     kept = {key: value for key, value in original.items() if key not in family.superseded}

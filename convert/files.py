@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import uuid
 from collections import Counter
@@ -11,17 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError, listing
+from tptt_jax.training.step_folders import sync_path
 
 # Far above any real file, far below what Python's recursion allows.
 _MAX_DEPTH = 100
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sibling(target: Path, role: str) -> Path:
@@ -42,10 +34,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
     temporary = _sibling(target, "partial")
     try:
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        sync_path(temporary)
         temporary.replace(target)
-        _sync_directory(target.parent)
+        sync_path(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -101,9 +92,8 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
         yield temporary
         for entry in temporary.rglob("*"):
             if entry.is_file():
-                with entry.open("rb") as written:
-                    os.fsync(written.fileno())
-        _sync_directory(temporary)
+                sync_path(entry)
+        sync_path(temporary)
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -122,7 +112,7 @@ def _swap(temporary: Path, target: Path) -> None:
             old.rename(target)
             raise
         shutil.rmtree(old)
-    _sync_directory(target.parent)
+    sync_path(target.parent)
 
 
 def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
@@ -147,7 +137,9 @@ def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
 
 
 def check_regular(path: Path) -> None:
-    """Refuses what is there but no file: reading a pipe waits for ever, a device never ends.
+    """Refuses paths that exist but are not regular files.
+
+    Reading a pipe waits for ever, and a device never ends.
 
     Raises:
       ConversionError: if `path` exists and is neither a regular file nor a link to one.

@@ -43,12 +43,12 @@ def needed_paths(source: Source) -> list[Path]:
     return needed
 
 
-def check_overwrite(output: Path, source: Source) -> None:
+def check_overwrite(output: Path, source: Source | None) -> None:
     """Refuses to replace a directory that is needed, or holds what no export of ours consists of.
 
     Args:
       output: the directory; one that is not there, or is empty, passes.
-      source: what is to be written there, as `load_pretrained` takes it.
+      source: what is to be written there, as `load_pretrained` takes it; None: nobody knows.
 
     Raises:
       ConversionError: if it may not be replaced.
@@ -56,16 +56,16 @@ def check_overwrite(output: Path, source: Source) -> None:
     if not output.is_dir():
         return
     target = output.resolve()
-    for path in needed_paths(source):
+    for path in () if source is None else needed_paths(source):
         if path.is_relative_to(target):
             raise ConversionError(
-                f"{output} cannot be overwritten: {os.fspath(source)} is loaded from {path}; "
+                f"{output} cannot be overwritten: {source} is loaded from {path}; "
                 "choose another directory."
             )
     names = sorted(entry.name for entry in output.iterdir())
     others = [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]
     if others:
         raise ConversionError(
-            f"{output} holds {listing(others[:5])}, which no export consists of, so it is not "
-            "overwritten; move that away, or choose another directory."
+            f"{output} also holds {listing(others[:5])}, which is not part of an export: move it "
+            "away, or choose another directory."
         )

@@ -18,6 +18,7 @@ from convert.exporting import write_merged, write_titan
 from convert.files import atomic_directory
 from convert.loading import load_model
 from convert.model_card import read_results, write_card
+from convert.overwriting import check_overwrite
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
 from convert.tptt_config import is_tptt
@@ -149,7 +150,8 @@ def export_pretrained(
         base model; None: nothing is, and whoever loads the adapter has to name its base.
         "tptt": its base model is needed, a Hugging Face directory or a hub id, as tptt reads it
         again.
-      overwrite: whether an earlier model at `path` is replaced.
+      overwrite: whether an earlier model at `path` is replaced. Refused if the model is loaded
+        from there, or other files than an export's are there.
       results: results.json of experiments.evaluate, which the model card (README.md) then quotes.
 
     Raises:
@@ -161,10 +163,13 @@ def export_pretrained(
         raise ConversionError(
             f'format must be "merged", "titan", "peft" or "tptt", got {format!r}.'
         )
+    target = Path(path).expanduser()
+    if overwrite:
+        check_overwrite(target, source)
     tasks = None if results is None else read_results(Path(results).expanduser(), str(source))
     base = None if source is None else resolve_base(source)
     opened = None if base is None or format == "peft" else open_pretrained(locate(base))
-    with atomic_directory(Path(path).expanduser(), overwrite=overwrite) as directory:
+    with atomic_directory(target, overwrite=overwrite) as directory:
         if format == "peft":
             write_adapter(model, directory, base)
         elif format == "tptt":

@@ -33,8 +33,10 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
         other file is the same byte for byte.
 
     Raises:
-      ConversionError: if a tokenizer_config.json that refers to code is malformed.
+      ConversionError: if a tokenizer_config.json that refers to code is malformed, or
+        tokenizer.json is a link out of the model's folder.
     """
+    refuse_outer_link(source / "tokenizer.json", source)
     for file in _copied(source):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
@@ -45,12 +47,17 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
 
 
 def say_what_is_left_out(source: Path) -> None:
-    """Names, in one line, the files of a model's directory that an export does not hold."""
+    """Names, in a line each, links that are not followed and files that exports do not hold."""
+    outer = {path for path in _wanted(source) if is_outer_link(path, source)}
+    if outer:
+        named = listing(sorted(path.relative_to(source).as_posix() for path in outer))
+        say(f"not copied, as they are links out of the model's folder: {named} ({source})")
     known = {*_copied(source), *source.glob(_SHARDS), *(source / name for name in _REWRITTEN)}
+    known |= outer
     others = [
         f"{path.name}/" if path.is_dir() else path.name
         for path in source.iterdir()
-        if path not in known and not _is_template_folder(path)
+        if path not in known and not _is_template_folder(path, known)
     ]
     if not others:
         return
@@ -70,23 +77,51 @@ def is_own_file(path: Path, folder: Path) -> bool:
     except (OSError, RuntimeError):
         return False
     homes = [home]
-    if home.parent.name == "snapshots":
-        homes.append(home.parent.parent / "blobs")
+    # A model may also be a folder inside a snapshot.
+    homes += [each.parent / "blobs" for each in home.parents if each.name == "snapshots"]
     return path.is_file() and any(place.is_relative_to(each) for each in homes)
+
+
+def is_outer_link(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a regular file that lies outside of the model's folder."""
+    return path.is_file() and not is_own_file(path, folder)
+
+
+def refuse_outer_link(path: Path, folder: Path) -> None:
+    """Refuses to export a model without a file that it cannot do without.
+
+    Raises:
+      ConversionError: if `path` is a link out of the model's folder.
+    """
+    if is_outer_link(path, folder):
+        raise ConversionError(
+            f"{path} must be a file of the model's own folder to be exported, it is a link to "
+            f"{path.resolve()}: replace the link by a copy of that file (cp --remove-destination)."
+        )
+
+
+def _names(source: Path) -> list[Path]:
+    """Where the tokenizer files of a directory may be."""
+    names = [source / name for name in TOKENIZER_FILES]
+    if (source / _TEMPLATES).is_dir():
+        names += sorted((source / _TEMPLATES).glob(f"*{_TEMPLATE_SUFFIX}"))
+    return names
+
+
+def _wanted(source: Path) -> list[Path]:
+    """The same, and the settings that an export takes over."""
+    return [*_names(source), source / "config.json", source / "generation_config.json"]
 
 
 def _copied(source: Path) -> Iterator[Path]:
     """The tokenizer files of a directory."""
-    names = [source / name for name in TOKENIZER_FILES]
-    if (source / _TEMPLATES).is_dir():
-        names += sorted((source / _TEMPLATES).glob(f"*{_TEMPLATE_SUFFIX}"))
-    yield from (path for path in names if is_own_file(path, source))
+    yield from (path for path in _names(source) if is_own_file(path, source))
 
 
-def _is_template_folder(path: Path) -> bool:
+def _is_template_folder(path: Path, known: set[Path]) -> bool:
     if path.name != _TEMPLATES or not path.is_dir():
         return False
-    return {*path.iterdir()} <= {*_copied(path.parent)}
+    return {*path.iterdir()} <= known
 
 
 def _forget_code(settings: Path) -> None:

@@ -11,8 +11,8 @@ from convert.demo import cache_directory
 from convert.directory_tokenizer import (
     SETTINGS_FILE,
     TOKENIZER_FILE,
-    check_files,
     import_transformers,
+    read_adapter_tokenizer,
     read_directory_tokenizer,
     refusing,
 )
@@ -66,7 +66,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     path = locate_tokenizer(source)
     if path.is_dir():
         if is_adapter(path):
-            return _from_adapter(path)
+            return read_adapter_tokenizer(path)
         return read_directory_tokenizer(path)
     return _cached(path) if path.parent == cache_directory() else _from_gguf(path)
 
@@ -128,14 +128,6 @@ def tokenizer_class_of(model_type: str) -> str:
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     return TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
-
-
-def _from_adapter(path: Path) -> "PreTrainedTokenizerFast":
-    """An adapter's directory has no config.json that transformers could take a class from."""
-    transformers = import_transformers()
-    check_files(path)
-    with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
-        return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
 
 
 def _cached(path: Path) -> "PreTrainedTokenizerFast":

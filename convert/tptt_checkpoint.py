@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from convert.adapter_config import WEIGHTS_FILE
+from convert.adapter_places import PEFT_PREFIX
 from convert.adapters import Adapter, FittedAdapter, fit_adapter
 from convert.errors import ConversionError, listing
 from convert.families import family_of
@@ -74,7 +75,7 @@ def open_tptt(directory: Path) -> TpttCheckpoint:
         return TpttCheckpoint(
             path=directory, config=config, file=file, adapter=None, weights=plain | lora
         )
-    names = {f"base_model.model.{name}": key for name, key in lora.items()}
+    names = {f"{PEFT_PREFIX}{name}": key for name, key in lora.items()}
     adapter = Adapter(path=directory, config=config.adapter, file=file, stored_names=names)
     return TpttCheckpoint(path=directory, config=config, file=file, adapter=adapter, weights=plain)
 

@@ -101,19 +101,16 @@ def unresolved_defaults(
 
 def resolved_yaml(config: Any) -> str:
     """A YAML file that gives this configuration again through ``--config``."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    values = _plain(dataclasses.asdict(config))
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        names = [f.name for f in dataclasses.fields(value) if f.name != "config"]
-        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if name != "config"}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Path | str):
-        return str(value)
-    # YAML writes plain types only, not those of values that another setting implies.
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    return str(value) if isinstance(value, Path) else value
 
 
 def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:

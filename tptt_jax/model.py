@@ -159,7 +159,7 @@ class CausalLM(nnx.Module):
           return_branches: also return both attention branches of every layer.
           remat: what the backward pass computes again: "none": only what takes longer to
             keep; "dots": all but products with weights; "full": whole layers.
-          rngs: after `model.train()` its stream "dropout" turns dropout on.
+          rngs: after `model.train()`, its stream "dropout" turns dropout on; ignored with a cache.
           dropout_key: turns dropout on in any mode.
 
         Returns:
@@ -167,8 +167,8 @@ class CausalLM(nnx.Module):
           what was asked for. At padding they mean nothing.
 
         Raises:
-          ValueError: if the memory is left out of a purely linear model, remat is no choice, or
-            dropout is on and has no randomness.
+          ValueError: if the memory is left out of a purely linear model, a window comes with a
+            cache, remat is no choice, or dropout is on and has no randomness.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -199,7 +199,11 @@ class CausalLM(nnx.Module):
         rngs: nnx.Rngs | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Hidden, Cache | None, tuple[Branches, ...] | None]:
-        """`__call__` without the LM head: hidden states [B, T, E], cache, branches."""
+        """`__call__` without the LM head: hidden states [B, T, E], cache, branches.
+
+        Raises:
+          ValueError: as `__call__` does.
+        """
         if not use_memory and self.liza is not None and not self.liza.softmax:
             raise ValueError("a purely linear model cannot run without its memory.")
         if window is not None and cache is not None:
@@ -279,8 +283,8 @@ def init_cache(
     Args:
       model: whose layers it is for.
       batch_size: rows B.
-      max_tokens: slots of layers without a window: so many tokens they hold between calls, and
-        forget the oldest beyond it. Layers with a window have as many slots as it is wide.
+      max_tokens: slots of layers without a window. They hold this many tokens and then drop the
+        oldest. Layers with a window have as many slots as it is wide.
       dtype: of keys, values and raw tokens; None: the model's. Memories are float32.
 
     Returns:
@@ -332,7 +336,7 @@ def fix_context(model: CausalLM, tokens: int) -> CausalLM:
 
 
 def check_context(config: ModelConfig, tokens: int) -> None:
-    """Raises ValueError if a cache of so many tokens would need other keys than short ones."""
+    """Raises ValueError if the rotary frequencies change within `tokens` tokens."""
     longest = config.fixed_up_to
     if longest is not None and tokens > longest:
         raise ValueError(
@@ -355,7 +359,9 @@ def replace_memory(
     Raises:
       ValueError: if a parameter is missing, or has another shape.
     """
-    return _rebuild(model, liza, model.lora, values or {})
+    rebuilt = _rebuild(model, liza, model.lora, values or {})
+    rebuilt.deterministic = model.deterministic
+    return rebuilt
 
 
 def _rebuild(

@@ -92,7 +92,17 @@ _OPTIONAL = {
 
 
 def write_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
-    """The transformers-5 form of one layer kind; `max_positions` are the model's."""
+    """The transformers-5 form of one layer kind; `max_positions` are the model's.
+
+    Raises:
+      ConversionError: if "dynamic" scaling begins at another length, which no file can say.
+    """
+    if rope.scaling == "dynamic" and rope.original_max_positions != max_positions:
+        raise ConversionError(
+            f'"dynamic" rotary scaling must begin at the model\'s {max_positions} positions to be '
+            f"written, it begins at {rope.original_max_positions}: set original_max_positions to "
+            "that, or export tptt_jax.fix_context(model, tokens)."
+        )
     if rope.scaling == "none":
         return {"rope_type": "default", "rope_theta": rope.theta}
     content: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
@@ -205,7 +215,7 @@ def read_gguf_rope(
 def _read_gguf_yarn(
     get: Callable[..., Any], theta: float, factor: float, original: int, scale: float
 ) -> RopeConfig:
-    """What "yarn" says; `scale` multiplies the recommended attention factor."""
+    """Reads "yarn" scaling; `scale` multiplies the recommended attention factor."""
     for key, plain in (("yarn_ext_factor", (1.0, -1.0)), ("yarn_log_multiplier", (0.0,))):
         value = get(f"rope.scaling.{key}", plain[0])
         if value not in plain:

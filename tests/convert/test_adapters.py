@@ -23,7 +23,8 @@ from convert.families import family_of
 from convert.loading import variables_of
 from convert.rules import IDENTITY, TRANSPOSE, Rule
 from convert.sources import open_pretrained
-from tests.convert.checkpoints import LLAMA, write_directory
+from tests.convert.checkpoints import LLAMA, hf_shapes, random_tensors, write_directory
+from tests.convert.test_gguf_io import write_gguf
 from tptt_jax import LizaConfig, LoraConfig
 from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -356,6 +357,17 @@ def test_other_embeddings_are_refused(tmp_path, llama, name, rows):
     wanted = match if rows == 99 else r"changed .*Merge it first: .*merge_and_unload\(\)"
     with pytest.raises(ConversionError, match=wanted):
         load_pretrained(llama, adapter=path)
+
+
+def test_a_copy_beside_a_quantised_base(tmp_path, llama):
+    """Its own embedding is a rounded one, so a copy that nobody has touched differs from it."""
+    tensors = random_tensors(hf_shapes(LLAMA))
+    base = write_gguf(tmp_path / "a.gguf", LLAMA, tensors)
+    copy = tensors["model.embed_tokens.weight"] + np.float32(1e-3)
+    path = write_adapter_files(tmp_path / "a", adapter_tensors(*PLACES) | {EMBEDDING: copy})
+    match = r"base is quantised \(.*a\.gguf\), so .* use the Hugging Face checkpoint of the base"
+    with pytest.raises(ConversionError, match=match):
+        load_pretrained(base, adapter=path)
 
 
 def test_a_copy_of_a_tied_head(tmp_path, capsys):

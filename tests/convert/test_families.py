@@ -7,6 +7,7 @@ import transformers
 
 from convert import ConversionError
 from convert.families import family_of, family_of_architecture
+from convert.families.rotary import write_rope
 from convert.sources import read_config
 from tests.convert.checkpoints import GEMMA, LLAMA, OLMO2, OLMOE, QWEN2, QWEN3
 from tptt_jax import ModelConfig
@@ -287,3 +288,11 @@ def test_no_config(tmp_path):
 def test_unknown_gguf_architecture():
     with pytest.raises(ConversionError, match="'rwkv7' is not supported; known are gemma3, llama"):
         family_of_architecture("rwkv7")
+
+
+def test_dynamic_scaling_of_another_length_is_not_written():
+    """A file says nothing of where it begins: whoever reads it takes the model's positions."""
+    rope = RopeConfig(scaling="dynamic", factor=2.0, original_max_positions=16)
+    assert write_rope(rope, 16)["rope_type"] == "dynamic"
+    with pytest.raises(ConversionError, match=r"must begin at the model's 64 .* begins at 16: set"):
+        write_rope(rope, 64)

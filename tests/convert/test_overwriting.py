@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from convert import ConversionError, export_pretrained, load_pretrained
 from convert.__main__ import main
+from tests.convert.checkpoints import LLAMA, write_directory
 from tptt_jax.training.description import Description, write_description
 
 
@@ -51,3 +53,16 @@ def test_files_of_other_people_are_not_removed(base, tmp_path, monkeypatch, caps
     assert "notes.txt" in line
     assert "merges.txt" not in line
     assert (base / "notes.txt").exists()
+
+
+def test_the_python_call_protects_the_same(tmp_path):
+    source = write_directory(tmp_path / "source", LLAMA)
+    model = load_pretrained(source)
+    with pytest.raises(ConversionError, match=r"source cannot be overwritten: .* is loaded from "):
+        export_pretrained(model, source, "merged", source, overwrite=True)
+    for given in (source, None):
+        export_pretrained(model, tmp_path / "a", "merged", given, overwrite=True)
+    (tmp_path / "a" / "notes.txt").touch()
+    with pytest.raises(ConversionError, match=r"also holds notes.txt, which is not part of an"):
+        export_pretrained(model, tmp_path / "a", "merged", source, overwrite=True)
+    assert (tmp_path / "a" / "notes.txt").exists()

@@ -28,6 +28,12 @@ PATTERNS = (
     r"^(?!.*experts).*\.(?:[a-z]+_proj)",
     r"(?i)MODEL\.LAYERS\.\d+\.MLP\..*",
     r"[a-z.]*\d{2}[a-z._]*",
+    # Braces that open no quantifier are text to `re`; `regex` matches fuzzily with them.
+    r"model\.layers\.\d+\.self_attm{e}\.q_proj",
+    r".*(?:q_prox){s<=1}",
+    r".*q_proj_{d}",
+    r".*q_pro{i}",
+    r".*[{e}]proj|.*q\N{LOW LINE}proj|.*\.o_\w{,4}",
 )
 # `re` needs longer than the age of the universe for each.
 ENDLESS = (
@@ -45,10 +51,14 @@ def test_the_same_as_re(pattern):
         assert matches_whole(pattern, name) == (re.fullmatch(pattern, name) is not None), name
 
 
+# Endless for short names as well: six ways to take each letter.
+SLOW = r"(?:\w|.|[a-z._]|\S|[^!?]|[^0])*[!?]"
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("pattern", ENDLESS)
 def test_endless_patterns_end(pattern):
-    """Either way: an answer, or a refusal within the budget for all names together."""
+    """An answer, or a refusal within the budget for all names together."""
     begin = time.process_time()
     refusals = set()
     for number in range(300):
@@ -59,7 +69,7 @@ def test_endless_patterns_end(pattern):
             refusals.add(str(error))
     assert time.process_time() - begin < 10
     assert all("takes longer than 2 s to match" in each for each in refusals)
-    assert refusals or pattern != ENDLESS[0]
+    assert refusals or pattern != ENDLESS[0], "this one is always refused"
 
 
 @pytest.mark.timeout(120)
@@ -74,7 +84,7 @@ def test_adapters(tmp_path):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (ENDLESS[0], "takes longer than 2 s|matches no projection"),
+        (SLOW, "takes longer than 2 s"),
         ("a{99999999999999999999}", "not a valid regular expression"),
         ("(", "not a valid regular expression"),
     ],

@@ -55,7 +55,7 @@ def test_a_fixed_list_of_names_and_no_code(source, tmp_path, capsys, format):
 def test_links_out_of_the_folder_are_not_followed(source, tmp_path, capsys):
     secret = tmp_path / "secret.json"
     secret.write_text('{"secret": 1}')
-    for name in ("tokenizer.json", "generation_config.json", "chat_template.json"):
+    for name in ("generation_config.json", "chat_template.json"):
         (source / name).unlink()
         (source / name).symlink_to(secret)
     (source / "additional_chat_templates" / "x.jinja").symlink_to(secret)
@@ -64,29 +64,56 @@ def test_links_out_of_the_folder_are_not_followed(source, tmp_path, capsys):
     export_pretrained(load_pretrained(source), tmp_path / "a", "merged", source)
     content = b"".join(path.read_bytes() for path in (tmp_path / "a").rglob("*.j*"))
     assert b"secret" not in content
-    assert not (tmp_path / "a" / "tokenizer.json").exists()
-    assert "tokenizer.json" in capsys.readouterr().err
+    assert not (tmp_path / "a" / "chat_template.json").exists()
+    links, others = capsys.readouterr().err.splitlines()
+    assert links.startswith("not copied, as they are links out of the model's folder: ")
+    for name in ("chat_template.json", "generation_config.json", "chat_templates/x.jinja"):
+        assert name in links
+        assert name not in others
+    assert "additional_chat_templates" not in others
     # A link inside the folder is the folder's own; the copy is a file.
     inner = tmp_path / "a" / "added_tokens.json"
     assert inner.read_bytes() == (source / "vocab.json").read_bytes()
     assert not inner.is_symlink()
 
 
-def test_a_config_behind_a_link_gives_no_keys(source, tmp_path):
-    (source / "config.json").rename(tmp_path / "outside.json")
-    (source / "config.json").symlink_to(tmp_path / "outside.json")
-    export_pretrained(load_pretrained(source), tmp_path / "a", "merged", source)
-    assert "kept" not in json.loads((tmp_path / "a" / "config.json").read_text())
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_what_an_export_cannot_do_without_is_no_link(source, name, tmp_path):
+    (source / name).rename(tmp_path / "outside.json")
+    (source / name).symlink_to("../outside.json")
+    model = load_pretrained(source)
+    with pytest.raises(ConversionError, match=rf"{name} must be .* a link to .*/outside.json: rep"):
+        export_pretrained(model, tmp_path / "a", "merged", source)
+    assert not (tmp_path / "a").exists()
 
 
-def test_blobs_of_the_hub_cache_are_the_models_own(tmp_path):
+def test_links_of_the_hub_cache_are_followed(source, tmp_path, capsys):
     snapshot, blobs = tmp_path / "models--a--b/snapshots/abc", tmp_path / "models--a--b/blobs"
-    snapshot.mkdir(parents=True)
+    blobs.mkdir(parents=True)
+    for number, file in enumerate(path for path in sorted(source.rglob("*")) if path.is_file()):
+        link = snapshot / file.relative_to(source)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    export_pretrained(load_pretrained(snapshot), tmp_path / "a", "merged", snapshot)
+    for name in ("tokenizer.json", "additional_chat_templates/tool.jinja"):
+        copy = tmp_path / "a" / name
+        assert copy.read_bytes() == (snapshot / name).read_bytes()
+        assert not copy.is_symlink()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["kept"] == 5
+    settings = json.loads((tmp_path / "a" / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.5
+    assert "not copied" not in capsys.readouterr().err
+
+
+def test_a_folder_of_a_snapshot_is_a_model_too(tmp_path):
+    folder, blobs = tmp_path / "models--a--b/snapshots/abc/sub", tmp_path / "models--a--b/blobs"
+    folder.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "0123").write_text('{"a": 1}')
-    (snapshot / "tokenizer.json").symlink_to("../../blobs/0123")
+    (folder / "tokenizer.json").symlink_to("../../../blobs/0123")
     (tmp_path / "out").mkdir()
-    copy_tokenizer_files(snapshot, tmp_path / "out")
+    copy_tokenizer_files(folder, tmp_path / "out")
     assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
 
 

@@ -117,7 +117,7 @@ def test_a_saved_document_answers_without_being_read_again(
     other = run(
         generate_text, GenerateConfig, capsys, *settings, "--window", 31, "--load-state", saved
     )
-    assert "another model has read it: softmax_window: 32 in the state, 31 in the model" in other
+    assert "has read it: liza.softmax_window: 32 in the state, 31 in the model" in other
     spoiled = bytearray(saved.read_bytes())
     spoiled[-1] ^= 1
     (tmp_path / "spoiled.state").write_bytes(spoiled)

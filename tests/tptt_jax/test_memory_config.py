@@ -1,9 +1,12 @@
 """What the memory's configuration accepts, resolves and refuses."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
+import yaml
 
 from tptt_jax import LizaConfig, ModelConfig
 from tptt_jax.config import OPERATORS, memory_layers, runs_memory
@@ -272,3 +275,20 @@ def test_what_was_chosen_stays_with_another_operator():
     assert dataclasses.replace(changed, num_householder=2).num_householder == 2
     assert dataclasses.replace(LizaConfig(), writes="all") == LizaConfig(writes="all")
     assert hash(changed) == hash(dataclasses.replace(changed))
+
+
+def test_an_operator_resets_what_has_the_old_default():
+    config = LizaConfig(operator="delta_rule", num_householder=1, beta_gate="v", chunk_size=32)
+    changed = dataclasses.replace(config, operator="delta_product")
+    assert (changed.num_householder, changed.beta_gate, changed.chunk_size) == (2, "v", 32)
+
+
+def test_files_and_copies_of_a_configuration():
+    config = LizaConfig()
+    values = dataclasses.asdict(config)
+    assert {type(value) for value in values.values()} == {str, int, float, bool, type(None)}
+    assert LizaConfig(**yaml.safe_load(yaml.safe_dump(values))) == config
+    other = dataclasses.replace(config, operator="delta_product")
+    for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert copied == config
+        assert dataclasses.replace(copied, operator="delta_product") == other

@@ -65,9 +65,21 @@ _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
 class _ImpliedText(str):
     """A choice that follows from another setting: `dataclasses.replace` lets it follow again."""
 
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> str:
+        """Plain text: what `dataclasses.asdict` gives, and files hold."""
+        return str(self)
+
 
 class _ImpliedCount(int):
     """A number that follows from another setting, likewise."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        """A plain number, likewise."""
+        return int(self)
 
 
 def _imply(value: str | int) -> str | int:
@@ -96,8 +108,9 @@ class LizaConfig:
     Fields that are None take what `writes` and `operator` say:
     ``LizaConfig(operator="delta_rule")`` has one Householder step and
     ``LizaConfig(operator="delta_rule", num_householder=3)`` has three. After construction they
-    hold the resolved values. `dataclasses.replace` with another operator resolves again what is as
-    the old one has it, and keeps what differs from it; `with_operator` resolves everything again.
+    hold the resolved values. `dataclasses.replace(config, operator=...)` resets the fields that
+    still have the old operator's default, even if they were passed explicitly, and keeps all
+    others; `with_operator` resets them all.
     """
 
     writes: Writes = "evicted"
@@ -162,6 +175,10 @@ class LizaConfig:
     """Those deltas are scaled by memory_alpha / memory_rank."""
     dropout: float = 0.0
     """Dropout on the memory's output while training."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Itself: nothing in it changes, and a copy would forget which values were implied."""
+        return self
 
     def __post_init__(self) -> None:
         """Resolves what is None and rejects impossible combinations."""

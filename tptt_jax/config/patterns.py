@@ -9,6 +9,8 @@ import regex
 _SECONDS = 2.0
 # Shorter matches cost nothing, however many there are.
 _FREE_SECONDS = 0.01
+# An escape, or a brace that opens no quantifier of `re`: text there, fuzzy matching in `regex`.
+_ESCAPE_OR_BRACE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?![0-9]+\}|[0-9]*,[0-9]*\})", re.DOTALL)
 
 
 def check_pattern(pattern: str) -> None:
@@ -41,7 +43,7 @@ class _Bounded:
     def __init__(self, pattern: str):
         self._text = pattern
         try:
-            self._pattern = regex.compile(pattern)
+            self._pattern = regex.compile(_as_re_reads_it(pattern))
         except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r:.200} is no valid regular expression: {error}.") from None
         self._seconds = _SECONDS
@@ -62,6 +64,10 @@ class _Bounded:
             spent = time.thread_time() - begin
             if spent > _FREE_SECONDS:
                 self._seconds -= spent
+
+
+def _as_re_reads_it(pattern: str) -> str:
+    return _ESCAPE_OR_BRACE.sub(lambda found: found[1] or r"\{", pattern)
 
 
 @functools.lru_cache(maxsize=256)

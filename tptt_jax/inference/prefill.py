@@ -118,7 +118,7 @@ def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadSta
 
 
 def check_positions(model: CausalLM, tokens: int) -> None:
-    """Raises ValueError if positions cannot number so many tokens, or not in a cache."""
+    """Raises ValueError if the model cannot take this many tokens with a cache."""
     config = model.config
     check_context(config, tokens)
     if config.position_embedding == "learned" and tokens > config.max_positions:

@@ -70,9 +70,9 @@ def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
 
 def _drop_later_options(liza: dict[str, Any]) -> None:
     """States from before there was a choice are as good as those that name it."""
-    if liza["precision"] in ("auto", "highest"):
+    if liza.get("precision") in ("auto", "highest"):
         del liza["precision"]
-    if liza["writes"] == "all":
+    if liza.get("writes") == "all":
         del liza["writes"]
 
 
@@ -88,7 +88,9 @@ def _drop_later_scalings(rope: dict[str, Any] | None) -> None:
     if rope is None:
         return
     for name, plain in dataclasses.asdict(RopeConfig()).items():
-        if name not in _FIRST_ROPE and rope[name] == plain:
+        # In files tuples are lists.
+        plains = (plain, list(plain)) if isinstance(plain, tuple) else (plain,)
+        if name not in _FIRST_ROPE and name in rope and rope[name] in plains:
             del rope[name]
 
 
@@ -176,28 +178,56 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
 
 def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
     """Which settings a state was read with that the model does not have."""
-    ours, saved = _flat_settings(model), json.loads(metadata.get("settings", "{}"))
-    saved = saved if isinstance(saved, dict) else {}
-    changed = [name for name in ours if name in saved and saved[name] != ours[name]]
+    saved = json.loads(metadata.get("settings", "{}"))
+    saved = _counted(saved) if isinstance(saved, dict) else {}
+    ours = _counted(_flat_settings(model)) if saved else {}
+    names = dict.fromkeys([*saved, *ours])
+    changed = [name for name in names if saved.get(name) != ours.get(name)]
     if not changed:
         return (
             "another model has read it: load the weights, adapter, dtype, memory and window it was "
             "saved with"
         )
-    shown = [
-        f"{name.rpartition('.')[2]}: {saved[name]!s:.40} in the state, "
-        f"{ours[name]!s:.40} in the model"
-        for name in changed[:_SHOWN]
-    ]
+    shown = [_difference(name, saved.get(name), ours.get(name)) for name in changed[:_SHOWN]]
     more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return f"another model has read it: {'; '.join(shown)}{more}"
+
+
+def _difference(name: str, saved: Any, own: Any) -> str:
+    before, now = ("none" if x is None else f"{x!s:.40}" for x in (saved, own))
+    if before == now:
+        return f"{name}: other values in the state than in the model"
+    return f"{name}: {before} in the state, {now} in the model"
+
+
+def _counted(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the fingerprint counts, one value each by its whole name."""
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        config, _, field = name.partition(".")
+        configs.setdefault(config, {})[field] = value
+    _drop_later_options(configs.get("liza", {}))
+    for name in ("rope", "sliding_rope"):
+        rope = configs.get("model", {}).get(name)
+        _drop_later_scalings(rope if isinstance(rope, dict) else None)
+    return _flatten(configs)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}.{key}".strip(".")
+        flat |= _flatten(value, name) if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
     """Puts arrays where an empty state of the same sizes has them, and checks every one."""
     if "hidden" not in arrays:
         raise ValueError("it lacks hidden")
-    rows = int(arrays["hidden"].shape[0])
+    if arrays["hidden"].ndim != 2:
+        raise ValueError(f"hidden must be [B, E], got shape {arrays['hidden'].shape}")
+    rows = len(arrays["hidden"])
     use_memory = any("memory" in name for name in arrays)
     wanted = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
     leaves = []
@@ -255,5 +285,15 @@ def _replacing(target: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(target)
+        _sync_folder(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

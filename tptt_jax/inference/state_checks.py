@@ -77,8 +77,8 @@ def _check_ring(
     sinks = {x.shape[2] for x in (cache.sink_keys, cache.sink_values)}
     if slots != value_slots or len(sinks) != 1:
         raise ValueError(
-            f"the state has other slots for keys than for values ({slots} and {value_slots}): read "
-            "the document again."
+            f"the state has {slots} slots for keys but {value_slots} for values: read the document "
+            "again."
         )
     window, wanted_sinks = (f(model.config, model.liza, kind) for f in (softmax_window, num_sinks))
     if window is not None and slots != window:

@@ -7,18 +7,25 @@ A run's directory holds `checkpoint.json` (what to load the base from, and how) 
 import contextlib
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from tptt_jax.model import CausalLM
-from tptt_jax.training.orbax_files import flat_shapes, read_shapes, read_trees, write_trees
+from tptt_jax.training.newest_step import CheckpointMisfit, read_newest
+from tptt_jax.training.orbax_files import (
+    PARTS,
+    flat_shapes,
+    read_shapes,
+    read_trees,
+    write_trees,
+)
 from tptt_jax.training.partition import load_trainable, restore_targets
 from tptt_jax.training.step_folders import (
     DamagedStep,
@@ -31,12 +38,6 @@ from tptt_jax.training.step_folders import (
 from tptt_jax.training.train_step import TrainState
 
 _LOG = logging.getLogger(__name__)
-_Read = TypeVar("_Read")
-_PARTS = ("weights", "progress")
-
-
-class CheckpointMisfit(ValueError):
-    """A checkpoint that can be read, but belongs to another model."""
 
 
 def remove_checkpoints(path: str | os.PathLike[str]) -> None:
@@ -45,8 +46,9 @@ def remove_checkpoints(path: str | os.PathLike[str]) -> None:
     Files that lie beside them stay.
     """
     folder = _folder(path)
-    remove_steps(folder, list_steps(folder))
+    # Leftovers first: one of them may be a step that gets its name back.
     remove_leftovers(folder)
+    remove_steps(folder, list_steps(folder))
 
 
 def latest_step(path: str | os.PathLike[str]) -> int | None:
@@ -56,11 +58,15 @@ def latest_step(path: str | os.PathLike[str]) -> int | None:
 
 
 def latest_sound_step(path: str | os.PathLike[str]) -> int | None:
-    """The last step whose files are as they were written, or None."""
+    """The last step whose files are as they were written, or None.
+
+    Raises:
+      OSError: if its files are there and cannot be read.
+    """
     folder = _folder(path)
     for step in reversed(list_steps(folder)):
         with contextlib.suppress(DamagedStep):
-            check_step(folder / str(step), _PARTS)
+            check_step(folder / str(step), PARTS)
             return step
     return None
 
@@ -79,8 +85,9 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
       The step it was saved at.
 
     Raises:
-      ValueError: if there is no complete checkpoint, none can be read, or it does not fit the
+      ValueError: if there is no complete checkpoint, all are damaged, or it does not fit the
         model.
+      OSError: if a sound checkpoint cannot be read now.
     """
 
     def read(folder: Path) -> dict[str, Any]:
@@ -99,9 +106,9 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
 
     if latest_step(path) is None:
         raise ValueError(f"{path} holds no complete checkpoint yet: run finetune again to resume.")
-    step, values = _read_newest(_folder(path), ("weights",), read)
-    load_trainable(model, values["trainable"], values.get("share"))
-    return step
+    newest = read_newest(_folder(path), ("weights",), read)
+    load_trainable(model, newest.content["trainable"], newest.content.get("share"))
+    return newest.step
 
 
 class RunCheckpoints:
@@ -121,6 +128,7 @@ class RunCheckpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self._folder)
         self._known: int | None = None
+        self._damaged: tuple[int, ...] = ()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -161,7 +169,7 @@ class RunCheckpoints:
         if step == self._known:
             return
         # The next step may take over the state's memory while it is being written.
-        trees = dict(zip(_PARTS, _items(state), strict=True))
+        trees = dict(zip(PARTS, _items(state), strict=True))
         copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
         self._pending = self._writer.submit(self._write, step, copies)
         self._known = step
@@ -179,7 +187,12 @@ class RunCheckpoints:
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            pending.result()
+            try:
+                pending.result()
+            except BaseException:
+                # Saving the same step again is to write it.
+                self._known = None
+                raise
 
     def restore(self, like: TrainState) -> TrainState:
         """The last readable state, with the shapes and shardings of `like`.
@@ -187,22 +200,24 @@ class RunCheckpoints:
         A damaged one is passed over; a line in the log (WARNING) says so.
 
         Raises:
-          ValueError: if there is none, none can be read, or it was saved by a run with other
+          ValueError: if there is none, all are damaged, or it was saved by a run with other
             trainable parameters.
+          OSError: if a sound one cannot be read now.
         """
-        parts = dict(zip(_PARTS, _items(like), strict=True))
+        parts = dict(zip(PARTS, _items(like), strict=True))
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, parts)
 
         def read(folder: Path) -> Any:
             for name, target in parts.items():
                 _check_fits(read_shapes(folder, name), target)
             values = read_trees(folder, targets)
-            _check_finite(dict(values))
+            _check_finite(values["weights"])
             return values
 
         if self.latest_step is None:
             raise ValueError("there is no complete checkpoint to resume from.")
-        self._known, saved = _read_newest(self._folder, tuple(parts), read)
+        newest = read_newest(self._folder, PARTS, read)
+        saved, self._known, self._damaged = newest.content, newest.step, newest.damaged
         key = jax.random.wrap_key_data(saved["progress"]["key"])
         return TrainState(
             trainable=saved["weights"]["trainable"],
@@ -214,51 +229,25 @@ class RunCheckpoints:
 
     def _write(self, step: int, trees: dict[str, Any]) -> None:
         try:
-            _check_finite(trees)
+            # Optimizers may hold infinity from the start; weights never do.
+            _check_finite(trees["weights"])
             write_step(self._folder, step, lambda place: write_trees(place, trees))
+        except DamagedStep as error:
+            raise OSError(
+                f"the checkpoint of step {step} was not written: {error}. Lower the learning rate "
+                "and resume from the last checkpoint."
+            ) from None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise OSError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} ({reason}): "
                 "make room, or check the folder; the same command goes on from the last one."
             ) from error
-        # Damaged steps after this one belong to a course that is given up.
         steps = list_steps(self._folder)
-        kept = [each for each in steps if each <= step][-self._keep :]
-        remove_steps(self._folder, [each for each in steps if each not in kept])
-
-
-def _read_newest(
-    folder: Path, parts: tuple[str, ...], read: Callable[[Path], _Read]
-) -> tuple[int, _Read]:
-    """The newest step that can be read, and what `read` makes of it."""
-    damaged: dict[int, str] = {}
-    # Listed again each time: a run that is going on may remove a step that is being read.
-    while remaining := [step for step in list_steps(folder) if step not in damaged]:
-        step = remaining[-1]
-        try:
-            check_step(folder / str(step), parts)
-            found = read(folder / str(step))
-        except CheckpointMisfit:
-            raise
-        # orbax lets pass what asyncio, tensorstore, json and the system raise.
-        except Exception as error:
-            is_known = isinstance(error, DamagedStep)
-            reason = str(error) if is_known else (str(error).splitlines() or [""])[0]
-            damaged[step] = reason.partition(" [tensorstore_spec")[0][:200]
-            continue
-        for number, reason in damaged.items():
-            if (folder / str(number)).exists():
-                _LOG.warning(
-                    "checkpoint %d in %s cannot be read (%s): taking that of step %d",
-                    *(number, folder, reason, step),
-                )
-        return step, found
-    reasons = "; ".join(f"step {number}: {reason}" for number, reason in damaged.items())
-    raise ValueError(
-        f"no checkpoint in {folder} can be read ({reasons}): restore its files from a copy, or "
-        "train again in another --output."
-    )
+        old = [each for each in steps if each <= step][: -self._keep]
+        # Later ones belong to a course that is given up, but only damage is reason to remove them.
+        damaged = [each for each in steps if each > step and each in self._damaged]
+        remove_steps(self._folder, [*old, *damaged])
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -276,8 +265,8 @@ def _check_fits(saved: Any, target: Any) -> None:
     for name in sorted(have.keys() | want.keys()):
         if have.get(name) != want.get(name):
             raise CheckpointMisfit(
-                f"the checkpoint does not fit this run ({name} has shape {have.get(name)}, wanted "
-                f"is {want.get(name)}): use another --output."
+                f"`{name}` must have shape {want.get(name)}, the checkpoint has {have.get(name)}: "
+                "use another --output."
             )
 
 
@@ -285,7 +274,7 @@ def _check_finite(tree: Any) -> None:
     """Raises DamagedStep if a floating-point array holds NaN or infinity."""
     for path, value in jax.tree.leaves_with_path(tree):
         array = np.asarray(value)
-        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
             raise DamagedStep(f"values of {jax.tree_util.keystr(path)} are not finite")
 
 

@@ -1,6 +1,6 @@
-"""Steps that would leave NaN or infinity behind are not taken."""
+"""Steps that would bring in NaN or infinity are not taken."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +13,23 @@ Tree = TypeVar("Tree")
 def keep_finite(old: Tree, new: Tree, *measured: Array) -> tuple[Tree, Bool[Array, ""]]:
     """What a step has made, or what was there before if that is not finite; for use under jit.
 
+    Values that were not finite before may stay so: some optimizers begin with infinity.
+
     Args:
       old: arrays before the step.
-      new: the same after it.
+      new: the same after it, in a tree of the same structure.
       measured: of the step, such as its loss and the norm of its gradient.
 
     Returns:
-      `new` where it and `measured` are finite throughout, else `old`; and whether they are.
+      `new` if `measured` and all values that were finite before are finite, else `old`; and
+      which of both it is.
     """
-    leaves: list[Any] = [*jax.tree.leaves(new), *measured]
-    floats = [x for x in leaves if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    is_finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+    def holds(before: Array, after: Array) -> Array:
+        if not jnp.issubdtype(jnp.result_type(after), jnp.floating):
+            return jnp.array(True)
+        return jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before))
+
+    kept = [*jax.tree.leaves(jax.tree.map(holds, old, new)), *map(jnp.isfinite, measured)]
+    is_finite = jnp.stack(kept).all()
     return jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new), is_finite

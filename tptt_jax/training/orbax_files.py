@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-_PARTS = ("weights", "progress")
+PARTS = ("weights", "progress")
+"""Of a checkpoint: what a model needs, and what training needs besides."""
 _GLOB_CHARACTERS = "*?["
 # Above this, names, shapes and files are looked at, but not every value is read again.
 _READ_AGAIN_BYTES = 64 * 2**20
@@ -29,7 +31,7 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
     """
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
-        with _plain_path(folder) as place:
+        with _quiet(), _plain_path(folder) as place:
             _checkpointer().save(place, args=ocp.args.Composite(**arguments))
         _check_written(folder, trees)
     # orbax lets pass what asyncio, tensorstore and the system raise.
@@ -39,7 +41,7 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
 
 def read_shapes(folder: Path, part: str) -> Any:
     """A tree of what a part holds, with `shape` and `dtype`."""
-    with _plain_path(folder) as place:
+    with _quiet(), _plain_path(folder) as place:
         found: Any = _checkpointer().metadata(place)
         return found.item_metadata[part]
 
@@ -52,7 +54,7 @@ def read_trees(folder: Path, targets: Mapping[str, Any]) -> Mapping[str, Any]:
       targets: by part, trees of `jax.ShapeDtypeStruct` or arrays to be like.
     """
     arguments: Any = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-    with _plain_path(folder) as place:
+    with _quiet(), _plain_path(folder) as place:
         return _checkpointer().restore(place, args=ocp.args.Composite(**arguments))
 
 
@@ -81,13 +83,13 @@ def _check_written(folder: Path, trees: Mapping[str, Any]) -> None:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    handlers: Any = {name: ocp.StandardCheckpointHandler() for name in _PARTS}
+    handlers: Any = {name: ocp.StandardCheckpointHandler() for name in PARTS}
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
 
 
 @contextlib.contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-    """A name of the folder without characters that mean something in a pattern.
+    """Yields a path to the folder without glob characters.
 
     orbax globs its files by their whole path: in "runs/exp[1]" it would find none of them.
     """
@@ -111,10 +113,18 @@ class _NotOrbax(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record stays."""
-        return "orbax" not in record.pathname
+        return f"{os.sep}orbax{os.sep}checkpoint{os.sep}" not in record.pathname
 
 
-logging.getLogger("absl").addFilter(_NotOrbax())
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax silent for one call: how others log is the caller's affair."""
+    logger, silence = logging.getLogger("absl"), _NotOrbax()
+    logger.addFilter(silence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(silence)
 
 
 def _one_line(error: Exception) -> str:

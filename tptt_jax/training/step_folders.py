@@ -5,6 +5,7 @@ sizes and hashes. What is being written has a name that starts with a dot.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 _FORMAT = "tptt_jax step 1"
+# What a disk says of bytes that it has lost. Everything else may be right again the next time.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class DamagedStep(ValueError):
@@ -33,7 +36,7 @@ def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
 
     Args:
       folder: exists.
-      step: its number; an earlier, damaged one is replaced.
+      step: its number; an earlier one is replaced.
       fill: makes the folder that it is given and writes the files; what it raises passes through.
     """
     partial, final = folder / f".{step}.partial", folder / str(step)
@@ -63,15 +66,27 @@ def check_step(folder: Path, parts: Sequence[str]) -> None:
     Raises:
       DamagedStep: if a file is missing or was changed. A step from before there were manifests
         passes if its subfolders are there.
+      OSError: if a file is there and cannot be read now.
     """
     for part in parts:
         if not (folder / part).is_dir():
             raise DamagedStep(f"{part} is missing")
-    if not (folder / MANIFEST).exists():
+    if not has_manifest(folder):
         return
     for name, (size, digest) in _read_manifest(folder / MANIFEST).items():
         if name.partition("/")[0] in parts:
             _check_file(folder, name, size, digest)
+
+
+def is_lost(error: OSError) -> bool:
+    """Whether bytes are gone for good, and not just out of reach."""
+    # orbax's own errors have no number.
+    return error.errno in (None, *_LOST)
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether the bytes of a step can be checked; before there were manifests they could not."""
+    return (folder / MANIFEST).exists()
 
 
 def remove_steps(folder: Path, steps: Sequence[int]) -> None:
@@ -84,11 +99,17 @@ def remove_steps(folder: Path, steps: Sequence[int]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes have left half written or half removed."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
+    """Removes what killed processes have left half written or half removed.
+
+    A step that was to be replaced gets its name back, unless the new one is there.
+    """
+    for entry in list(folder.iterdir()) if folder.is_dir() else ():
         step, _, rest = entry.name.removeprefix(".").partition(".")
-        ours = ("partial", "removed", "orbax-checkpoint-tmp")
-        if step.isdecimal() and rest.startswith(ours):
+        if not step.isdecimal():
+            continue
+        if rest == "replaced" and not (folder / step).exists():
+            entry.rename(folder / step)
+        elif rest.startswith(("partial", "removed", "replaced", "orbax-checkpoint-tmp")):
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -106,7 +127,11 @@ def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
     try:
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
         return {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except OSError as error:
+        if not is_lost(error):
+            raise
+        raise DamagedStep(f"{MANIFEST}: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedStep(f"{MANIFEST} is damaged") from None
 
 
@@ -120,16 +145,22 @@ def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
     except FileNotFoundError:
         raise DamagedStep(f"{name} is missing") from None
     except OSError as error:
+        if not is_lost(error):
+            raise
         raise DamagedStep(f"{name}: {error.strerror}") from None
 
 
 def _put(partial: Path, final: Path) -> None:
     if final.exists():
-        # A damaged one: nobody writes a readable step twice.
-        old = final.with_name(f".{final.name}.removed")
+        # It may be sound: `remove_leftovers` brings it back if the new one does not come.
+        old = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-        partial.rename(final)
+        try:
+            partial.rename(final)
+        except BaseException:
+            old.rename(final)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(final)

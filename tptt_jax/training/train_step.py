@@ -153,6 +153,8 @@ def make_train_step(
         if distill:
             # Adapters that are not trained are part of what the memory is fitted to.
             teacher = base_model(model) if train_adapters else replace_memory(model, None)
+            # It drops nothing, whatever mode the student is in.
+            teacher.eval()
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
         else:
             total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)

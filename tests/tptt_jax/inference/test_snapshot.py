@@ -170,6 +170,43 @@ def test_states_of_another_setting_say_which(saved):
         load_state(saved, make(dtype=jnp.bfloat16))
 
 
+def difference(path, model):
+    with pytest.raises(ValueError, match="another model has read it: ") as error:
+        load_state(path, model)
+    return str(error.value).partition("has read it: ")[2]
+
+
+def test_nested_settings_are_named_one_by_one(saved, tmp_path):
+    rope = dataclasses.replace(TINY.rope, scaling="linear", factor=3.0)
+    told = difference(saved, make(dataclasses.replace(TINY, rope=rope)))
+    assert told.startswith(
+        "model.rope.scaling: none in the state, linear in the model; "
+        "model.rope.factor: 1.0 in the state, 3.0 in the model)"
+    )
+    # Long values that differ beyond what is shown.
+    kinds = ("full",) * 11
+    long = dataclasses.replace(TINY, num_layers=12, sliding_window=4, layer_kinds=(*kinds, "full"))
+    model = make(long, None)
+    save_state(tmp_path / "long", model, read(model, TOKENS))
+    other = dataclasses.replace(long, layer_kinds=(*kinds, "sliding"))
+    told = difference(tmp_path / "long", make(other, None))
+    assert told.startswith("model.layer_kinds: other values in the state than in the model")
+
+
+def test_a_memory_that_one_side_lacks_is_named(saved, tmp_path):
+    told = difference(saved, make(liza=None))
+    assert told.startswith("liza.operator: delta_product in the state, none in the model; ")
+    save_state(tmp_path / "plain", make(liza=None), read(make(liza=None), TOKENS))
+    told = difference(tmp_path / "plain", make())
+    assert "liza.operator: none in the state, delta_product in the model" in told
+
+
+def test_settings_that_do_not_count_are_not_named(saved):
+    """ "auto" and "highest" compute the same; the weights are what differs."""
+    told = difference(saved, make(liza=dataclasses.replace(LIZA, precision="highest"), seed=1))
+    assert told.startswith("load the weights, adapter, dtype")
+
+
 def test_a_state_in_memory_is_not_read_with_another_window():
     state = read(make(), TOKENS)
     for change, reason in (
@@ -199,8 +236,14 @@ def with_nan(arrays):
 # What a file without a checksum, from before there was one, may hold.
 SPOILED = {
     "rank": (lambda x: x | {KEYS: x[KEYS][0, 0, 0]}, "expected is"),
-    "no axis": (lambda x: x | {"hidden": np.zeros((), np.float32)}, "cannot be continued"),
-    "slots": (lambda x: x | {KEYS: x[KEYS][:, :, :5]}, "other slots for keys than for values"),
+    "no axis": (
+        lambda x: x | {"hidden": np.zeros((), np.float32)},
+        r"hidden must be \[B, E\], got shape \(\)",
+    ),
+    "slots": (
+        lambda x: x | {KEYS: x[KEYS][:, :, :5]},
+        "has 5 slots for keys but ",
+    ),
     "window": (
         lambda x: x | {name: x[name][:, :, :5] for name in (KEYS, VALUES)},
         "window: 5 in the state, 7 in the model",

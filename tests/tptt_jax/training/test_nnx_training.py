@@ -18,6 +18,7 @@ from tptt_jax import (
     ModelConfig,
 )
 from tptt_jax.decoder import is_memory
+from tptt_jax.model import replace_memory
 from tptt_jax.training.loss import causal_lm_loss
 
 
@@ -68,6 +69,14 @@ def test_optimizer_trains_what_the_type_says(wrt, moved):
         changed = not np.array_equal(value, before[path][1])
         # A mass gate's limit says what was seen, and is not trained.
         assert changed is (isinstance(variable, moved) and path[-1] != "limit"), path
+
+
+def test_another_memory_keeps_the_mode():
+    model = titan(dropout=0.5)
+    for mode in (model.train, model.eval):
+        mode()
+        assert replace_memory(model, None).deterministic is model.deterministic
+        assert replace_memory(model, model.liza).deterministic is model.deterministic
 
 
 def test_train_and_eval_switch_dropout():

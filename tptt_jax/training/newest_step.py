@@ -1,0 +1,100 @@
+"""The newest checkpoint that is sound: damage is passed over, a passing failure is not."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+from tptt_jax.training.step_folders import (
+    DamagedStep,
+    check_step,
+    has_manifest,
+    is_lost,
+    list_steps,
+)
+
+_LOG = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
+
+
+class CheckpointMisfit(ValueError):
+    """A checkpoint that can be read, but belongs to another model."""
+
+
+class NewestStep(NamedTuple, Generic[_Read]):
+    """A step that was read, and those that were passed over."""
+
+    step: int
+    content: _Read
+    damaged: tuple[int, ...]
+    """Later steps that are surely damaged, the newest first."""
+
+
+def read_newest(
+    folder: Path, parts: tuple[str, ...], read: Callable[[Path], _Read]
+) -> NewestStep[_Read]:
+    """Reads the newest step that is not damaged; a line in the log names those passed over.
+
+    Args:
+      folder: holds the steps.
+      parts: names of the subfolders that are needed.
+      read: reads the folder of a step; raises DamagedStep for values that cannot be right.
+
+    Raises:
+      CheckpointMisfit: from `read`.
+      ValueError: if all steps are damaged.
+      OSError: if a step's files are sound and cannot be read now. An older one is not taken then:
+        the run would lose what came after it.
+    """
+    passed: dict[int, str] = {}
+    damaged: list[int] = []
+    # Listed again each time: a run that is going on may remove a step that is being read.
+    while remaining := [step for step in list_steps(folder) if step not in passed]:
+        step, is_checked = remaining[-1], False
+        try:
+            check_step(folder / str(step), parts)
+            is_checked = has_manifest(folder / str(step))
+            found = read(folder / str(step))
+        except (CheckpointMisfit, MemoryError):
+            raise
+        except DamagedStep as error:
+            passed[step] = str(error)
+            damaged.append(step)
+            continue
+        # orbax lets pass what asyncio, tensorstore, json and the system raise.
+        except Exception as error:
+            if not (folder / str(step)).exists():
+                passed[step] = "it is gone"
+                continue
+            if is_checked or (isinstance(error, OSError) and not is_lost(error)):
+                state = "is intact but" if is_checked else "is there but"
+                raise OSError(
+                    f"checkpoint {step} in {folder} {state} could not be read "
+                    f"({_first_line(error)}): free memory or check permissions, then run the same "
+                    "command again."
+                ) from error
+            # From before there were manifests: little tells damage from failure.
+            passed[step] = _first_line(error)
+            continue
+        _warn(folder, passed, step)
+        return NewestStep(step, found, tuple(damaged))
+    reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed.items())
+    raise ValueError(
+        f"no checkpoint in {folder} can be read ({reasons}): restore its files from a copy, or "
+        "train again in another --output."
+    )
+
+
+def _warn(folder: Path, passed: dict[int, str], taken: int) -> None:
+    for number, reason in passed.items():
+        if (folder / str(number)).exists():
+            _LOG.warning(
+                "checkpoint %d in %s cannot be read (%s): taking that of step %d",
+                *(number, folder, reason, taken),
+            )
+
+
+def _first_line(error: Exception) -> str:
+    text = (str(error).splitlines() or [type(error).__name__])[0]
+    # tensorstore adds the whole specification of what it tried.
+    return text.partition(" [tensorstore_spec")[0][:200]
