@@ -22,6 +22,11 @@ def main() -> int:
     if name in ("-h", "--help"):
         print(_usage())
         return 0
+    if name == "--version":
+        import tptt_jax
+
+        print(tptt_jax.__version__)
+        return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
@@ -29,7 +34,10 @@ def main() -> int:
         return 2
     # As a process of its own: `python -m` prepares the process before anything is imported.
     module = COMMANDS[name][0].removesuffix(".__main__")
-    os.execv(sys.executable, [sys.executable, "-m", module, *sys.argv[2:]])
+    # As a script it does not see the current folder, where a file may be called as a module is.
+    is_script = sys.modules["__main__"].__spec__ is None
+    flags = ["-P"] if is_script or sys.flags.safe_path else []
+    os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[2:]])
 
 
 def _usage() -> str:

@@ -1,8 +1,11 @@
 """Where the answers of a conversation are in the text that a chat template makes of it."""
 
+import json
+from typing import Any
+
 from experiments.conversations import Conversation
 from experiments.marked_text import MarkedText, check_characters
-from experiments.templates import ChatTemplate
+from experiments.templates import ChatTemplate, OverdueTemplateError
 
 # Characters for private use: no text means anything by them.
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
@@ -22,9 +25,10 @@ def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool
     Raises:
       ValueError: if the template refuses the conversation or rewrites an answer.
     """
+    chat = _with_contents(template, chat)
     text, spans = template.render_marked(chat.messages, chat.tools)
     check_characters(text)
-    finder = _Finder(template, chat, text)
+    finder = _Finder(template, chat, text, everything=everything)
     if everything:
         targets, start = [], 0
         for first, end in map(finder.find, chat.untrained):
@@ -40,9 +44,37 @@ def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool
     return MarkedText(text, kept)
 
 
+def _with_contents(template: ChatTemplate, chat: Conversation) -> Conversation:
+    """The conversation with "" for None where the template cannot do with None.
+
+    Some templates write calls only where the content is none, others fail on it or write "None".
+    """
+    if all(message["content"] is not None for message in chat.messages):
+        return chat
+    empty = chat._replace(messages=[m | {"content": m["content"] or ""} for m in chat.messages])
+    texts = []
+    for messages in (chat.messages, empty.messages):
+        # Without the word in what was said and called; what is left is the template's own.
+        plain = json.loads(json.dumps(messages, default=str).replace("None", "none"))
+        try:
+            texts.append(template.render(plain, chat.tools))
+        except OverdueTemplateError:
+            raise
+        except ValueError:
+            texts.append(None)
+    with_none, with_empty = texts
+    if with_none is None:
+        return empty
+    is_written = with_empty is not None and with_none.count("None") > with_empty.count("None")
+    return empty if is_written else chat
+
+
 class _Finder:
-    def __init__(self, template: ChatTemplate, chat: Conversation, text: str) -> None:
+    def __init__(
+        self, template: ChatTemplate, chat: Conversation, text: str, *, everything: bool
+    ) -> None:
         self._template, self._chat, self._text = template, chat, text
+        self._everything = everything
 
     def find(self, index: int) -> tuple[int, int]:
         """Where the answer with this index among the messages is."""
@@ -55,19 +87,32 @@ class _Finder:
             and through.startswith(before)
         ):
             return len(before), len(through)
+        if self._chat.messages[index]["content"] is None and through is not None:
+            start = self._start_of_text(index)
+            if start is not None and self._text.startswith(through):
+                return start, len(through)
         # Some templates write turns differently by their place, as those that keep the reasoning
         # of the last answer only.
         found = self._content(self._text, index, len(self._chat.messages))
         if found is None:
-            number = sum(i <= index for i in self._chat.answers)
+            remedy = (
+                "remove the weight 0, or use" if self._everything else "use --data.loss all, or"
+            )
             raise ValueError(
-                f"the chat template rewrites earlier turns, so that answer {number} cannot be "
-                "found in the text: use --data.loss all, or conversations with one answer."
+                f"the chat template rewrites earlier turns, so that message {index + 1} cannot be "
+                f"found in the text: {remedy} conversations with one answer."
             )
         start, end = found
         if before is not None and len(before) <= start and self._text.startswith(before):
             start = len(before)
         return start, end + len(self._ending(through, index, end))
+
+    def _start_of_text(self, index: int) -> int | None:
+        """Where an answer of calls alone would begin if it were text."""
+        mark = next(char for char in _PRIVATE if char not in self._text)
+        plain = {"role": "assistant", "content": mark}
+        shown = (self._render([*self._chat.messages[:index], plain]) or "").partition(mark)
+        return len(shown[0]) if shown[1] and self._text.startswith(shown[0]) else None
 
     def _ending(self, through: str | None, index: int, end: int) -> str:
         """What ends the turn: as much as follows the answer both here and where it is the last."""
@@ -79,7 +124,7 @@ class _Finder:
         """Where a message's content is: what changes where another one stands in its place."""
         messages = self._chat.messages[:count]
         mark = next(char for char in _PRIVATE if char not in text)
-        content = messages[index]["content"]
+        content = messages[index]["content"] or ""
         messages[index] = messages[index] | {"content": mark}
         other = self._render(messages)
         if other is None or mark not in other:
@@ -94,10 +139,12 @@ class _Finder:
     def _prefix(self, count: int, *, ask: bool = False) -> str | None:
         return self._render(self._chat.messages[:count], ask=ask)
 
-    def _render(self, messages: list[dict[str, str]], *, ask: bool = False) -> str | None:
+    def _render(self, messages: list[dict[str, Any]], *, ask: bool = False) -> str | None:
         """None: the template wants a whole conversation."""
         try:
             return self._template.render(messages, self._chat.tools, ask=ask)
+        except OverdueTemplateError:
+            raise
         except ValueError:
             return None
 

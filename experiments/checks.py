@@ -8,6 +8,7 @@ from convert.demo import PACKAGED_SOURCES
 from convert.overwriting import needed_paths
 from experiments.arguments import FinetuneConfig
 from experiments.output_folder import check_path
+from experiments.training.stage import STAGES
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
                 f"--output {output} is needed by {config.model}, which was trained on it: name "
                 "another directory."
             )
-    for stage in (".", "transfer", "distill"):
+    for stage in STAGES:
         folder = output / stage / "checkpoints"
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, where checkpoints belong: remove it.")

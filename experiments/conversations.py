@@ -12,10 +12,10 @@ class Conversation(NamedTuple):
     """What a chat template writes out.
 
     Attributes:
-      messages: each with role and content, a text, and what else it has.
+      messages: each with role and content, a text or None beside calls, and what else it has.
       tools: descriptions of functions; None: the row has none.
       answers: indices of the assistant's messages that count in the loss.
-      untrained: those of them that do not after all ("weight": 0).
+      untrained: answers excluded from the loss by "weight": 0.
     """
 
     messages: list[dict[str, Any]]
@@ -28,7 +28,7 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
     """Reads the columns `messages` and, if there is one, `tools`.
 
     Both may be JSON text instead. A content may be a list of text parts, which are joined, and
-    null or absent beside tool calls, which becomes "".
+    null or absent beside tool calls, which becomes None.
 
     Args:
       row: of a table.
@@ -72,7 +72,7 @@ def make_conversation(messages: list[Any], row: dict[str, Any], first: int = 0) 
     Args:
       messages: with role and content.
       row: that they are of.
-      first: of the messages whose answers count.
+      first: index of the first message whose answer counts.
 
     Raises:
       ValueError: if it holds no conversation, or something else than text.
@@ -134,13 +134,13 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     return kept | {"content": _content(message)}
 
 
-def _content(message: dict[str, Any]) -> str:
+def _content(message: dict[str, Any]) -> str | None:
     content = message.get("content")
     if isinstance(content, str):
         return content
     if content is None:
         if message.get("tool_calls") or message.get("function_call"):
-            return ""
+            return None  # some templates write calls only then
         raise ValueError(
             "every message needs role and content (content may be null beside tool_calls only), "
             f"got {short(message)}."

@@ -1,6 +1,7 @@
 """Training data: from a path to rows of tokens, part of them held out."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Annotated,
@@ -58,7 +59,8 @@ class DataConfig:
     JSON, CSV, TSV, Parquet or text files (all but Parquet also as .gz or .zst), a folder or a
     pattern of them; or a dataset id on the Hugging Face Hub."""
     split: str = "train"
-    """Split of a Hub dataset or a folder; a slice such as "train[:500]" works everywhere."""
+    """Split of a Hub dataset or a folder; a slice such as "train[:500]" works for all but one whole
+    text."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset; None: the newest."""
     format: FormatChoice = "auto"
@@ -115,6 +117,11 @@ class DataConfig:
                 f"got {self.eval_rows}."
             )
 
+    @property
+    def shown(self) -> str:
+        """What `path` names, for messages."""
+        return self.path if isinstance(self.path, str) else " ".join(self.path)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
@@ -150,7 +157,9 @@ class TokenData:
         if self.num_truncated:
             parts.append(f"{self.num_truncated:,} examples cut off")
         if self.num_without_targets:
-            parts.append(f"{self.num_without_targets:,} left out for want of targets")
+            parts.append(
+                f"{self.num_without_targets:,} left out because nothing in them counts in the loss"
+            )
         if batch_size > train.num_rows:
             parts.append(
                 f"fewer rows than a batch of {batch_size}, which repeats them: lower --batch-size"
@@ -164,6 +173,7 @@ def load_token_data(
     seed: int = 0,
     *,
     window: int | None = None,
+    leave_out: Path | None = None,
 ) -> TokenData:
     """Reads, tokenises, splits and packs the data that `config` describes.
 
@@ -172,6 +182,7 @@ def load_token_data(
       tokenizer: of the model that will read the tokens.
       seed: chooses which rows of a table are held out.
       window: of the model, for rows that ask for something beyond it; None: half a row.
+      leave_out: a folder whose files are no data, as a run's own.
 
     Returns:
       Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
@@ -180,7 +191,9 @@ def load_token_data(
       FileNotFoundError: if the data is not there.
       ValueError: if it cannot be read or leaves nothing to train on.
     """
-    rows = load_rows(config.path, config.split, config.max_rows, config.revision)
+    rows = load_rows(
+        config.path, config.split, config.max_rows, config.revision, leave_out=leave_out
+    )
     rows = rename_columns(rows, read_columns(config.columns))
     found = find_format(rows, config.format, config.text_column)
     if rows.is_document:

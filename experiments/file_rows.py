@@ -43,6 +43,11 @@ def kind_of(file: Path) -> str | None:
     return None if kind == "parquet" and file.suffix.lower() in COMPRESSIONS else kind
 
 
+def is_text(file: Path) -> bool:
+    """Whether a file is read as one text: by its extension, or because that says nothing."""
+    return kind_of(file) in ("text", None)
+
+
 def read_file(file: Path, most: int | None = None) -> FileRows:
     """Reads the rows of a file.
 
@@ -53,12 +58,12 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
     Raises:
       ValueError: if it cannot be read, naming the line if there is one.
     """
-    kind = kind_of(file)
-    if kind is None:
+    if text_suffix(file) == ".parquet" and kind_of(file) is None:
         raise ValueError(
-            f"{file} has the unknown extension {file.suffix.lower()!r}: use one of "
-            f"{', '.join(_KINDS)}; all but .parquet may end in .gz or .zst."
+            f"{file} is a compressed Parquet file: of {', '.join(_KINDS)} all but .parquet may end "
+            "in .gz or .zst. Unpack it."
         )
+    kind = "text" if is_text(file) else kind_of(file)
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: nothing to read.")
     if kind == "text":
@@ -136,8 +141,14 @@ def _object(row: Any, place: str) -> dict[str, Any]:
 def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dict[str, str]]]:
     """The header, and rows in which every cell is text ("NA" and "007" too)."""
     lines = _csv_lines(file, delimiter)
-    _, header = next(lines, (1, []))
-    if repeated := sorted({name for name in header if header.count(name) > 1}):
+    header = next((cells for _, cells in lines if any(map(str.strip, cells))), [])
+    # Spreadsheets leave several empty columns at the end.
+    count = len(header)
+    while count and not header[count - 1].strip():
+        count -= 1
+    count = len(header) if len(header) - count < 2 else count
+    names = header[:count]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         shown = ", ".join(map(repr, repeated))
         raise ValueError(f"{file} has several columns called {shown}: give each its own name.")
 
@@ -148,10 +159,15 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dic
                     f"{file}, line {number}, has {len(cells)} cells where the header has "
                     f"{len(header)}: repair or remove the line."
                 )
+            if any(cells[count:]):
+                raise ValueError(
+                    f"{file}, line {number}, has a value in a column without a name: name the "
+                    "column in the header, or remove it."
+                )
             if cells:
-                yield dict(zip(header, cells, strict=True))
+                yield dict(zip(names, cells[:count], strict=True))
 
-    return tuple(header), rows()
+    return tuple(names), rows()
 
 
 def _csv_lines(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

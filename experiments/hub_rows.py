@@ -32,8 +32,12 @@ def dataset_rows(
         return tuple(table.column_names), [_without_nulls(row) for row in table.to_list()]
 
 
-def folder_files(folder: Path) -> dict[str, list[Path]] | None:
+def folder_files(folder: Path, *, shown: Path | None = None) -> dict[str, list[Path]] | None:
     """The files of each split of a folder, as `datasets` assigns them by name or README.md.
+
+    Args:
+      folder: whose files.
+      shown: its name in messages; None: its own.
 
     Returns:
       None if they are none of the kinds that we read ourselves.
@@ -41,7 +45,7 @@ def folder_files(folder: Path) -> dict[str, list[Path]] | None:
     Raises:
       ValueError: if there is nothing to read.
     """
-    with tempfile.TemporaryDirectory() as cache, quiet_errors(folder):
+    with tempfile.TemporaryDirectory() as cache, quiet_errors(shown or folder):
         import datasets
 
         builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)

@@ -13,7 +13,7 @@ def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 
 
 def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
-    """The same tokens, with one beginning-of-sequence token where they begin with several.
+    """Drops repeated beginning-of-sequence tokens at the start.
 
     A rendered chat brings its own, and the tokenizer or the template puts another before it.
     """

@@ -18,6 +18,10 @@ _SECONDS = 20.0
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+class OverdueTemplateError(ValueError):
+    """A template has run into its time limit; no other call of it would end either."""
+
+
 class Rendered(NamedTuple):
     """A conversation as a template writes it.
 
@@ -40,6 +44,7 @@ class ChatTemplate:
         """Takes a tokenizer that has a template."""
         self._tokenizer = tokenizer
         self._began: float | None = None
+        self._lock = threading.Lock()
         self._done = threading.Event()
         self._thread = threading.get_ident()
 
@@ -62,13 +67,16 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-          messages: with role and content.
+          messages: with role and content; a content of None reaches the template.
           tools: descriptions of functions.
           ask: end with what begins an answer.
 
         Raises:
           ValueError: if the template refuses it, fails or runs too long.
         """
+        if any(message["content"] is None for message in messages):
+            # `apply_chat_template` would leave the key out, which is not none to a template.
+            return self._render(self._source(tools), messages, tools, ask=ask)[0][0]
         apply: Any = self._tokenizer.apply_chat_template
         return self._limited(
             lambda: str(apply(messages, tools=tools, tokenize=False, add_generation_prompt=ask))
@@ -82,29 +90,48 @@ class ChatTemplate:
         Raises:
           ValueError: likewise.
         """
-        template = self._limited(lambda: self._tokenizer.get_chat_template(None, cast(Any, tools)))
+        template = self._source(tools)
         if not _GENERATION.search(template):
             return Rendered(self.render(messages, tools), None)
+        texts, spans = self._render(template, messages, tools, marks=True)
+        return Rendered(texts[0], [(start, end) for start, end in spans[0]])
+
+    def _source(self, tools: list[dict[str, Any]] | None) -> str:
+        return self._limited(lambda: self._tokenizer.get_chat_template(None, cast(Any, tools)))
+
+    def _render(
+        self,
+        template: str,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        *,
+        ask: bool = False,
+        marks: bool = False,
+    ) -> tuple[list[str], Any]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
-        texts, spans = self._limited(
+        return self._limited(
             lambda: render(
                 conversations=[messages],
                 tools=tools,
                 chat_template=template,
-                return_assistant_tokens_mask=True,
+                add_generation_prompt=ask,
+                return_assistant_tokens_mask=marks,
                 **self._tokenizer.special_tokens_map,
             )
         )
-        return Rendered(texts[0], [(start, end) for start, end in spans[0]])
 
     def _limited(self, function: Callable[[], T]) -> T:
-        self._began = time.monotonic()
         try:
-            return function()
+            try:
+                self._set(time.monotonic())
+                return function()
+            finally:
+                # Once this has the lock, the watch raises no more.
+                self._set(None)
         except _OverdueError:
-            raise ValueError(
+            raise OverdueTemplateError(
                 f"the chat template has not ended after {_SECONDS:g} seconds: mend the template, "
                 "or leave the conversation out."
             ) from None
@@ -116,15 +143,18 @@ class ChatTemplate:
                 f"the chat template fails ({reason:.200}): mend the template, or leave the "
                 "conversation out."
             ) from None
-        finally:
-            self._began = None
+
+    def _set(self, began: float | None) -> None:
+        with self._lock:
+            self._began = began
 
     def _watch(self) -> None:
         while not self._done.wait(min(0.25, _SECONDS / 4)):
-            began = self._began
-            if began is not None and time.monotonic() - began > _SECONDS:
-                self._began = None
-                _raise_in(self._thread)
+            with self._lock:
+                began = self._began
+                if began is not None and time.monotonic() - began > _SECONDS:
+                    self._began = None
+                    _raise_in(self._thread)
 
 
 class _OverdueError(Exception):

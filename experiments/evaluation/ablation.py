@@ -78,7 +78,7 @@ class Ablation:
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
         """Perplexity without each part, and what that costs in nats."""
         table = Table(
-            title=escape(f"{label}: perplexity of {self.data.path} without one part"),
+            title=escape(f"{label}: perplexity of {self.data.shown} without one part"),
             title_justify="left",
         )
         table.add_column("switched off")

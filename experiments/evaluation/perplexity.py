@@ -60,7 +60,7 @@ class Perplexity:
             return [Row(about, scored_tokens(self.data, tokenizer, self.tokens))]
         held_out = load_token_data(self.data, tokenizer, self.seed).eval
         if held_out is None:
-            raise ValueError(f"nothing of {self.data.path} is held out: raise --data.eval-rows.")
+            raise ValueError(f"nothing of {self.data.shown} is held out: raise --data.eval-rows.")
         about |= {"seed": self.seed, "config": dataclasses.asdict(self.data)}
         rows = [Row(about | {"row": i}, batch) for i, batch in enumerate(held_out.batches(1))]
         counts = np.cumsum([np.count_nonzero(row.data.segment_ids) for row in rows])
@@ -88,7 +88,7 @@ class Perplexity:
         sums = {name: Blocks.of(found) for name, found in results.items() if found}
         names = measured_columns(results)
         table = Table(
-            title=escape(f"{label}: perplexity of {self.data.path}"), title_justify="left"
+            title=escape(f"{label}: perplexity of {self.data.shown}"), title_justify="left"
         )
         table.add_column("position of the token")
         for name in names:
@@ -169,7 +169,7 @@ def haystack_tokens(
     if not isinstance(data.path, str) or not is_text_file(data.path):
         if isinstance(data.path, str) and not Path(data.path).expanduser().exists():
             raise FileNotFoundError(f"There is no file {data.path}: check the path given as data.")
-        raise ValueError(f"{data.path} is a table: this task needs a text file.")
+        raise ValueError(f"{data.shown} is a table: this task needs a text file.")
     parts, count = [np.zeros(0, np.int32)], 0
     for piece in document_tokens(tokenizer, Path(data.path).expanduser()):
         parts.append(piece)

@@ -72,7 +72,8 @@ def run_variant(output: Path, variant: Variant) -> Outcome:
 
 def _run(folder: Path) -> int:
     """Finetune's exit status; what it prints goes into two files."""
-    command = [sys.executable, "-m", _FINETUNE, "--config", str(folder / "variant.yaml")]
+    flags = ["-P"] if sys.flags.safe_path else []
+    command = [sys.executable, *flags, "-m", _FINETUNE, "--config", str(folder / "variant.yaml")]
     command += ["--output", str(folder), "--json"]
     stop = StopRequest()
     with (

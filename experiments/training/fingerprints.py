@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.packing import TokenBatchSource
-from experiments.rows import local_files
+from experiments.rows import data_files
 from tptt_jax import CausalLM
 from tptt_jax.training.partition import dotted, is_base_weight
 
@@ -19,29 +19,31 @@ _SAMPLES = 4096
 _BLOCK, _BLOCKS = 2**20, 256
 
 
-def of_data(path: str | Sequence[str] | None) -> dict[str, Any] | None:
-    """Names a data set; for files also their size and a hash of their contents.
+def of_data(
+    path: str | Sequence[str] | None, split: str = "train", *, leave_out: Path | None = None
+) -> dict[str, Any] | None:
+    """Names a data set; for files also their size and a hash of their contents, in order.
 
     Args:
       path: what --data or --fit-data names; None: nothing.
+      split: what is read of it.
+      leave_out: a folder whose files are no data, as the run's own.
 
     Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is no data.
       OSError: if a file cannot be read.
     """
     if path is None:
         return None
     paths = [path] if isinstance(path, str) else list(path)
-    found = [local_files(each) for each in paths]
-    if not all(found):
+    found = data_files(paths, split, leave_out=leave_out)
+    if found is None:
         return {"name": " ".join(paths)}
     digest, size = hashlib.sha256(), 0
-    for given, files in zip(paths, found, strict=True):
-        root = Path(given).expanduser()
-        for file in files:
-            size += file.stat().st_size
-            name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-            name = "" if file == root else name
-            digest.update(f"{name} {_file_digest(file)}\n".encode())
+    for file in (each for files in found.values() for each in files):
+        size += file.stat().st_size
+        digest.update(f"{_file_digest(file)}\n".encode())
     name = " ".join(str(Path(each).expanduser().resolve()) for each in paths)
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
@@ -69,7 +71,10 @@ def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
         name = dotted(path)
         if is_base_weight(name) or (adapters and ".lora." in name):
             value = variable.get_value()
-            flat = np.asarray(value).reshape(-1)
+            if next(iter(value.devices())).platform == "cpu":
+                value = np.asarray(value)  # no copy, and nothing to compile for each shape
+            flat = value.reshape(-1)
+            # Of an accelerator's, only these come to the host.
             some = np.ascontiguousarray(flat[:: max(1, flat.size // _SAMPLES)])
             content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
             found[name] = f"{list(value.shape)} {content}"

@@ -27,8 +27,10 @@ class FitConfig:
     )
     """Steps of distillation after them: the memory alone towards the base model's predictions,
     through all layers. None: as many as --fit-steps, or 150 if that is left open too."""
-    data: Annotated[str | None, _flag("data")] = None
-    """Text to fit on, as --data; None: the training data."""
+    data: Annotated[str | tuple[str, ...] | None, _flag("data")] = None
+    """Text to fit on, as --data; None: the training data. Of other data the split "train" is read
+    whole, with the columns that its format has: --data.split, --data.format, --data.columns and
+    their like hold for --data only."""
     length: Annotated[int | None, _flag("length")] = None
     """Tokens per row; None: eight windows, but 256 at least and 2,048 at most, or the training
     data's own length if that is more."""
@@ -47,6 +49,10 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         """Rejects what no fit can have."""
+        if self.data is not None and not isinstance(self.data, str) and len(self.data) < 2:
+            if not self.data:
+                raise ValueError("fit: data must name a file, a folder or a dataset, got nothing.")
+            object.__setattr__(self, "data", self.data[0])
         minima = {"steps": 0, "distill_steps": 0, "length": 2}
         for name, least in (minima | {"batch_size": 1, "distill_batch_size": 1}).items():
             value = getattr(self, name)

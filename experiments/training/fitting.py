@@ -118,6 +118,11 @@ class Fitting:
                 window = jnp.asarray(self.windows.draw(self.seed, name, number))
             return (self.put(rows), window), int(np.count_nonzero(rows.segment_ids))
 
+        if name == "transfer":
+            rate = ("--fit-learning-rate", "fit.learning_rate", self.config.learning_rate)
+        else:
+            now = self.config.distill_learning_rate
+            rate = ("--distill-learning-rate", "fit.distill_learning_rate", now)
         return Stage(
             title=title,
             folder=self.folder / name,
@@ -126,7 +131,7 @@ class Fitting:
             step=step,
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),
-            rate_option="--fit-learning-rate" if name == "transfer" else "--distill-learning-rate",
+            rate=rate,
             to_record=_transfer_record if name == "transfer" else _distillation_record,
         )
 

@@ -45,6 +45,12 @@ class Outcome:
         if self._file.is_file():
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self._found = {name: _from_json(part) for name, part in saved.items()}
+        ended = self._found.keys() & {"after", "memory_off"}
+        if ended and not run.was_complete:
+            # The run goes on, so that its end is another one; in the file too, as it may be killed
+            # after its last step.
+            self._found = {name: part for name, part in self._found.items() if name not in ended}
+            self._save()
 
     def measure(self, state: State, model: CausalLM, *, use_memory: bool = True) -> None:
         """Measures a model on what is held out, unless an earlier call has done it."""
@@ -58,6 +64,9 @@ class Outcome:
             answers = self._questions.ask(model, use_memory=use_memory)
         self._found[state] = _Measured(held_out, answers)
         self._is_new = True
+        self._save()
+
+    def _save(self) -> None:
         with atomic_file(self._file) as path:
             saved = {name: _to_json(part) for name, part in self._found.items()}
             path.write_text(json.dumps(saved), encoding="utf-8")
@@ -106,7 +115,7 @@ class Outcome:
         first = "loss.png" if self._run.steps else "fit.png"
         if not self._is_new and (config.output / first).is_file():
             return
-        title = f"{config.model} on {config.data.path}"
+        title = f"{config.model} on {config.data.shown}"
         losses = {state: found.held_out.loss for state, found in self._found.items()}
         plot_stages(
             config.output, title=title, before=losses.get("before"), after=losses.get("after")

@@ -1,11 +1,13 @@
-"""Going on with a run: what may differ from the call before, what may not, and what is kept of it.
+"""Resuming a run: which settings may differ, and what is recorded.
 
 `run.json` in a run's directory holds fingerprints of what the run was made from, the seed that
 chose its rows, and the changes that --resume-allow let pass.
 """
 
 import dataclasses
+import difflib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,16 +19,14 @@ from convert.files import atomic_file
 from experiments.arguments import FinetuneConfig, resolved_yaml
 from experiments.models import is_tuned
 from experiments.training import fingerprints
+from experiments.training.stage import STAGES
 from experiments.yaml_defaults import read_yaml
 from tptt_jax import CausalLM
 from tptt_jax.training.checkpoint import latest_sound_step, latest_step
 
-STAGES = ("transfer", "distill", ".")
-"""Folders of checkpoints below a run's directory."""
-
 _FILE = "run.json"
 _FORMAT = "tptt_jax run 1"
-# How far a run goes, where it runs, and what is shown of it; `checks.py` compares the model.
+# Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
@@ -34,7 +34,7 @@ _FREE = (
 )
 # Compared by what they hold, not by their names.
 _DATA = ("data.path", "fit.data")
-_OTHERS = ("data", "fit", "base", "held_out", *_DATA)
+_OTHERS = ("data", "fit", "base", "held_out")
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,10 @@ class Resumption:
             seed = found if isinstance(found, int) else seed
         self.record = Record(seed=seed)
         """What is written down once the run may begin."""
-        self.record.data = fingerprints.of_data(config.data.path)
-        self.record.fit_data = fingerprints.of_data(config.fit.data)
+        self.record.data = fingerprints.of_data(
+            config.data.path, config.data.split, leave_out=output
+        )
+        self.record.fit_data = fingerprints.of_data(config.fit.data, leave_out=output)
         self._changes: list[Change] = []
         if self.is_started:
             self._refuse(_changed_settings(saved, config) + self._changed_files())
@@ -153,7 +155,11 @@ class Resumption:
         remedy = "restore the data, the tokenizer and the packages that the run began with"
         if record.held_out != earlier.held_out:
             a, b = _short(earlier.held_out), _short(record.held_out)
-            found.append(Change("held_out", a, b, remedy))
+            what = (
+                "the held-out rows differ, so the measurements made so far are no longer "
+                f"comparable: add held_out to --resume-allow and they are made again, or {remedy}"
+            )
+            found.append(Change("held_out", a, b, what))
         if not self._changes:
             for name, before, now in (
                 ("data.path", earlier.rows, record.rows),
@@ -166,7 +172,7 @@ class Resumption:
     @property
     def remeasures(self) -> bool:
         """Whether what was measured before no longer belongs to this run."""
-        earlier = Record.read(self._config.output) if self._config.resume else None
+        earlier = self._earlier
         return earlier is not None and earlier.held_out != self.record.held_out
 
     def write(self) -> None:
@@ -200,26 +206,35 @@ class Resumption:
         return found
 
     def _refuse(self, changes: list[Change]) -> None:
-        allowed = self._config.resume_allow
-        refused = [c for c in changes if not {c.name, c.name.partition(".")[0]} & set(allowed)]
+        allowed = {name.replace("-", "_") for name in self._config.resume_allow}
+        refused = [c for c in changes if not {c.name, c.name.partition(".")[0]} & allowed]
         self._changes += [change for change in changes if change not in refused]
         if refused:
-            names = " ".join(change.name for change in refused)
+            names = [change.name for change in refused]
+            note = ""
+            earlier = self._earlier.held_out if self._earlier else None
+            if earlier and "held_out" not in allowed and any(map(_may_move_held_out, names)):
+                names.append("held_out")
+                note = " (other rows would be held out)"
             remedies = ", ".join(dict.fromkeys(change.remedy for change in refused))
             raise ValueError(
                 f"{'; '.join(map(str, refused))}: {remedies}, allow it with --resume-allow "
-                f"{names}, or start in another --output."
+                f"{' '.join(dict.fromkeys(names))}{note}, or start in another --output."
             )
+
+
+def _may_move_held_out(name: str) -> bool:
+    return name.startswith("data.") and not name.startswith("data.recall")
 
 
 def _check_names(config: FinetuneConfig) -> None:
-    known = [name for name in _flat(_plain(config)) if _is_compared(name)]
-    for name in config.resume_allow:
-        if name not in known and name not in _OTHERS:
-            raise ValueError(
-                f"--resume-allow {name} is nothing that may change; give some of "
-                f"{', '.join([*known, *_OTHERS])}."
-            )
+    known = [name for name in _flat(_yaml_values(config)) if _is_compared(name)] + list(_OTHERS)
+    for given in config.resume_allow:
+        name = given.replace("-", "_")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"give some of {', '.join(known)}."
+            raise ValueError(f"--resume-allow has no setting {given!r}: {remedy}")
 
 
 def _saved_settings(output: Path) -> dict[str, Any]:
@@ -228,9 +243,9 @@ def _saved_settings(output: Path) -> dict[str, Any]:
 
 
 def _changed_settings(saved: Mapping[str, Any], config: FinetuneConfig) -> list[Change]:
-    asked = _flat(_plain(config))
+    asked = _flat(_yaml_values(config))
     return [
-        Change(name, str(saved[name]), str(now), f"give {flag_of(name)} {saved[name]}")
+        Change(name, str(saved[name]), str(now), restoring(name, saved[name]))
         for name, now in asked.items()
         if _is_compared(name) and name not in _DATA and name in saved and saved[name] != now
     ]
@@ -250,7 +265,33 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _plain(config: FinetuneConfig) -> dict[str, Any]:
+def restoring(name: str, value: Any) -> str:
+    """What to type for a setting to have a value again."""
+    given = flag_with_value(name, value)
+    return f"leave {flag_of(name)} out" if given is None else f"give {given}"
+
+
+def flag_with_value(name: str, value: Any) -> str | None:
+    """A setting as a shell takes it: ("data.packing", False) -> "--data.no-packing".
+
+    Args:
+      name: dotted.
+      value: of YAML; a list becomes several words.
+
+    Returns:
+      None for an empty list, which no flag can give.
+    """
+    flag = flag_of(name)
+    if value is False:
+        block, dot, last = flag.removeprefix("--").rpartition(".")
+        return f"--{block}{dot}no-{last}"
+    if value is True:
+        return flag
+    words = value if isinstance(value, list) else [value]
+    return " ".join([flag, *(shlex.quote(str(word)) for word in words)]) if words else None
+
+
+def _yaml_values(config: FinetuneConfig) -> dict[str, Any]:
     return yaml.safe_load(resolved_yaml(config))
 
 

@@ -22,8 +22,8 @@ from experiments.report import StepRecord
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fitting import Fitting
 from experiments.training.questions import Questions
-from experiments.training.resume import STAGES, Resumption
-from experiments.training.stage import Stage
+from experiments.training.resume import Resumption
+from experiments.training.stage import STAGES, Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
@@ -79,7 +79,7 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, seed, window=window)
+        data = load_token_data(config.data, tokenizer, seed, window=window, leave_out=config.output)
         console.print(data.describe(config.batch_size), markup=False)
         model = load_pretrained(
             config.model,
@@ -115,10 +115,10 @@ class Run:
     def _claim_output(self, description: Any) -> None:
         output = self.config.output
         if self.was_complete:
-            done = f"{self.resumption.step} of {self.steps} steps"
+            done = f"{self.resumption.step}; {self.steps} asked"
             self.console.print(
-                f"the run in {output} is complete ({done}): nothing in it changes; more --steps go "
-                "on with it",
+                f"the run in {output} has done all its steps ({done}): nothing is trained; raise "
+                "--steps to go on",
                 markup=False,
             )
             return
@@ -205,6 +205,7 @@ class Run:
 
         stage = Stage(
             title="step",
+            rate=("--learning-rate", "learning_rate", self.config.learning_rate),
             folder=self.config.output,
             steps=self.steps,
             checkpoint_every=self.config.checkpoint_every,
@@ -311,9 +312,13 @@ def _fit_rows(
     length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
     changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
     if config.fit.data is not None:
-        changes |= {"path": config.fit.data, "columns": (), "revision": None}
+        # What --data.* says of the training data says nothing of other data.
+        changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
+        changes |= {"text_column": "text", "split": "train", "max_rows": None}
     data = dataclasses.replace(config.data, **changes)
-    rows = load_token_data(data, tokenizer, seed, window=liza.softmax_window).train
+    rows = load_token_data(
+        data, tokenizer, seed, window=liza.softmax_window, leave_out=config.output
+    ).train
     check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model.config, "fit: length")
     return rows

@@ -15,6 +15,9 @@ from experiments.report import MetricsWriter, StepRecord, TrainingProgress
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
+STAGES = ("transfer", "distill", ".")
+"""Folders of checkpoints below a run's directory."""
+
 Step = Callable[..., tuple[TrainState, Any]]
 """(state, *what `Stage.batch_at` gave) -> (state, metrics)."""
 
@@ -38,8 +41,8 @@ class Stage:
     """Steps done, metrics, seconds and tokens of the last one -> what is written down."""
     rows_at: Callable[[int], np.ndarray] = lambda number: np.zeros(0, np.int64)
     """Numbers of the rows in the batch of a step, by its number from 0."""
-    rate_option: str = "--learning-rate"
-    """The flag that lowers the rate of this stage."""
+    rate: tuple[str, str, float] = ("--learning-rate", "learning_rate", 1e-3)
+    """The flag of this stage's rate, its name for --resume-allow, and what it is now."""
     finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
     """Adds to a step's record what is measured now and then."""
     is_last: bool = False
@@ -127,10 +130,13 @@ class Stage:
             checkpoints.wait()
         rows = ", ".join(map(str, self.rows_at(record.step - 1)))
         norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
-        remedy = f"look at these rows, or go on with a lower {self.rate_option} and --resume-allow"
-        where = f"the state after step {kept} is kept in {self.folder}"
+        option, setting, rate = self.rate
+        remedy = f"go on with {option} below {rate:g}"
+        where = "nothing was trained yet"
+        if kept:
+            remedy += f" and --resume-allow {setting}"
+            where = f"the state after step {kept} is kept in {self.folder}"
         return ValueError(
-            f"{self.title} {record.step} is not finite (loss {record.loss:.4g}{norm}, rows {rows} "
-            f"of the training data, counted from 0): {remedy}; "
-            f"{where if kept else 'nothing was trained yet'}."
+            f"{self.title} {record.step} is not finite (loss {record.loss:.4g}{norm}, packed rows "
+            f"{rows}): {remedy}; {where}."
         )

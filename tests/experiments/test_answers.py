@@ -1,9 +1,11 @@
 """Which characters of a rendered chat are the assistant's, against transformers and by hand."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+from jinja2 import Template
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +37,21 @@ LATE_SYSTEM = (
     "{{ m['content'] | trim }}</s>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+# As DeepSeek V3 and R1's distils: calls are written only where the content is none.
+CALLS = (
+    "{% for m in messages %}{% if m['content'] is none %}[A]{% for c in m['tool_calls'] %}"
+    "<call>{{ c['function']['name'] }}({{ c['function']['arguments']['of'] }})</call>{% endfor %}"
+    "</s>{% elif m['role'] == 'assistant' %}[A]{{ m['content'] }}</s>"
+    "{% else %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[A]{% endif %}"
+)
+OPENED = CALLS.replace("prompt %}[A]", "prompt %}[A]<think>\n")
+# Writes what it gets, "None" too.
+WRITTEN = CALLS.replace("m['content'] is none", "m['tool_calls']").replace(
+    "[A]{% for", "[A]{{ m['content'] }}{% for"
+)
+JOINED = WRITTEN.replace("[A]{{ m['content'] }}{% for", "[A]{{ '' + m['content'] }}{% for")
 
 REASONED = "<think>\nAs they met.\n</think>\n\nHello."
 CHAT = [
@@ -90,6 +107,44 @@ def test_exactly_the_answers_count(tmp_path, template, row, expected):
     assert targets(tokenizer, tmp_path, row) == expected
 
 
+@pytest.mark.parametrize("loss", ["answers", "all"])
+@pytest.mark.parametrize(
+    "template", [CALLS, OPENED, WRITTEN, JOINED], ids=["none", "opened", "written", "fails"]
+)
+def test_calls_without_content_are_written_as_the_template_can(tmp_path, template, loss):
+    call = {"type": "function", "function": {"name": "age", "arguments": {"of": "None"}}}
+    row = {
+        "messages": [
+            CHAT[0],
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "7"},
+            CHAT[1],
+        ]
+    }
+    tokenizer = make_tokenizer(begin=False, template=template)
+    content = None if template in (CALLS, OPENED) else ""
+    messages = [row["messages"][0], row["messages"][1] | {"content": content}, *row["messages"][2:]]
+    whole = Template(template).render(messages=messages)
+    assert "[A]<call>age(None)</call></s>" in whole
+    expected = ["<call>age(None)</call></s>", "Hello.</s>"]
+    if loss == "all":
+        expected = [whole[1:]]  # nothing predicts the first token
+    assert targets(tokenizer, tmp_path, row, loss=loss) == expected
+
+
+def test_answers_that_cannot_be_found_are_named_with_a_remedy_that_helps(tmp_path):
+    # Keeps the last answer only.
+    last = "{{ messages[-1]['content'] }}</s>"
+    tokenizer = make_tokenizer(begin=False, template=last)
+    with pytest.raises(
+        ValueError, match=r"message 2 cannot be found in the text: use --data\.loss"
+    ):
+        targets(tokenizer, tmp_path, {"messages": CHAT})
+    row = {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]}
+    with pytest.raises(ValueError, match=r"message 2 .*: remove the weight 0, or use conversa"):
+        targets(tokenizer, tmp_path, row, loss="all")
+
+
 def test_marks_of_a_template_are_transformers(tmp_path):
     tokenizer = make_tokenizer(begin=False, template=MARKED)
     expected = tokenizer.apply_chat_template(
@@ -143,6 +198,12 @@ def test_templates_have_a_time_limit(tmp_path, monkeypatch):
     tokenizer = make_tokenizer(begin=False, template=loop)
     with pytest.raises(ValueError, match=r"row 1: the chat template has not ended after 0\.4 s"):
         targets(tokenizer, tmp_path, {"messages": CHAT})
+    # No template that wants a whole conversation, but one that is slow on some.
+    tokenizer.chat_template = f"{{% if messages | length < 4 %}}{loop}{{% endif %}}{CHATML}"
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"row 1: the chat template has not ended after 0\.4 s"):
+        targets(tokenizer, tmp_path, {"messages": CHAT})
+    assert time.monotonic() - began < 1.5
     tokenizer.chat_template = CHATML
     assert targets(tokenizer, tmp_path, {"messages": CHAT}) == ["Hello.</s>\n"] * 2
 

@@ -1,6 +1,7 @@
 """One command for all: names, help, mistakes."""
 
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -8,7 +9,7 @@ import tomllib
 import pytest
 
 import tptt_jax
-from experiments.__main__ import COMMANDS
+from experiments.__main__ import COMMANDS, main
 
 
 def run(*arguments):
@@ -37,6 +38,31 @@ def test_a_wrong_name_is_answered_with_the_nearest_one():
     done = run("fintune", "--steps", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: there is no command 'fintune': did you mean finetune?\n"
+
+
+def test_the_script_does_not_run_files_of_the_current_folder(tmp_path, project_dir):
+    script = tmp_path / "bin" / "tptt-jax"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom experiments.__main__ import main\nsys.exit(main())\n")
+    (tmp_path / "json.py").write_text("raise SystemExit('json.py of the folder was run')\n")
+    command = [sys.executable, str(script), "convert", "--help"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(project_dir)},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "convert" in done.stdout
+
+
+def test_the_version_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tptt-jax", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"{tptt_jax.__version__}\n"
 
 
 def test_the_script_and_the_version_are_those_of_pyproject(project_dir):

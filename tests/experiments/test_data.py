@@ -202,7 +202,7 @@ def test_a_template_that_writes_other_answers_is_refused(tmp_path):
     template = template.replace("{% endfor %}", "{% endfor %}{{ messages | length }}")
     tokenizer = make_tokenizer(begin=False, template=template)
     path = write_lines(tmp_path / "c.jsonl", [{"messages": CHAT[1:]}])
-    expected = r"row 1: the chat template rewrites earlier turns, so that answer 1 cannot"
+    expected = r"row 1: the chat template rewrites earlier turns, so that message 2 cannot"
     with pytest.raises(ValueError, match=expected):
         load_token_data(DataConfig(path=path, eval_rows=0), tokenizer)
     assert load_token_data(DataConfig(path=path, eval_rows=0, loss="all"), tokenizer)
@@ -459,7 +459,8 @@ def test_max_rows_and_split_slices_take_the_first_rows(tokenizer, tmp_path):
         ("a.parquet", "PAR1", "Cannot read"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "line 2, is not UTF-8"),
         ("a.txt", b"\xff\xfe\xfa", "line 1, is not UTF-16-LE text"),
-        ("a.xyz", "x", r"unknown extension '\.xyz': use one of \.jsonl"),
+        ("a.xyz", "short", "eval_tokens = 2000 are held out"),
+        ("a.xyz", b"PK\xff", r"line 1, is not UTF-8 text"),
         ("a.jsonl", '{"ask": "a", "answer": "b"}\n', "has the columns ask, answer; exp"),
         ("a.jsonl", '{"text": 5}\n{"text": 6}\n', "row 1: text must be text, got int"),
         ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "row 2: text must be text, got nothing"),

@@ -15,7 +15,7 @@ from experiments import text_files
 from experiments.arguments import FinetuneConfig, parse_arguments, run_finetune
 from experiments.data import DataConfig, load_token_data
 from experiments.prompts import read_text
-from experiments.rows import load_rows
+from experiments.rows import data_files, load_rows
 from experiments.yaml_defaults import read_yaml
 from tests.tiny import make_tokenizer
 
@@ -120,6 +120,48 @@ def test_a_folder_has_splits_and_each_row_its_keys(tmp_path):
         load_rows(str(tmp_path), split="dev")
 
 
+def test_a_folder_of_zst_files_has_splits(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "train.jsonl.zst").write_bytes(zstd(lines(A, LATE)))
+    (tmp_path / "deep" / "test.jsonl.zst").write_bytes(zstd(lines(B)))
+    (tmp_path / "README.md").write_text("About the rows.\n")
+    assert texts(str(tmp_path)) == ["a", "late"]
+    assert texts(str(tmp_path), split="test") == ["b"]
+    assert texts(str(tmp_path), split="train[1:]+test") == ["late", "b"]
+    (tmp_path / "deep" / "test.jsonl").write_bytes(lines(C))
+    with pytest.raises(ValueError, match=r"test\.jsonl and .*test\.jsonl\.zst have one name"):
+        load_rows(str(tmp_path))
+
+
+def test_what_lies_below_the_run_is_no_data(tmp_path):
+    write_table(tmp_path / "rows.csv", [A])
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("x", "y", "z"):
+        write_table(run / f"{name}.jsonl", [B])
+    assert texts(str(tmp_path), leave_out=run) == ["a"]
+    assert texts(f"{tmp_path}/**/*.*", leave_out=run) == ["a"]
+    assert data_files(str(tmp_path), leave_out=run) == {"train": [tmp_path / "rows.csv"]}
+
+
+def test_one_text_has_no_rows_to_slice(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    for path in (str(tmp_path / "a.txt"), str(tmp_path), "python-docs"):
+        with pytest.raises(ValueError, match=r"is one text, .*--data\.split train\[:1\]\): lower"):
+            load_rows(path, split="train[:1]")
+    with pytest.raises(ValueError, match=r"^python-docs must be given alone\.$"):
+        load_rows(["python-docs", str(tmp_path / "a.txt")])
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("\n,,,\ntext,b,,\na,1,,\n,2,,\n")
+    assert load_rows(str(path)).rows == [{"text": "a", "b": "1"}, {"text": "", "b": "2"}]
+    path.write_text("text,b,,\na,1,,\nb,2,x,\n")
+    with pytest.raises(ValueError, match="line 3, has a value in a column without a name"):
+        load_rows(str(path))
+
+
 def test_several_texts_are_documents_of_their_own(tmp_path):
     for name, text in (("a.txt", "one\n\ntwo\n"), ("b.txt", "three")):
         (tmp_path / name).write_text(text)
@@ -143,6 +185,11 @@ def test_flags_and_yaml_take_several_files(tmp_path):
     config.write_text("data: [a.jsonl, b.jsonl]")
     assert parse("--config", str(config)).path == ("a.jsonl", "b.jsonl")
     assert parse("--data", "a.jsonl").path == "a.jsonl"
+    config.write_text("fit: {data: [a.txt, b.txt]}")
+    for flags in (["--fit-data", "a.txt", "b.txt"], ["--config", str(config)]):
+        assert parse_arguments(flags, FinetuneConfig).fit.data == ("a.txt", "b.txt")
+    assert parse_arguments(["--fit-data", "a.txt"], FinetuneConfig).fit.data == "a.txt"
+    assert parse_arguments([], FinetuneConfig).fit.data is None
 
 
 def test_a_revision_is_of_the_hub(tmp_path, monkeypatch):

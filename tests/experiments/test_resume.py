@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy as st
+from rich.console import Console
 
 from convert import load_pretrained
 from convert.__main__ import main
-from experiments.arguments import FinetuneConfig, run_configured
+from experiments.arguments import FinetuneConfig, parse_arguments, run_configured
 from experiments.checks import check_output, describe_run
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
+from experiments.training.fingerprints import is_same_data, of_data
+from experiments.training.fit_config import FitConfig
 from experiments.training.outcome import Outcome
-from experiments.training.resume import flag_of
+from experiments.training.resume import (
+    _flat,
+    _is_compared,
+    _yaml_values,
+    flag_of,
+    flag_with_value,
+)
+from experiments.training.run import Run
 from tests.tiny import write_tiny_model, write_untrained_run
-from tptt_jax.config import LoraConfig
+from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.checkpoint import latest_step, restore_trainable
 from tptt_jax.training.description import Description, write_description
 
@@ -69,7 +80,7 @@ def contents(folder):
 def test_a_complete_run_says_so_and_changes_nothing(started):
     before = contents(started.output)
     printed = run(started)
-    assert f"the run in {started.output} is complete (2 of 2 steps)" in printed
+    assert f"the run in {started.output} has done all its steps (2; 2 asked)" in printed
     assert contents(started.output) == before
 
 
@@ -83,7 +94,11 @@ def test_a_complete_run_says_so_and_changes_nothing(started):
         ({"data.sequence_length": 16}, r"data.sequence_length: 32 in .*--data.sequence-length 32"),
         ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs a"),
         ({"lora": LoraConfig(rank=3)}, r"\(lora.rank: 2 in the run, 3 asked\): use another --outp"),
-        ({"resume_allow": ("rate",)}, r"--resume-allow rate is nothing that may change; give some"),
+        ({"resume_allow": ("rate",)}, r"--resume-allow has no setting 'rate': give some of .*seed"),
+        ({"resume_allow": ("learning-rat",)}, r"'learning-rat': did you mean learning_rate\?"),
+        ({"data.packing": True}, r"give --data.no-packing, allow"),
+        ({"data.columns": ("text=a b",)}, r"leave --data.columns out, allow"),
+        ({"data.path": "python-docs"}, r"data.path held_out \(other rows would be held out\), or "),
     ],
 )
 def test_what_changes_the_run_is_refused_by_name(changes, message, started):
@@ -104,7 +119,8 @@ def test_a_changed_data_file_is_refused_until_it_is_allowed(started):
         with pytest.raises(ValueError, match=r"data.path: .* bytes, sha256 .* in the run"):
             run(replace(started, steps=4))
         # Another table has other rows held out, which is a name of its own.
-        with pytest.raises(ValueError, match=r"held_out: rows \w+ in the run, rows \w+ asked"):
+        expected = r"held_out: rows \w+ in the run, rows \w+ asked: .*add held_out to --resume-all"
+        with pytest.raises(ValueError, match=expected):
             run(replace(started, steps=4, resume_allow=("data",)))
     finally:
         os.truncate(rows, os.path.getsize(rows) - len('{"text": "one more"}\n'))
@@ -131,15 +147,16 @@ def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(start
     before = json.loads((started.output / "run.json").read_text())
     measured = json.loads((started.output / "evaluation.json").read_text())
     changed = replace(started, steps=3, seed=5, learning_rate=0.01)
-    printed = run(replace(changed, resume_allow=("learning_rate", "seed")))
+    printed = run(replace(changed, resume_allow=("learning-rate", "seed")))
     assert "step: resuming after 2 of 3" in printed
     after = json.loads((started.output / "run.json").read_text())
     assert after["held_out"] == before["held_out"]
     assert (after["seed"], after["rows"]) == (0, before["rows"])
-    assert (
-        json.loads((started.output / "evaluation.json").read_text())["before"]
-        == (measured["before"])
-    )
+    again = json.loads((started.output / "evaluation.json").read_text())
+    assert again["before"] == measured["before"]
+    # Other steps, another end.
+    assert again["after"]["counts"] == measured["after"]["counts"]
+    assert again["after"]["nats"] != measured["after"]["nats"]
     notes = (started.output / "config.yaml").read_text().splitlines()[:2]
     assert notes == [
         "# after step 2, by --resume-allow: learning_rate 0.001 -> 0.01",
@@ -148,16 +165,30 @@ def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(start
     # From then on it is the run's own.
     with pytest.raises(ValueError, match=r"learning_rate: 0.01 in the run, 0.001 asked"):
         run(started)
-    assert "is complete (3 of 3 steps)" in run(changed)
+    assert "has done all its steps (3; 3 asked): nothing is trained" in run(changed)
+
+
+def test_what_was_measured_at_an_earlier_end_is_gone_before_the_run_goes_on(started, tmp_path):
+    longer = replace(
+        started, output=tmp_path / "run", steps=9, resume_allow=("learning_rate", "seed")
+    )
+    shutil.copytree(started.output, longer.output)
+    saved = longer.output / "evaluation.json"
+    assert json.loads(saved.read_text()).keys() >= {"before", "after"}
+    Outcome(Run.prepare(longer, Console(file=io.StringIO())))
+    assert "after" not in json.loads(saved.read_text())
+    assert "before" in json.loads(saved.read_text())
 
 
 def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
     data = replace(started.data, eval_rows=0.0)
     exploding = replace(started, output=tmp_path / "run", data=data, learning_rate=1e30)
     exploding = replace(exploding, warmup_steps=0)
-    with pytest.raises(ValueError, match=r"step 2 is not finite \(loss .*, rows (\d+), \d+ ") as no:
+    with pytest.raises(
+        ValueError, match=r"step 2 is not finite \(loss .*, packed rows \d+, \d+\)"
+    ) as no:
         run(exploding)
-    assert "--learning-rate and --resume-allow" in str(no.value)
+    assert "--learning-rate below 1e+30 and --resume-allow learning_rate;" in str(no.value)
     assert "the state after step 1 is kept" in str(no.value)
     assert latest_step(exploding.output) == 1
     model = load_pretrained(started.model, None, started.lora)
@@ -192,6 +223,60 @@ def test_what_a_run_needs_is_not_its_output(started, tmp_path):
 )
 def test_flags_of_settings(name, flag):
     assert flag_of(name) == flag
+
+
+def test_every_remedy_can_be_typed():
+    changed = FinetuneConfig(
+        data=DataConfig(packing=False, columns=("text=a b",), text_column="it's", loss="all"),
+        fit=FitConfig(steps=3, length=99),
+        window_range=(4, 8),
+        liza=LizaConfig(softmax_window=8),
+        mag_values=(0.25, 0.5),
+        epochs=2.0,
+        learning_rate=3e-5,
+    )
+    for config in (FinetuneConfig(), changed):
+        asked = _flat(_yaml_values(config))
+        names = [name for name in asked if _is_compared(name)]
+        given = [flag_with_value(name, asked[name]) for name in names]
+        line = " ".join(["--liza.softmax-window 8", *(each for each in given if each)])
+        parsed = _flat(_yaml_values(parse_arguments(shlex.split(line), FinetuneConfig)))
+        assert [parsed[name] for name in names] == [asked[name] for name in names]
+    assert flag_with_value("data.columns", []) is None
+
+
+# --- what a folder of data holds ----------------------------------------------------------------
+
+
+def test_a_folder_of_data_may_hold_the_run(started, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(started.data.path, folder / "train.jsonl")
+    (folder / "test.jsonl").write_text('{"text": "not read"}\n')
+    data = replace(started.data, path=str(folder))
+    inside = replace(started, output=folder / "run", data=data, steps=9)
+    # The same rows by another name.
+    shutil.copytree(started.output, inside.output)
+    inside = replace(inside, resume_allow=("learning_rate", "seed"))
+    rows = Run.prepare(inside, Console(file=io.StringIO())).data.train
+    # Nor is what is not read compared.
+    (folder / "test.jsonl").write_text('{"text": "something else"}\n')
+    again = Run.prepare(inside, Console(file=io.StringIO())).data.train
+    np.testing.assert_array_equal(again.tokens, rows.tokens)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(ValueError, match=r"data.path: .* in the run"):
+        Run.prepare(inside, Console(file=io.StringIO()))
+
+
+def test_names_of_data_are_not_compared(started, tmp_path):
+    first, second = tmp_path / "a [1].jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"text": "a"}\n')
+    second.write_text('{"text": "b"}\n')
+    named = of_data([str(first), str(second)])
+    assert is_same_data(named, of_data(f"{tmp_path}/*.jsonl"))
+    assert not is_same_data(named, of_data([str(second), str(first)]))
+    assert is_same_data(of_data(str(first)), of_data(str(tmp_path / "a*")))
 
 
 # --- what other commands do with a damaged run -----------------------------------------------

@@ -298,6 +298,19 @@ def test_rows_to_fit_on_come_from_their_own_text(config, tmp_path):
     assert job.fit_rows.loss_mask.any(axis=1).all()
 
 
+def test_settings_of_the_training_data_are_not_those_of_other_data_to_fit_on(config, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"word {n} " * 60}) + "\n" for n in range(8)))
+    asked = {"path": str(rows), "columns": ("text=body",), "format": "text"}
+    data = replace(config.data, **asked, split="train[2:]", max_rows=5, eval_rows=0)
+    job = Run.prepare(
+        replace(config, output=tmp_path / "run", data=data), Console(file=io.StringIO())
+    )
+    assert job.fit_rows is not None
+    text = "".join(job.tokenizer.batch_decode(job.fit_rows.tokens, skip_special_tokens=True))
+    assert text.strip() in Path(config.fit.data).read_text()
+
+
 @pytest.mark.parametrize(
     ("length", "window", "trained", "expected"),
     [(None, 8, 64, 256), (None, 64, 64, 512), (None, 512, 64, 2048), (None, 8, 4096, 4096)],
