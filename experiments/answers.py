@@ -98,9 +98,11 @@ class _Finder:
             remedy = (
                 "remove the weight 0, or use" if self._everything else "use --data.loss all, or"
             )
+            roles = [message["role"] for message in self._chat.messages[: index + 1]]
             raise ValueError(
-                f"the chat template rewrites earlier turns, so that message {index + 1} cannot be "
-                f"found in the text: {remedy} conversations with one answer."
+                "the chat template rewrites earlier turns, so that answer "
+                f"{roles.count('assistant')} cannot be found in the text: {remedy} conversations "
+                "with one answer."
             )
         start, end = found
         if before is not None and len(before) <= start and self._text.startswith(before):

@@ -136,12 +136,10 @@ def test_answers_that_cannot_be_found_are_named_with_a_remedy_that_helps(tmp_pat
     # Keeps the last answer only.
     last = "{{ messages[-1]['content'] }}</s>"
     tokenizer = make_tokenizer(begin=False, template=last)
-    with pytest.raises(
-        ValueError, match=r"message 2 cannot be found in the text: use --data\.loss"
-    ):
+    with pytest.raises(ValueError, match=r"answer 1 cannot be found in the text: use --data\.loss"):
         targets(tokenizer, tmp_path, {"messages": CHAT})
     row = {"messages": [CHAT[0], CHAT[1] | {"weight": 0}, *CHAT[2:]]}
-    with pytest.raises(ValueError, match=r"message 2 .*: remove the weight 0, or use conversa"):
+    with pytest.raises(ValueError, match=r"answer 1 .*: remove the weight 0, or use conversa"):
         targets(tokenizer, tmp_path, row, loss="all")
 
 

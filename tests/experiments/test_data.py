@@ -202,7 +202,7 @@ def test_a_template_that_writes_other_answers_is_refused(tmp_path):
     template = template.replace("{% endfor %}", "{% endfor %}{{ messages | length }}")
     tokenizer = make_tokenizer(begin=False, template=template)
     path = write_lines(tmp_path / "c.jsonl", [{"messages": CHAT[1:]}])
-    expected = r"row 1: the chat template rewrites earlier turns, so that message 2 cannot"
+    expected = r"row 1: the chat template rewrites earlier turns, so that answer 1 cannot"
     with pytest.raises(ValueError, match=expected):
         load_token_data(DataConfig(path=path, eval_rows=0), tokenizer)
     assert load_token_data(DataConfig(path=path, eval_rows=0, loss="all"), tokenizer)

@@ -30,6 +30,7 @@ def keep_finite(old: Tree, new: Tree, *measured: Array) -> tuple[Tree, Bool[Arra
             return jnp.array(True)
         return jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before))
 
-    kept = [*jax.tree.leaves(jax.tree.map(holds, old, new)), *map(jnp.isfinite, measured)]
+    kept = jax.tree.leaves(jax.tree.map(holds, old, new))
+    kept += [jnp.all(jnp.isfinite(x)) for x in measured]
     is_finite = jnp.stack(kept).all()
     return jax.tree.map(lambda a, b: jnp.where(is_finite, b, a), old, new), is_finite
