@@ -386,7 +386,7 @@ def test_a_full_directory_is_not_replaced_unasked(tmp_path, llama):
 def test_overwriting_spares_what_is_no_model(tmp_path, llama):
     (tmp_path / "b").mkdir()
     (tmp_path / "b/thesis.txt").write_text("years of work")
-    with pytest.raises(ConversionError, match="thesis.txt, which is not part of an export"):
+    with pytest.raises(ConversionError, match="which is not part of an export"):
         export_pretrained(load_pretrained(llama), tmp_path / "b", overwrite=True)
     assert (tmp_path / "b/thesis.txt").read_text() == "years of work"
 
