@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from convert.errors import ConversionError
-from convert.files import atomic_file
+from tptt_jax.durable import atomic_file
 
 DEFAULT_MODEL = "smollm2-135m"
 """What commands run that are told no model."""

@@ -3,42 +3,16 @@
 import contextlib
 import json
 import shutil
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError, listing
-from tptt_jax.training.step_folders import sync_path
+from tptt_jax.durable import sibling, swap_directory, sync_path
 
 # Far above any real file, far below what Python's recursion allows.
 _MAX_DEPTH = 100
-
-
-def _sibling(target: Path, role: str) -> Path:
-    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{role}"
-
-
-@contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """Yields a temporary sibling to write to, and renames it to `target` on success.
-
-    Args:
-      target: the final name; an existing file is replaced.
-
-    Yields:
-      The path to write to. It is removed if the block raises.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target, "partial")
-    try:
-        yield temporary
-        sync_path(temporary)
-        temporary.replace(target)
-        sync_path(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
@@ -86,7 +60,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
     target = target.absolute()
     check_replaceable(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _sibling(target, "partial")
+    temporary = sibling(target, "partial")
     temporary.mkdir()
     try:
         yield temporary
@@ -104,13 +78,8 @@ def _swap(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)
     else:
-        old = _sibling(target, "old")
-        target.rename(old)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            old.rename(target)
-            raise
+        old = sibling(target, "old")
+        swap_directory(temporary, target, old)
         shutil.rmtree(old)
     sync_path(target.parent)
 

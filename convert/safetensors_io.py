@@ -16,8 +16,9 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.files import atomic_file, check_regular, parse_json
+from convert.files import check_regular, parse_json
 from convert.tensors import TensorInfo, read_bytes
+from tptt_jax.durable import atomic_file
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 16

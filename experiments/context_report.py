@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.files import atomic_file
 from experiments.timing import write_result
+from tptt_jax.durable import atomic_file
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import
     from matplotlib.axes import Axes

@@ -15,7 +15,6 @@ import tyro
 import yaml
 from rich.console import Console
 
-from convert.files import atomic_file
 from experiments.arguments import run_configured
 from experiments.data import DataConfig
 from experiments.evaluation.ablation import Ablation
@@ -35,6 +34,7 @@ from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
 from experiments.memory_use import peak_gb
 from experiments.output_folder import locked_output
 from experiments.process import prepare_process
+from tptt_jax.durable import atomic_file
 
 TaskName = Literal[
     "perplexity",

@@ -98,13 +98,10 @@ def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             # JSON Lines are often called .json.
             if error.msg != "Extra data":
-                raise ValueError(
-                    f"{file}, line {error.lineno}, is not valid JSON ({error.msg}): repair it."
-                ) from None
-        except RecursionError:
-            raise ValueError(f"{file} is nested too deeply: repair it.") from None
-        except ValueError:  # Python reads no more digits
-            raise ValueError(f"{file} holds a number of over 4,300 digits: repair it.") from None
+                place = f"{file}, line {error.lineno},"
+                raise _json_fault(error, place, "repair it") from None
+        except (RecursionError, ValueError) as error:
+            raise _json_fault(error, str(file), "repair it") from None
         else:
             rows = content if isinstance(content, list) else [content]
             for number, row in enumerate(rows, start=1):
@@ -121,15 +118,20 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
         place = f"{file}, line {number},"
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{place} is not valid JSON ({error.msg}): repair or remove the line."
-            ) from None
-        except RecursionError:
-            raise ValueError(f"{place} is nested too deeply: remove the line.") from None
-        except ValueError:  # Python reads no more digits
-            raise ValueError(f"{place} holds a number of over 4,300 digits: remove it.") from None
+        except (RecursionError, ValueError) as error:
+            raise _json_fault(error, place, "repair or remove the line") from None
         yield _object(row, place)
+
+
+def _json_fault(error: Exception, place: str, remedy: str) -> ValueError:
+    """What `json.loads` did not read, in one line."""
+    if isinstance(error, json.JSONDecodeError):
+        what = f"is not valid JSON ({error.msg})"
+    elif isinstance(error, RecursionError):
+        what = "is nested too deeply"
+    else:  # Python reads no more digits
+        what = "holds a number of over 4,300 digits"
+    return ValueError(f"{place} {what}: {remedy}.")
 
 
 def _object(row: Any, place: str) -> dict[str, Any]:

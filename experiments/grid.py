@@ -9,11 +9,11 @@ from typing import Any
 from rich.console import Console
 
 from convert.command_line import run_command
-from convert.files import atomic_file
 from experiments.output_folder import locked_output
 from experiments.sweep.plan import Variant, read_plan
 from experiments.sweep.runner import Outcome, check_folders, run_variant
 from experiments.sweep.table import gap_left, markdown_table, rich_table, table_rows
+from tptt_jax.durable import atomic_file
 
 
 def run_grid(config: Path, output: Path = Path("runs/grid")) -> dict[str, Any]:

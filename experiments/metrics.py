@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-from convert.files import atomic_file
+from tptt_jax.durable import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from convert.files import atomic_file
 from experiments.metrics import MetricsWriter, StepRecord, read_metrics
+from tptt_jax.durable import atomic_file
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import
     from matplotlib.axes import Axes

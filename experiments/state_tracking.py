@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from convert.files import atomic_file
 from experiments.arguments import run_configured
 from experiments.evaluation.store import RowStore, row_key
 from experiments.output_folder import locked_output
@@ -27,6 +26,7 @@ from experiments.tracking.summary import (
     spans,
 )
 from experiments.tracking.trial import Training, Trial, run_trial
+from tptt_jax.durable import atomic_file
 
 
 @dataclass(frozen=True, kw_only=True)

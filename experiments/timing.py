@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from convert.files import atomic_file
 from experiments.baseline import compare, read_baseline
 from experiments.memory_use import host_peak_gb, peak_gb
 from experiments.process import prepare_process
+from tptt_jax.durable import atomic_file
 
 Work = TypeVar("Work")
 # A parameter whose fields are options of the command itself, without a prefix.

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from convert.files import atomic_file
 from experiments.interrupts import StopRequest
 from experiments.sweep.plan import Variant
+from tptt_jax.durable import atomic_file
 
 _FINETUNE = "experiments.finetune"
 _INTERRUPTED = 130

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convert.files import atomic_file
 from experiments.training.evaluation import HeldOut, recovered_gap
 from experiments.training.pictures import plot_memory, plot_stages
 from experiments.training.questions import Answers
 from experiments.training.run import Run
 from tptt_jax import CausalLM
+from tptt_jax.durable import atomic_file
 
 State = Literal["before", "window", "fitted", "after", "memory_off"]
 

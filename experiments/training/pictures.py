@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert.files import atomic_file
 from experiments.metrics import StepRecord, read_metrics
 from experiments.report import plot_run
+from tptt_jax.durable import atomic_file
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import
     from matplotlib.axes import Axes

@@ -15,13 +15,13 @@ from typing import Any, Self
 
 import yaml
 
-from convert.files import atomic_file
 from experiments.arguments import FinetuneConfig, resolved_yaml
 from experiments.models import is_tuned
 from experiments.training import fingerprints
 from experiments.training.stage import STAGES
 from experiments.yaml_defaults import read_yaml
 from tptt_jax import CausalLM
+from tptt_jax.durable import atomic_file
 from tptt_jax.training.checkpoint import latest_sound_step, latest_step
 
 _FILE = "run.json"

@@ -31,25 +31,26 @@ def replaced(whole, path, name, put):
     return path
 
 
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "model.safetensors"),
+    "model.safetensors.index.json",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("put", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize(
-    "name",
-    ["config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json"],
+    ("load", "name"),
+    [
+        *((open_pretrained, name) for name in MODEL_FILES),
+        *((load_tokenizer, name) for name in TOKENIZER_FILES),
+    ],
 )
-def test_models(whole, tmp_path, name, put):
+def test_models_and_tokenizers(whole, tmp_path, load, name, put):
     path = replaced(whole, tmp_path / "m", name, put)
     with pytest.raises(ConversionError, match=f"{name} is a .*must be a regular file"):
-        open_pretrained(path)
-
-
-@pytest.mark.timeout(60)
-@pytest.mark.parametrize("put", PLACES.values(), ids=PLACES)
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
-def test_tokenizers(whole, tmp_path, name, put):
-    path = replaced(whole, tmp_path / "m", name, put)
-    with pytest.raises(ConversionError, match=f"{name} is a .*must be a regular file"):
-        load_tokenizer(path)
+        load(path)
 
 
 @pytest.mark.timeout(60)

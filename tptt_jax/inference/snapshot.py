@@ -1,11 +1,9 @@
 """Keeping what was read: a state as a file, bound to the model that read it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tptt_jax.config import RopeConfig
+from tptt_jax.durable import atomic_file
 from tptt_jax.inference.state import ReadState, init_state
 from tptt_jax.inference.state_checks import check_state
 from tptt_jax.model import CausalLM
@@ -114,7 +113,7 @@ def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) 
         "checksum": _checksum(arrays),
     }
     try:
-        with _replacing(target) as temporary:
+        with atomic_file(target) as temporary:
             save_file(arrays, temporary, metadata=metadata)
     except SafetensorError as error:
         # What the writer calls a full disk.
@@ -273,27 +272,3 @@ def _bits_dtype(dtype: Any) -> np.dtype:
 
 def _to_bits(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).view(_bits_dtype(array.dtype))
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside `target` that takes its place once it is written and on disk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(target)
-        _sync_folder(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

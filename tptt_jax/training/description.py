@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tptt_jax.config import LizaConfig, LoraConfig
+from tptt_jax.durable import atomic_file
 from tptt_jax.training.partition import TrainMode
-from tptt_jax.training.step_folders import sync_path
 
 _DESCRIPTION = "checkpoint.json"
 _FORMAT = "tptt_jax checkpoint 2"
@@ -44,12 +44,8 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
     """Writes `checkpoint.json` into the directory, which is made if it is missing."""
     target = Path(path) / _DESCRIPTION
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_suffix(".json.tmp")
-    beside.write_text(description.to_json())
-    sync_path(beside)
-    beside.replace(target)
-    sync_path(target.parent)
+    with atomic_file(target) as temporary:
+        temporary.write_text(description.to_json())
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:

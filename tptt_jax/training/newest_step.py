@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
+from tptt_jax.training.orbax_files import first_line
 from tptt_jax.training.step_folders import (
     DamagedStep,
     check_step,
@@ -70,11 +71,11 @@ def read_newest(
                 state = "is intact but" if is_checked else "is there but"
                 raise OSError(
                     f"checkpoint {step} in {folder} {state} could not be read "
-                    f"({_first_line(error)}): free memory or check permissions, then run the same "
-                    "command again."
+                    f"({first_line(error, 200)}): free memory or check permissions, then run the "
+                    "same command again."
                 ) from error
             # From before there were manifests: little tells damage from failure.
-            passed[step] = _first_line(error)
+            passed[step] = first_line(error, 200)
             continue
         _warn(folder, passed, step)
         return NewestStep(step, found, tuple(damaged))
@@ -92,9 +93,3 @@ def _warn(folder: Path, passed: dict[int, str], taken: int) -> None:
                 "checkpoint %d in %s cannot be read (%s): taking that of step %d",
                 *(number, folder, reason, taken),
             )
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).splitlines() or [type(error).__name__])[0]
-    # tensorstore adds the whole specification of what it tried.
-    return text.partition(" [tensorstore_spec")[0][:200]

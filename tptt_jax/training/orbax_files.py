@@ -36,7 +36,7 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
         _check_written(folder, trees)
     # orbax lets pass what asyncio, tensorstore and the system raise.
     except Exception as error:
-        raise OSError(_one_line(error)) from error
+        raise OSError(first_line(error, 300)) from error
 
 
 def read_shapes(folder: Path, part: str) -> Any:
@@ -127,7 +127,8 @@ def _quiet() -> Iterator[None]:
         logger.removeFilter(silence)
 
 
-def _one_line(error: Exception) -> str:
+def first_line(error: Exception, length: int) -> str:
+    """What an error says in one line of at most so many characters, or its name."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     # tensorstore adds the whole specification of what it tried.
-    return text.partition(" [tensorstore_spec")[0][:300]
+    return text.partition(" [tensorstore_spec")[0][:length]

@@ -8,10 +8,11 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from tptt_jax.durable import swap_directory, sync_path
 
 MANIFEST = "manifest.json"
 _FORMAT = "tptt_jax step 1"
@@ -155,12 +156,7 @@ def _put(partial: Path, final: Path) -> None:
         # It may be sound: `remove_leftovers` brings it back if the new one does not come.
         old = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        try:
-            partial.rename(final)
-        except BaseException:
-            old.rename(final)
-            raise
+        swap_directory(partial, final, old)
         shutil.rmtree(old, ignore_errors=True)
     else:
         partial.rename(final)
@@ -169,12 +165,3 @@ def _put(partial: Path, final: Path) -> None:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def sync_path(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,55 @@
+"""Files and directories that a reader sees whole or not at all, and that outlive a power cut."""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def sibling(target: Path, role: str) -> Path:
+    """A hidden name beside `target` that nothing else has."""
+    return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{role}"
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Yields a temporary sibling to write to, and renames it to `target` on success.
+
+    Args:
+      target: the final name; an existing file is replaced.
+
+    Yields:
+      The path to write to. It is removed if the block raises.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = sibling(target, "partial")
+    try:
+        yield temporary
+        sync_path(temporary)
+        temporary.replace(target)
+        sync_path(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def swap_directory(new: Path, target: Path, old: Path) -> None:
+    """Puts a directory in the place of another, which is called `old` afterwards.
+
+    If that fails, the one that was there gets its name back.
+    """
+    target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+
+
+def sync_path(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
