@@ -28,7 +28,13 @@ from experiments.formats import (
     text_cells,
     text_documents,
 )
-from experiments.packing import Example, TokenBatch, TokenBatchSource, pack_examples
+from experiments.packing import (
+    Example,
+    TokenBatch,
+    TokenBatchSource,
+    lay_out,
+    pack_examples,
+)
 from experiments.recall_rows import PROBES, ProbeKind, recall_examples
 from experiments.rows import PYTHON_DOCS, Rows, load_rows, python_docs_text
 
@@ -87,8 +93,9 @@ class DataConfig:
     eval_rows: float = 0.05
     """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
     recall: float = 0.0
-    """Share of rows, below 1, that ask for a pass key, a number or a pair hidden in the text beyond
-    the window; only the answer counts. They teach the memory to recall."""
+    """Share of rows, below 1, that ask for pass keys, numbers or pairs hidden beyond the window, in
+    text and in noise; only the answers count. They teach the memory to recall. With packing
+    such a row has several questions of different lengths."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What such rows ask for, in turn."""
 
@@ -232,8 +239,9 @@ def load_token_data(
             seed=seed,
             prefix=begin,
             kinds=config.recall_kinds,
+            packing=config.packing,
         )
-        train = train.joined(pack_examples(asked, config.sequence_length, packing=False))
+        train = train.joined(lay_out(asked, config.sequence_length))
     return TokenData(
         train=train,
         eval=held_out_rows if held_out_rows.num_rows else None,

@@ -126,17 +126,31 @@ def pack_examples(
     """
     lengths = [len(example.tokens) for example in examples]
     rows = _best_fit(lengths, sequence_length) if packing else [[i] for i in range(len(lengths))]
+    return lay_out([[examples[i] for i in row] for row in rows], sequence_length)
+
+
+def lay_out(rows: Sequence[Sequence[Example]], sequence_length: int) -> TokenBatchSource:
+    """Lays out rows whose examples are already chosen.
+
+    Args:
+      rows: the examples of each, in their order, together at most `sequence_length` long.
+      sequence_length: places per row.
+
+    Returns:
+      The rows; padding has token 0 and segment 0.
+    """
     shape = (len(rows), sequence_length)
     tokens = np.zeros(shape, dtype=np.int32)
     segment_ids = np.zeros(shape, dtype=np.int32)
-    loss_mask = np.zeros(shape, np.result_type(np.bool_, *(e.targets.dtype for e in examples)))
-    for row, members in enumerate(rows):
+    kinds = (example.targets.dtype for row in rows for example in row)
+    loss_mask = np.zeros(shape, np.result_type(np.bool_, *kinds))
+    for row, examples in enumerate(rows):
         start = 0
-        for segment, member in enumerate(members, start=1):
-            place = slice(start, start + lengths[member])
-            tokens[row, place] = examples[member].tokens
+        for segment, example in enumerate(examples, start=1):
+            place = slice(start, start + len(example.tokens))
+            tokens[row, place] = example.tokens
             segment_ids[row, place] = segment
-            loss_mask[row, place] = examples[member].targets
+            loss_mask[row, place] = example.targets
             start = place.stop
     return TokenBatchSource(tokens=tokens, segment_ids=segment_ids, loss_mask=loss_mask)
 

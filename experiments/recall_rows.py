@@ -28,6 +28,8 @@ valley velvet violet walnut willow winter wolf zinc
 WORDS = tuple(_WORD_LIST.split())
 # Tokens between the window's end and what is hidden, at least.
 _MARGIN = 8
+# Tokens of a piece of text, at least and less than.
+_PIECE = (4, 33)
 # What the advice in an error leaves room for.
 _LONGEST_ANSWER = 8
 
@@ -92,8 +94,12 @@ def recall_examples(
     prefix: Sequence[int] = (),
     kinds: Sequence[ProbeKind] = tuple(PROBES),
     weight: float = 0.3,
-) -> list[Example]:
-    """Makes rows that ask for something hidden in a text.
+    packing: bool = False,
+) -> list[list[Example]]:
+    """Makes rows that ask for things hidden in a text.
+
+    Half of the haystacks are text as it is, a quarter pieces of it in random order, and a quarter
+    random tokens: what is said in one kind of text alone is recalled from that kind alone.
 
     Args:
       tokenizer: of the model.
@@ -102,37 +108,101 @@ def recall_examples(
       length: tokens of a row.
       window: what is hidden ends at least so many tokens before its answer.
       seed: chooses haystacks, depths and what is hidden.
-      prefix: tokens that every row begins with.
-      kinds: what rows ask for, in turn.
-      weight: of a row's answer against all tokens of a row of text.
+      prefix: tokens that every example begins with.
+      kinds: what examples ask for, in turn.
+      weight: of a row's answers against all tokens of a row of text.
+      packing: several examples of different lengths share a row; False: one fills it.
 
     Returns:
-      `count` examples of `length` tokens; the answer's tokens share the weight of the row.
+      For each of `count` rows its examples, together `length` tokens; their answers share the
+      weight of the row equally.
 
     Raises:
       ValueError: if rows of this length cannot hide anything outside of the window.
     """
-    haystack = np.concatenate([np.asarray(text, np.int32) for text in texts])
+    haystacks = _Haystacks.of(tokenizer, texts)
     encode = functools.partial(encode_text, tokenizer)
 
-    def row(number: int) -> Example:
-        rng = np.random.default_rng([seed, number])
-        probe = PROBES[kinds[number % len(kinds)]](rng)
+    def example(rng: np.random.Generator, probe: Probe, size: int) -> Example:
         answer = encode(probe.answer)
-        prompt = hide(
-            probe,
-            encode,
-            haystack,
-            rng,
-            length=length - len(answer),
-            window=window,
-            prefix=prefix,
-        )
-        weights = np.zeros(length, np.float32)
+        sizes = {"length": size - len(answer), "window": window, "prefix": prefix}
+        prompt = hide(probe, encode, haystacks.draw(rng, size), rng, **sizes)
+        weights = np.zeros(size, np.float32)
         weights[len(prompt) :] = weight * length / len(answer)
         return Example(np.concatenate([prompt, answer]), weights)
 
+    def row(number: int) -> list[Example]:
+        rng = np.random.default_rng([seed, number])
+
+        def draw() -> Probe:
+            return PROBES[kinds[number % len(kinds)]](rng)
+
+        if not packing:
+            return [example(rng, draw(), length)]
+        parts: list[tuple[Probe, int]] = []
+        free = length
+        while free:
+            probe = draw()
+            least = _least_length(probe, encode, window, len(prefix))
+            if parts and least > free:
+                parts[-1] = (parts[-1][0], parts[-1][1] + free)
+                break
+            size = _draw_length(rng, least, length)
+            parts.append((probe, min(size, free)))
+            free -= parts[-1][1]
+        order = rng.permutation(len(parts))
+        made = [example(rng, *parts[i]) for i in order]
+        return [Example(tokens, targets / len(made)) for tokens, targets in made]
+
     return [row(number) for number in range(count)]
+
+
+class _Haystacks(NamedTuple):
+    """Where haystacks come from: a text, its pieces, and tokens that are no text."""
+
+    text: Int[np.ndarray, " L"]
+    vocabulary: Int[np.ndarray, " V"]
+
+    @classmethod
+    def of(
+        cls, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[Int[np.ndarray, " L"]]
+    ) -> "_Haystacks":
+        text = np.concatenate([np.asarray(text, np.int32) for text in texts])
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        plain = sorted(set(tokenizer.get_vocab().values()) - special)
+        return cls(text, np.asarray(plain, np.int32))
+
+    def draw(self, rng: np.random.Generator, size: int) -> Int[np.ndarray, " L"]:
+        """A haystack of at least `size` tokens."""
+        kind = rng.integers(4)
+        if kind < 2:
+            return self.text
+        if kind == 2:
+            return rng.choice(self.vocabulary, size)
+        pieces, found = [], 0
+        while found < size:
+            start, extent = int(rng.integers(len(self.text))), int(rng.integers(*_PIECE))
+            pieces.append(self.text[start : start + extent])
+            found += len(pieces[-1])
+        return np.concatenate(pieces)
+
+
+def _least_length(
+    probe: Probe, encode: Callable[[str], Int[np.ndarray, " L"]], window: int, prefix: int
+) -> int:
+    """Tokens of the shortest example of a probe whose answer lies beyond the window."""
+    question = len(encode(probe.question))
+    hidden = sum(len(encode(sentence)) for sentence in probe.hidden)
+    apart = max(window + _MARGIN - question, 0)
+    return prefix + hidden + apart + question + len(encode(probe.answer))
+
+
+def _draw_length(rng: np.random.Generator, least: int, most: int) -> int:
+    """A length from `least` to `most`, with as many tokens in examples of each octave."""
+    if most <= least:
+        return least
+    share = rng.random()
+    return int(1 / ((1 - share) / least + share / most))
 
 
 class Question(NamedTuple):

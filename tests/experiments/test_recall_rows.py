@@ -25,7 +25,8 @@ def tokenizer():
 def rows(tokenizer, *, seed=0, count=30, filler=" and", **options):
     texts = [np.array(tokenizer(filler * 20, add_special_tokens=False)["input_ids"])] * 9
     options = {"length": LENGTH, "window": WINDOW} | options
-    return recall_examples(tokenizer, texts, count, seed=seed, **options)
+    made = recall_examples(tokenizer, texts, count, seed=seed, **options)
+    return [example for (example,) in made]
 
 
 def parts(tokenizer, row) -> tuple[str, str, np.ndarray]:
@@ -98,6 +99,39 @@ def test_rows_begin_as_the_model_expects(tokenizer):
         assert len(row.tokens) == LENGTH
 
 
+def test_a_packed_row_has_questions_of_several_lengths(tokenizer):
+    texts = [np.array(tokenizer(" and" * 20, add_special_tokens=False)["input_ids"])] * 9
+    options = {"length": 800, "window": WINDOW, "prefix": [BOS], "packing": True}
+    made = recall_examples(tokenizer, texts, 40, seed=0, **options)
+    sizes = [len(example.tokens) for row in made for example in row]
+    for row in made:
+        assert sum(len(example.tokens) for example in row) == 800
+        # A row's answers weigh what one answer would, each the same.
+        weights = [example.targets.sum() for example in row]
+        np.testing.assert_allclose(weights, 0.3 * 800 / len(row), rtol=1e-5)
+    for example in made[0] + made[1] + made[2]:
+        assert example.tokens[0] == BOS
+        prompt, answer, tokens = parts(tokenizer, example)
+        assert QUESTION.search(prompt)
+        assert answer[:-1] in prompt
+        assert answer[:-1] not in tokenizer.decode(tokens[-WINDOW:])
+    assert len(sizes) > 2 * len(made)
+    assert min(sizes) < 200
+    assert max(sizes) > 400
+    # As many tokens in every octave: examples of a length are rarer the longer they are.
+    assert sum(size < 300 for size in sizes) > 2 * sum(size >= 300 for size in sizes)
+
+
+def test_haystacks_are_text_pieces_of_it_and_noise(tokenizer):
+    text = " and"
+    token = int(tokenizer(text, add_special_tokens=False)["input_ids"][0])
+    made = rows(tokenizer, count=200)
+    noisy = sum(np.mean(row.tokens == token) < 0.2 for row in made)
+    assert 25 < noisy < 75
+    special = set(tokenizer.all_special_ids)
+    assert not any(special & set(row.tokens.tolist()) for row in made)
+
+
 def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     config = DataConfig(sequence_length=LENGTH, eval_tokens=500, max_rows=None)
     plain = load_token_data(config, tokenizer, 5, window=WINDOW)
@@ -110,10 +144,13 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     np.testing.assert_array_equal(mixed.train.tokens, again.train.tokens)
     asked = mixed.train.loss_mask[rows_of_text:]
     np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
-    for tokens in mixed.train.tokens[rows_of_text:][:9]:
-        assert tokens[0] == BOS
-        assert tokens.tolist().count(BOS) == 1
-        assert re.search(r"\nWhat (is the|goes with)", tokenizer.decode(tokens))
+    source = mixed.train
+    for tokens, ids in zip(source.tokens[rows_of_text:], source.segment_ids[rows_of_text:]):
+        for segment in range(1, ids.max() + 1):
+            question = tokens[ids == segment].tolist()
+            assert question[0] == BOS
+            assert question.count(BOS) == 1
+            assert re.search(r"\nWhat (is the|goes with)", tokenizer.decode(question))
     # What is held out stays text.
     assert plain.eval is not None
     assert mixed.eval is not None
