@@ -145,7 +145,9 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     asked = mixed.train.loss_mask[rows_of_text:]
     np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
     source = mixed.train
-    for tokens, ids in zip(source.tokens[rows_of_text:], source.segment_ids[rows_of_text:]):
+    for tokens, ids in zip(
+        source.tokens[rows_of_text:], source.segment_ids[rows_of_text:], strict=True
+    ):
         for segment in range(1, ids.max() + 1):
             question = tokens[ids == segment].tolist()
             assert question[0] == BOS
