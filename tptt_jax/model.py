@@ -274,8 +274,8 @@ class CausalLM(nnx.Module):
         rates = tuple(c.dropout for c in (self.lora, self.liza) if c is not None)
         return choose_dropout_key(key, rngs, deterministic=self.deterministic, rates=rates)
 
-    def project_logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
-        """The LM head: [B, T, E] -> [B, T, V], in at least float32."""
+    def project_logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """The LM head: [..., E] -> [..., V], in at least float32."""
         return apply_softcap(head_product(hidden, *self.head_matrix()), self.config.final_softcap)
 
     def head_matrix(self) -> tuple[Array, int]:
