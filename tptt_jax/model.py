@@ -23,8 +23,8 @@ from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
+from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.cross_entropy import head_product
-from tptt_jax.ops.softcap import apply_softcap
 
 
 class MagShare(nnx.Variable):
