@@ -2,6 +2,6 @@
 
 from convert.errors import ConversionError
 from convert.pretrained import export_pretrained, load_pretrained
-from convert.tokenizer import load_tokenizer
+from convert.tokenizers import load_tokenizer
 
 __all__ = ["ConversionError", "export_pretrained", "load_pretrained", "load_tokenizer"]

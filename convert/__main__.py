@@ -7,15 +7,15 @@ from typing import Any, Literal
 
 import tyro
 
+from convert.checks import verify_pretrained
 from convert.command_line import run_command
-from convert.files import check_replaceable
-from convert.hub_names import with_revision
+from convert.formats.files import check_replaceable
 from convert.inspection import describe
 from convert.model_card import read_results
 from convert.overwriting import check_overwrite
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import progress_bars
-from convert.verify import verify_pretrained
+from convert.sources import with_revision
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

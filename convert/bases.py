@@ -3,12 +3,10 @@
 import os
 from pathlib import Path
 
-from convert.adapter_config import is_adapter, read_adapter_config
-from convert.demo import PACKAGED_SOURCES
+from convert.adapters import is_adapter, read_adapter_config
 from convert.errors import ConversionError
-from convert.hub_names import parse_hub_name
-from convert.sources import Source, find_checkpoint, locate
-from convert.tptt_config import is_tptt, read_tptt_config
+from convert.sources import PACKAGED_SOURCES, Source, find_checkpoint, locate, parse_hub_name
+from convert.tptt import is_tptt, read_tptt_config
 
 
 def base_source(directory: Path) -> str:

@@ -12,16 +12,15 @@ import numpy as np
 
 from convert.errors import ConversionError
 from convert.families import Family, family_of, titan
-from convert.files import read_json, write_json
-from convert.finite_values import check_finite
-from convert.hf_directory import write_weights
+from convert.formats import TensorSpec, write_weights
+from convert.formats.files import read_json, write_json
+from convert.formats.finite_values import check_finite
 from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
 from convert.progress import track
-from convert.safetensors_io import TensorSpec
-from convert.source_files import is_own_file, refuse_outer_link, say_what_is_left_out
 from convert.sources import Pretrained, Source
-from convert.tokenizer import export_tokenizer, tokenizer_class_of
+from convert.sources.source_files import is_own_file, refuse_outer_link, say_what_is_left_out
+from convert.tokenizers import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
 from tptt_jax.config import RopeConfig

@@ -9,11 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from convert.adapter_config import is_adapter
-from convert.adapters import describe_adapter, open_adapter
+from convert.adapters import describe_adapter, is_adapter, open_adapter
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
-from convert.tptt_checkpoint import describe_tptt, open_tptt
-from convert.tptt_config import is_tptt
+from convert.tptt import describe_tptt, is_tptt, open_tptt
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, init_cache
 from tptt_jax.decoder import Cache
 

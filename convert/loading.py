@@ -13,11 +13,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from convert.errors import ConversionError, listing
+from convert.formats.tensors import empty_aligned
 from convert.plan import Conversion, Slot, build_plan, check_tensors, match_names
 from convert.progress import track
 from convert.rules import Rule
 from convert.sources import Pretrained
-from convert.tensors import empty_aligned
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory, layer_location, memory_location

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from convert.bases import base_source, has_base
-from convert.demo import PACKAGED_SOURCES
 from convert.errors import ConversionError, listing
-from convert.sources import TOKENIZER_PATTERNS, Source
+from convert.sources import PACKAGED_SOURCES, Source
+from convert.sources.opening import TOKENIZER_PATTERNS
 from tptt_jax.training.description import is_checkpoint, read_description
 
 # What exports consist of; tokenizers bring some more.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from convert.errors import ConversionError, listing
+from convert.formats import TensorInfo
 from convert.rules import Rule, Shape, Transform
-from convert.tensors import TensorInfo
 
 _LAYER = "layers.{layer}."
 _EXPERT = "{expert}"

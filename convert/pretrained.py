@@ -9,20 +9,17 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from convert.adapter_embeddings import without_copies
-from convert.adapter_export import write_adapter
-from convert.adapters import FittedAdapter, fit_adapter, open_adapter
+from convert.adapters import FittedAdapter, fit_adapter, open_adapter, without_copies, write_adapter
 from convert.bases import has_base, locate_base, resolve_base
 from convert.errors import ConversionError
 from convert.exporting import write_merged, write_titan
-from convert.files import atomic_directory
+from convert.formats.files import atomic_directory
 from convert.loading import load_model
 from convert.model_card import read_results, write_card
 from convert.overwriting import check_overwrite
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
-from convert.tptt_checkpoint import FittedTptt, fit_tptt, open_tptt
-from convert.tptt_config import is_tptt
-from convert.tptt_export import write_tptt
+from convert.tokenizers import export_tokenizer
+from convert.tptt import FittedTptt, fit_tptt, is_tptt, open_tptt, write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -174,6 +171,8 @@ def export_pretrained(
             write_adapter(model, directory, base)
         elif format == "tptt":
             write_tptt(model, directory, base, opened)
+            assert opened is not None, "write_tptt refuses what has no base model"
+            export_tokenizer(opened.path, directory)
         else:
             write = write_titan if format == "titan" else write_merged
             write(model, directory, opened, source)

@@ -1,13 +1,24 @@
-"""Thin command lines: fine-tune, generate, evaluate, bench."""
+"""Command modules on top (fine-tune, generate, evaluate, bench, ...), rooms by subject below them.
+
+What a command changes about its process it changes here, before its imports, and never on import.
+"""
 
 import sys
 
-from experiments.garbage import collect_seldom
-from experiments.huge_pages import restart_with_huge_pages
-from experiments.interrupts import exit_on_interrupt
+from experiments.process.garbage import collect_seldom
+from experiments.process.huge_pages import restart_with_huge_pages
+from experiments.process.interrupts import exit_on_interrupt
 
-# Python is looking for the module that `python -m` names: a command starts, nobody imports.
-if sys.argv[:1] == ["-m"]:
+
+def _is_command() -> bool:
+    """Whether Python is looking for a module of ours that `python -m` names: nobody imports."""
+    if sys.argv[:1] != ["-m"]:
+        return False
+    count = len(sys.orig_argv) - len(sys.argv[1:])
+    return sys.orig_argv[count - 1].removeprefix("-m").partition(".")[0] == "experiments"
+
+
+if _is_command():
     exit_on_interrupt()
     restart_with_huge_pages()
     collect_seldom()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.command_line import run_command
-from experiments.timing import write_result
+from experiments.benchmarks.timing import write_result
 
 _PEER = Path("tests/parity/fla_operator.py")
 # Of one part: the peer's compiler tries many settings, for minutes.

@@ -15,7 +15,7 @@ import tyro
 import yaml
 from rich.console import Console
 
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.data import DataConfig
 from experiments.evaluation.ablation import Ablation
 from experiments.evaluation.associative import AssociativeRecall
@@ -31,9 +31,9 @@ from experiments.evaluation.runner import Findings, Runner
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Summary, Task
 from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
-from experiments.memory_use import peak_gb
-from experiments.output_folder import locked_output
-from experiments.process import prepare_process
+from experiments.process.compilation_cache import prepare_process
+from experiments.process.memory_use import peak_gb
+from experiments.process.output_folder import locked_output
 from tptt_jax.durable import atomic_file
 
 TaskName = Literal[

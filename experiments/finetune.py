@@ -1,18 +1,23 @@
 """``python -m experiments.finetune``: gives a pretrained model a memory and trains it."""
 
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments.arguments import FinetuneConfig, run_finetune
-from experiments.checks import check_output, describe_run
-from experiments.output_folder import locked_output
-from experiments.process import prepare_process
+from experiments.command_line import run_configured
+from experiments.process.compilation_cache import prepare_process
+from experiments.process.output_folder import locked_output
+from experiments.training import FinetuneConfig
+from experiments.training.checks import check_output, describe_run
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
 from tptt_jax.training.partition import load_trainable
+
+DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
@@ -46,6 +51,20 @@ def _finetune(config: FinetuneConfig) -> dict[str, Any]:
     outcome.plot()
     outcome.print(console)
     return report | outcome.report()
+
+
+def run_finetune(
+    function: Callable[[FinetuneConfig], dict[str, Any] | None],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+) -> int:
+    """`run_configured` for fine-tuning: what names no model, data or configuration is the demo."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    chosen = {flag.partition("=")[0] for flag in given}
+    if not chosen & {"--model", "--data", "--config", "--help", "-h"}:
+        given = ["--config", str(DEMO_CONFIG), *given]
+    return run_configured(function, FinetuneConfig, given, prog=prog)
 
 
 def main() -> None:

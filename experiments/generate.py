@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from convert.demo import DEFAULT_MODEL
-from experiments.arguments import run_configured
-from experiments.memory_use import peak_gb
+from convert.sources import DEFAULT_MODEL
+from experiments.command_line import run_configured
+from experiments.data.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
 from experiments.models import is_tuned, load_model
-from experiments.output_folder import check_output_file
-from experiments.process import prepare_process
-from experiments.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
-from experiments.writer import Writer, report
+from experiments.models.writer import Writer, report
+from experiments.process.compilation_cache import prepare_process
+from experiments.process.memory_use import peak_gb
+from experiments.process.output_folder import check_output_file
 from tptt_jax import CausalLM
 from tptt_jax.inference.generate import Stops
 from tptt_jax.inference.sampling import Sampling

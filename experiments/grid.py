@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from convert.command_line import run_command
-from experiments.output_folder import locked_output
+from experiments.process.output_folder import locked_output
 from experiments.sweep.plan import Variant, read_plan
 from experiments.sweep.runner import Outcome, check_folders, run_variant
 from experiments.sweep.table import gap_left, markdown_table, rich_table, table_rows

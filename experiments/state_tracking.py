@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.evaluation.store import RowStore, row_key
-from experiments.output_folder import locked_output
-from experiments.process import prepare_process
+from experiments.process.compilation_cache import prepare_process
+from experiments.process.output_folder import locked_output
 from experiments.tracking.groups import GroupName
 from experiments.tracking.model import Keys, Variant
 from experiments.tracking.summary import (

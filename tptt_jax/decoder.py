@@ -28,6 +28,7 @@ from tptt_jax.layers.cache import (
     init_key_value_cache,
     init_memory_state,
 )
+from tptt_jax.layers.cache_checks import ANOTHER_SHAPE, check_ring
 from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutput
 from tptt_jax.layers.mlp import MLP
 from tptt_jax.layers.moe import ExpertsMLP
@@ -401,6 +402,19 @@ class StackRun:
             write = functools.partial(extend_cache, self.contexts[kind])
             softmax[kind] = jax.vmap(write)(old, keys[mine], values[mine])
         return StackCache(softmax, memory)
+
+
+def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
+    """Raises ValueError unless a cache was made for such layers and such a window."""
+    stacks = layer_stacks(config)
+    if len(cache.stacks) != len(stacks):
+        raise ValueError(ANOTHER_SHAPE)
+    for layers, stack in zip(stacks, cache.stacks, strict=True):
+        kinds = {config.layer_kinds[i] for i in layers}
+        if stack.softmax is not None and stack.softmax.keys() != kinds:
+            raise ValueError(ANOTHER_SHAPE)
+        for kind, ring in (stack.softmax or {}).items():
+            check_ring(config, liza, kind, ring)
 
 
 def _softmax(cache: StackCache | None) -> dict[LayerKind, KeyValueCache] | None:

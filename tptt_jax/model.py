@@ -9,15 +9,22 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
-from tptt_jax.decoder import Cache, StackRun, init_stack, init_stack_caches, layer_stacks
+from tptt_jax.decoder import (
+    Cache,
+    StackRun,
+    check_cache,
+    init_stack,
+    init_stack_caches,
+    layer_stacks,
+)
 from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.liza import Branches
 from tptt_jax.layers.lora import Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
+from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.cross_entropy import head_product
-from tptt_jax.ops.softcap import apply_softcap
 
 
 class MagShare(nnx.Variable):
@@ -168,7 +175,8 @@ class CausalLM(nnx.Module):
 
         Raises:
           ValueError: if the memory is left out of a purely linear model, a window comes with a
-            cache, remat is no choice, or dropout is on and has no randomness.
+            cache, the cache is of another model or window, remat is no choice, or dropout is on
+            and has no randomness.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -210,6 +218,8 @@ class CausalLM(nnx.Module):
             raise ValueError("a cache keeps the model's own window: leave window None.")
         if cache is None:
             dropout_key = self._dropout_key(dropout_key, rngs)
+        else:
+            check_cache(self.config, self.liza, cache)
         order = None
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
@@ -264,8 +274,8 @@ class CausalLM(nnx.Module):
         rates = tuple(c.dropout for c in (self.lora, self.liza) if c is not None)
         return choose_dropout_key(key, rngs, deterministic=self.deterministic, rates=rates)
 
-    def project_logits(self, hidden: Hidden) -> Float[Array, "B T V"]:
-        """The LM head: [B, T, E] -> [B, T, V], in at least float32."""
+    def project_logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """The LM head: [..., E] -> [..., V], in at least float32."""
         return apply_softcap(head_product(hidden, *self.head_matrix()), self.config.final_softcap)
 
     def head_matrix(self) -> tuple[Array, int]:

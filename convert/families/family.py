@@ -8,7 +8,7 @@ from typing import Any
 
 from convert.errors import ConversionError, listing
 from convert.families.fields import Fields
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from convert.rules import Rule
 from tptt_jax import LizaConfig, ModelConfig
 

@@ -20,7 +20,7 @@ from convert.families.rotary import (
     write_old_rope,
     write_rope,
 )
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from convert.rules import MINUS_ONE
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind, RopeConfig

@@ -5,7 +5,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from convert.families.rotary import GgufFactors, read_gguf_rope, shortest
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from tptt_jax.config import MAX_LAYERS
 
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")

@@ -14,7 +14,7 @@ from convert.families.standard import (
     write_old_standard,
     write_standard,
 )
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from tptt_jax import ModelConfig
 
 

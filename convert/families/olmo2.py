@@ -9,7 +9,7 @@ from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.olmo import read_olmo_config, write_olmo_config
 from convert.families.standard import write_old_standard
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from tptt_jax import ModelConfig
 
 _NORMS = {

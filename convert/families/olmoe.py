@@ -15,7 +15,7 @@ from convert.families.key_tables import (
 )
 from convert.families.olmo import read_olmo_config, write_olmo_config
 from convert.families.standard import write_old_standard
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from convert.rules import Rule
 from tptt_jax import ModelConfig
 

@@ -13,7 +13,7 @@ from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.standard import read_standard, write_old_standard, write_standard
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from tptt_jax import ModelConfig
 from tptt_jax.config import LayerKind
 

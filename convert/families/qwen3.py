@@ -9,7 +9,7 @@ from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.qwen2 import read_windows, write_old_windows, write_windows
 from convert.families.standard import read_attention_bias, read_standard, write_standard
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from tptt_jax import ModelConfig
 
 

@@ -19,12 +19,12 @@ from flax import nnx
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.data.recall_rows import WORDS, encode_text
+from experiments.data.special_tokens import begin_tokens
 from experiments.evaluation.perplexity import LINES
 from experiments.evaluation.shares import percents_by_length, shares_at
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
-from experiments.formats import begin_tokens
-from experiments.recall_rows import WORDS, encode_text
 from experiments.training.pictures import new_figure, save_figure, scale_tokens
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array

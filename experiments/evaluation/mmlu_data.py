@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.rows import load_rows
+from experiments.data.rows import load_rows
 
 HUB_NAME = "cais/mmlu"
 _SPLITS = ("dev", "test")

@@ -2,7 +2,7 @@
 
 "passkey" is Mohtashami and Jaggi's task (arXiv:2305.16300); the needles and variable tracking are
 synthetic tasks as RULER describes them (arXiv:2404.06654), in words of our own. Answers are
-generated greedily. Keys, depths and numbers are none that `experiments.recall_rows` trains on.
+generated greedily. Keys, depths and numbers are none that `experiments.data.recall_rows` trains on.
 """
 
 import functools
@@ -19,13 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import DataConfig
+from experiments.data.recall_rows import WORDS, Probe, encode_text, hide, passkey
+from experiments.data.special_tokens import begin_tokens
 from experiments.evaluation.perplexity import haystack_tokens
 from experiments.evaluation.shares import right_shares, shares_at
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.evaluation.variants import COLUMNS
-from experiments.formats import begin_tokens
-from experiments.recall_rows import WORDS, Probe, encode_text, hide, passkey
 from experiments.training.pictures import save_figure
 from tptt_jax import CausalLM, generate
 

@@ -12,7 +12,10 @@ from jaxtyping import Int
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.data import DataConfig, load_token_data
+from experiments.data import DataConfig, load_token_data, python_docs_text
+from experiments.data.prompts import document_tokens
+from experiments.data.rows import PYTHON_DOCS, is_text_file
+from experiments.data.special_tokens import begin_once, begin_tokens
 from experiments.evaluation.blocks import (
     BLOCK,
     Blocks,
@@ -25,9 +28,6 @@ from experiments.evaluation.blocks import (
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
 from experiments.evaluation.variants import ALONE, EQUAL, FULL, MEMORY
-from experiments.formats import begin_once, begin_tokens
-from experiments.prompts import document_tokens
-from experiments.rows import PYTHON_DOCS, is_text_file, python_docs_text
 from experiments.training.evaluation import losses_by_place
 from experiments.training.pictures import (
     new_figure,

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from convert.bases import has_base
-from convert.demo import DEFAULT_MODEL
+from convert.sources import DEFAULT_MODEL
 from experiments.models import Loaded, load_model
 from tptt_jax import LizaConfig, ModelConfig, state_bytes
 from tptt_jax.config import runs_memory

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from experiments.arguments import FinetuneConfig
-from experiments.yaml_defaults import read_yaml, unresolved_defaults
+from experiments.command_line import read_yaml, unresolved_defaults
+from experiments.training import FinetuneConfig
 
 Settings = dict[str, Any]
 

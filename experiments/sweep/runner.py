@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from experiments.interrupts import StopRequest
+from experiments.process.interrupts import StopRequest
 from experiments.sweep.plan import Variant
 from tptt_jax.durable import atomic_file
 

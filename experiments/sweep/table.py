@@ -7,8 +7,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.metrics import read_metrics
 from experiments.sweep.runner import Outcome
+from experiments.training.metrics import read_metrics
 
 Report = dict[str, Any]
 

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from experiments.limits import check_lengths, check_tokens
-from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.data import TokenBatch, TokenBatchSource
+from experiments.models.limits import check_lengths, check_tokens
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.ops.cross_entropy import token_cross_entropy

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from experiments.packing import TokenBatchSource
-from experiments.rows import data_files
+from experiments.data import TokenBatchSource
+from experiments.data.rows import data_files
 from tptt_jax import CausalLM
 from tptt_jax.training.partition import dotted, is_base_weight
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.packing import TokenBatch, TokenBatchSource
-from experiments.report import StepRecord
+from experiments.data import TokenBatch, TokenBatchSource
 from experiments.training.fit_config import FitConfig
+from experiments.training.metrics import StepRecord
 from experiments.training.stage import Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.metrics import StepRecord, read_metrics
-from experiments.report import plot_run
+from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.report import plot_run
 from tptt_jax.durable import atomic_file
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from experiments.formats import begin_tokens
-from experiments.recall_rows import Question, passkey_questions
+from experiments.data.recall_rows import Question, passkey_questions
+from experiments.data.special_tokens import begin_tokens
 from tptt_jax import CausalLM, generate
 
 if TYPE_CHECKING:  # transformers takes seconds to import

@@ -15,11 +15,11 @@ from typing import Any, Self
 
 import yaml
 
-from experiments.arguments import FinetuneConfig, resolved_yaml
+from experiments.command_line import read_yaml, resolved_yaml
 from experiments.models import is_tuned
 from experiments.training import fingerprints
+from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
-from experiments.yaml_defaults import read_yaml
 from tptt_jax import CausalLM
 from tptt_jax.durable import atomic_file
 from tptt_jax.training.checkpoint import latest_sound_step, latest_step

@@ -12,15 +12,14 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
-from experiments.arguments import FinetuneConfig
-from experiments.checks import check_output, check_rows, describe_run
-from experiments.data import TokenData, load_token_data
-from experiments.limits import check_lengths, check_tokens
-from experiments.packing import TokenBatch, TokenBatchSource
-from experiments.prompts import text_tokens
-from experiments.report import StepRecord
+from experiments.data import TokenBatch, TokenBatchSource, TokenData, load_token_data
+from experiments.data.prompts import text_tokens
+from experiments.models.limits import check_lengths, check_tokens
+from experiments.training.checks import check_output, check_rows, describe_run
+from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fitting import Fitting
+from experiments.training.metrics import StepRecord
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
 from experiments.training.stage import STAGES, Stage

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.interrupts import StopRequest
-from experiments.report import MetricsWriter, StepRecord, TrainingProgress
+from experiments.process.interrupts import StopRequest
+from experiments.training.metrics import MetricsWriter, StepRecord
+from experiments.training.report import TrainingProgress
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 

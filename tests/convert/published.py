@@ -10,9 +10,9 @@ from flax import nnx
 from convert.families import family_of
 from convert.families.family import is_match
 from convert.families.fields import Fields
+from convert.formats import TensorInfo
 from convert.loading import plan_for, variables_of
 from convert.plan import check_tensors, match_names
-from convert.tensors import TensorInfo
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
 
 LLAMA3 = {

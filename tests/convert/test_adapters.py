@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.__main__ import main
-from convert.adapter_config import matches
-from convert.adapter_export import target_modules
 from convert.adapters import fit_adapter, open_adapter
+from convert.adapters.config import matches
+from convert.adapters.export import target_modules
 from convert.bases import resolve_base
 from convert.families import family_of
 from convert.loading import variables_of
@@ -530,8 +530,8 @@ def test_the_layout_of_the_base_weights(tmp_path, llama, monkeypatch, transform)
     model = load_pretrained(llama, lora=LoraConfig(rank=2, targets=("q_proj",)))
     rule = Rule("h.{layer}.attn.c_attn.weight", "layers.{layer}.self_attn.q_proj.kernel", transform)
     family = dataclasses.replace(family_of("llama"), rules=lambda config: (rule,))
-    monkeypatch.setattr("convert.adapter_export.family_of", lambda name: family)
-    monkeypatch.setattr("convert.adapter_places.family_of", lambda name: family)
+    monkeypatch.setattr("convert.adapters.export.family_of", lambda name: family)
+    monkeypatch.setattr("convert.adapters.places.family_of", lambda name: family)
     export_pretrained(model, tmp_path / "b", "peft")
     found = read_settings(tmp_path / "b")
     assert found["fan_in_fan_out"] == (transform is IDENTITY)
@@ -545,7 +545,7 @@ def test_projections_that_peft_cannot_hold(tmp_path, llama, monkeypatch):
     model = load_pretrained(llama, lora=LoraConfig(rank=2, targets=("gate_proj", "q_proj")))
     rules = [rule for rule in family_of("llama").rules(model.config) if "gate" not in rule.source]
     family = dataclasses.replace(family_of("llama"), rules=lambda config: tuple(rules))
-    monkeypatch.setattr("convert.adapter_places.family_of", lambda name: family)
+    monkeypatch.setattr("convert.adapters.places.family_of", lambda name: family)
     with pytest.raises(ConversionError, match=r"stacks\.0\.mlp\.gate_proj have adapters"):
         export_pretrained(model, tmp_path / "b", "peft")
 

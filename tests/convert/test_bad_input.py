@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from convert import ConversionError, load_tokenizer
-from convert.tokenizer import export_tokenizer
+from convert.tokenizers import export_tokenizer
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
 from tests.convert.test_command_line import run_main
 from tests.convert.test_gguf_io import write_gguf
@@ -182,7 +182,7 @@ def test_a_full_disk(tmp_path):
 def test_no_room_for_a_tokenizer(tmp_path, tiny_model_dir, monkeypatch):
     """A GGUF file's tokenizer is written by code in Rust, which raises errors of its own."""
     tokenizer = load_tokenizer(tiny_model_dir)
-    monkeypatch.setattr("convert.tokenizer.load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr("convert.tokenizers.loading.load_tokenizer", lambda source: tokenizer)
     gguf = tmp_path / "m.gguf"
     gguf.touch()
     disk = tmp_path / "disk"

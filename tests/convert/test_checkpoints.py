@@ -9,7 +9,7 @@ import pytest
 
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.__main__ import main
-from convert.hf_directory import SafetensorsDirectory
+from convert.formats import SafetensorsDirectory
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_pretrained import fill_adapters, values_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig

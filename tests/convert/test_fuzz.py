@@ -20,8 +20,9 @@ from safetensors.numpy import save_file
 
 from convert import ConversionError, load_pretrained, load_tokenizer
 from convert.families import FAMILIES
-from convert.gguf_io import GgufFile
-from convert.sources import find_checkpoint, open_pretrained, read_config
+from convert.formats import GgufFile
+from convert.sources import find_checkpoint, open_pretrained
+from convert.sources.opening import read_config
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
 from tests.convert.test_gguf_io import write_gguf
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
@@ -208,7 +209,7 @@ def gguf_model(request, tmp_path_factory):
 
 def test_every_gguf_key_with_every_value(gguf_model, monkeypatch):
     file = GgufFile(gguf_model)
-    monkeypatch.setattr("convert.sources.GgufFile", lambda path: file)
+    monkeypatch.setattr("convert.sources.opening.GgufFile", lambda path: file)
     original = dict(file.metadata)
     architecture = original["general.architecture"]
     extra = ("rope.scaling.type", "rope.scaling.factor", "rope.dimension_count")

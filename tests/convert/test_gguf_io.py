@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from convert import ConversionError, load_pretrained
 from convert.families.rotary import llama3_divisors
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from convert.loading import variables_of
-from convert.sources import open_gguf
+from convert.sources.opening import open_gguf
 from tests.convert.checkpoints import (
     GEMMA,
     LLAMA,
@@ -161,7 +161,7 @@ def test_blocks_of_rows_do_not_show(tmp_path, monkeypatch):
     tensors = random_tensors(hf_shapes(config))
     path = write_gguf(tmp_path / "a.gguf", config, tensors, kind=gguf.GGMLQuantizationType.Q8_0)
     whole = GgufFile(path).read("token_embd.weight")
-    monkeypatch.setattr("convert.gguf_io._ELEMENTS_AT_ONCE", 64 * 7)
+    monkeypatch.setattr("convert.formats.gguf_io._ELEMENTS_AT_ONCE", 64 * 7)
     np.testing.assert_array_equal(GgufFile(path).read("token_embd.weight"), whole)
 
 

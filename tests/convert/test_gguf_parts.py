@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from convert import ConversionError, load_pretrained
-from convert.gguf_io import GgufFile
+from convert.formats import GgufFile
 from convert.sources import locate
 from tests.convert.checkpoints import LLAMA, hf_shapes, random_tensors
 from tests.convert.test_gguf_io import values_of, write_gguf

@@ -6,8 +6,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError
-from convert.hf_directory import INDEX_FILE, SafetensorsDirectory, write_weights
-from convert.safetensors_io import TensorSpec
+from convert.formats import SafetensorsDirectory, TensorSpec, write_weights
+from convert.formats.hf_directory import INDEX_FILE
 
 ARRAYS = {f"w{i}": np.full((3, i + 1), i, np.float32) for i in range(6)}
 SPECS = [TensorSpec(name, array.shape, array.dtype) for name, array in ARRAYS.items()]

@@ -1,5 +1,5 @@
+from convert.adapters.module_names import module_names
 from convert.families import family_of
-from convert.module_names import module_names
 from convert.rules import IDENTITY, TRANSPOSE, Rule, linear, split
 from tptt_jax import ModelConfig
 

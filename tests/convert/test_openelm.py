@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.hf_directory import SafetensorsDirectory
+from convert.formats import SafetensorsDirectory
 from tests.contracts import quick_jit, relative_error
 from tests.convert.published import check_published, openelm
 from tptt_jax import LizaConfig, LoraConfig

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from convert import ConversionError, load_pretrained
-from convert.adapter_config import matches
+from convert.adapters.config import matches
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_adapters import write_adapter_files
 from tptt_jax import LizaConfig, LoraConfig

@@ -7,7 +7,7 @@ import transformers
 
 from convert import ConversionError
 from convert.families import FAMILIES
-from convert.sources import read_config
+from convert.sources.opening import read_config
 from tests.convert.checkpoints import LLAMA
 from tests.convert.tiny_families import CONFIGS
 

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.hf_directory import SafetensorsDirectory
+from convert.formats import SafetensorsDirectory
 from convert.loading import variables_of
 from convert.sources import open_pretrained
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory

@@ -7,7 +7,7 @@ import pytest
 from convert import ConversionError, export_pretrained, load_pretrained, load_tokenizer
 from convert.__main__ import main
 from convert.bases import base_source, resolve_base
-from convert.hub_names import HubName, parse_hub_name, with_revision
+from convert.sources import HubName, parse_hub_name, with_revision
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_adapters import write_adapter_files
 from tests.tiny import make_tokenizer

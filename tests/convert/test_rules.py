@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert import ConversionError
+from convert.formats import TensorInfo
 from convert.plan import build_plan, check_tensors, match_names
 from convert.rules import (
     IDENTITY,
@@ -14,7 +15,6 @@ from convert.rules import (
     linear,
     split,
 )
-from convert.tensors import TensorInfo
 
 TRANSFORMS = {
     "identity": (IDENTITY, [(6, 8)]),

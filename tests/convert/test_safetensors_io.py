@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert import ConversionError
-from convert.safetensors_io import SafetensorsFile, TensorSpec, write_safetensors
+from convert.formats import SafetensorsFile, TensorSpec, write_safetensors
 
 ARRAYS = {
     "matrix": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.source_files import TOKENIZER_FILES, copy_tokenizer_files, say_what_is_left_out
+from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files, say_what_is_left_out
 from tests.convert.checkpoints import LLAMA, write_directory
 
 CODE = {"AutoModelForCausalLM": "modeling_mine.Mine"}

@@ -14,7 +14,7 @@ from flax import nnx
 import convert
 from convert import ConversionError, export_pretrained, load_pretrained, load_tokenizer
 from convert.__main__ import main
-from convert.hf_directory import SafetensorsDirectory
+from convert.formats import SafetensorsDirectory
 from tests.contracts import randomize
 from tests.convert.checkpoints import GEMMA, LLAMA, write_directory
 from tests.convert.test_pretrained import LORA, fill_adapters, values_of

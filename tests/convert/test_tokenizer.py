@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from convert import ConversionError, load_tokenizer
 from convert.families import FAMILIES
-from convert.tokenizer import export_tokenizer
+from convert.tokenizers import export_tokenizer
 from tptt_jax.training.description import Description, write_description
 
 FRANCE = [2, 818, 5279, 529, 7001, 563]

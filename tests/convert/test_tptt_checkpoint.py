@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.__main__ import inspect_model, main
 from convert.loading import variables_of
-from convert.tptt_config import read_tptt_config
+from convert.tptt import read_tptt_config
 from tests.contracts import quick_jit, relative_error
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.training.checkpoint import RunCheckpoints

@@ -3,8 +3,9 @@
 import pytest
 
 from convert.command_line import run_command
-from experiments.arguments import FinetuneConfig, parse_arguments
 from experiments.bench import COMMANDS
+from experiments.command_line import parse_arguments
+from experiments.training import FinetuneConfig
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 from convert import load_pretrained
-from convert.streaming_checks import Runner
-from convert.verify import TOLERANCES, Check, verify_pretrained
+from convert.checks import verify_pretrained
+from convert.checks.streaming import Runner
+from convert.checks.verify import TOLERANCES, Check
 from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
 from tests.convert.test_checkpoints import save_run
 from tests.convert.test_command_line import run_main

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation.ablation import AS_IT_IS, PARTS, Ablation, without_part

@@ -9,8 +9,7 @@ from jinja2 import Template
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from experiments import templates
-from experiments.data import DataConfig, load_token_data
+from experiments.data import DataConfig, load_token_data, templates
 from tests.tiny import BOS, CHATML, make_tokenizer
 
 # As Qwen3: reasoning stays in the last answer only, which always has a block of it.

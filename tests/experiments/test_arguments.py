@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.arguments import (
-    FinetuneConfig,
-    parse_arguments,
-    resolved_yaml,
-    run_configured,
-    run_finetune,
-)
+from experiments.command_line import parse_arguments, resolved_yaml, run_configured
 from experiments.data import DataConfig
-from experiments.formats import alpaca_prompt
+from experiments.data.formats import alpaca_prompt
+from experiments.finetune import run_finetune
+from experiments.training import FinetuneConfig
 from experiments.training.fit_config import FitConfig
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.schedules import MagSchedule

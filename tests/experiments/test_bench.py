@@ -11,15 +11,18 @@ import pytest
 from flax import nnx
 
 from convert.command_line import run_command
-from experiments import bench_context, bench_gpu
-from experiments.baseline import compare
-from experiments.bench import COMMANDS, DecodeWork
-from experiments.bench import _decoding as prepare_decoding
-from experiments.random_models import SHAPES, ModelChoice
-from experiments.timing import Job, Timing, measure
+from experiments import bench_gpu
+from experiments.bench import COMMANDS
+from experiments.benchmarks import long_context as bench_context
+from experiments.benchmarks.baseline import compare
+from experiments.benchmarks.model_work import DecodeWork
+from experiments.benchmarks.model_work import _decoding as prepare_decoding
+from experiments.benchmarks.random_models import SHAPES, ModelChoice
+from experiments.benchmarks.timing import Job, Timing, measure
 from tests.parity import fla_operator
 from tptt_jax import LizaConfig, LoraConfig
-from tptt_jax.ops import delta_product_choice, kernel_trial
+from tptt_jax.ops.delta_product import choice as delta_product_choice
+from tptt_jax.ops.delta_product import trial as kernel_trial
 
 OP = "op --tokens 40 --heads 2 --head-dim 8 --chunk-size 16 --repeats 1"
 TINY = "--random-weights tiny --no-liza --repeats 1"
@@ -111,8 +114,10 @@ def test_a_memory_is_timed_beside_its_window_alone(work, capsys):
 def test_the_cost_of_a_memory_is_the_median_of_pairs(monkeypatch):
     """A slow spell that catches one of two runs does not count, nor does the first one."""
     seconds = iter([9.0, 9.0, 3.0, 2.0, 30.0, 10.0, 4.0, 2.0])
-    monkeypatch.setattr("experiments.timing._seconds", lambda run: (run(), next(seconds))[1])
-    monkeypatch.setattr("experiments.timing.matmul_ceiling", lambda dtype: 1.0)
+    monkeypatch.setattr(
+        "experiments.benchmarks.timing._seconds", lambda run: (run(), next(seconds))[1]
+    )
+    monkeypatch.setattr("experiments.benchmarks.timing.matmul_ceiling", lambda dtype: 1.0)
     ran = []
     job = Job(lambda: ran.append("memory"), 8, 1.0, control=lambda: ran.append("window"))
     result = measure("decode", DecodeWork(random_weights="tiny"), lambda _: job, Timing(repeats=3))

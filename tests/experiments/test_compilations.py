@@ -2,9 +2,9 @@
 
 import pytest
 
-from experiments.arguments import FinetuneConfig
 from experiments.data import DataConfig
 from experiments.finetune import finetune
+from experiments.training import FinetuneConfig
 from experiments.training.fit_config import FitConfig
 from tests.compilations import count_compilations
 from tptt_jax import LizaConfig, LoraConfig

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from experiments.data import DataConfig, TokenBatchSource, load_token_data, python_docs_text
-from experiments.formats import alpaca_prompt
-from experiments.packing import Example, pack_examples
+from experiments.data.formats import alpaca_prompt
+from experiments.data.packing import Example, pack_examples
 from tests.tiny import BOS, CHATML, EOS, make_tokenizer
 
 

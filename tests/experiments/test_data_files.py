@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from experiments import text_files
-from experiments.arguments import FinetuneConfig, parse_arguments, run_finetune
-from experiments.data import DataConfig, load_token_data
-from experiments.prompts import read_text
-from experiments.rows import data_files, load_rows
-from experiments.yaml_defaults import read_yaml
+from experiments.command_line import parse_arguments, read_yaml
+from experiments.data import DataConfig, load_token_data, text_files
+from experiments.data.prompts import read_text
+from experiments.data.rows import data_files, load_rows
+from experiments.finetune import run_finetune
+from experiments.training import FinetuneConfig
 from tests.tiny import make_tokenizer
 
 PADDING = "hello world " * 4000

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from convert.command_line import run_command
-from experiments.bench import bench_context
+from experiments.benchmarks.long_context import bench_context
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
 from tptt_jax.inference import score

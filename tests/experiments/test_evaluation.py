@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from rich.table import Table
 
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation import associative, needles, perplexity

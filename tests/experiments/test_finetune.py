@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from convert import load_pretrained
-from experiments.arguments import FinetuneConfig, run_configured
-from experiments.data import DataConfig
+from experiments.command_line import run_configured
+from experiments.data import DataConfig, TokenBatchSource
 from experiments.finetune import finetune
-from experiments.metrics import read_metrics
-from experiments.packing import TokenBatchSource
+from experiments.training import FinetuneConfig
 from experiments.training import run as module
+from experiments.training.metrics import read_metrics
 from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.description import read_description
 

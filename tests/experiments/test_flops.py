@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments import flops
+from experiments.benchmarks import flops
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.ops import chunk_delta_product, step_delta_product
-from tptt_jax.ops.delta_product_plan import OTHERS, SIZES
+from tptt_jax.ops.delta_product.plan import OTHERS, SIZES
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step

@@ -10,9 +10,10 @@ from flax import nnx
 
 from convert import export_pretrained, load_pretrained, load_tokenizer
 from convert.loading import variables_of
-from experiments.arguments import FinetuneConfig, run_configured
+from experiments.command_line import run_configured
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
+from experiments.training import FinetuneConfig
 from tptt_jax import LoraConfig, generate
 
 PROMPT = "The with statement"

@@ -13,7 +13,7 @@ import yaml
 from flax import nnx
 
 from convert import export_pretrained, load_pretrained, load_tokenizer
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation.likelihood import Continuation, padded_length, score_continuations
 from experiments.evaluation.variants import FULL, MEMORY

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.huge_pages import huge_page_environment
+from experiments.process.huge_pages import huge_page_environment
 
 _ROOT = Path(__file__).parents[2]
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -70,8 +70,9 @@ def _run(command: list[str], root: Path) -> tuple[int, str]:
 def package(tmp_path: Path) -> Path:
     """A copy of the package's start with one more command in it."""
     directory = tmp_path / "experiments"
-    directory.mkdir()
-    for name in ("__init__.py", "garbage.py", "huge_pages.py"):
+    (directory / "process").mkdir(parents=True)
+    modules = ("__init__", "garbage", "huge_pages", "interrupts")
+    for name in ("__init__.py", *(f"process/{module}.py" for module in modules)):
         (directory / name).write_text((_ROOT / "experiments" / name).read_text())
     (directory / "probe.py").write_text(_PROBE)
     return tmp_path
@@ -87,4 +88,12 @@ def test_a_command_keeps_its_process_and_arguments(package: Path) -> None:
 
 def test_an_import_changes_nothing(package: Path) -> None:
     _, out = _run(["-c", "import experiments.probe"], package)
+    assert out.split()[1:3] == ["None", str(gc.get_threshold()[0])]
+
+
+def test_a_command_of_others_that_imports_us_is_left_alone(package: Path) -> None:
+    (package / "theirs").mkdir()
+    (package / "theirs" / "__init__.py").write_text("import experiments\n")
+    (package / "theirs" / "probe.py").write_text(_PROBE)
+    _, out = _run(["-m", "theirs.probe"], package)
     assert out.split()[1:3] == ["None", str(gc.get_threshold()[0])]

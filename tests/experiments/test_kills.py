@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from experiments.metrics import StepRecord, read_metrics
+from experiments.training.metrics import StepRecord, read_metrics
 from experiments.training.stage import Stage
 from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.train_step import TrainState, init_train_state

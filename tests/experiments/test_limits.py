@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.limits import check_lengths, check_tokens
-from experiments.packing import TokenBatch, TokenBatchSource
+from experiments.data import TokenBatch, TokenBatchSource
+from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.evaluation import evaluate_held_out, losses_by_place
 from tests.tiny import make_tokenizer
 from tptt_jax import CausalLM, ModelConfig, generate

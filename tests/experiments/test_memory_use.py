@@ -3,14 +3,15 @@
 import subprocess
 import sys
 
-from experiments import evaluate, generate, memory_use
+from experiments import evaluate, generate
+from experiments.process import memory_use
 
 HEIR = """
 import os, sys
 before = bytes(1_500_000_000)
 code = (
     f"import sys; sys.path.insert(0, {sys.argv[1]!r}); "
-    "from experiments.memory_use import host_peak_gb; print(host_peak_gb())"
+    "from experiments.process.memory_use import host_peak_gb; print(host_peak_gb())"
 )
 os.execv(sys.executable, [sys.executable, "-c", code])
 """

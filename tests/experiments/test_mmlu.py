@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from convert import load_pretrained, load_tokenizer
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation import mmlu
 from experiments.evaluation.exact_match import (

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.data import DataConfig, load_token_data
-from experiments.formats import alpaca_prompt
-from experiments.templates import ChatTemplate
+from experiments.data.formats import alpaca_prompt
+from experiments.data.templates import ChatTemplate
 from tests.experiments.test_answers import LATE_SYSTEM, MARKED, QWEN3, THINKING
 from tests.tiny import CHATML, make_tokenizer
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.output_folder import check_output_file, locked_output
+from experiments.process.output_folder import check_output_file, locked_output
 
 HOLDER = """
 import sys

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from convert import load_tokenizer
-from experiments import prompts
-from experiments.prompts import chat_tokens, document_tokens, read_text, text_tokens
+from experiments.data import prompts
+from experiments.data.prompts import chat_tokens, document_tokens, read_text, text_tokens
 from tests.tiny import BOS, make_tokenizer
 
 

@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.recall_rows import passkey_questions, recall_examples
-from experiments.rows import python_docs_text
+from experiments.data import python_docs_text
+from experiments.data.recall_rows import passkey_questions, recall_examples
 from experiments.training import questions as module
 from experiments.training.questions import Questions
 from tests.tiny import BOS, make_tokenizer

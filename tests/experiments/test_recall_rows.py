@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.data import DataConfig, load_token_data
-from experiments.recall_rows import PROBES, recall_examples
+from experiments.data.recall_rows import PROBES, recall_examples
 from tests.tiny import BOS, make_tokenizer
 
 LENGTH, WINDOW = 200, 32

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 
-from experiments.report import MetricsWriter, StepRecord, TrainingProgress, plot_run, read_metrics
+from experiments.training.metrics import MetricsWriter, StepRecord, read_metrics
+from experiments.training.report import TrainingProgress, plot_run
 
 
 def record(step: int, **changes) -> StepRecord:
@@ -106,7 +107,7 @@ def test_lines_replace_the_bar_where_there_is_no_terminal():
 
 def test_long_runs_say_something_every_ten_seconds(monkeypatch):
     now = iter(range(0, 10_000, 4))
-    monkeypatch.setattr("experiments.report.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("experiments.training.report.time.monotonic", lambda: next(now))
     out = io.StringIO()
     with TrainingProgress(20, first_step=10, console=Console(file=out)) as progress:
         for step in range(11, 21):

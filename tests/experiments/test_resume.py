@@ -16,12 +16,13 @@ from rich.console import Console
 
 from convert import load_pretrained
 from convert.__main__ import main
-from experiments.arguments import FinetuneConfig, parse_arguments, run_configured
-from experiments.checks import check_output, describe_run
+from experiments.command_line import parse_arguments, run_configured
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
+from experiments.training import FinetuneConfig
+from experiments.training.checks import check_output, describe_run
 from experiments.training.fingerprints import is_same_data, of_data
 from experiments.training.fit_config import FitConfig
 from experiments.training.outcome import Outcome

@@ -16,16 +16,15 @@ from flax import nnx
 from rich.console import Console
 
 from convert import load_pretrained
-from experiments.arguments import FinetuneConfig
 from experiments.data import DataConfig
+from experiments.data.packing import Example, pack_examples
 from experiments.finetune import finetune
-from experiments.metrics import read_metrics
-from experiments.packing import Example, pack_examples
-from experiments.report import TrainingProgress
-from experiments.training import fitting, run
+from experiments.training import FinetuneConfig, fitting, run
 from experiments.training.evaluation import HeldOut, evaluate_held_out, recovered_gap
 from experiments.training.fit_config import FitConfig
+from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
+from experiments.training.report import TrainingProgress
 from experiments.training.run import Run
 from experiments.training.windows import WindowRange
 from tests.contracts import random_tokens

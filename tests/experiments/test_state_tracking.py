@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from experiments import state_tracking
-from experiments.arguments import run_configured
+from experiments.command_line import run_configured
 from experiments.state_tracking import TrackingConfig, track_states
 from experiments.tracking.groups import draw_words, multiplication_table
 from experiments.tracking.model import Tracker, Variant

@@ -10,11 +10,11 @@ import pytest
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.families import family_of
 from convert.families.fields import Fields
-from convert.sources import read_config
+from convert.sources.opening import read_config
 from tests.contracts import quick_jit
 from tests.convert import tiny_families
 from tptt_jax import LizaConfig, fix_context, generate, init_cache
-from tptt_jax.ops.rope import rotary_frequencies
+from tptt_jax.ops.attention.rope import rotary_frequencies
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
 transformers = pytest.importorskip("transformers")

@@ -130,7 +130,7 @@ def test_sharded_bfloat16_export(tmp_path, monkeypatch):
     model = build(CONFIGS["llama3"]).bfloat16()
     model.save_pretrained(tmp_path / "a")
     ours = load_pretrained(tmp_path / "a", dtype=jnp.bfloat16)
-    monkeypatch.setattr("convert.hf_directory.write_weights.__defaults__", (20_000,))
+    monkeypatch.setattr("convert.formats.hf_directory.write_weights.__defaults__", (20_000,))
     export_pretrained(ours, tmp_path / "b")
     assert len(list((tmp_path / "b").glob("*.safetensors"))) > 3
     exported = reload(tmp_path / "b", dtype="auto")

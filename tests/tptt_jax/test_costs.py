@@ -11,7 +11,7 @@ from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.ops import chunk_delta_product
-from tptt_jax.ops.delta_product_plan import OTHERS, SIZES
+from tptt_jax.ops.delta_product.plan import OTHERS, SIZES
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, init_train_state, make_train_step

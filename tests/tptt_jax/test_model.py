@@ -25,7 +25,7 @@ from tests.shapes import GEMMA, UNEVEN
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers import softmax_attention as softmax_layer
 from tptt_jax.model import base_model, count_positions, init_cache
-from tptt_jax.ops.fused_attention import fused_attention
+from tptt_jax.ops.attention import fused_attention
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 BIASED = ModelConfig.tiny(
@@ -505,3 +505,22 @@ def test_dropout_needs_a_key_and_differs_between_layers():
     dropped = np.asarray(one.branches[0].linear) == 0
     assert 0.4 < dropped.mean() < 0.6
     assert (dropped[0] != dropped[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"softmax_window": 16}, "window: 8 in the state, 16 in the model"),
+        ({"softmax_sinks": 2}, "softmax_sinks: 4 in the state, 2 in the model"),
+    ],
+)
+def test_a_cache_of_another_window_is_refused(changes, message):
+    def model(**changes):
+        liza = LizaConfig(**{"softmax_window": 8} | changes)
+        return CausalLM(ModelConfig.tiny(num_layers=1), liza, rngs=nnx.Rngs(0))
+
+    reader, other = model(), model(**changes)
+    tokens, cache = jnp.ones((1, 1), jnp.int32), init_cache(reader, 1, 32)
+    jax.eval_shape(lambda: reader(tokens, cache=cache).cache)
+    with pytest.raises(ValueError, match=message):
+        other(tokens, cache=cache)

@@ -9,10 +9,10 @@ import numpy as np
 from tptt_jax.config import LayerKind, runs_memory
 from tptt_jax.decoder import StackCache
 from tptt_jax.inference.state import ReadState, init_state
-from tptt_jax.layers.cache import KeyValueCache, num_sinks, softmax_window
+from tptt_jax.layers.cache import KeyValueCache, softmax_window
+from tptt_jax.layers.cache_checks import ANOTHER_SHAPE, check_ring
 from tptt_jax.model import CausalLM
 
-_ANOTHER_SHAPE = "the state comes from a model of another shape: read the document again."
 # Positions of later tokens must still be int32.
 _LONGEST = 2**30
 
@@ -24,7 +24,7 @@ def check_state(
     want = jax.eval_shape(functools.partial(init_state, model, state.batch_size))
     sizes = [(x.hidden.shape, x.hidden.dtype, x.seen.shape) for x in (state, want)]
     if sizes[0] != sizes[1] or len(state.cache.stacks) != len(want.cache.stacks):
-        raise ValueError(_ANOTHER_SHAPE)
+        raise ValueError(ANOTHER_SHAPE)
     if state.batch_size != batch_size:
         raise ValueError(
             f"the state has {state.batch_size} rows, the prompts have {batch_size}: "
@@ -45,7 +45,7 @@ def _check_lengths(state: ReadState) -> np.ndarray:
     """Raises ValueError unless there is a possible number of tokens for every row."""
     lengths = np.asarray(state.cache.length)
     if lengths.shape != (state.batch_size,) or lengths.dtype.kind not in "iu":
-        raise ValueError(_ANOTHER_SHAPE)
+        raise ValueError(ANOTHER_SHAPE)
     if lengths.min(initial=0) < 0 or lengths.max(initial=0) > _LONGEST:
         raise ValueError(
             f"the rows of the state must have 0 to {_LONGEST} tokens, got "
@@ -57,47 +57,29 @@ def _check_lengths(state: ReadState) -> np.ndarray:
 def _check_stack(model: CausalLM, stack: StackCache, want: StackCache, longest: int) -> None:
     """Raises ValueError unless caches and memories are as the model makes them."""
     if (stack.softmax is None) != (want.softmax is None):
-        raise ValueError(_ANOTHER_SHAPE)
+        raise ValueError(ANOTHER_SHAPE)
     if stack.softmax is not None and want.softmax is not None:
         if stack.softmax.keys() != want.softmax.keys():
-            raise ValueError(_ANOTHER_SHAPE)
+            raise ValueError(ANOTHER_SHAPE)
         for kind, cache in stack.softmax.items():
             _check_ring(model, kind, cache, want.softmax[kind], longest)
     if _shapes(stack.memory) != _shapes(want.memory):
-        raise ValueError(_ANOTHER_SHAPE)
+        raise ValueError(ANOTHER_SHAPE)
 
 
 def _check_ring(
     model: CausalLM, kind: LayerKind, cache: KeyValueCache, want: KeyValueCache, longest: int
 ) -> None:
     """Raises ValueError unless a ring has the slots that its layers' window asks for."""
-    if any(x.ndim != 5 for x in cache):
-        raise ValueError(_ANOTHER_SHAPE)
-    (*_, slots, _, _), (*_, value_slots, _, _) = cache.keys.shape, cache.values.shape
-    sinks = {x.shape[2] for x in (cache.sink_keys, cache.sink_values)}
-    if slots != value_slots or len(sinks) != 1:
-        raise ValueError(
-            f"the state has {slots} slots for keys but {value_slots} for values: read the document "
-            "again."
-        )
-    window, wanted_sinks = (f(model.config, model.liza, kind) for f in (softmax_window, num_sinks))
-    if window is not None and slots != window:
-        raise ValueError(
-            f"window: {slots} in the state, {window} in the model; take the window that it was "
-            "read with, or read the document again."
-        )
-    if window is None and longest > slots:
+    check_ring(model.config, model.liza, kind, cache)
+    slots = cache.keys.shape[2]
+    if softmax_window(model.config, model.liza, kind) is None and longest > slots:
         raise ValueError(
             f"the state has {slots} slots for {longest} tokens, where layers without a window keep "
             "all of them: read the document again."
         )
-    if sinks != {wanted_sinks}:
-        raise ValueError(
-            f"softmax_sinks: {min(sinks)} in the state, {wanted_sinks} in the model; take what it "
-            "was read with, or read the document again."
-        )
     if _without_slots(cache) != _without_slots(want):
-        raise ValueError(_ANOTHER_SHAPE)
+        raise ValueError(ANOTHER_SHAPE)
 
 
 def _without_slots(cache: KeyValueCache) -> list[tuple[Any, ...]]:

@@ -8,8 +8,8 @@ from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.layers.cache import KeyValueCache
 from tptt_jax.layers.memory import MemoryTokens
 from tptt_jax.layers.softmax_attention import SoftmaxSettings, TokenContext
+from tptt_jax.ops.attention.rope import rotate
 from tptt_jax.ops.eviction import delay_tokens, evicted_ids
-from tptt_jax.ops.rope import rotate
 
 
 class Evicted(NamedTuple):

@@ -117,7 +117,7 @@ class MassGate(nnx.Module):
 
         Args:
           q: queries after any q norm, before the rotary embedding.
-          log_mass: log Z_in, see `tptt_jax.ops.attend.Attended`.
+          log_mass: log Z_in, see `tptt_jax.ops.attention.blocks.Attended`.
           evicted: n, the tokens that the memory holds [B, T].
         """
         log_n = jnp.log(jnp.maximum(evicted, 1).astype(jnp.float32))[..., None]

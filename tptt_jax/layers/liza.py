@@ -22,7 +22,7 @@ from tptt_jax.layers.softmax_attention import (
     apply_softmax,
     softmax_settings,
 )
-from tptt_jax.ops.attend import Attended
+from tptt_jax.ops.attention import Attended
 
 
 class Branches(NamedTuple):

@@ -18,9 +18,8 @@ from tptt_jax.layers.gates import GateLogits, ReadScale, WriteGates
 from tptt_jax.layers.lora import LowRank, path_number
 from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.layers.parameters import MemoryParam
-from tptt_jax.ops.delta_product import chunk_delta_product, step_delta_product
+from tptt_jax.ops.delta_product import chunk_delta_product, naive_delta_product, step_delta_product
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
-from tptt_jax.ops.naive_delta_product import naive_delta_product
 from tptt_jax.ops.residuals import save_mixed
 from tptt_jax.ops.token_shift import document_lengths
 from tptt_jax.ops.tptt_reference import (

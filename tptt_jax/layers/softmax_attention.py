@@ -17,16 +17,22 @@ from tptt_jax.layers.cache import (
     write_ring,
     write_sinks,
 )
-from tptt_jax.ops.attend import Attended, KeyValues, attend
-from tptt_jax.ops.fused_attention import can_fuse, fused_attention
-from tptt_jax.ops.rope import (
+from tptt_jax.ops.attention import (
+    Attended,
+    KeyValues,
+    attend,
+    attend_sequence,
+    can_fuse,
+    fused_attention,
+    segment_starts,
+)
+from tptt_jax.ops.attention.rope import (
     RotaryAngles,
     document_lengths,
     invert_rotation,
     rotary_angles,
     rotate,
 )
-from tptt_jax.ops.softmax_attention import attend_sequence, segment_starts
 
 # Logits that cached attention holds at a time: 128 MiB in float32.
 _LOGITS_AT_A_TIME = 1 << 25

@@ -9,7 +9,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
-from tptt_jax.ops.softcap import apply_softcap, softcap_slope
+from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
 LOGITS_AT_A_TIME = 1 << 25

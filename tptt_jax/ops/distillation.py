@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden
+from tptt_jax.ops.attention.softcap import softcap_slope
 from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits, head_product
-from tptt_jax.ops.softcap import softcap_slope
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
 _CACHED_LOGITS = 1 << 21

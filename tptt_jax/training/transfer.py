@@ -28,7 +28,7 @@ from tptt_jax.layers.softmax_attention import (
     token_context,
 )
 from tptt_jax.model import CausalLM, count_positions, order_padding
-from tptt_jax.ops.attend import Attended
+from tptt_jax.ops.attention import Attended
 
 Visit = Callable[[LizaAttention, "LayerView"], Any]
 

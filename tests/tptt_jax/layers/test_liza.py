@@ -19,7 +19,7 @@ from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.mixing import match_rms
 from tptt_jax.layers.parameters import MagParam
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.ops.attend import Attended
+from tptt_jax.ops.attention import Attended
 
 CONFIG = ModelConfig.tiny(attention_out_bias=True)
 ROWS, T = 2, 6

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tptt_jax.ops.chunk_scan import ChunkTerms, scan_chunks
-from tptt_jax.ops.delta_product_inputs import activate_state
+from tptt_jax.ops.delta_product.inputs import activate_state
+from tptt_jax.ops.delta_product.scan import ChunkTerms, scan_chunks
 
 CHUNKS, BATCH, HEADS, WRITERS, READERS, DIM, VALUE_DIM = 5, 2, 3, 6, 4, 8, 7
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from tptt_jax.ops import chunk_delta_product, naive_delta_product, step_delta_product
-from tptt_jax.ops.delta_product_plan import OTHERS, SIZES, plan_chunks
+from tptt_jax.ops.delta_product.plan import OTHERS, SIZES, plan_chunks
 
 NAMES = ("q", "k", "v", "beta", "log_decay", "initial_state")
 # Documents of odd lengths; padding on the left, between and inside documents, on the right.

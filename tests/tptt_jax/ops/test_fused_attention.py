@@ -8,9 +8,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from tests.contracts import assert_close, assert_trees_close, quick_jit
 from tptt_jax.decoder import REMAT_POLICIES
-from tptt_jax.ops.attend import KeyValues
-from tptt_jax.ops.fused_attention import can_fuse, fused_attention
-from tptt_jax.ops.softmax_attention import attend_sequence
+from tptt_jax.ops.attention import KeyValues, attend_sequence, can_fuse, fused_attention
 
 TOKENS, DIM = 26, 8
 IDS = {

@@ -9,9 +9,11 @@ from flax import nnx
 from tests.tptt_jax.ops.test_delta_product import make_inputs
 from tests.tptt_jax.ops.test_delta_product_kernel import half_precision
 from tptt_jax import LinearAttention, LizaConfig
-from tptt_jax.ops import chunk_delta_product, delta_product_choice, kernel_trial
-from tptt_jax.ops.delta_product_kernel import kernel_delta_product
-from tptt_jax.ops.kernel_trial import KernelKind, kernels_agree
+from tptt_jax.ops import chunk_delta_product
+from tptt_jax.ops.delta_product import choice as delta_product_choice
+from tptt_jax.ops.delta_product import trial as kernel_trial
+from tptt_jax.ops.delta_product.kernel import kernel_delta_product
+from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
 from tptt_jax.sharding import make_mesh
 
 PLAIN = KernelKind(16, 16, 1, 1, "float32", per_channel=False, decay=False, documents=False)

@@ -9,8 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from tests.contracts import assert_close, quick_jit
-from tptt_jax.ops.attend import KeyValues, attend
-from tptt_jax.ops.softmax_attention import attend_sequence
+from tptt_jax.ops.attention import KeyValues, attend, attend_sequence
 
 T, HEADS, KV_HEADS, DIM = 19, 4, 2, 6
 SCALE = 0.6

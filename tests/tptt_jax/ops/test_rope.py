@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose
 
 from tests.contracts import quick_jit
 from tptt_jax.config import RopeConfig
-from tptt_jax.ops import rope
-from tptt_jax.ops.rope import RotaryAngles, rotary_angles, rotary_frequencies
+from tptt_jax.ops.attention import rope
+from tptt_jax.ops.attention.rope import RotaryAngles, rotary_angles, rotary_frequencies
 
 HEAD_DIM = 64
 CONFIGS = {

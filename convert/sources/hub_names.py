@@ -1,0 +1,71 @@
+"""Names of models on the Hugging Face hub, with the revision that is meant."""
+
+import os
+import re
+from typing import NamedTuple
+
+from convert.errors import ConversionError
+from convert.sources.demo import PACKAGED_SOURCES
+
+_NAME = r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?"
+# No part begins with a dot: the name becomes a path in the hub's cache.
+_REVISION = r"\w[\w.-]*(?:/\w[\w.-]*)*"
+_SOURCE = re.compile(f"({_NAME})(?:@({_REVISION}))?")
+_LONGEST = 96
+
+
+class HubName(NamedTuple):
+    """A model on the hub."""
+
+    name: str
+    """E.g. "HuggingFaceTB/SmolLM2-135M"."""
+    revision: str | None
+    """A branch, a tag or a commit; None: the main branch."""
+
+    def __str__(self) -> str:
+        """As `load_pretrained` takes it: "name" or "name@revision"."""
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Reads "name" or "name@revision"; None if `text` cannot be the name of a model on the hub."""
+    found = _SOURCE.fullmatch(text)
+    if found is None or len(found[1]) > _LONGEST:
+        return None
+    return HubName(found[1], found[2])
+
+
+def with_revision(source: str | os.PathLike[str], revision: str | None) -> str:
+    """Adds what --revision says to what --model says.
+
+    Args:
+      source: what `load_pretrained` takes.
+      revision: of a model on the hub; None: as `source` says.
+
+    Returns:
+      What `load_pretrained` takes.
+
+    Raises:
+      ConversionError: if `source` is no hub id, if it names another revision itself, or if the
+        revision cannot be one.
+    """
+    name = os.fspath(source)
+    if revision is None:
+        return name
+    hub = parse_hub_name(name)
+    is_other = name in PACKAGED_SOURCES or name.endswith(".gguf") or os.path.exists(name)
+    if hub is None or is_other:
+        raise ConversionError(
+            f"--revision {revision!r:.80} is for models of the Hugging Face hub, but {name} is "
+            "none; leave it out, or give a hub id such as HuggingFaceTB/SmolLM2-135M."
+        )
+    if hub.revision not in (None, revision):
+        raise ConversionError(
+            f"{name} names another revision than --revision {revision!r:.80}; give one of them."
+        )
+    chosen = parse_hub_name(f"{hub.name}@{revision}")
+    if chosen is None:
+        raise ConversionError(
+            f"--revision {revision!r:.80} must be a branch, a tag or a commit of {hub.name}."
+        )
+    return str(chosen)

@@ -1,0 +1,135 @@
+"""Which files of a model's directory an export copies, and what it leaves out."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert.errors import ConversionError, listing
+from convert.formats.files import read_json
+from convert.formats.hf_directory import INDEX_FILE, SINGLE_FILE
+from convert.notices import say
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
+"""Exports copy these names and no others, beside the templates below."""
+_TEMPLATES, _TEMPLATE_SUFFIX = "additional_chat_templates", ".jinja"
+# Rewritten from what was read, not copied.
+_REWRITTEN = ("config.json", "generation_config.json", SINGLE_FILE, INDEX_FILE)
+_SHARDS = "model-*-of-*.safetensors"
+_CODE_KEY = "auto_map"
+_MAX_NAMED = 12
+
+
+def copy_tokenizer_files(source: Path, directory: Path) -> None:
+    """Copies the tokenizer of a model: regular files of known names, never code.
+
+    Args:
+      source: the model's directory.
+      directory: an existing directory. tokenizer_config.json loses its auto_map there; every
+        other file is the same byte for byte.
+
+    Raises:
+      ConversionError: if a tokenizer_config.json that refers to code is malformed, or
+        tokenizer.json is a link out of the model's folder.
+    """
+    refuse_outer_link(source / "tokenizer.json", source)
+    for file in _copied(source):
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        # The content only: no permissions, and never a link.
+        shutil.copyfile(file, copy)
+        if file.name == "tokenizer_config.json":
+            _forget_code(copy)
+
+
+def say_what_is_left_out(source: Path) -> None:
+    """Names, in a line each, links that are not followed and files that exports do not hold."""
+    outer = {path for path in _wanted(source) if is_outer_link(path, source)}
+    if outer:
+        named = listing(sorted(path.relative_to(source).as_posix() for path in outer))
+        say(f"not copied, as they are links out of the model's folder: {named} ({source})")
+    known = {*_copied(source), *source.glob(_SHARDS), *(source / name for name in _REWRITTEN)}
+    known |= outer
+    others = [
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in source.iterdir()
+        if path not in known and not _is_template_folder(path, known)
+    ]
+    if not others:
+        return
+    more = "" if len(others) <= _MAX_NAMED else f" and {len(others) - _MAX_NAMED} more"
+    named = listing(sorted(others)[:_MAX_NAMED])
+    say(f"left out of the export, as exports copy tokenizer files only: {named}{more} ({source})")
+
+
+def is_own_file(path: Path, folder: Path) -> bool:
+    """Whether a path is a regular file that lies in a model's folder, also behind links.
+
+    A snapshot in the cache of the Hugging Face hub consists of links to the blobs beside it,
+    which count as the model's own.
+    """
+    try:
+        place, home = path.resolve(strict=True), folder.resolve(strict=True)
+    except (OSError, RuntimeError):
+        return False
+    homes = [home]
+    # A model may also be a folder inside a snapshot.
+    homes += [each.parent / "blobs" for each in home.parents if each.name == "snapshots"]
+    return path.is_file() and any(place.is_relative_to(each) for each in homes)
+
+
+def is_outer_link(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a regular file that lies outside of the model's folder."""
+    return path.is_file() and not is_own_file(path, folder)
+
+
+def refuse_outer_link(path: Path, folder: Path) -> None:
+    """Refuses to export a model without a file that it cannot do without.
+
+    Raises:
+      ConversionError: if `path` is a link out of the model's folder.
+    """
+    if is_outer_link(path, folder):
+        raise ConversionError(
+            f"{path} must be a file of the model's own folder to be exported, it is a link to "
+            f"{path.resolve()}: replace the link by a copy of that file (cp --remove-destination)."
+        )
+
+
+def _names(source: Path) -> list[Path]:
+    """Where the tokenizer files of a directory may be."""
+    names = [source / name for name in TOKENIZER_FILES]
+    if (source / _TEMPLATES).is_dir():
+        names += sorted((source / _TEMPLATES).glob(f"*{_TEMPLATE_SUFFIX}"))
+    return names
+
+
+def _wanted(source: Path) -> list[Path]:
+    """The same, and the settings that an export takes over."""
+    return [*_names(source), source / "config.json", source / "generation_config.json"]
+
+
+def _copied(source: Path) -> Iterator[Path]:
+    """The tokenizer files of a directory."""
+    yield from (path for path in _names(source) if is_own_file(path, source))
+
+
+def _is_template_folder(path: Path, known: set[Path]) -> bool:
+    if path.name != _TEMPLATES or not path.is_dir():
+        return False
+    return {*path.iterdir()} <= known
+
+
+def _forget_code(settings: Path) -> None:
+    """Removes what refers to code of the repository, which does not go along."""
+    try:
+        content = read_json(settings)
+    except ConversionError as error:
+        raise ConversionError(f"{error} Correct the tokenizer of the source.") from None
+    if _CODE_KEY in content:
+        del content[_CODE_KEY]
+        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,182 @@
+"""Tokenizers of Hugging Face directories and of GGUF files, without torch."""
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.adapters import is_adapter
+from convert.bases import has_base, locate_base
+from convert.errors import ConversionError, listing
+from convert.formats import GgufFile
+from convert.formats.files import atomic_directory, check_regular
+from convert.notices import say
+from convert.sources import Source, find_checkpoint, locate
+from convert.sources.demo import cache_directory
+from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files
+from convert.tokenizers.directory import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    import_transformers,
+    read_adapter_tokenizer,
+    read_directory_tokenizer,
+    refusing,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_METADATA = {
+    "model": "tokenizer_type",
+    "pre": "pre_tokenizer_type",
+    "tokens": "tokens",
+    "scores": "scores",
+    "token_type": "token_type",
+    "merges": "merges",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "unknown_token_id": "unk_token_id",
+    "padding_token_id": "pad_token_id",
+    "add_space_prefix": "add_prefix_space",
+}
+_SPECIAL = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "unk_token": "unk_token_id",
+    "pad_token": "pad_token_id",
+}
+# llama.cpp begins every text of these with BOS even where the file does not say so.
+_PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
+
+
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
+    """Loads the tokenizer that belongs to a model.
+
+    Args:
+      source: what `load_pretrained` takes. A checkpoint of our own has the tokenizer of the
+        model it was trained from, a directory of tptt's that of its base model, and so has one of
+        PEFT's unless it brings a complete tokenizer.
+
+    Returns:
+      A fast tokenizer; special tokens and the chat template are set as the source has them.
+
+    Raises:
+      ConversionError: if the source has no tokenizer, or one that cannot be read.
+    """
+    path = locate_tokenizer(source)
+    if path.is_dir():
+        if is_adapter(path):
+            return read_adapter_tokenizer(path)
+        return read_directory_tokenizer(path)
+    return _cached(path) if path.parent == cache_directory() else _from_gguf(path)
+
+
+def locate_tokenizer(source: Source) -> Path:
+    """Finds the directory or GGUF file that holds the tokenizer of a model.
+
+    Args:
+      source: what `load_tokenizer` takes.
+
+    Returns:
+      Of a PEFT directory with a complete tokenizer (tokenizer.json and tokenizer_config.json):
+      that directory, as the adapter was trained with it. Otherwise what holds the base model.
+
+    Raises:
+      ConversionError: if there is no such model.
+    """
+    while described := find_checkpoint(source):
+        source = described.source
+    path = locate(source, weights=False)
+    if not has_base(path):
+        return path
+    if is_adapter(path):
+        own = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+        if {TOKENIZER_FILE, SETTINGS_FILE} <= set(own):
+            say(f"using the tokenizer of the adapter {path} ({listing(own)})")
+            return path
+        if own:
+            say(
+                f"using the tokenizer of the base model; {listing(own)} of the adapter {path} is "
+                f"no complete tokenizer ({TOKENIZER_FILE} and {SETTINGS_FILE})"
+            )
+    return locate_base(path, weights=False)
+
+
+def export_tokenizer(source: Source, path: Path) -> None:
+    """Writes the tokenizer of a model, with its chat template, into a directory.
+
+    Args:
+      source: what `load_tokenizer` takes. The tokenizer files of a directory are copied as
+        they are, if it has any (see `copy_tokenizer_files`).
+      path: an existing directory.
+
+    Raises:
+      ConversionError: if the tokenizer of a GGUF file cannot be read.
+    """
+    place = locate_tokenizer(source)
+    if place.is_dir():
+        copy_tokenizer_files(place, path)
+        return
+    tokenizer = load_tokenizer(place)
+    with refusing(f"the tokenizer cannot be written to {path}", "see that it has room"):
+        tokenizer.save_pretrained(path)
+
+
+def tokenizer_class_of(model_type: str) -> str:
+    """The class that transformers takes for a model type where no file names one."""
+    import_transformers()
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+
+    return TOKENIZER_MAPPING_NAMES.get(model_type) or "PreTrainedTokenizerFast"
+
+
+def _cached(path: Path) -> "PreTrainedTokenizerFast":
+    """The demo's tokenizer; kept beside the file, as deriving its merges takes seconds."""
+    transformers = import_transformers()
+    cache = path.with_name(f"{path.stem}.tokenizer-{transformers.__version__}")
+    if not cache.is_dir():
+        tokenizer = _from_gguf(path)
+        # Another process may have been faster; its result is the same.
+        with contextlib.suppress(ConversionError, OSError), atomic_directory(cache) as directory:
+            tokenizer.save_pretrained(directory)
+        return tokenizer
+    return transformers.PreTrainedTokenizerFast.from_pretrained(str(cache))
+
+
+def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
+    """Builds the tokenizer that a GGUF file's metadata describe."""
+    transformers = import_transformers()
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+    check_regular(path)
+    metadata = GgufFile(path).metadata
+    described = {
+        name: metadata[f"tokenizer.ggml.{key}"]
+        for key, name in _METADATA.items()
+        if f"tokenizer.ggml.{key}" in metadata
+    }
+    remedy = "give a Hugging Face directory of the same model"
+    with refusing(f"{path} has no tokenizer that can be read", remedy):
+        backend, _ = convert_gguf_tokenizer(str(metadata.get("general.architecture")), described)
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=backend, **_settings(metadata, described)
+        )
+
+
+def _settings(metadata: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tokenizer class needs beside the vocabulary."""
+    begins = (
+        described.get("tokenizer_type") == "llama"
+        or described.get("pre_tokenizer_type") in _PRE_WITH_BOS
+    )
+    settings: dict[str, Any] = {
+        name: described["tokens"][described[key]]
+        for name, key in _SPECIAL.items()
+        if described.get(key) is not None
+    }
+    settings["add_bos_token"] = metadata.get("tokenizer.ggml.add_bos_token", begins)
+    settings["add_eos_token"] = metadata.get("tokenizer.ggml.add_eos_token", False)
+    settings["clean_up_tokenization_spaces"] = False
+    if (template := metadata.get("tokenizer.chat_template")) is not None:
+        settings["chat_template"] = template
+    return settings

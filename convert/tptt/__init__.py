@@ -1,0 +1,18 @@
+"""Directories of the package tptt 0.12.1: LoRA adapters or weights around a base model.
+
+Offered: telling, opening, fitting, describing and writing them.
+"""
+
+from convert.tptt.checkpoint import FittedTptt, describe_tptt, fit_tptt, open_tptt
+from convert.tptt.config import is_tptt, read_tptt_config
+from convert.tptt.export import write_tptt
+
+__all__ = [
+    "FittedTptt",
+    "describe_tptt",
+    "fit_tptt",
+    "is_tptt",
+    "open_tptt",
+    "read_tptt_config",
+    "write_tptt",
+]

@@ -1,0 +1,111 @@
+"""Columns of a table: what they are called, and which format they make."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from experiments.data.rows import Rows
+
+Format = Literal["text", "alpaca", "chat", "prompt-completion", "sharegpt", "question-answer"]
+FormatChoice = Literal[
+    "auto", "text", "alpaca", "chat", "prompt-completion", "sharegpt", "question-answer"
+]
+
+_NEEDED: dict[Format, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt-completion": ("prompt", "completion"),
+    "question-answer": ("question", "answer"),
+}
+_OPTIONAL = ("input", "system", "tools")
+
+
+def read_columns(pairs: Sequence[str]) -> dict[str, str]:
+    """What "prompt=question" and its like say: our names of columns, and those of the data.
+
+    Raises:
+      ValueError: if one is no such pair, or names a column that no format has.
+    """
+    ours = ("text", *(name for names in _NEEDED.values() for name in names), *_OPTIONAL)
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, separator, theirs = pair.partition("=")
+        if not separator or not theirs or name not in ours or name in found:
+            raise ValueError(
+                "columns must be pairs such as prompt=question, each of another column among "
+                f"{', '.join(ours)}, got {pair!r}."
+            )
+        found[name] = theirs
+    return found
+
+
+def rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
+    """The same rows under our names.
+
+    Args:
+      rows: of a table.
+      columns: what `read_columns` returns.
+
+    Raises:
+      ValueError: if a column is not there.
+    """
+    if not columns:
+        return rows
+    if lacking := [name for name in columns.values() if name not in rows.columns]:
+        raise ValueError(
+            f"{rows.source} has the columns {_listing(rows.columns)}, but --data.columns names "
+            f"{_listing(lacking)}: name columns that are there."
+        )
+    ours: dict[str, list[str]] = {theirs: [] for theirs in columns.values()}
+    for name, theirs in columns.items():
+        ours[theirs].append(name)
+    # A column of ours that somebody else's replaces is left out.
+    renamed = {name: ours.get(name, [] if name in columns else [name]) for name in rows.columns}
+    return dataclasses.replace(
+        rows,
+        columns=tuple(name for names in renamed.values() for name in names),
+        rows=[
+            {new: value for old, value in row.items() for new in renamed[old]} for row in rows.rows
+        ],
+    )
+
+
+def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
+    """The format of these rows, recognised by their columns if `wanted` is "auto".
+
+    A column of text beside those of another format is taken for the same data, written out.
+
+    Raises:
+      ValueError: if columns are missing, or several formats fit.
+    """
+    needed: dict[Format, tuple[str, ...]] = {**_NEEDED, "text": (text_column,)}
+    if wanted == "auto" and text_column != "text":
+        wanted = "text"  # whoever names the column of plain text wants it read
+    candidates: list[Format] = list(needed) if wanted == "auto" else [wanted]
+    found: list[Format] = [
+        each for each in candidates if all(name in rows.columns for name in needed[each])
+    ]
+    if len(found) > 1 and found[-1] == "text":
+        found.pop()
+    if len(found) == 1:
+        return found[0]
+    shown = f"{rows.source} has the columns {_listing(rows.columns)}"
+    if found:
+        raise ValueError(
+            f"{shown}, which fit the formats {' and '.join(found)}: choose with --data.format "
+            f"{found[0]}."
+        )
+    expected = ", or ".join(
+        f"{' and '.join(needed[candidate])} (format {candidate})" for candidate in candidates
+    )
+    raise ValueError(
+        f"{shown}; expected {expected}: give their names, as in --data.columns prompt=question "
+        "completion=answer."
+    )
+
+
+def _listing(columns: Sequence[str]) -> str:
+    """Names on one line, whatever they are."""
+    shown = (name if name.isprintable() and name.strip() else repr(name) for name in columns)
+    return ", ".join(shown)

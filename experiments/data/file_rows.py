@@ -1,0 +1,188 @@
+"""Rows of one JSON Lines, JSON, CSV, TSV, Parquet or text file, each with its own keys."""
+
+import csv
+import glob
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.data.hub_rows import dataset_rows
+from experiments.data.text_files import COMPRESSIONS, open_text, text_suffix
+
+_KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+}
+
+
+class FileRows(NamedTuple):
+    """What one file holds.
+
+    Attributes:
+      columns: their names, in order.
+      rows: without the keys that only other rows have.
+    """
+
+    columns: tuple[str, ...]
+    rows: list[dict[str, Any]]
+
+
+def kind_of(file: Path) -> str | None:
+    """The kind that the extension says: json, csv, parquet or text; None: it is unknown."""
+    kind = _KINDS.get(text_suffix(file))
+    return None if kind == "parquet" and file.suffix.lower() in COMPRESSIONS else kind
+
+
+def is_text(file: Path) -> bool:
+    """Whether a file is read as one text: by its extension, or because that says nothing."""
+    return kind_of(file) in ("text", None)
+
+
+def read_file(file: Path, most: int | None = None) -> FileRows:
+    """Reads the rows of a file.
+
+    Args:
+      file: not a special file.
+      most: reads only so many rows.
+
+    Raises:
+      ValueError: if it cannot be read, naming the line if there is one.
+    """
+    if text_suffix(file) == ".parquet" and kind_of(file) is None:
+        raise ValueError(
+            f"{file} is a compressed Parquet file: of {', '.join(_KINDS)} all but .parquet may end "
+            "in .gz or .zst. Unpack it."
+        )
+    kind = "text" if is_text(file) else kind_of(file)
+    if file.stat().st_size == 0:
+        raise ValueError(f"{file} is empty: nothing to read.")
+    if kind == "text":
+        with open_text(file) as stream:
+            return FileRows(("text",), [{"text": stream.read()}])
+    if kind == "parquet":
+        # A path is a pattern to `datasets`: without the escape "a[1].parquet" is not found.
+        data_files = {"train": glob.escape(str(file.absolute()))}
+        with tempfile.TemporaryDirectory() as cache:
+            return FileRows(
+                *dataset_rows(
+                    *("parquet", "train", most), shown=file, data_files=data_files, cache_dir=cache
+                )
+            )
+    if kind == "csv":
+        header, cells = _csv_rows(file, "\t" if text_suffix(file) == ".tsv" else ",")
+        return FileRows(header, list(islice(cells, most)))
+    rows = list(islice(_json_rows(file, lines=text_suffix(file) != ".json"), most))
+    return FileRows(tuple(dict.fromkeys(key for row in rows for key in row)), rows)
+
+
+def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON or JSON Lines file; a fault is named by its line.
+
+    Arrow would make dates of texts and give all rows the same keys.
+    """
+    if not lines:
+        with open_text(file) as stream:
+            text = stream.read()
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            # JSON Lines are often called .json.
+            if error.msg != "Extra data":
+                place = f"{file}, line {error.lineno},"
+                raise _json_fault(error, place, "repair it") from None
+        except (RecursionError, ValueError) as error:
+            raise _json_fault(error, str(file), "repair it") from None
+        else:
+            rows = content if isinstance(content, list) else [content]
+            for number, row in enumerate(rows, start=1):
+                yield _object(row, f"{file}, element {number},")
+            return
+    with open_text(file) as stream:
+        yield from _json_lines(file, stream)
+
+
+def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{file}, line {number},"
+        try:
+            row = json.loads(line)
+        except (RecursionError, ValueError) as error:
+            raise _json_fault(error, place, "repair or remove the line") from None
+        yield _object(row, place)
+
+
+def _json_fault(error: Exception, place: str, remedy: str) -> ValueError:
+    """What `json.loads` did not read, in one line."""
+    if isinstance(error, json.JSONDecodeError):
+        what = f"is not valid JSON ({error.msg})"
+    elif isinstance(error, RecursionError):
+        what = "is nested too deeply"
+    else:  # Python reads no more digits
+        what = "holds a number of over 4,300 digits"
+    return ValueError(f"{place} {what}: {remedy}.")
+
+
+def _object(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}.")
+    return row
+
+
+def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dict[str, str]]]:
+    """The header, and rows in which every cell is text ("NA" and "007" too)."""
+    lines = _csv_lines(file, delimiter)
+    header = next((cells for _, cells in lines if any(map(str.strip, cells))), [])
+    # Spreadsheets leave several empty columns at the end.
+    count = len(header)
+    while count and not header[count - 1].strip():
+        count -= 1
+    count = len(header) if len(header) - count < 2 else count
+    names = header[:count]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        shown = ", ".join(map(repr, repeated))
+        raise ValueError(f"{file} has several columns called {shown}: give each its own name.")
+
+    def rows() -> Iterator[dict[str, str]]:
+        for number, cells in lines:
+            if cells and len(cells) != len(header):
+                raise ValueError(
+                    f"{file}, line {number}, has {len(cells)} cells where the header has "
+                    f"{len(header)}: repair or remove the line."
+                )
+            if any(cells[count:]):
+                raise ValueError(
+                    f"{file}, line {number}, has a value in a column without a name: name the "
+                    "column in the header, or remove it."
+                )
+            if cells:
+                yield dict(zip(names, cells[:count], strict=True))
+
+    return tuple(names), rows()
+
+
+def _csv_lines(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Cells, and the number of the line they end in."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells of 128 KiB, a long text
+    with open_text(file, newline="") as stream:
+        # Not strict: the reader would drop quotes that stand in the middle of a cell.
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        try:
+            for cells in reader:
+                yield reader.line_num, cells
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}, line {reader.line_num}, is not valid CSV ({error}): put quotes around "
+                "the whole cell and double those inside."
+            ) from None

@@ -1,0 +1,216 @@
+"""From a path to rows of tokens, part of them held out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from experiments.data.columns import Format, find_format, read_columns, rename_columns
+from experiments.data.config import DataConfig
+from experiments.data.formats import cut_document, row_examples, text_cells, text_documents
+from experiments.data.packing import Example, TokenBatchSource, lay_out, pack_examples
+from experiments.data.recall_rows import recall_examples
+from experiments.data.rows import Rows, load_rows
+from experiments.data.special_tokens import begin_tokens
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+_LONGEST_HELD_OUT_ROW = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenData:
+    """Rows of tokens to train on and to evaluate on, and what became of the data on the way."""
+
+    train: TokenBatchSource
+    eval: TokenBatchSource | None
+    """None if nothing is held out."""
+    format: Format
+    """The format that was found."""
+    num_documents: int
+    """Rows of the table that were read; 1 for a whole text."""
+    num_truncated: int
+    """Examples that were cut off at sequence_length."""
+    num_without_targets: int
+    """Examples left out because none of their tokens would count in the loss."""
+
+    def describe(self, batch_size: int = 1) -> str:
+        """One line for people.
+
+        Args:
+          batch_size: rows per step; more than there are is said.
+        """
+        train = self.train
+        filled = train.num_tokens / train.tokens.size
+        parts = [
+            f"{self.num_documents:,} document{'s' if self.num_documents != 1 else ''} "
+            f"({self.format}): {train.num_rows:,} rows of {train.sequence_length} tokens to train "
+            f"on ({filled:.0%} full, {train.num_targets:,} targets)"
+        ]
+        if self.eval is not None:
+            parts.append(f"{self.eval.num_targets:,} targets held out")
+        if self.num_truncated:
+            parts.append(f"{self.num_truncated:,} examples cut off")
+        if self.num_without_targets:
+            parts.append(
+                f"{self.num_without_targets:,} left out because nothing in them counts in the loss"
+            )
+        if batch_size > train.num_rows:
+            parts.append(
+                f"fewer rows than a batch of {batch_size}, which repeats them: lower --batch-size"
+            )
+        return ", ".join(parts)
+
+
+def load_token_data(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int = 0,
+    *,
+    window: int | None = None,
+    leave_out: Path | None = None,
+) -> TokenData:
+    """Reads, tokenises, splits and packs the data that `config` describes.
+
+    Args:
+      config: what to read and how.
+      tokenizer: of the model that will read the tokens.
+      seed: chooses which rows of a table are held out.
+      window: of the model, for rows that ask for something beyond it; None: half a row.
+      leave_out: a folder whose files are no data, as a run's own.
+
+    Returns:
+      Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
+
+    Raises:
+      FileNotFoundError: if the data is not there.
+      ValueError: if it cannot be read or leaves nothing to train on.
+    """
+    rows = load_rows(
+        config.path, config.split, config.max_rows, config.revision, leave_out=leave_out
+    )
+    rows = rename_columns(rows, read_columns(config.columns))
+    found = find_format(rows, config.format, config.text_column)
+    if rows.is_document:
+        parts = _split_document(rows, config, tokenizer)
+    else:
+        parts = _split_rows(
+            _row_examples(rows, found, config, tokenizer), rows.source, config, seed
+        )
+    lengths = (config.sequence_length, _held_out_length(rows, config))
+    kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
+    if not kept.examples:
+        raise ValueError(
+            f"No example of {rows.source} has a token left that counts in the loss at "
+            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or take "
+            "--data.loss all."
+        )
+    if kept.num_truncated == len(parts[0]):
+        shortest = min(len(example.tokens) for example in parts[0])
+        raise ValueError(
+            f"Every example of {rows.source} is longer than sequence_length = "
+            f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
+        )
+    train, held_out_rows = (
+        pack_examples(part.examples, length, packing=config.packing)
+        for part, length in zip((kept, held_out), lengths, strict=True)
+    )
+    if config.recall:
+        begin = begin_tokens(tokenizer)
+        asked = recall_examples(
+            tokenizer,
+            # Rows have one beginning, their own.
+            [tokens[len(begin) * (tokens[:1] == begin).all() :] for tokens, _ in kept.examples],
+            round(train.num_rows * config.recall / (1 - config.recall)),
+            length=config.sequence_length,
+            window=config.sequence_length // 2 if window is None else window,
+            seed=seed,
+            prefix=begin,
+            kinds=config.recall_kinds,
+            packing=config.packing,
+        )
+        train = train.joined(lay_out(asked, config.sequence_length))
+    return TokenData(
+        train=train,
+        eval=held_out_rows if held_out_rows.num_rows else None,
+        format=found,
+        num_documents=len(rows.rows),
+        num_truncated=kept.num_truncated + held_out.num_truncated,
+        num_without_targets=kept.num_without_targets + held_out.num_without_targets,
+    )
+
+
+class _Fitted(NamedTuple):
+    examples: list[Example]
+    num_truncated: int
+    num_without_targets: int
+
+
+def _fit(examples: list[Example], length: int) -> _Fitted:
+    """Cuts examples off at `length` and leaves out those in which nothing can be learned."""
+    cut = [Example(tokens[:length], targets[:length]) for tokens, targets in examples]
+    useful = [example for example in cut if example.targets.any()]
+    truncated = sum(len(example.tokens) > length for example in examples)
+    return _Fitted(useful, truncated, len(cut) - len(useful))
+
+
+def _split_document(
+    rows: Rows, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> tuple[list[Example], list[Example]]:
+    """A text from `eval_tokens` on, and its beginning."""
+    (tokens,) = text_documents(tokenizer, text_cells(rows, "text"))
+    if len(tokens) < config.eval_tokens + 2:
+        raise ValueError(
+            f"{rows.source} has {len(tokens)} tokens and eval_tokens = {config.eval_tokens} are "
+            "held out, which leaves nothing to train on: lower --data.eval-tokens."
+        )
+    prefix = begin_tokens(tokenizer)
+    held_out = tokens[: config.eval_tokens]
+    length = _held_out_length(rows, config)
+    return (
+        cut_document(tokens[config.eval_tokens :], config.sequence_length, prefix),
+        cut_document(held_out, length, prefix) if len(held_out) else [],
+    )
+
+
+def _held_out_length(rows: Rows, config: DataConfig) -> int:
+    """A text is evaluated in long rows, where a memory counts; a table in rows as trained."""
+    if not rows.is_document:
+        return config.sequence_length
+    if config.eval_length is not None:
+        return config.eval_length
+    return max(config.sequence_length, min(config.eval_tokens + 1, _LONGEST_HELD_OUT_ROW))
+
+
+def _row_examples(
+    rows: Rows, found: Format, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> list[list[Example]]:
+    """The examples of each row: one, or the pieces of a long text."""
+    if found != "text":
+        return [[example] for example in row_examples(tokenizer, rows, found, config.loss)]
+    prefix = begin_tokens(tokenizer)
+    return [
+        cut_document(document, config.sequence_length, prefix)
+        for document in text_documents(tokenizer, text_cells(rows, config.text_column))
+    ]
+
+
+def _split_rows(
+    rows: list[list[Example]], source: str, config: DataConfig, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """The examples of a table without the rows that are held out, and those of the rest."""
+    total, count = len(rows), int(config.eval_rows)
+    if 0 < config.eval_rows < 1:
+        count = max(1, round(total * config.eval_rows))
+    if count >= total:
+        raise ValueError(
+            f"{source} has {total} row{'s' if total != 1 else ''} and {count} would be held out, "
+            "which leaves nothing to train on: lower --data.eval-rows (0 holds out nothing)."
+        )
+    held_out = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    return (
+        [example for i, row in enumerate(rows) if i not in held_out for example in row],
+        [example for i, row in enumerate(rows) if i in held_out for example in row],
+    )

@@ -1,0 +1,123 @@
+"""Loading the model that a command is asked to run, fine-tuned or not, with another window."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax.numpy as jnp
+
+from convert import load_pretrained, load_tokenizer
+from convert.bases import has_base
+from convert.sources import DEFAULT_MODEL, find_checkpoint
+from tptt_jax import CausalLM, LizaConfig
+from tptt_jax.training.description import Description, is_checkpoint, read_description
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class Loaded(NamedTuple):
+    """What a command works with.
+
+    Attributes:
+      model: with its adapter and memory.
+      tokenizer: that belongs to it.
+      source: where the tokenizer and the base weights come from, as `load_pretrained` takes it.
+    """
+
+    model: CausalLM
+    tokenizer: "PreTrainedTokenizerFast"
+    source: str
+
+
+def load_model(
+    model: str | None,
+    adapter: Path | None,
+    *,
+    window: int | None = None,
+    sinks: int | None = None,
+    is_full: bool = False,
+    dtype: jnp.dtype,
+) -> Loaded:
+    """Loads a model and its tokenizer, which takes about as long, at the same time.
+
+    Args:
+      model: what `load_pretrained` takes; None: what the adapter was trained on, or
+        "smollm2-135m".
+      adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
+      window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
+        the model was trained with.
+      sinks: first tokens that a window goes on seeing; None: what the model was trained with.
+      is_full: take the window that the model was trained with away; a memory of evicted tokens is
+        idle then.
+      dtype: of the weights.
+
+    Raises:
+      ValueError: if the adapter is neither, or the window impossible.
+      ConversionError: if the model or its tokenizer cannot be loaded.
+    """
+    if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
+        raise ValueError(
+            f"--adapter {adapter} is neither the --output directory of a finetune run "
+            "(checkpoint.json) nor a directory of PEFT's or tptt's."
+        )
+    tuned = None if adapter is None or has_base(adapter) else read_description(adapter)
+    if tuned is not None:
+        source = model or tuned.source
+    else:
+        source = model or (DEFAULT_MODEL if adapter is None else str(adapter))
+    with ThreadPoolExecutor(1) as pool:
+        tokenizer = pool.submit(load_tokenizer, source)
+        over = None if model is None and tuned is None else adapter
+
+        def changed(liza: LizaConfig | None) -> LizaConfig | None:
+            if is_full:
+                return None if liza is None else dataclasses.replace(liza, softmax_window=None)
+            return windowed(liza, window, sinks)
+
+        weights = _load_weights(source, over, tuned, changed, dtype)
+        return Loaded(weights, tokenizer.result(), source)
+
+
+def windowed(
+    liza: LizaConfig | None, window: int | None, sinks: int | None = None
+) -> LizaConfig | None:
+    """A memory behind another window; None: its own. A base model gets a window alone."""
+    if window is None:
+        return liza
+    # A base model behind a window has no memory: nobody has fitted one.
+    liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
+    return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
+
+
+def _load_weights(
+    source: str,
+    adapter: Path | None,
+    tuned: Description | None,
+    changed: Callable[[LizaConfig | None], LizaConfig | None],
+    dtype: jnp.dtype,
+) -> CausalLM:
+    if tuned is None:
+        trained = find_checkpoint(source)
+        liza = None if trained is None else trained.liza
+        if has_base(adapter or Path(source).expanduser()):
+            # A directory of tptt's says what memory it has once it is loaded.
+            loaded = load_pretrained(source, dtype=dtype, adapter=adapter)
+            if changed(loaded.liza) == loaded.liza:
+                return loaded
+            liza = loaded.liza
+        return load_pretrained(source, changed(liza), dtype=dtype, adapter=adapter)
+    assert adapter is not None, "what was tuned lies somewhere"
+    # Here, as importing orbax takes a quarter of a second.
+    from tptt_jax.training.checkpoint import restore_trainable
+
+    loaded = load_pretrained(source, changed(tuned.liza), tuned.lora, dtype)
+    restore_trainable(adapter, loaded)
+    return loaded
+
+
+def is_tuned(source: str) -> bool:
+    """Whether a source is a finetune run or an adapter, not a base model."""
+    return find_checkpoint(source) is not None or has_base(Path(source).expanduser())

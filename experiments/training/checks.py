@@ -1,0 +1,83 @@
+"""What is checked of a run before anything is loaded or written."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from convert.overwriting import needed_paths
+from convert.sources import PACKAGED_SOURCES
+from experiments.process.output_folder import check_path
+from experiments.training.config import FinetuneConfig
+from experiments.training.stage import STAGES
+from tptt_jax.training.description import Description, is_checkpoint, read_description
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+
+def describe_run(config: FinetuneConfig) -> Description:
+    """What a checkpoint of this run needs besides its arrays."""
+    source = config.model
+    # A relative path means another place from another folder.
+    if source not in PACKAGED_SOURCES and Path(source).expanduser().exists():
+        source = str(Path(source).expanduser().resolve())
+    return Description(
+        source=source,
+        liza=config.memory,
+        lora=config.adapters,
+        train=config.train,
+        dtype=config.dtype,
+    )
+
+
+def check_output(config: FinetuneConfig, description: Description) -> None:
+    """Raises if the output directory holds another run."""
+    output = config.output
+    check_path(output)
+    if output.resolve() == Path(description.source):
+        raise ValueError(f"--output {output} is the model itself: name another directory.")
+    for needed in needed_paths(description.source):
+        if output.resolve() == needed:
+            raise ValueError(
+                f"--output {output} is needed by {config.model}, which was trained on it: name "
+                "another directory."
+            )
+    for stage in STAGES:
+        folder = output / stage / "checkpoints"
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, where checkpoints belong: remove it.")
+    if is_checkpoint(output) and config.resume:
+        differences = _differences(read_description(output), description)
+        if differences:
+            raise ValueError(
+                f"{output} holds a run with another model or other settings "
+                f"({'; '.join(differences)}): use another --output, or --no-resume to start again."
+            )
+
+
+def _differences(before: Description, now: Description) -> list[str]:
+    """What a run was begun with, and what is asked, by the names of the settings."""
+    names = ("source", "train", "dtype")
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
+    for name in ("liza", "lora"):
+        old, new = getattr(before, name), getattr(now, name)
+        if old is None or new is None:
+            pairs.append(
+                (name, "none" if old is None else "given", "none" if new is None else "given")
+            )
+        else:
+            values = dataclasses.asdict(old)
+            pairs += [(f"{name}.{k}", values.get(k), v) for k, v in dataclasses.asdict(new).items()]
+    return [f"{name}: {a} in the run, {b} asked" for name, a, b in pairs if a != b]
+
+
+def check_rows(batch_size: int, mesh: "Mesh | None") -> None:
+    """Raises if a batch cannot be split evenly over the mesh."""
+    if mesh is None:
+        return
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
+        raise ValueError(
+            f"--batch-size {batch_size} cannot be split evenly over data x fsdp = {shards} "
+            "devices: use a multiple."
+        )

@@ -1,0 +1,190 @@
+"""Everything that decides a fine-tuning run."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from convert.sources import DEFAULT_MODEL
+from experiments.data import DataConfig
+from experiments.data.config import check_literals
+from experiments.training.fit_config import FitConfig
+from experiments.training.windows import WindowRange
+from tptt_jax.config import LizaConfig, LoraConfig, Remat
+from tptt_jax.training.optimizer import OptimizerConfig
+from tptt_jax.training.partition import TrainMode
+from tptt_jax.training.schedules import MagSchedule
+
+DEMO_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Gives a pretrained model a memory, fits it to the model, and trains it on text.
+
+    Without --model, --data and --config this is the demo: SmolLM2 135M behind a window of 32
+    tokens, on the Python language reference. Both come with the installation, so it needs no
+    network.
+    """
+
+    config: Path | None = None
+    """YAML file whose values are the defaults of this run; flags override it."""
+    model: str = DEFAULT_MODEL
+    """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
+    a .gguf file, a PEFT directory or a checkpoint; the --lora options must be those that these were
+    trained with."""
+    output: Path = Path("runs/demo")
+    """Directory for checkpoints, metrics, plot and adapter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    liza: LizaConfig = field(default_factory=LizaConfig)
+    no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Leave the memory out and train the plain model, behind --liza.softmax-window if it is set."""
+    fit: FitConfig = field(default_factory=FitConfig)
+    window_range: tuple[int, int] | None = None
+    """Smallest and largest softmax window: each step of fitting and training draws one, so that one
+    Titan serves several. None: always --liza.softmax-window."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainMode = "lora"
+    """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
+    memory's own parameters are trained in any case; "memory": they alone."""
+    distill: float = 0.0
+    """Share of the training loss, 0 to 1, that is the divergence from the base model's own
+    predictions; the rest is the likelihood of the text."""
+    steps: int | None = None
+    """Training steps; None: what epochs says, or 20. With epochs: at most so many. 0: only fit."""
+    epochs: float | None = None
+    """Passes over the data; None: what steps says."""
+    batch_size: int = 2
+    """Rows per step, over all devices."""
+    learning_rate: float = 1e-3
+    """Of adapters or weights, at its highest."""
+    mag_learning_rate: float | None = None
+    """Of what decides the memory's share. None: learning_rate for mass gates, 100 times that for
+    single logits (--liza.mag learned), which need long steps."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How both rates fall after the warm-up, to a tenth."""
+    warmup_steps: int = 2
+    """Steps over which both rates rise."""
+    weight_decay: float = 0.0
+    """Of AdamW, on matrices."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradients."""
+    mag_schedule: Literal["constant", "gradual", "cyclic", "switch"] = "constant"
+    """With --liza.mag scheduled, the memory's share: "constant": mag_start; "gradual": from
+    mag_start to mag_end over mag_steps; "cyclic": one of mag_values after the other; "switch":
+    0 and mag_end in turn."""
+    mag_start: float | None = None
+    """None: --liza.mag-init."""
+    mag_end: float = 0.5
+    """Last share of "gradual", and the one that "switch" turns on."""
+    mag_steps: int = 100
+    """Steps from mag_start to mag_end."""
+    mag_values: tuple[float, ...] = (0.01, 0.5)
+    """Shares of "cyclic"."""
+    mag_period: int = 1
+    """Steps for which "switch" stays off, then on."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base weights and the activations; what is trained stays float32."""
+    remat: Remat = "none"
+    """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
+    but products with weights; "full": whole layers: a third slower, a quarter of the memory."""
+    mesh: str | None = None
+    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
+    seed: int = 0
+    """Of new parameters, dropout, the order of the rows and the rows held out."""
+    checkpoint_every: int = 20
+    """Steps between checkpoints; the last step always leaves one."""
+    eval_every: int = 0
+    """Steps between evaluations on the held-out part; 0: only before and after."""
+    sample_prompt: str = "The with statement is used to"
+    """Continued before and after training."""
+    sample_tokens: int = 32
+    """Length of that continuation; 0: none."""
+    resume: bool = True
+    """Go on from the last checkpoint in output; False: start again."""
+    resume_allow: tuple[str, ...] = ()
+    """Settings that may be others than in the run that goes on, such as learning_rate, seed or
+    data; config.yaml says from which step on they were. More --steps need no permission."""
+
+    def __post_init__(self) -> None:
+        """Rejects values that no run can have."""
+        check_literals(self)
+        minima = {"steps": 0, "batch_size": 1, "checkpoint_every": 1}
+        for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if not 0 <= self.distill <= 1:
+            raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
+        if self.distill and self.train in ("projections", "full"):
+            raise ValueError(
+                "--distill needs the base model's weights as they are: use --train lora or "
+                f"memory, not {self.train}."
+            )
+        if self.mag_schedule != "constant" and self.liza.mag != "scheduled":
+            raise ValueError(
+                f"mag_schedule = {self.mag_schedule!r} needs a share that is not learned: add "
+                "--liza.mag scheduled."
+            )
+        window = None if self.memory is None else self.memory.softmax_window
+        WindowRange.checked(self.window_range, window)
+        # They check the numbers they are made of.
+        _ = self.optimizer, self.mag
+
+    @property
+    def memory(self) -> LizaConfig | None:
+        """`liza`, without its memory or None if that is not wanted."""
+        if not self.no_liza:
+            return self.liza
+        if self.liza.softmax_window is None:
+            return None
+        kept = {name: getattr(self.liza, name) for name in ("softmax_window", "softmax_sinks")}
+        return LizaConfig(writes="none", **kept)
+
+    @property
+    def adapters(self) -> LoraConfig | None:
+        """`lora`, or None if the weights themselves are trained."""
+        return self.lora if self.train == "lora" else None
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """AdamW and its schedule."""
+        rate = self.mag_learning_rate
+        return OptimizerConfig(
+            learning_rate=self.learning_rate,
+            mag_learning_rate=self._share_factor * self.learning_rate if rate is None else rate,
+            lr_schedule=self.lr_schedule,
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+        )
+
+    @property
+    def _share_factor(self) -> float:
+        return 1.0 if self.liza.mag == "mass" else 100.0
+
+    @property
+    def mag(self) -> MagSchedule | None:
+        """How a scheduled share moves; None where there is none to move."""
+        if self.no_liza or self.liza.mag != "scheduled":
+            return None
+        start = self.liza.mag_init if self.mag_start is None else self.mag_start
+        return MagSchedule(
+            kind=self.mag_schedule,
+            start=start,
+            end=start if self.mag_schedule == "constant" else self.mag_end,
+            steps=self.mag_steps,
+            values=self.mag_values,
+            period=self.mag_period,
+        )
+
+    def total_steps(self, num_rows: int) -> int:
+        """Steps of the whole run on `num_rows` rows of training data."""
+        if self.epochs is None:
+            return DEMO_STEPS if self.steps is None else self.steps
+        by_epochs = max(1, math.ceil(self.epochs * num_rows / self.batch_size))
+        return by_epochs if self.steps is None else min(self.steps, by_epochs)

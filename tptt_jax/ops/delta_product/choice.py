@@ -1,0 +1,124 @@
+"""Which program computes the DeltaProduct operator."""
+
+import importlib.util
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from tptt_jax.array_typing import Array, Float, SegmentIds
+from tptt_jax.ops.delta_product.inputs import compute_dtype, is_default_precision
+from tptt_jax.ops.gpu import compute_capability
+from tptt_jax.ops.manual_axes import varying_axes
+
+# Architecture that the kernels were measured on.
+_HOPPER = 9
+# What the kernels have tiles for.
+_MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
+
+
+def choose_implementation(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
+    log_decay: Float[Array, "B T K"] | None,
+    segment_ids: SegmentIds | None,
+    precision: jax.lax.PrecisionLike,
+) -> Literal["xla", "pallas"]:
+    """The Pallas kernels where they were measured to be faster than XLA's program.
+
+    They are for bfloat16 inputs at the default precision on a Hopper GPU, where they are five to
+    eight times as fast. They are tried first, see `kernels_agree`; TPTT_JAX_PALLAS=0 turns them
+    off, 1 leaves out the trial.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      beta: write gate.
+      log_decay: forget gate, or None.
+      segment_ids: document ids, or None.
+      precision: of products.
+
+    Raises:
+      RuntimeError: if the kernels fail in one of several processes, which all need to choose alike.
+    """
+    asked = os.environ.get("TPTT_JAX_PALLAS")
+    if asked == "0" or not is_default_precision(precision):
+        return "xla"
+    if varying_axes(q):
+        # Kernels do not say along which axes of a mesh their results vary.
+        return "xla"
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
+        return "xla"
+    capability = compute_capability()
+    if capability is None or capability[0] != _HOPPER or not _has_compiler():
+        return "xla"
+    if asked == "1":
+        return "pallas"
+    # Where there is no GPU nobody waits for Pallas.
+    from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
+
+    kind = KernelKind(
+        dim=q.shape[3],
+        value_dim=v.shape[-1],
+        steps=k.shape[2],
+        group=q.shape[2] // k.shape[3],
+        gate=str(beta.dtype),
+        per_channel=beta.ndim == 5,
+        decay=log_decay is not None,
+        documents=segment_ids is not None,
+    )
+    return "pallas" if kernels_agree(kind) else "xla"
+
+
+def check_kernels(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T N K D"],
+    v: Float[Array, "B T N K Dv"],
+    beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
+    state_activation: str,
+) -> None:
+    """Raises ValueError if the Pallas kernels do not do what is asked.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      beta: write gate.
+      state_activation: must be "none".
+    """
+    if jax.default_backend() == "gpu" and not _has_compiler():
+        raise ValueError(
+            f"jax {jax.__version__} has no Triton backend for Pallas, which the kernels need: "
+            f'use implementation="xla".'
+        )
+    if varying_axes(q):
+        raise ValueError(
+            "the kernels do not work under jax.shard_map with check_vma=True: use "
+            'check_vma=False or implementation="xla".'
+        )
+    if state_activation != "none" or not _fits_kernels(q, k, v, beta):
+        raise ValueError(
+            f"the kernels do not take q {q.dtype}{list(q.shape)}, v {v.dtype}{list(v.shape)} with "
+            f'state_activation={state_activation!r}: use implementation="xla".'
+        )
+
+
+def _has_compiler() -> bool:
+    """Whether this JAX compiles Pallas kernels with Triton; later releases are to drop it."""
+    return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def _fits_kernels(q: Array, k: Array, v: Array, beta: Array) -> bool:
+    _, length, heads, dim = q.shape
+    steps, kv_heads, value_dim = v.shape[2:]
+    return (
+        length > 0
+        and steps <= _MOST_STEPS
+        and heads // kv_heads <= _LARGEST_GROUP
+        and max(dim, value_dim) <= _MOST_CHANNELS
+        and compute_dtype(q, k, v, beta) == jnp.float32
+    )

@@ -1,0 +1,174 @@
+"""Whether the Pallas kernels compute on this machine what the recurrence says."""
+
+import functools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tptt_jax.ops.delta_product.kernel import kernel_delta_product
+from tptt_jax.ops.delta_product.naive import naive_delta_product
+from tptt_jax.ops.delta_product.plan import kernel_chunk_size
+
+# Two, so that programs must find their rows and heads; chunks that fill a pipeline of loads.
+_ROWS, _KV_HEADS, _CHUNKS = 2, 2, 4
+# Of a chunk of a result, by norm. Rounding to bfloat16 makes up to 2%.
+_LARGEST_ERROR = 0.1
+
+
+class KernelKind(NamedTuple):
+    """What a trial is for; another number of chunks or heads is taken to be the same.
+
+    Attributes:
+      dim: channels D of queries and keys.
+      value_dim: channels Dv of values.
+      steps: Householder steps N.
+      group: query heads of a KV head.
+      gate: dtype of the write gate.
+      per_channel: whether the write gate has a value for every channel.
+      decay: whether there is a forget gate.
+      documents: whether there are document ids.
+    """
+
+    dim: int
+    value_dim: int
+    steps: int
+    group: int
+    gate: str
+    per_channel: bool
+    decay: bool
+    documents: bool
+
+
+def kernels_agree(kind: KernelKind) -> bool:
+    """Compares the kernels with `naive_delta_product` on random inputs; warns if they differ.
+
+    Outputs and all gradients of a few chunks, the inputs in bfloat16 at the default precision.
+    Compilers of kernels have made wrong programs without a word, see `kernels.backward`. A
+    process keeps the verdict, which may be asked for while something else is being traced.
+
+    Args:
+      kind: of the kernels.
+
+    Returns:
+      False also if the kernels cannot be compiled or run.
+
+    Raises:
+      RuntimeError: if they fail and there are other processes, which would go on with another
+        program.
+    """
+    problem = _find_problem(kind)
+    if problem is None:
+        return True
+    text = (
+        f"the Pallas kernels for DeltaProduct fail with jax {jax.__version__} on "
+        f"{jax.local_devices()[0].device_kind}: {problem} ({kind})."
+    )
+    if jax.process_count() > 1:
+        raise RuntimeError(f"{text} Set TPTT_JAX_PALLAS=0 in all processes: XLA's program.")
+    warnings.warn(
+        f"{text} XLA's program is taken, which computes the same in more time. TPTT_JAX_PALLAS=0 "
+        "takes it without a trial, TPTT_JAX_PALLAS=1 the kernels, even if they are wrong.",
+        stacklevel=2,
+    )
+    return False
+
+
+@functools.cache
+def _find_problem(kind: KernelKind) -> str | None:
+    try:
+        errors = _compare(kind)
+    # Compilers raise whatever they like.
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]:.200}"
+    # NaN is no agreement.
+    wrong = {name: x for name, x in errors.items() if not x <= _LARGEST_ERROR}
+    return ", ".join(f"{name} differs by {100 * x:.3g}%" for name, x in wrong.items()) or None
+
+
+def _compare(kind: KernelKind) -> dict[str, float]:
+    """What the kernels and the recurrence differ by, by name of the result or the gradient."""
+    data = _random_inputs(kind)
+    # New threads know of no trace, mesh or precision that surrounds this call, and both compile
+    # at the same time.
+    with ThreadPoolExecutor(2) as threads:
+        by_kernels, by_recurrence = (
+            threads.submit(_results, *data, use_kernels=each) for each in (True, False)
+        )
+        try:
+            want = by_recurrence.result()
+        except Exception as error:
+            raise RuntimeError(f"nothing to compare them with, {error}") from error
+        got = by_kernels.result()
+    return {name: _largest_error(got[name], want[name]) for name in want}
+
+
+def _results(
+    inputs: dict[str, Any], segment_ids: Any, weights: tuple[Any, Any], *, use_kernels: bool
+) -> dict[str, np.ndarray]:
+    """The output, the last state and all gradients, by name."""
+    inputs, segment_ids, weights = jax.tree.map(jnp.asarray, (inputs, segment_ids, weights))
+
+    def run(inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        q, k, v, beta, state = (inputs[x] for x in ("q", "k", "v", "beta", "initial_state"))
+        decay = inputs.get("log_decay")
+        if use_kernels:
+            out, last = kernel_delta_product(q, k, v, beta, decay, state, segment_ids, "default")
+        else:
+            out, last = naive_delta_product(q, k, v, beta, decay, state, segment_ids)
+        out = out.astype(jnp.float32)
+        total = jnp.vdot(weights[0], out) + jnp.vdot(weights[1], last)
+        return total, {"the output": out, "the state": last}
+
+    if not use_kernels:
+        inputs = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+    gradients, results = jax.jit(jax.grad(run, has_aux=True))(inputs)
+    results |= {f"the gradient of {name}": x for name, x in gradients.items()}
+    return {name: np.asarray(x, np.float64) for name, x in jax.device_get(results).items()}
+
+
+def _random_inputs(kind: KernelKind) -> tuple[dict[str, Any], Any, tuple[Any, Any]]:
+    """Arguments of the operator, document ids, and weights of output and state."""
+    tokens = _CHUNKS * kernel_chunk_size(kind.steps) - 1
+    heads = _KV_HEADS * kind.group
+    virtual = (_ROWS, tokens, kind.steps, _KV_HEADS)
+    state = (_ROWS, _KV_HEADS, kind.dim, kind.value_dim)
+    random = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32)
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return 1 / (1 + np.exp(-x))
+
+    k = draw(*virtual, kind.dim)
+    arrays = {
+        "q": draw(_ROWS, tokens, heads, kind.dim),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": draw(*virtual, kind.value_dim),
+    }
+    inputs = {name: x.astype(jnp.bfloat16) for name, x in arrays.items()}
+    beta = sigmoid(draw(*virtual, kind.dim) if kind.per_channel else draw(*virtual))
+    inputs |= {"beta": beta.astype(jnp.dtype(kind.gate)), "initial_state": draw(*state)}
+    if kind.decay:
+        inputs["log_decay"] = np.log(sigmoid(draw(_ROWS, tokens, _KV_HEADS) + 3))
+    segment_ids = None
+    if kind.documents:
+        # A document that ends within a chunk, one that goes on to the end, padding.
+        segment_ids = np.full((_ROWS, tokens), 2, np.int32)
+        segment_ids[:, : tokens // 6], segment_ids[0, -tokens // 12 :] = 1, 0
+    weights = (draw(_ROWS, tokens, heads, kind.value_dim), draw(*state))
+    return inputs, segment_ids, weights
+
+
+def _largest_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Of a chunk of tokens or a row of states, against its norm or half of what is usual."""
+    axis, parts = (0, _ROWS) if want.shape[:2] == (_ROWS, _KV_HEADS) else (1, _CHUNKS)
+    usual = np.linalg.norm(want) / np.sqrt(parts)
+    pairs = zip(*(np.array_split(x, parts, axis) for x in (got, want)), strict=True)
+    errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), usual / 2) for a, b in pairs]
+    return float(np.max(errors))
