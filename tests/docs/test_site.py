@@ -75,3 +75,12 @@ def test_notebooks_are_stored_without_outputs(path):
     for cell in json.loads(path.read_text())["cells"]:
         assert not cell.get("outputs")
         assert cell.get("execution_count") is None
+
+
+def test_files_that_pages_name_exist():
+    named = re.compile(r"`((?:tptt_jax|convert|experiments|tests)/[\w/.]+)`")
+    for page in pages():
+        for path in named.findall((PROJECT / page).read_text()):
+            # The tables of tests write paths below tests/.
+            found = (PROJECT / path).exists() or (PROJECT / "tests" / path).exists()
+            assert found, f"{page}: {path}"
