@@ -35,7 +35,7 @@ def write_card(
       name: of the directory that users will load.
       model: what was exported.
       format: "merged" has no memory, "titan" has.
-      base: the base model; None: nobody knows.
+      base: the base model; None: unknown.
       tasks: reports by task, from `read_results`; None: nothing was measured.
     """
     liza = model.liza if format == "titan" else None

@@ -48,7 +48,7 @@ def check_overwrite(output: Path, source: Source | None) -> None:
 
     Args:
       output: the directory; one that is not there, or is empty, passes.
-      source: what is to be written there, as `load_pretrained` takes it; None: nobody knows.
+      source: what is to be written there, as `load_pretrained` takes it; None: unknown.
 
     Raises:
       ConversionError: if it may not be replaced.

@@ -157,7 +157,7 @@ class DecoderLayer(nnx.Module):
         return self.add(x, attended.out, dropout_key), attended
 
     def add(self, x: Hidden, attended: Hidden, dropout_key: Array | None = None) -> Hidden:
-        """Adds what attention gave to the residual stream, and what the MLP makes of the sum."""
+        """Adds the attention output, then the MLP's output, to the residual stream."""
         x = x + apply_norm(self.attn_post_norm, attended)
         out = self.mlp(apply_norm(self.mlp_norm, x), dropout_key)
         return x + apply_norm(self.mlp_post_norm, out)
@@ -327,7 +327,7 @@ class StackRun:
             keys,
             None if cache is None else spread_memory(cache.memory, runs),
         )
-        # With a cache nobody asks for a gradient.
+        # Calls with a cache are never differentiated.
         run = body if cache is not None else _rematerialize(body, self.remat)
         x, (new, branches) = lax.scan(run, x, inputs)
         if cache is None:

@@ -34,7 +34,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def swap_directory(new: Path, target: Path, old: Path) -> None:
-    """Puts a directory in the place of another, which is called `old` afterwards.
+    """Replaces a directory by another; the previous one is renamed to `old`.
 
     If that fails, the one that was there gets its name back.
     """

@@ -38,8 +38,8 @@ class CausalLMOutput(NamedTuple):
       logits: [B, T, V].
       hidden: after the last norm [B, T, E].
       cache: the new cache if one was given.
-      branches: both attention branches if asked for, one entry per stack, with a
-        leading axis of layers.
+      branches: both attention branches if requested, one entry per stack, with a leading axis of
+        layers.
     """
 
     logits: Float[Array, "B T V"]
@@ -77,7 +77,7 @@ class Embedding(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A pretrained decoder, and the Titan that `liza` makes of it.
+    """A pretrained decoder, or a Titan if `liza` is given.
 
     Example:
       >>> import jax.numpy as jnp
@@ -171,7 +171,7 @@ class CausalLM(nnx.Module):
 
         Returns:
           Logits [B, T, V] in the model's dtype (`project_logits(hidden)` has them in float32), and
-          what was asked for. At padding they mean nothing.
+          the requested extras. Values at padding are meaningless.
 
         Raises:
           ValueError: if the memory is left out of a purely linear model, a window comes with a

@@ -102,7 +102,7 @@ def generate(
       key: randomness for temperature > 0, or one key for each row; None: jax.random.key(0).
       top_k: only the k most likely tokens; 0: all.
       top_p: only the most likely tokens that together have this probability; 1: all.
-      min_p: only tokens at least this share as likely as the most likely one; 0: all.
+      min_p: only tokens with at least min_p times the highest probability; 0: all.
       repetition_penalty: what logits of tokens already seen are divided (above zero) or
         multiplied by (below); 1: nothing.
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.

@@ -15,7 +15,7 @@ class Sampling(NamedTuple):
       temperature: 0 is greedy, 1 the model's own distribution.
       top_k: only the k most likely tokens; 0: all.
       top_p: only the most likely of these that together have this probability; 1: all.
-      min_p: only tokens at least this times as likely as the most likely one; 0: all.
+      min_p: only tokens with at least min_p times the highest probability; 0: all.
       repetition_penalty: positive logits of tokens that the row already holds, prompt
         included, are divided by it, negative ones multiplied (arXiv:1909.05858); 1: none.
     """

@@ -238,7 +238,7 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
         is_ring = "softmax" in name and value.ndim == len(leaf.shape)
         shape = (*leaf.shape[:2], value.shape[2], *leaf.shape[3:]) if is_ring else leaf.shape
         if value.shape != shape or value.dtype != _bits_dtype(leaf.dtype):
-            raise ValueError(f"{name} is {value.dtype} {value.shape}, expected is {shape}")
+            raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {shape}")
         leaves.append(_checked(name, value, leaf.dtype))
     if arrays:
         raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")

@@ -14,7 +14,7 @@ from tptt_jax.layers.parameters import MagParam, MemoryParam
 _LOG_SCALE = 4.0
 # Half-lives of 38 to 280 tokens.
 _DECAY_BIAS = (4.0, 6.0)
-# log Z of the evicted tokens starts this far below log n: a memory that nobody fitted is quiet.
+# log Z of the evicted tokens starts this far below log n: an unfitted memory has a small share.
 _MASS_BIAS = -4.0
 # Evicted tokens that a mass gate counts, unless a fit has seen more or fewer.
 _MOST_COUNTED = 1024.0

@@ -38,7 +38,7 @@ class Branches(NamedTuple):
 
 
 class LayerTokens(NamedTuple):
-    """What an attention layer is told about the tokens of a call.
+    """Per-call information about tokens that an attention layer needs.
 
     Attributes:
       contexts: of the tokens, for layers of each kind.
@@ -87,7 +87,7 @@ class LizaOutput(NamedTuple):
 
 
 class Projected(NamedTuple):
-    """What a layer's projections make of its input.
+    """Outputs of a layer's projections.
 
     Attributes:
       x: the input [B, T, E].

@@ -108,10 +108,10 @@ class Projection(nnx.Module):
 
 
 def fold_path(key: Array | None, path: str) -> Array | None:
-    """A key of its own for every place in the layer, None staying None."""
+    """A separate key for every place in the layer; None stays None."""
     return None if key is None else jax.random.fold_in(key, path_number(path))
 
 
 def path_number(path: str) -> int:
-    """A number of its own for every path, the same in every process."""
+    """A distinct number for every path, the same in every process."""
     return zlib.crc32(path.encode())

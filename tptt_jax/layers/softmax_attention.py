@@ -112,7 +112,8 @@ def token_context(
     """Computes the rotations that all layers of a kind share.
 
     Frequencies that depend on the length of a text are those of each document's whole length.
-    With a cache nobody knows it yet: they are those of short texts (see `fix_context`).
+    With a cache that length is unknown: the frequencies of short texts are used (see
+    `fix_context`).
 
     Args:
       config: of the model.

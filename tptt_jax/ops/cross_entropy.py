@@ -58,7 +58,7 @@ def token_cross_entropy(
       Nats, float32 [B, T].
 
     Raises:
-      ValueError: if a gradient for the head is asked for.
+      ValueError: if a gradient for the head is requested.
     """
     batch, length, _ = hidden.shape
     vocab = head.shape[vocab_axis]
@@ -175,7 +175,7 @@ def _slice_losses(
     rows = rows.reshape(hidden.shape).astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
     chosen = apply_softcap(chosen, plan.softcap)
-    # No probability is above 1, whatever two sums in different orders say.
+    # Rounding of sums in different orders must not give probabilities above 1.
     losses = jnp.maximum(top + jnp.log(total) - chosen, 0)
     if gradient is None:
         return losses, None

@@ -97,12 +97,12 @@ def _run(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array
         fresh = None
         if vocab % plan.block:
             fresh = first + jnp.arange(plan.block) >= number * plan.block
-        student, wanted = (head_logits(x, piece, plan.softcap) for x in (hidden, teacher))
+        student, target = (head_logits(x, piece, plan.softcap) for x in (hidden, teacher))
         slope = softcap_slope(student, plan.softcap)
         mine, _, _ = _add(mine, student, slope, piece, fresh, hidden.dtype)
         # The teacher's exponentials meet the student's slope: it is the student's gradient.
-        theirs, weights, shrink = _add(theirs, wanted, slope, piece, fresh, hidden.dtype)
-        gaps = gaps * shrink + jnp.einsum("btv,btv->bt", weights, wanted - student)
+        theirs, weights, shrink = _add(theirs, target, slope, piece, fresh, hidden.dtype)
+        gaps = gaps * shrink + jnp.einsum("btv,btv->bt", weights, target - student)
         return mine, theirs, gaps
 
     blocks = -(-vocab // plan.block)

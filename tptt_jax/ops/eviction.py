@@ -34,8 +34,8 @@ def evicted_ids(
 ) -> Int[Array, "B T"]:
     """The document of the token that leaves the window at each place, 0 where none does.
 
-    The token at position p lets position p - window go. Documents are numbered anew: one that fits
-    the window leaves no token behind to part two others that share an id.
+    The token at position p lets position p - window go. Documents are renumbered: one that fits the
+    window leaves no token behind to part two others that share an id.
 
     Args:
       positions: within the document [B, T].

@@ -16,7 +16,7 @@ saves_products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 
 
 def saves_marked(primitive: Any, *args: Any, **params: Any) -> bool:
-    """Keeps what is marked, and what cuDNN's attention returns; all else is cheap to make again."""
+    """Saves marked results and the outputs of cuDNN's attention; the rest is cheap to recompute."""
     return primitive.name.startswith("dot_product_attention") or _is_marked(
         primitive, *args, **params
     )

@@ -7,7 +7,7 @@ of each token, M = C * N of them in a chunk, S the state [D, D] before the chunk
 
     L = tril((beta * K) K^T, -1);   (I + L) [W | U] = [beta * K | beta * V]
     for j = 0 .. N-1:   R_tj = U_tj - S_tj^T W_tj;   S_t,j+1 = S_tj * alpha_tj + W_tj R_tj^T
-    O_t = S_t,N-1^T q_t,N-1 + q_t,N-1 * R_t,N-1;     S <- S_last,N  (activated, if asked for)
+    O_t = S_t,N-1^T q_t,N-1 + q_t,N-1 * R_t,N-1;     S <- S_last,N  (activated, if configured)
 
 where S_t0 = S, alpha acts on columns and * is elementwise. S_tj is S with scaled columns plus j
 outer products, so the S_tj are never written out: reading one costs D^2 + j * 2 D.
@@ -119,7 +119,7 @@ def extend_tptt_reference(
     The package restarts its memory in every call, and its chunks depend on a length that a
     stream does not have yet. This gives, however the tokens are split into calls, what
     `attend_tptt_reference` gives for the whole row if that is no longer than chunk_size or a
-    multiple of it. Padding is inert. The chunk at hand is computed anew in every call.
+    multiple of it. Padding is inert. Every call recomputes the current chunk.
 
     Args:
       raw: the next T tokens.

@@ -241,7 +241,7 @@ class RunCheckpoints:
             reason = getattr(error, "strerror", None) or str(error)
             raise OSError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} ({reason}): "
-                "make room, or check the folder; the same command goes on from the last one."
+                "make room, or check the folder; the same command resumes from the last one."
             ) from error
         steps = list_steps(self._folder)
         old = [each for each in steps if each <= step][: -self._keep]

@@ -1,4 +1,4 @@
-"""AdamW over the trainable parameters, with a rate of its own for the shares."""
+"""AdamW over the trainable parameters, with a separate learning rate for the shares."""
 
 from dataclasses import dataclass
 from typing import Any, Literal

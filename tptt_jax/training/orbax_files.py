@@ -109,7 +109,7 @@ def _plain_path(folder: Path) -> Iterator[Path]:
 
 
 class _NotOrbax(logging.Filter):
-    """Drops what orbax logs: its failures come as exceptions, and its progress is nobody's."""
+    """Drops orbax's log records: its failures raise exceptions."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record stays."""

@@ -235,7 +235,7 @@ def with_nan(arrays):
 
 # What a file without a checksum, from before there was one, may hold.
 SPOILED = {
-    "rank": (lambda x: x | {KEYS: x[KEYS][0, 0, 0]}, "expected is"),
+    "rank": (lambda x: x | {KEYS: x[KEYS][0, 0, 0]}, ", expected"),
     "no axis": (
         lambda x: x | {"hidden": np.zeros((), np.float32)},
         r"hidden must be \[B, E\], got shape \(\)",
@@ -248,10 +248,10 @@ SPOILED = {
         lambda x: x | {name: x[name][:, :, :5] for name in (KEYS, VALUES)},
         "window: 5 in the state, 7 in the model",
     ),
-    "rows": (lambda x: x | {VALUES: x[VALUES][:, :1]}, "expected is"),
+    "rows": (lambda x: x | {VALUES: x[VALUES][:, :1]}, ", expected"),
     "negative length": (spoiled_lengths(-5), "must have 0 to"),
     "huge length": (spoiled_lengths(2**31 - 1), "must have 0 to"),
-    "length of floats": (lambda x: x | {"cache.length": np.ones(2, np.float32)}, "expected is"),
+    "length of floats": (lambda x: x | {"cache.length": np.ones(2, np.float32)}, ", expected"),
     "not a number": (with_nan, "hidden holds values that are not finite"),
     "neither true nor false": (
         lambda x: x | {"seen": np.full(x["seen"].shape, 7, np.uint8).view(bool)},

@@ -80,7 +80,7 @@ def _attend(
 def _attend_forward(
     q: Array, parts: tuple[KeyValues, ...], scale: float, softcap: float | None
 ) -> tuple[Attended, tuple]:
-    """Output, and what the gradient is made from: logits are made again, not kept."""
+    """Output and residuals of the backward pass, which recomputes the logits."""
     logits = [_masked_logits(_queries_of(q, part), part, scale, softcap) for part in parts]
     tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
     # Far above what is masked: where all is, every weight is 0.
@@ -108,7 +108,7 @@ def _attend_backward(
     q, parts, out, log_total = kept
     wide = log_total.dtype
     grouped = _grouped(gradient.out.astype(q.dtype), parts[0])
-    # What a change of the total does to every weight [B, K, G, T, 1].
+    # Term that the gradients of all logits of a query share [B, K, G, T, 1].
     products = jnp.einsum("btkgd,btkgd->bkgt", grouped, _grouped(out, parts[0]))
     assert gradient.log_mass is not None
     of_mass = jnp.moveaxis(gradient.log_mass.astype(wide), 1, 2).reshape(products.shape)

@@ -78,7 +78,7 @@ def fused_attention(
     """
     mask = local = None
     if segment_ids is not None:
-        # With a bias, cuDNN before 9.10.2 knows no window of its own.
+        # cuDNN before 9.10.2 does not support a window together with a bias.
         mask = _pair_mask(segment_ids, window)
     elif window is not None:
         local = (window - 1, 0)

@@ -45,8 +45,8 @@ def choose_implementation(
     Raises:
       RuntimeError: if the kernels fail in one of several processes, which all need to choose alike.
     """
-    asked = os.environ.get("TPTT_JAX_PALLAS")
-    if asked == "0" or not is_default_precision(precision):
+    setting = os.environ.get("TPTT_JAX_PALLAS")
+    if setting == "0" or not is_default_precision(precision):
         return "xla"
     if varying_axes(q):
         # Kernels do not say along which axes of a mesh their results vary.
@@ -56,9 +56,9 @@ def choose_implementation(
     capability = compute_capability()
     if capability is None or capability[0] != _HOPPER or not _has_compiler():
         return "xla"
-    if asked == "1":
+    if setting == "1":
         return "pallas"
-    # Where there is no GPU nobody waits for Pallas.
+    # Imported lazily: only GPUs need Pallas.
     from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
 
     kind = KernelKind(
@@ -81,7 +81,7 @@ def check_kernels(
     beta: Float[Array, "B T N K"] | Float[Array, "B T N K D"],
     state_activation: str,
 ) -> None:
-    """Raises ValueError if the Pallas kernels do not do what is asked.
+    """Raises ValueError if the Pallas kernels do not support these arguments.
 
     Args:
       q: queries.

@@ -113,7 +113,7 @@ def chunk_delta_product(
         implementation = choose_implementation(q, k, v, beta, log_decay, segment_ids, precision)
     if implementation == "pallas":
         check_kernels(q, k, v, beta, state_activation)
-        # Where there is no GPU nobody waits for Pallas.
+        # Imported lazily: only GPUs need Pallas.
         from tptt_jax.ops.delta_product.kernel import kernel_delta_product
 
         return kernel_delta_product(q, k, v, beta, log_decay, state, segment_ids, precision)

@@ -24,10 +24,10 @@ class ChunkPlan(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """What a backend likes.
+    """Fastest block sizes on a backend.
 
     Attributes:
-      chunk_size: largest, in tokens; None: whatever the caller says.
+      chunk_size: largest, in tokens; None: the caller's.
       block: chunks of a block.
       whole: chunks of a row that are still one block.
     """

@@ -47,8 +47,8 @@ def kernels_agree(kind: KernelKind) -> bool:
     """Compares the kernels with `naive_delta_product` on random inputs; warns if they differ.
 
     Outputs and all gradients of a few chunks, the inputs in bfloat16 at the default precision.
-    Compilers of kernels have made wrong programs without a word, see `kernels.backward`. A
-    process keeps the verdict, which may be asked for while something else is being traced.
+    Kernel compilers have silently miscompiled, see `kernels.backward`. The verdict is cached per
+    process; the trial may run while another function is being traced.
 
     Args:
       kind: of the kernels.
@@ -81,17 +81,17 @@ def kernels_agree(kind: KernelKind) -> bool:
 def _find_problem(kind: KernelKind) -> str | None:
     try:
         errors = _compare(kind)
-    # Compilers raise whatever they like.
+    # Compilers raise arbitrary exceptions.
     except Exception as error:
         lines = str(error).splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]:.200}"
-    # NaN is no agreement.
+    # NaN counts as disagreement.
     wrong = {name: x for name, x in errors.items() if not x <= _LARGEST_ERROR}
     return ", ".join(f"{name} differs by {100 * x:.3g}%" for name, x in wrong.items()) or None
 
 
 def _compare(kind: KernelKind) -> dict[str, float]:
-    """What the kernels and the recurrence differ by, by name of the result or the gradient."""
+    """Error of the kernels against the recurrence, by name of the result or gradient."""
     data = _random_inputs(kind)
     # New threads know of no trace, mesh or precision that surrounds this call, and both compile
     # at the same time.
@@ -100,11 +100,11 @@ def _compare(kind: KernelKind) -> dict[str, float]:
             threads.submit(_results, *data, use_kernels=each) for each in (True, False)
         )
         try:
-            want = by_recurrence.result()
+            expected = by_recurrence.result()
         except Exception as error:
             raise RuntimeError(f"nothing to compare them with, {error}") from error
         got = by_kernels.result()
-    return {name: _largest_error(got[name], want[name]) for name in want}
+    return {name: _largest_error(got[name], expected[name]) for name in expected}
 
 
 def _results(
@@ -165,10 +165,10 @@ def _random_inputs(kind: KernelKind) -> tuple[dict[str, Any], Any, tuple[Any, An
     return inputs, segment_ids, weights
 
 
-def _largest_error(got: np.ndarray, want: np.ndarray) -> float:
+def _largest_error(got: np.ndarray, expected: np.ndarray) -> float:
     """Of a chunk of tokens or a row of states, against its norm or half of what is usual."""
-    axis, parts = (0, _ROWS) if want.shape[:2] == (_ROWS, _KV_HEADS) else (1, _CHUNKS)
-    usual = np.linalg.norm(want) / np.sqrt(parts)
-    pairs = zip(*(np.array_split(x, parts, axis) for x in (got, want)), strict=True)
+    axis, parts = (0, _ROWS) if expected.shape[:2] == (_ROWS, _KV_HEADS) else (1, _CHUNKS)
+    usual = np.linalg.norm(expected) / np.sqrt(parts)
+    pairs = zip(*(np.array_split(x, parts, axis) for x in (got, expected)), strict=True)
     errors = [np.linalg.norm(a - b) / max(np.linalg.norm(b), usual / 2) for a, b in pairs]
     return float(np.max(errors))
