@@ -4,10 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import jaxtyping
 import pytest
-
-from tests.type_checks import check_arrays
 
 # Before jax, transformers and datasets are imported: tests run on the CPU unless told otherwise,
 # leave no caches behind and never wait for a network.
@@ -22,9 +19,6 @@ os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
-
-# Shapes and dtypes in annotations are checked at every call.
-jaxtyping.install_import_hook("tptt_jax", f"{check_arrays.__module__}.{check_arrays.__name__}")
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -99,7 +99,9 @@ class Outcome:
         """Shows the table, and the commands that go on from here."""
         if self._found:
             console.print(self._table())
-        if any(found.answers is not None for found in self._found.values()):
+        # A run that once asked may go on without questions.
+        asked = any(found.answers is not None for found in self._found.values())
+        if self._questions is not None and asked:
             console.print(self._answers_table())
         output = self._run.config.output
         console.print(

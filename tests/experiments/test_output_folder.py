@@ -12,7 +12,7 @@ HOLDER = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from experiments.output_folder import locked_output
+from experiments.process.output_folder import locked_output
 with locked_output(Path(sys.argv[1])):
     print("locked", flush=True)
     sys.stdin.read()

@@ -52,7 +52,8 @@ def test_the_seed_decides(tokenizer, haystack, questions):
 
 
 def test_no_key_was_trained_on(tokenizer, haystack, questions):
-    rows = recall_examples(tokenizer, [haystack], 60, length=LENGTH, window=WINDOW, seed=1)
+    made = recall_examples(tokenizer, [haystack], 60, length=LENGTH, window=WINDOW, seed=1)
+    rows = [example for examples in made for example in examples]
     texts = [tokenizer.decode(row.tokens) for row in rows]
     assert not any(question.hidden in text for question in questions.asked for text in texts)
 
