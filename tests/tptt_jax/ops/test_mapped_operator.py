@@ -12,7 +12,7 @@ import jax, numpy as np
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
 from tptt_jax.ops.delta_product import chunk_delta_product
-from tptt_jax.ops.naive_delta_product import naive_delta_product
+from tptt_jax.ops.delta_product.naive import naive_delta_product
 
 assert jax.device_count() == 2
 rng = np.random.default_rng(0)

@@ -106,7 +106,7 @@ def test_sinks_stay_visible_and_count_once(per_token, block):
     ("length", "window"), [(515, None), (515, 100), (1024, 3)], ids=["all", "window", "even"]
 )
 def test_long_rows_equal_short_blocks(length, window):
-    # The default block holds 64 queries on CPU, 512 elsewhere or without a window.
+    # The default block holds 512 queries.
     args = _inputs(length)
     ids = jnp.asarray(np.repeat([1, 2], [300, length - 300]))[None]
     options = {"segment_ids": ids, "window": window, "scale": SCALE}

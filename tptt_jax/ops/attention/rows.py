@@ -10,16 +10,12 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.attention.blocks import Attended, KeyValues, attend
 from tptt_jax.ops.attention.rope import RotaryAngles, rotate
-from tptt_jax.ops.residuals import save_mixed, scan_blocks
+from tptt_jax.ops.residuals import scan_blocks
 
 # Rows are cut into this many pieces of at least so many queries, or groups of blocks; what lies
 # above the diagonal and outside them is never computed.
 _PIECES = 4
 _PIECE = 128
-# Queries of a block: on CPU behind a window, where its logits should stay in the cache and few of
-# them lie outside the window, and else.
-_WINDOW_BLOCK = 64
-_BLOCK = 512
 
 
 def attend_sequence(
@@ -34,7 +30,7 @@ def attend_sequence(
     sinks: KeyValues | None = None,
     scale: float,
     softcap: float | None = None,
-    block: int | None = None,
+    block: int = 512,
 ) -> Attended:
     """Causal attention over whole rows in O(T min(T, window)) work and O(T) memory.
 
@@ -47,17 +43,17 @@ def attend_sequence(
       angles: rotations that q and k still need; None: none. Pieces of short rows are rotated
         one by one: gradients of whole rows, put together from pieces, would be rotated at
         twice the cost on CPU.
-      segment_ids: [B, T], or [1, T] for all rows; a query sees its own document only, 0 is
-        padding. With a window, padding must not lie inside a document.
+      segment_ids: [B, T]; a query sees its own document only, 0 is padding. With a
+        window, padding must not lie inside a document.
       window: tokens seen, the current one included; None: all before.
       narrower: a traced window of at most `window` that is used in its place; None: `window`.
       sinks: first tokens that stay visible. The window leaves them to the sinks, so that
         none counts twice.
       scale: factor on the logits.
       softcap: see `attend`.
-      block: rows longer than four times this are scanned, so many queries at a time. A row that
-        is shorter is cut into four parts at most, each of which leaves out what comes after it.
-        None: what was measured to be fastest (docs/performance.md).
+      block: rows longer than four times this are scanned, so many queries at a time. Without a
+        window, or if it is shorter, a row is cut into four parts at most, each of which leaves
+        out what comes after it.
 
     Returns:
       Output [B, T, H, D] in q's dtype, zero on padding, and the log of the normaliser [B, T, H].
@@ -65,9 +61,6 @@ def attend_sequence(
     tokens = q.shape[1]
     if window is not None and window >= tokens:
         window = None
-    if block is None:
-        on_cpu = jax.default_backend() == "cpu"
-        block = _WINDOW_BLOCK if window is not None and on_cpu else _BLOCK
     seen_at_most = window if narrower is None else narrower
     if segment_ids is None:
         segment_ids = jnp.ones((1, tokens), jnp.int32)
@@ -158,8 +151,7 @@ def _run_blocks(
         whole = jnp.moveaxis(jnp.concatenate(parts), 0, 1)
         return whole.reshape(batch, -1, *whole.shape[3:])[:, :tokens]
 
-    # Otherwise the gradient of a layer would first run the whole scan again.
-    return jax.tree.map(lambda *parts: save_mixed(join(*parts)), *groups)
+    return jax.tree.map(join, *groups)
 
 
 def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
