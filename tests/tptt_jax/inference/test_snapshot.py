@@ -211,7 +211,7 @@ def test_a_state_in_memory_is_not_read_with_another_window():
     state = read(make(), TOKENS)
     for change, reason in (
         ({"softmax_window": 16}, "window: 7 in the state, 16 in the model"),
-        ({"softmax_window": None}, "7 slots for 30 tokens"),
+        ({"softmax_window": None}, "window: 7 in the state, none in the model"),
         ({"softmax_sinks": 5}, "softmax_sinks: 4 in the state, 5 in the model"),
     ):
         other = make(liza=dataclasses.replace(LIZA, **change))
