@@ -217,7 +217,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from tests.tptt_jax.ops.test_delta_product import cast, make_inputs, weigh
 from tptt_jax.ops import chunk_delta_product
-from tptt_jax.ops.kernel_trial import KernelKind, kernels_agree
+from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
 from tptt_jax.sharding import make_mesh
 
 rows, tensor = "data", "tensor"
