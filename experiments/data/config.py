@@ -7,7 +7,7 @@ import tyro
 
 from experiments.data.columns import FormatChoice, read_columns
 from experiments.data.formats import Loss
-from experiments.data.recall_rows import PROBES, ProbeKind
+from experiments.data.probes import PROBES, ProbeKind
 from experiments.data.rows import PYTHON_DOCS
 
 
@@ -51,8 +51,9 @@ class DataConfig:
     """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
     recall: float = 0.0
     """Share of rows, below 1, that ask for pass keys, numbers or pairs hidden beyond the window, in
-    text and in noise; only the answers count. They teach the memory to recall. With packing
-    such a row has several questions of different lengths."""
+    text and in noise. They teach the memory to recall. Their answers count, and so does text that
+    hides something; noise does not. With packing such a row has several questions of different
+    lengths."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What such rows ask for, in turn."""
 

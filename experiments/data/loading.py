@@ -1,5 +1,6 @@
 """From a path to rows of tokens, part of them held out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -122,7 +123,7 @@ def load_token_data(
         asked = recall_examples(
             tokenizer,
             # Rows have one beginning, their own.
-            [tokens[len(begin) * (tokens[:1] == begin).all() :] for tokens, _ in kept.examples],
+            [_without(begin, example) for example in kept.examples],
             round(train.num_rows * config.recall / (1 - config.recall)),
             length=config.sequence_length,
             window=config.sequence_length // 2 if window is None else window,
@@ -154,6 +155,12 @@ def _fit(examples: list[Example], length: int) -> _Fitted:
     useful = [example for example in cut if example.targets.any()]
     truncated = sum(len(example.tokens) > length for example in examples)
     return _Fitted(useful, truncated, len(cut) - len(useful))
+
+
+def _without(begin: Sequence[int], example: Example) -> Example:
+    """An example without the tokens that a text begins with."""
+    start = len(begin) if list(example.tokens[: len(begin)]) == list(begin) else 0
+    return Example(example.tokens[start:], example.targets[start:])
 
 
 def _split_document(

@@ -1,91 +1,30 @@
-"""Rows that ask for something said long before: pass keys, needles and pairs in a haystack.
+"""Rows that ask for something said long before, and questions of that kind for evaluation.
 
-They teach a memory to recall (docs/memory.md). Only the answer counts, and it lies so far behind
-that no window shows it. Formats, depths and texts that evaluation uses never occur here.
+They teach a memory to recall (docs/memory.md). What is asked for lies so far back that no window
+shows it. The answers count, and so does a haystack that is training text as it is: recall rows then
+take little text away. Formats, depths and texts that evaluation uses never occur here.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from experiments.data.packing import Example
+from experiments.data.probes import MARGIN, PROBES, Probe, ProbeKind, encode_text, hide, passkey
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-_WORD_LIST = """
-amber anchor basil beacon birch bronze candle canyon cedar cobalt copper coral cotton crystal
-desert ember falcon feather fern garnet ginger glacier granite harbor hazel heron indigo iron
-island ivory jasmine juniper lagoon lantern laurel lemon lilac linen lotus maple marble meadow
-mirror nickel oak olive onyx opal orchid otter pearl pebble pepper pine quartz raven reed river
-ruby saffron sage silver slate sparrow spruce stone summit thistle thunder tiger topaz tulip
-valley velvet violet walnut willow winter wolf zinc
-"""
-WORDS = tuple(_WORD_LIST.split())
-# Tokens between the window's end and what is hidden, at least.
-_MARGIN = 8
 # Tokens of a piece of text, at least and less than.
 _PIECE = (4, 33)
-# What the advice in an error leaves room for.
-_LONGEST_ANSWER = 8
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Something to hide in a text and to ask for at its end."""
-
-    hidden: tuple[str, ...]
-    """Sentences to hide, each at a place of its own; the first one holds the answer."""
-    question: str
-    answer: str
-    """Begins with the blank that parts it from the question, and ends where the answer ends."""
-
-
-def passkey_probe(rng: np.random.Generator) -> Probe:
-    """A pass key of four to six digits."""
-    return passkey(_number(rng))
-
-
-def needle_probe(rng: np.random.Generator) -> Probe:
-    """One of several magic numbers, each of a thing."""
-    count = int(rng.integers(1, 4))
-    words = rng.choice(WORDS, count, replace=False).tolist()
-    numbers = [_number(rng) for _ in words]
-    hidden = tuple(
-        f" The magic number of the {word} is {number}. "
-        for word, number in zip(words, numbers, strict=True)
-    )
-    question = (
-        f"\nWhat is the magic number of the {words[0]}? The magic number of the {words[0]} is"
-    )
-    return Probe(hidden, question, f" {numbers[0]}.")
-
-
-def pairs_probe(rng: np.random.Generator) -> Probe:
-    """A list of pairs of words, of which one is asked for."""
-    count = int(rng.integers(3, 7))
-    words = rng.choice(WORDS, 2 * count, replace=False).tolist()
-    pairs = list(zip(words[:count], words[count:], strict=True))
-    listed = "".join(f" {left} goes with {right}." for left, right in pairs)
-    left, right = pairs[int(rng.integers(count))]
-    return Probe((f"{listed} ",), f"\nWhat goes with {left}? {left} goes with", f" {right}.")
-
-
-ProbeKind = Literal["passkey", "needle", "pairs"]
-PROBES: dict[ProbeKind, Callable[[np.random.Generator], Probe]] = {
-    "passkey": passkey_probe,
-    "needle": needle_probe,
-    "pairs": pairs_probe,
-}
 
 
 def recall_examples(
     tokenizer: "PreTrainedTokenizerFast",
-    texts: Sequence[Int[np.ndarray, " L"]],
+    texts: Sequence[Example],
     count: int,
     *,
     length: int,
@@ -103,7 +42,8 @@ def recall_examples(
 
     Args:
       tokenizer: of the model.
-      texts: tokens of the training data, which haystacks are cut from.
+      texts: the training data, which haystacks are cut from. Where a haystack is text as it is,
+        its tokens count as they do there.
       count: rows.
       length: tokens of a row.
       window: what is hidden ends at least so many tokens before its answer.
@@ -114,8 +54,8 @@ def recall_examples(
       packing: several examples of different lengths share a row; False: one fills it.
 
     Returns:
-      For each of `count` rows its examples, together `length` tokens; their answers share the
-      weight of the row equally.
+      For each of `count` rows its examples, together `length` tokens; their answers share
+      `weight` equally.
 
     Raises:
       ValueError: if rows of this length cannot hide anything outside of the window.
@@ -123,13 +63,17 @@ def recall_examples(
     haystacks = _Haystacks.of(tokenizer, texts)
     encode = functools.partial(encode_text, tokenizer)
 
-    def example(rng: np.random.Generator, probe: Probe, size: int) -> Example:
+    def example(rng: np.random.Generator, probe: Probe, size: int, share: float) -> Example:
         answer = encode(probe.answer)
         sizes = {"length": size - len(answer), "window": window, "prefix": prefix}
-        prompt = hide(probe, encode, haystacks.draw(rng, size), rng, **sizes)
+        haystack = haystacks.draw(rng, size)
+        prompt = hide(probe, encode, haystack.tokens, rng, **sizes)
         weights = np.zeros(size, np.float32)
-        weights[len(prompt) :] = weight * length / len(answer)
-        return Example(np.concatenate([prompt, answer]), weights)
+        text = np.flatnonzero(prompt.places >= 0)
+        weights[text] = haystack.targets[prompt.places[text]]
+        weights[0] = 0  # nothing predicts it
+        weights[len(prompt.tokens) :] = share * weight * length / len(answer)
+        return Example(np.concatenate([prompt.tokens, answer]), weights)
 
     def row(number: int) -> list[Example]:
         rng = np.random.default_rng([seed, number])
@@ -138,7 +82,7 @@ def recall_examples(
             return PROBES[kinds[number % len(kinds)]](rng)
 
         if not packing:
-            return [example(rng, draw(), length)]
+            return [example(rng, draw(), length, 1.0)]
         parts: list[tuple[Probe, int]] = []
         free = length
         while free:
@@ -151,8 +95,7 @@ def recall_examples(
             parts.append((probe, min(size, free)))
             free -= parts[-1][1]
         order = rng.permutation(len(parts))
-        made = [example(rng, *parts[i]) for i in order]
-        return [Example(tokens, targets / len(made)) for tokens, targets in made]
+        return [example(rng, *parts[i], 1 / len(parts)) for i in order]
 
     return [row(number) for number in range(count)]
 
@@ -160,31 +103,35 @@ def recall_examples(
 class _Haystacks(NamedTuple):
     """Where haystacks come from: a text, its pieces, and tokens that are no text."""
 
-    text: Int[np.ndarray, " L"]
+    text: Example
     vocabulary: Int[np.ndarray, " V"]
 
     @classmethod
-    def of(
-        cls, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[Int[np.ndarray, " L"]]
-    ) -> "_Haystacks":
-        text = np.concatenate([np.asarray(text, np.int32) for text in texts])
+    def of(cls, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[Example]) -> "_Haystacks":
+        tokens, targets = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+        text = Example(tokens, targets.astype(np.float32))
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         plain = sorted(set(tokenizer.get_vocab().values()) - special)
         return cls(text, np.asarray(plain, np.int32))
 
-    def draw(self, rng: np.random.Generator, size: int) -> Int[np.ndarray, " L"]:
+    def draw(self, rng: np.random.Generator, size: int) -> Example:
         """A haystack of at least `size` tokens."""
         kind = rng.integers(4)
         if kind < 2:
             return self.text
         if kind == 2:
-            return rng.choice(self.vocabulary, size)
+            return _only_tokens(rng.choice(self.vocabulary, size))
         pieces, found = [], 0
         while found < size:
-            start, extent = int(rng.integers(len(self.text))), int(rng.integers(*_PIECE))
-            pieces.append(self.text[start : start + extent])
+            start, extent = int(rng.integers(len(self.text.tokens))), int(rng.integers(*_PIECE))
+            pieces.append(self.text.tokens[start : start + extent])
             found += len(pieces[-1])
-        return np.concatenate(pieces)
+        return _only_tokens(np.concatenate(pieces))
+
+
+def _only_tokens(tokens: Int[np.ndarray, " L"]) -> Example:
+    """Tokens that do not count in the loss."""
+    return Example(tokens, np.zeros(len(tokens), np.float32))
 
 
 def _least_length(
@@ -193,7 +140,7 @@ def _least_length(
     """Tokens of the shortest example of a probe whose answer lies beyond the window."""
     question = len(encode(probe.question))
     hidden = sum(len(encode(sentence)) for sentence in probe.hidden)
-    apart = max(window + _MARGIN - question, 0)
+    apart = max(window + MARGIN - question, 0)
     return prefix + hidden + apart + question + len(encode(probe.answer))
 
 
@@ -247,80 +194,7 @@ def passkey_questions(
         encode = functools.partial(encode_text, tokenizer)
         prompt = hide(probe, encode, haystack, rng, length=length, window=window, prefix=prefix)
         return Question(
-            prompt, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip(" .")
+            prompt.tokens, probe.hidden[0].strip(), probe.question.strip(), probe.answer.strip(" .")
         )
 
     return [ask(number) for number in range(count)]
-
-
-def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> Int[np.ndarray, " L"]:
-    """Tokens of a piece of text, without any that begin one."""
-    return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-
-
-def hide(
-    probe: Probe,
-    encode: Callable[[str], Int[np.ndarray, " L"]],
-    haystack: Int[np.ndarray, " L"],
-    rng: np.random.Generator,
-    *,
-    length: int,
-    window: int = 0,
-    depth: float | None = None,
-    is_ordered: bool = False,
-    prefix: Sequence[int] = (),
-) -> Int[np.ndarray, " T"]:
-    """A prompt of `length` tokens: text, what it hides, and the question.
-
-    Args:
-      probe: what is hidden and asked for.
-      encode: from text to tokens, without any that begin a text.
-      haystack: tokens of the text.
-      rng: chooses the part of the text, and places.
-      length: tokens of the prompt.
-      window: the first sentence ends at least so many tokens before the answer.
-      depth: where it is, from 0, the beginning, to 1; None: anywhere.
-      is_ordered: the other sentences come after it, one after the other; False: anywhere.
-      prefix: tokens that the prompt begins with.
-
-    Raises:
-      ValueError: if a prompt of this length cannot hide it so far back.
-    """
-    start, question = np.asarray(prefix, np.int32), encode(probe.question)
-    hidden = [encode(sentence) for sentence in probe.hidden]
-    needed = len(start) + len(question) + sum(map(len, hidden))
-    room = length - needed
-    # Text between the first sentence and the question, at least.
-    apart = max(window + _MARGIN - len(question), 0)
-    if room < apart:
-        raise ValueError(
-            f"recall rows of {length} tokens cannot hide {needed} tokens behind a window of "
-            f"{window}: raise --data.sequence-length to {needed + apart + _LONGEST_ANSWER} or more."
-        )
-    first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
-    text = np.resize(haystack[first:], room)
-    most = room - apart
-    place = int(rng.integers(0, most + 1)) if depth is None else round(depth * most)
-    others = rng.integers(place if is_ordered else 0, room + 1, len(hidden) - 1).tolist()
-    others = sorted(others) if is_ordered else others
-    places = sorted([(place, 0), *((at, i) for i, at in enumerate(others, 1))])
-    parts, done = [start], 0
-    for here, which in places:
-        parts += [text[done:here], hidden[which]]
-        done = here
-    return np.concatenate([*parts, text[done:], question])
-
-
-def passkey(key: str) -> Probe:
-    """A number that is said twice in a sentence."""
-    return Probe(
-        (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
-        "\nWhat is the pass key? The pass key is",
-        f" {key}.",
-    )
-
-
-def _number(rng: np.random.Generator) -> str:
-    """Four to six digits."""
-    digits = int(rng.integers(4, 7))
-    return str(rng.integers(10 ** (digits - 1), 10**digits))

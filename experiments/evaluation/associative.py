@@ -19,7 +19,7 @@ from flax import nnx
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.data.recall_rows import WORDS, encode_text
+from experiments.data.probes import WORDS, encode_text
 from experiments.data.special_tokens import begin_tokens
 from experiments.evaluation.perplexity import LINES
 from experiments.evaluation.shares import percents_by_length, shares_at

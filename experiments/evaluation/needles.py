@@ -2,7 +2,7 @@
 
 "passkey" is Mohtashami and Jaggi's task (arXiv:2305.16300); the needles and variable tracking are
 synthetic tasks as RULER describes them (arXiv:2404.06654), in words of our own. Answers are
-generated greedily. Keys, depths and numbers are none that `experiments.data.recall_rows` trains on.
+generated greedily. Keys, depths and numbers are none that `experiments.data.probes` trains on.
 """
 
 import functools
@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import DataConfig
-from experiments.data.recall_rows import WORDS, Probe, encode_text, hide, passkey
+from experiments.data.probes import WORDS, Probe, encode_text, hide, passkey
 from experiments.data.special_tokens import begin_tokens
 from experiments.evaluation.perplexity import haystack_tokens
 from experiments.evaluation.shares import right_shares, shares_at
@@ -143,7 +143,7 @@ class Needles:
             ) from None
         about = {"data": self.data.path, "seed": self.seed, "length": length, "depth": depth}
         about |= {"sample": sample}
-        return Row(about, (prompt, probe, right))
+        return Row(about, (prompt.tokens, probe, right))
 
     def measure(
         self,

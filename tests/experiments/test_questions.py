@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.data import python_docs_text
+from experiments.data.packing import Example
 from experiments.data.recall_rows import passkey_questions, recall_examples
 from experiments.training import questions as module
 from experiments.training.questions import Questions
@@ -52,7 +53,8 @@ def test_the_seed_decides(tokenizer, haystack, questions):
 
 
 def test_no_key_was_trained_on(tokenizer, haystack, questions):
-    made = recall_examples(tokenizer, [haystack], 60, length=LENGTH, window=WINDOW, seed=1)
+    text = Example(haystack, np.ones(len(haystack), bool))
+    made = recall_examples(tokenizer, [text], 60, length=LENGTH, window=WINDOW, seed=1)
     rows = [example for examples in made for example in examples]
     texts = [tokenizer.decode(row.tokens) for row in rows]
     assert not any(question.hidden in text for question in questions.asked for text in texts)

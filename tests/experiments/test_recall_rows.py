@@ -1,4 +1,4 @@
-"""Rows that teach recall: what is asked lies beyond the window, and only the answer counts."""
+"""Rows that teach recall: what is asked lies beyond the window; text and answers count."""
 
 import re
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from experiments.data import DataConfig, load_token_data
-from experiments.data.recall_rows import PROBES, recall_examples
+from experiments.data.packing import Example
+from experiments.data.probes import PROBES
+from experiments.data.recall_rows import recall_examples
 from tests.tiny import BOS, make_tokenizer
 
 LENGTH, WINDOW = 200, 32
@@ -22,8 +24,14 @@ def tokenizer():
     return make_tokenizer(begin=True)
 
 
+def texts_of(tokenizer, filler=" and") -> list[Example]:
+    """Texts of one word, in which every other token counts."""
+    tokens = np.array(tokenizer(filler * 20, add_special_tokens=False)["input_ids"])
+    return [Example(tokens, np.arange(len(tokens)) % 2 == 1)] * 9
+
+
 def rows(tokenizer, *, seed=0, count=30, filler=" and", **options):
-    texts = [np.array(tokenizer(filler * 20, add_special_tokens=False)["input_ids"])] * 9
+    texts = texts_of(tokenizer, filler)
     options = {"length": LENGTH, "window": WINDOW} | options
     made = recall_examples(tokenizer, texts, count, seed=seed, **options)
     return [example for (example,) in made]
@@ -31,7 +39,7 @@ def rows(tokenizer, *, seed=0, count=30, filler=" and", **options):
 
 def parts(tokenizer, row) -> tuple[str, str, np.ndarray]:
     """Prompt, answer, and the prompt's tokens."""
-    start = int(np.flatnonzero(row.targets)[0])
+    start = int(np.flatnonzero(row.targets != row.targets[-1])[-1]) + 1
     prompt = row.tokens[:start]
     return tokenizer.decode(prompt), tokenizer.decode(row.tokens[start:]), prompt
 
@@ -58,13 +66,24 @@ def test_every_row_can_be_answered_from_beyond_the_window_alone(tokenizer):
     assert kinds == set(PROBES)
 
 
-def test_only_the_answer_has_weight(tokenizer):
+def test_answers_and_text_have_weight(tokenizer):
+    (word,) = set(texts_of(tokenizer)[0].tokens.tolist())
+    of_text = 0
     for row in rows(tokenizer, weight=0.5):
-        counted = np.flatnonzero(row.targets)
-        np.testing.assert_array_equal(counted, np.arange(counted[0], LENGTH))
-        assert len(set(row.targets[counted].tolist())) == 1
+        _, _, tokens = parts(tokenizer, row)
+        answer = row.targets[len(tokens) :]
+        assert len(set(answer.tolist())) == 1
         # Against a row of text, in which every token weighs 1.
-        assert row.targets.sum() == pytest.approx(0.5 * LENGTH)
+        assert answer.sum() == pytest.approx(0.5 * LENGTH)
+        counted = np.flatnonzero(row.targets[: len(tokens)])
+        if len(counted):
+            # Text as it is: every other token counts there, and what is hidden in it does not.
+            of_text += 1
+            assert set(row.targets[counted].tolist()) == {1.0}
+            assert set(tokens[counted].tolist()) == {word}
+            assert len(counted) == pytest.approx(np.sum(tokens == word) / 2, abs=4)
+        assert row.targets[0] == 0
+    assert 8 < of_text < 22
 
 
 def test_depths_reach_from_the_beginning_to_the_window(tokenizer):
@@ -100,14 +119,13 @@ def test_rows_begin_as_the_model_expects(tokenizer):
 
 
 def test_a_packed_row_has_questions_of_several_lengths(tokenizer):
-    texts = [np.array(tokenizer(" and" * 20, add_special_tokens=False)["input_ids"])] * 9
     options = {"length": 800, "window": WINDOW, "prefix": [BOS], "packing": True}
-    made = recall_examples(tokenizer, texts, 40, seed=0, **options)
+    made = recall_examples(tokenizer, texts_of(tokenizer), 40, seed=0, **options)
     sizes = [len(example.tokens) for row in made for example in row]
     for row in made:
         assert sum(len(example.tokens) for example in row) == 800
         # A row's answers weigh what one answer would, each the same.
-        weights = [example.targets.sum() for example in row]
+        weights = [example.targets[len(parts(tokenizer, example)[2]) :].sum() for example in row]
         np.testing.assert_allclose(weights, 0.3 * 800 / len(row), rtol=1e-5)
     for example in made[0] + made[1] + made[2]:
         assert example.tokens[0] == BOS
@@ -143,7 +161,10 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     np.testing.assert_array_equal(mixed.train.loss_mask[:rows_of_text], plain.train.loss_mask)
     np.testing.assert_array_equal(mixed.train.tokens, again.train.tokens)
     asked = mixed.train.loss_mask[rows_of_text:]
-    np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
+    # Answers weigh 0.3 of a row, and every token of text that hides something weighs 1.
+    answers = np.where(asked == 1, 0, asked).sum(axis=1)
+    np.testing.assert_allclose(answers, 0.3 * LENGTH, rtol=1e-5)
+    assert 0.2 < np.mean(asked == 1) < 0.5
     source = mixed.train
     for tokens, ids in zip(
         source.tokens[rows_of_text:], source.segment_ids[rows_of_text:], strict=True
@@ -171,7 +192,7 @@ def test_the_kinds_decide_what_is_asked(tokenizer):
         sequence_length=LENGTH, eval_tokens=500, recall=0.25, recall_kinds=("pairs",)
     )
     asked = load_token_data(config, tokenizer, 5, window=WINDOW).train
-    recall = asked.tokens[asked.loss_mask.sum(axis=1) < LENGTH / 2]
+    recall = asked.tokens[(asked.loss_mask > 1).any(axis=1)]
     assert len(recall)
     assert all("\nWhat goes with" in tokenizer.decode(tokens) for tokens in recall)
     with pytest.raises(ValueError, match="recall_kinds must name some of passkey, needle, pairs"):
