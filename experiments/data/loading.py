@@ -60,7 +60,8 @@ class TokenData:
             )
         if batch_size > train.num_rows:
             parts.append(
-                f"fewer rows than a batch of {batch_size}, which repeats them: lower --batch-size"
+                f"fewer rows than a step of {batch_size}, which repeats them: lower --batch-size "
+                "or --accumulate"
             )
         return ", ".join(parts)
 

@@ -57,7 +57,10 @@ class FinetuneConfig:
     epochs: float | None = None
     """Passes over the data; None: what steps says."""
     batch_size: int = 2
-    """Rows per step, over all devices."""
+    """Rows at a time, over all devices."""
+    accumulate: int = 1
+    """Batches whose gradients make one step, weighted by their counted tokens: the step is that of
+    batch_size * accumulate rows, in the memory of batch_size rows."""
     learning_rate: float = 1e-3
     """Of adapters or weights, at its highest."""
     mag_learning_rate: float | None = None
@@ -67,6 +70,8 @@ class FinetuneConfig:
     """How both rates fall after the warm-up, to a tenth."""
     warmup_steps: int = 2
     """Steps over which both rates rise."""
+    warmup_ratio: float | None = None
+    """Share of all steps over which both rates rise, 0 to 1; None: warmup_steps."""
     weight_decay: float = 0.0
     """Of AdamW, on matrices."""
     grad_clip: float = 1.0
@@ -98,6 +103,12 @@ class FinetuneConfig:
     """Steps between checkpoints; the last step always leaves one."""
     eval_every: int = 0
     """Steps between evaluations on the held-out part; 0: only before and after."""
+    early_stop: int | None = None
+    """Evaluations without a lower held-out loss after which training ends; None: after all steps.
+    Needs --eval-every."""
+    keep_best: bool = False
+    """Also keep the weights with the lowest held-out loss, in the folder best of output, which is
+    loaded like a run. Needs --eval-every."""
     sample_prompt: str = "The with statement is used to"
     """Continued before and after training."""
     sample_tokens: int = 32
@@ -111,13 +122,19 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Rejects values that no run can have."""
         check_literals(self)
-        minima = {"steps": 0, "batch_size": 1, "checkpoint_every": 1}
+        minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if self.early_stop is not None and self.early_stop < 1:
+            raise ValueError(f"early_stop must be at least 1, got {self.early_stop}.")
+        for name in ("early_stop", "keep_best"):
+            if getattr(self, name) and not self.eval_every:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} needs evaluations while training: add --eval-every.")
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
         if self.distill and self.train in ("projections", "full"):
@@ -151,6 +168,11 @@ class FinetuneConfig:
         return self.lora if self.train == "lora" else None
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows that one step of training takes."""
+        return self.batch_size * self.accumulate
+
+    @property
     def optimizer(self) -> OptimizerConfig:
         """AdamW and its schedule."""
         rate = self.mag_learning_rate
@@ -159,6 +181,7 @@ class FinetuneConfig:
             mag_learning_rate=self._share_factor * self.learning_rate if rate is None else rate,
             lr_schedule=self.lr_schedule,
             warmup_steps=self.warmup_steps,
+            warmup_ratio=self.warmup_ratio,
             weight_decay=self.weight_decay,
             grad_clip=self.grad_clip,
         )
@@ -186,5 +209,5 @@ class FinetuneConfig:
         """Steps of the whole run on `num_rows` rows of training data."""
         if self.epochs is None:
             return DEMO_STEPS if self.steps is None else self.steps
-        by_epochs = max(1, math.ceil(self.epochs * num_rows / self.batch_size))
+        by_epochs = max(1, math.ceil(self.epochs * num_rows / self.rows_per_step))
         return by_epochs if self.steps is None else min(self.steps, by_epochs)

@@ -15,6 +15,7 @@ from convert import load_pretrained, load_tokenizer
 from experiments.data import TokenBatch, TokenBatchSource, TokenData, load_token_data
 from experiments.data.prompts import text_tokens
 from experiments.models.limits import check_lengths, check_tokens
+from experiments.training.best import BEST, BestState, has_stopped_early, records_until
 from experiments.training.checks import check_output, check_rows, describe_run
 from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
@@ -79,7 +80,7 @@ class Run:
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
         data = load_token_data(config.data, tokenizer, seed, window=window, leave_out=config.output)
-        console.print(data.describe(config.batch_size), markup=False)
+        console.print(data.describe(config.rows_per_step), markup=False)
         model = load_pretrained(
             config.model,
             config.memory,
@@ -115,14 +116,16 @@ class Run:
         output = self.config.output
         if self.was_complete:
             done = f"{self.resumption.step}; {self.steps} asked"
+            early = self.resumption.step < self.steps
+            why = f"stopped early ({done})" if early else f"has done all its steps ({done})"
             self.console.print(
-                f"the run in {output} has done all its steps ({done}): nothing is trained; raise "
-                "--steps to go on",
+                f"the run in {output} {why}: nothing is trained; raise "
+                f"{'--early-stop' if early else '--steps'} to go on",
                 markup=False,
             )
             return
         if not self.config.resume:
-            for folder in STAGES:
+            for folder in (*STAGES, BEST):
                 remove_checkpoints(output / folder)
         if not self.config.resume or self.resumption.remeasures:
             (output / "evaluation.json").unlink(missing_ok=True)
@@ -131,9 +134,14 @@ class Run:
 
     @property
     def was_complete(self) -> bool:
-        """Whether earlier calls have done all steps."""
+        """Whether earlier calls have done all steps, or have stopped early."""
         done = self.resumption.step
-        return done is not None and done >= self.steps
+        return done is not None and (done >= self.steps or self._stopped_early)
+
+    @property
+    def _stopped_early(self) -> bool:
+        records = records_until(self.config.output, self.resumption.step)
+        return has_stopped_early(records, self.config.early_stop)
 
     @property
     def window(self) -> int | None:
@@ -187,21 +195,23 @@ class Run:
             mag_schedule=self.config.mag,
             remat=self.config.remat,
             distill=self.config.distill,
+            accumulate=self.config.accumulate,
         )
 
         def step(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
             return compiled(state, partition.frozen, batch, window)
 
         def finish(state: TrainState, record: StepRecord) -> StepRecord:
-            every = self.config.eval_every
-            if not every or record.step % every or record.step == self.steps:
-                return record
-            held_out = self.held_out(
-                partition.merge(state.trainable, state.share, partition.frozen)
-            )
-            loss = None if held_out is None else held_out.loss
-            return dataclasses.replace(record, eval_loss=loss)
+            if self._is_evaluated(record.step):
+                held_out = self.held_out(
+                    partition.merge(state.trainable, state.share, partition.frozen)
+                )
+                loss = None if held_out is None else held_out.loss
+                record = dataclasses.replace(record, eval_loss=loss)
+            best.add(state, record)
+            return record
 
+        best = BestState(self.config, describe_run(self.config), self.resumption.step or 0)
         stage = Stage(
             title="step",
             rate=("--learning-rate", "learning_rate", self.config.learning_rate),
@@ -211,13 +221,32 @@ class Run:
             step=step,
             batch_at=self._batch_at,
             rows_at=lambda number: self.data.train.rows_at(
-                number, self.config.batch_size, self.config.seed
+                number, self.config.rows_per_step, self.config.seed
             ),
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
+            is_over=best.is_over,
             is_last=True,
         )
-        return stage.run(self._place(first), self.console)
+        first = self._place(first)
+        last, seconds, earlier = stage.run(first, self.console)
+        if best.step is not None and not self.was_complete:
+            kept = "" if best.kept_in is None else f", kept in {best.kept_in}"
+            early = " (stopped early)" if int(last.step) < self.steps else ""
+            self.console.print(
+                f"trained to step {int(last.step)}{early}; "
+                f"the lowest held-out loss was at step {best.step}{kept}",
+                markup=False,
+            )
+        return last, seconds, earlier
+
+    def _is_evaluated(self, step: int) -> bool:
+        """Whether the held-out loss is measured after a step of training."""
+        every = self.config.eval_every
+        if not every:
+            return False
+        # The last step is measured in any case, once training is over.
+        return step % every == 0 if step < self.steps else self.config.keep_best
 
     @property
     def steps(self) -> int:
@@ -288,7 +317,7 @@ class Run:
 
     def _batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
         """The batch of a step, on its way to the device, its window, its tokens."""
-        batch = self.data.train.batch_at(step, self.config.batch_size, self.config.seed)
+        batch = self.data.train.batch_at(step, self.config.rows_per_step, self.config.seed)
         windows, window = self._windows(), None
         if windows is not None:
             window = jnp.asarray(windows.draw(self.config.seed, "train", step))

@@ -46,6 +46,8 @@ class Stage:
     """The flag of this stage's rate, its name for --resume-allow, and what it is now."""
     finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
     """Adds to a step's record what is measured now and then."""
+    is_over: Callable[[], bool] = lambda: False
+    """Whether the stage ends after the steps that are done."""
     is_last: bool = False
     """Whether nothing follows: only then is a stop after the last step no interruption."""
 
@@ -87,7 +89,7 @@ class Stage:
         self, state: TrainState, checkpoints: RunCheckpoints, console: Console
     ) -> tuple[TrainState, float]:
         first, total = int(state.step), 0.0
-        if first >= self.steps:
+        if first >= self.steps or self.is_over():
             # A run without steps still leaves what later commands load.
             checkpoints.save(state)
             return state, total
@@ -112,6 +114,7 @@ class Stage:
                 record = self.finish_record(state, record)
                 writer.write(record)
                 progress.update(record)
+                last = last or self.is_over()
                 if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
                     checkpoints.save(state)
                 checkpoints.check()
@@ -119,6 +122,8 @@ class Stage:
                     checkpoints.wait()
                     progress.note(f"stopped after step {number + 1}: the same command goes on")
                     raise KeyboardInterrupt
+                if last:
+                    break
         return state, total
 
     def _not_finite(

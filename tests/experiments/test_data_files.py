@@ -333,7 +333,7 @@ def test_a_batch_larger_than_the_data_is_said(tmp_path):
     path = write_table(tmp_path / "a.jsonl", [A, B, C])
     config = DataConfig(path=str(path), eval_rows=0, packing=False)
     data = load_token_data(config, make_tokenizer(begin=True))
-    assert "fewer rows than a batch of 4, which repeats them" in data.describe(4)
+    assert "fewer rows than a step of 4, which repeats them" in data.describe(4)
     assert "fewer rows" not in data.describe(3)
 
 

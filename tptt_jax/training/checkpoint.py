@@ -51,6 +51,12 @@ def remove_checkpoints(path: str | os.PathLike[str]) -> None:
     remove_steps(folder, list_steps(folder))
 
 
+def remove_checkpoints_after(path: str | os.PathLike[str], step: int) -> None:
+    """Removes the saved steps of this directory that come after `step`."""
+    folder = _folder(path)
+    remove_steps(folder, [each for each in list_steps(folder) if each > step])
+
+
 def latest_step(path: str | os.PathLike[str]) -> int | None:
     """The last complete step of a run, or None; whether its files are sound is not checked."""
     steps = list_steps(_folder(path))

@@ -1,5 +1,6 @@
 """AdamW over the trainable parameters, with a separate learning rate for the shares."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ class OptimizerConfig:
     mass gates take LoRA's own."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
+    warmup_ratio: float | None = None
+    """Share of all steps over which the rates rise, instead of warmup_steps."""
     weight_decay: float = 0.0
     """On matrices only: not on norms, biases and shares."""
     grad_clip: float = 1.0
@@ -32,14 +35,20 @@ class OptimizerConfig:
         for name in ("learning_rate", "mag_learning_rate", "weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}.")
         if self.grad_clip <= 0:
             raise ValueError(f"grad_clip must be positive, got {self.grad_clip}.")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """The rate of everything but the shares."""
-        return learning_rate_schedule(
-            self.lr_schedule, self.learning_rate, steps, self.warmup_steps
-        )
+        return self.schedule_to(self.learning_rate, steps)
+
+    def schedule_to(self, peak: float, steps: int) -> optax.Schedule:
+        """The rate of a run of `steps` that rises to `peak`."""
+        ratio = self.warmup_ratio
+        rise = self.warmup_steps if ratio is None else math.ceil(ratio * steps)
+        return learning_rate_schedule(self.lr_schedule, peak, steps, rise)
 
 
 def is_share(name: str) -> bool:
@@ -65,9 +74,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     """
 
     def adamw(peak: float, *, decay: bool) -> optax.GradientTransformation:
-        rate = learning_rate_schedule(config.lr_schedule, peak, steps, config.warmup_steps)
         return optax.adamw(
-            rate,
+            config.schedule_to(peak, steps),
             b1=config.beta1,
             b2=config.beta2,
             weight_decay=config.weight_decay if decay else 0.0,

@@ -110,6 +110,7 @@ def make_train_step(
     remat: Remat = "none",
     dropout: bool = True,
     distill: float = 0.0,
+    accumulate: int = 1,
 ) -> TrainStep:
     """Compiles ``(state, frozen, batch, window=None) -> (state, metrics)``; the state is donated.
 
@@ -128,9 +129,13 @@ def make_train_step(
       dropout: whether adapters drop inputs.
       distill: share of the loss that is the divergence from the base model's own predictions;
         adapters count as part of it unless they are trained.
+      accumulate: parts that the rows of a batch are worked through in, one after the other; the
+        step is that of the whole batch, and needs the activations of one part. Part i has the rows
+        i, i + accumulate, i + 2 * accumulate, ..., so that each device keeps its own rows.
 
     Raises:
-      ValueError: if the model is to be distilled from weights that are trained themselves.
+      ValueError: if the model is to be distilled from weights that are trained themselves, or (in
+        the step) if the rows of a batch do not divide into parts.
     """
     if distill and any(is_base_weight(name) for name in partition.template):
         raise ValueError(
@@ -158,7 +163,29 @@ def make_train_step(
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
         else:
             total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
-        return total / jnp.maximum(count, 1), count
+        return total if accumulate > 1 else total / jnp.maximum(count, 1), count
+
+    def gradient_of(
+        trainable: Trainable, share: Array | None, frozen: nnx.State, batch: Batch, *rest: Any
+    ) -> tuple[tuple[Array, Array], Trainable]:
+        """((mean loss, counted tokens), gradient of the mean loss)."""
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        if accumulate == 1:
+            return value_and_grad(trainable, share, frozen, batch, *rest)
+        window, key = rest
+
+        def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+            number, part = numbered
+            found = value_and_grad(
+                trainable, share, frozen, part, window, jax.random.fold_in(key, number)
+            )
+            return jax.tree.map(jnp.add, sums, found), None
+
+        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
+        numbered = (jnp.arange(accumulate), _split_rows(batch, accumulate))
+        ((total, count), gradient), _ = jax.lax.scan(add, zeros, numbered)
+        counted = jnp.maximum(count, 1)
+        return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
 
     def train_step(
         state: TrainState, frozen: nnx.State, batch: Batch, window: Array | None = None
@@ -167,9 +194,7 @@ def make_train_step(
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
         key = jax.random.fold_in(state.key, state.step)
-        (loss, count), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.trainable, share, frozen, batch, window, key
-        )
+        (loss, count), gradient = gradient_of(state.trainable, share, frozen, batch, window, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = cast("Trainable", optax.apply_updates(state.trainable, updates))
         norm = optax.tree.norm(gradient)
@@ -180,6 +205,20 @@ def make_train_step(
         return TrainState(*kept, state.key), StepMetrics(loss, count, norm, *shares, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _split_rows(batch: Batch, parts: int) -> Batch:
+    """[B, T] -> [parts, B / parts, T]; part i has the rows i, i + parts, ..."""
+    rows = len(batch.tokens)
+    if rows % parts:
+        raise ValueError(
+            f"{rows} rows cannot be worked through in {parts} equal parts: choose a multiple."
+        )
+
+    def split(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(rows // parts, parts, *x.shape[1:]), 1, 0)
+
+    return Batch(*map(split, batch))
 
 
 def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:

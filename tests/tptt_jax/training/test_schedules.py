@@ -2,6 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tptt_jax.training.optimizer import OptimizerConfig
 from tptt_jax.training.schedules import MagSchedule, learning_rate_schedule
 
 
@@ -36,3 +37,13 @@ def test_learning_rate_rises_then_falls(kind):
     assert 0 < rates[0] < rates[5] < rates[10] == 1.0
     assert np.all(np.diff(rates[10:]) <= 1e-9)
     np.testing.assert_allclose(rates[-1], 1.0 if kind == "constant" else 0.1, atol=1e-6)
+
+
+@pytest.mark.parametrize(("ratio", "rise"), [(0.0, 0), (0.05, 5), (0.101, 11), (1.0, 100)])
+def test_a_warm_up_may_be_a_share_of_the_steps(ratio, rise):
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=7, warmup_ratio=ratio)
+    expected = learning_rate_schedule(config.lr_schedule, 1.0, 100, rise)
+    for step in (0, 4, 5, 11, 50, 99):
+        assert float(config.schedule(100)(step)) == float(expected(step))
+    with pytest.raises(ValueError, match=r"warmup_ratio must lie in \[0, 1\], got 3"):
+        OptimizerConfig(warmup_ratio=3)

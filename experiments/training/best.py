@@ -1,0 +1,95 @@
+"""The lowest held-out loss of a run: its weights are kept, and training ends when it stays away."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from experiments.training.config import FinetuneConfig
+from experiments.training.metrics import StepRecord, read_metrics
+from tptt_jax.training.checkpoint import (
+    RunCheckpoints,
+    latest_step,
+    remove_checkpoints_after,
+)
+from tptt_jax.training.description import Description, write_description
+from tptt_jax.training.train_step import TrainState
+
+BEST = "best"
+"""Folder below a run's directory; it is loaded like a run."""
+
+
+def has_stopped_early(records: Iterable[StepRecord], early_stop: int | None) -> bool:
+    """Whether the last `early_stop` evaluations were no better than the one before them.
+
+    Args:
+      records: of all steps so far.
+      early_stop: evaluations; None: never.
+    """
+    losses = [record.eval_loss for record in records if record.eval_loss is not None]
+    if early_stop is None or not losses:
+        return False
+    # The last lowest one counts: NaN is never lowest.
+    best = min(range(len(losses)), key=lambda i: (_or_infinite(losses[i]), i))
+    return len(losses) - 1 - best >= early_stop
+
+
+def records_until(output: Path, step: int | None) -> list[StepRecord]:
+    """What a run's metrics.jsonl says of the steps up to one."""
+    file = output / "metrics.jsonl"
+    if not step or not file.is_file():
+        return []
+    return [record for record in read_metrics(file) if record.step <= step]
+
+
+class BestState:
+    """Follows the held-out loss, and keeps the state where it is lowest."""
+
+    def __init__(self, config: FinetuneConfig, description: Description, first_step: int) -> None:
+        """Reads the evaluations of the steps that earlier calls have done.
+
+        Args:
+          config: of the run.
+          description: what loads a checkpoint.
+          first_step: steps that are done.
+        """
+        self._folder = config.output / BEST if config.keep_best else None
+        self._description = description
+        self._early_stop = config.early_stop
+        self._records = records_until(config.output, first_step)
+        if self._folder is not None:
+            # They are of steps after the last checkpoint, which are run again.
+            remove_checkpoints_after(self._folder, first_step)
+
+    @property
+    def step(self) -> int | None:
+        """The step with the lowest held-out loss so far; None before the first evaluation."""
+        found = [
+            (_or_infinite(record.eval_loss), record.step)
+            for record in self._records
+            if record.eval_loss is not None
+        ]
+        return min(found)[1] if found else None
+
+    @property
+    def kept_in(self) -> Path | None:
+        """The folder with that step's weights; None: they were not kept."""
+        is_kept = self._folder is not None and latest_step(self._folder) == self.step is not None
+        return self._folder if is_kept else None
+
+    def add(self, state: TrainState, record: StepRecord) -> None:
+        """Takes a step's record; one that was evaluated may be the best so far."""
+        self._records.append(record)
+        if self._folder is None or record.eval_loss is None or self.step != record.step:
+            return
+        write_description(self._folder, self._description)
+        # It must be there before the run goes on: a resumed run does not measure it again.
+        with RunCheckpoints(self._folder, keep=1) as checkpoints:
+            checkpoints.save(state)
+
+    def is_over(self) -> bool:
+        """Whether the run is to end here."""
+        return has_stopped_early(self._records, self._early_stop)
+
+
+def _or_infinite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf

@@ -1,0 +1,116 @@
+"""Training that ends when the held-out loss no longer falls, and keeps the best weights."""
+
+import contextlib
+import io
+import math
+from dataclasses import replace
+
+import pytest
+
+from convert import load_pretrained
+from experiments.data import DataConfig
+from experiments.finetune import finetune
+from experiments.training import FinetuneConfig
+from experiments.training.best import BestState, has_stopped_early
+from experiments.training.fit_config import FitConfig
+from experiments.training.metrics import StepRecord, read_metrics
+from tptt_jax import LizaConfig
+from tptt_jax.training.checkpoint import latest_step, restore_trainable
+
+
+def records(*losses: float | None) -> list[StepRecord]:
+    return [
+        StepRecord(step=i, loss=1.0, tokens_per_s=1.0, seconds=1.0, eval_loss=loss)
+        for i, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "ends"),
+    [
+        ([3.0, 2.0, 1.0], 1, False),
+        ([3.0, 2.0, 2.5], 1, True),
+        ([3.0, 2.0, None, 2.5, None], 2, False),
+        ([3.0, 2.0, None, 2.5, None, 2.1], 2, True),
+        ([2.0, 2.0, 2.0], 2, True),
+        ([2.0, math.nan, math.nan], 2, True),
+        ([math.nan, math.nan, 2.0], 1, False),
+        ([2.0, 3.0, 4.0], None, False),
+        ([None, None], 1, False),
+    ],
+)
+def test_it_ends_after_so_many_evaluations_without_a_lower_loss(losses, patience, ends):
+    assert has_stopped_early(records(*losses), patience) is ends
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model_dir, tmp_path_factory):
+    """A rate of zero: the first evaluation is the best one."""
+    return FinetuneConfig(
+        model=str(tiny_model_dir),
+        data=DataConfig(sequence_length=48, eval_tokens=96),
+        liza=LizaConfig(softmax_window=8, softmax_sinks=2),
+        fit=FitConfig(steps=0, distill_steps=0),
+        steps=9,
+        batch_size=1,
+        accumulate=2,
+        learning_rate=0.0,
+        eval_every=2,
+        early_stop=2,
+        keep_best=True,
+        sample_tokens=0,
+        output=tmp_path_factory.mktemp("runs") / "early",
+    )
+
+
+def printed(config: FinetuneConfig) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        finetune(config)
+    return out.getvalue()
+
+
+def test_a_run_ends_early_and_goes_on_when_asked(config):
+    output = config.output
+    told = printed(config)
+    assert "trained to step 6 (stopped early); the lowest held-out loss was at step 2" in told
+    assert f", kept in {output / 'best'}\n" in told
+    assert latest_step(output) == 6
+    assert latest_step(output / "best") == 2
+    measured = [r.step for r in read_metrics(output / "metrics.jsonl") if r.eval_loss is not None]
+    assert measured == [2, 4, 6]
+
+    before = (output / "metrics.jsonl").read_bytes()
+    assert "stopped early (6; 9 asked): nothing is trained; raise --early-stop" in printed(config)
+    assert (output / "metrics.jsonl").read_bytes() == before
+
+    # The last step is evaluated too, as it could be the best one.
+    assert "trained to step 9; the lowest held-out" in printed(replace(config, early_stop=9))
+    measured = [r.step for r in read_metrics(output / "metrics.jsonl") if r.eval_loss is not None]
+    assert measured == [2, 4, 6, 8, 9]
+
+
+def test_the_best_weights_load_like_a_run(config):
+    model = load_pretrained(config.model, config.memory, config.adapters)
+    assert restore_trainable(config.output / "best", model) == 2
+
+
+def test_a_better_step_that_a_kill_has_undone_is_forgotten(config, tmp_path):
+    """Its weights are of a course that is run again from the last checkpoint."""
+    config = replace(config, output=tmp_path)
+    best = BestState(config, None, 0)  # pyright: ignore[reportArgumentType]
+    assert best.step is None
+    assert best.kept_in is None
+    (tmp_path / "best" / "checkpoints" / "4").mkdir(parents=True)
+    assert latest_step(tmp_path / "best") == 4
+    BestState(config, None, 2)  # pyright: ignore[reportArgumentType]
+    assert latest_step(tmp_path / "best") is None
+
+
+@pytest.mark.parametrize("changes", [{"early_stop": 2}, {"keep_best": True}])
+def test_evaluations_are_needed(changes):
+    (name,) = changes
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} needs .* add --eval-every"):
+        FinetuneConfig(**changes)
+    with pytest.raises(ValueError, match="early_stop must be at least 1, got 0"):
+        FinetuneConfig(early_stop=0, eval_every=1)

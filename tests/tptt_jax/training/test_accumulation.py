@@ -1,0 +1,68 @@
+"""A step in several parts is the step of the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from tptt_jax.training.partition import split_trainable
+from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
+
+LIZA = LizaConfig(softmax_window=6, softmax_sinks=1, memory_rank=2)
+RNG = np.random.default_rng(0)
+# Rows with few and with many targets, among them one without any.
+SHARES = np.array([0.1, 0.9, 0.0, 0.5, 1.0, 0.3])[:, None]
+BATCH = Batch(
+    jnp.asarray(RNG.integers(0, 97, (6, 21))),
+    jnp.asarray(np.repeat([[1], [1], [1], [1], [1], [1]], 21, axis=1) + (np.arange(21) > 12)),
+    jnp.asarray(RNG.random((6, 21)) < SHARES),
+)
+
+
+def step_of(accumulate: int, batch: Batch = BATCH, **options):
+    model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
+    partition, trainable, share = split_trainable(model, "lora")
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    step = make_train_step(partition, optimizer, accumulate=accumulate, **options)
+    return step(state, partition.frozen, batch)
+
+
+@pytest.mark.parametrize(("parts", "distill"), [(3, 0.0), (2, 0.5)])
+def test_parts_add_up_to_the_whole_batch(parts, distill):
+    whole, expected = step_of(1, distill=distill)
+    state, metrics = step_of(parts, distill=distill)
+    assert metrics.is_finite
+    assert float(metrics.tokens) == float(expected.tokens)
+    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics.grad_norm, expected.grad_norm, rtol=1e-5)
+    # AdamW's first moment is a tenth of the gradient; updates alone would only show signs.
+    for right, got in zip(
+        jax.tree.leaves(whole.opt_state), jax.tree.leaves(state.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_differs_from_part_to_part():
+    """Two equal rows in two parts: with one mask for both the loss would be that of one row."""
+    model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(dropout=0.5), rngs=nnx.Rngs(0))
+    partition, trainable, share = split_trainable(model, "lora")
+    trainable = {
+        name: jnp.ones_like(x) if name.endswith("lora.b") else x for name, x in trainable.items()
+    }
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    one = Batch(*(x[4:5] for x in BATCH))
+    losses = []
+    for batch, parts in ((one, 1), (Batch(*(jnp.repeat(x, 2, axis=0) for x in one)), 2)):
+        state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+        step = make_train_step(partition, optimizer, accumulate=parts)
+        losses.append(float(step(state, partition.frozen, batch)[1].loss))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="6 rows cannot be worked through in 4 equal parts"):
+        step_of(4)
