@@ -12,6 +12,7 @@ from experiments.process.compilation_cache import prepare_process
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
+from experiments.training.dry_run import dry_run
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
@@ -24,6 +25,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs a fine-tuning run, or goes on with it, and returns what --json prints."""
     prepare_process()
     check_output(config, describe_run(config))
+    if config.dry_run:
+        console = Console(soft_wrap=True, highlight=False)
+        return dry_run(Run.prepare(config, console))
     with locked_output(config.output):
         return _finetune(config)
 

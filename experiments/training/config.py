@@ -113,6 +113,9 @@ class FinetuneConfig:
     """Continued before and after training."""
     sample_tokens: int = 32
     """Length of that continuation; 0: none."""
+    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Load everything and compile a step, say what would be trained and how much memory it takes,
+    and end; nothing is written."""
     resume: bool = True
     """Go on from the last checkpoint in output; False: start again."""
     resume_allow: tuple[str, ...] = ()

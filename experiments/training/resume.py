@@ -29,7 +29,7 @@ _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt"),
-    *("early_stop", "keep_best"),
+    *("early_stop", "keep_best", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )

@@ -31,11 +31,12 @@ from tptt_jax.sharding import batch_sharding, make_mesh, replicated
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import write_description
 from tptt_jax.training.optimizer import make_optimizer
-from tptt_jax.training.partition import load_trainable, split_trainable
+from tptt_jax.training.partition import Partition, load_trainable, split_trainable
 from tptt_jax.training.train_step import (
     Batch,
     StepMetrics,
     TrainState,
+    TrainStep,
     init_train_state,
     make_train_step,
     place_state,
@@ -70,7 +71,10 @@ class Run:
 
     @classmethod
     def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
-        """Loads everything, and claims the output directory once all of it is right."""
+        """Loads everything, and claims the output directory once all of it is right.
+
+        A dry run claims nothing.
+        """
         mesh = None if config.mesh is None else make_mesh(config.mesh)
         check_rows(config.batch_size, mesh)
         description = describe_run(config)
@@ -109,7 +113,8 @@ class Run:
             resumption=resumption,
         )
         resumption.check_loaded(model, data, run.fit_rows)
-        run._claim_output(description)
+        if not config.dry_run:
+            run._claim_output(description)
         return run
 
     def _claim_output(self, description: Any) -> None:
@@ -182,20 +187,10 @@ class Run:
         Returns:
           The last state, the seconds spent in steps, and how many were done by earlier calls.
         """
-        partition, trainable, share = split_trainable(self.model, self.config.train)
-        optimizer = make_optimizer(self.config.optimizer, self.steps)
-        count = sum(value.size for value in trainable.values())
+        partition, first, compiled = self.training_parts()
+        count = sum(value.size for value in first.trainable.values())
         self.console.print(
             f"training {count:,} parameters ({self.config.train}) for {self.steps} steps"
-        )
-        first = init_train_state(trainable, share, optimizer, jax.random.key(self.config.seed))
-        compiled = make_train_step(
-            partition,
-            optimizer,
-            mag_schedule=self.config.mag,
-            remat=self.config.remat,
-            distill=self.config.distill,
-            accumulate=self.config.accumulate,
         )
 
         def step(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
@@ -219,7 +214,7 @@ class Run:
             steps=self.steps,
             checkpoint_every=self.config.checkpoint_every,
             step=step,
-            batch_at=self._batch_at,
+            batch_at=self.batch_at,
             rows_at=lambda number: self.data.train.rows_at(
                 number, self.config.rows_per_step, self.config.seed
             ),
@@ -228,7 +223,6 @@ class Run:
             is_over=best.is_over,
             is_last=True,
         )
-        first = self._place(first)
         last, seconds, earlier = stage.run(first, self.console)
         if best.step is not None and not self.was_complete:
             kept = "" if best.kept_in is None else f", kept in {best.kept_in}"
@@ -239,6 +233,21 @@ class Run:
                 markup=False,
             )
         return last, seconds, earlier
+
+    def training_parts(self) -> tuple[Partition, TrainState, TrainStep]:
+        """The model taken apart, the state before the first step of training, and that step."""
+        partition, trainable, share = split_trainable(self.model, self.config.train)
+        optimizer = make_optimizer(self.config.optimizer, self.steps)
+        first = init_train_state(trainable, share, optimizer, jax.random.key(self.config.seed))
+        step = make_train_step(
+            partition,
+            optimizer,
+            mag_schedule=self.config.mag,
+            remat=self.config.remat,
+            distill=self.config.distill,
+            accumulate=self.config.accumulate,
+        )
+        return partition, self._place(first), step
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after a step of training."""
@@ -315,7 +324,7 @@ class Run:
             self.config.window_range, None if liza is None else liza.softmax_window
         )
 
-    def _batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
+    def batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
         """The batch of a step, on its way to the device, its window, its tokens."""
         batch = self.data.train.batch_at(step, self.config.rows_per_step, self.config.seed)
         windows, window = self._windows(), None
