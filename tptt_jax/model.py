@@ -25,6 +25,7 @@ from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.cross_entropy import head_product
+from tptt_jax.token_ids import check_model_tokens
 
 
 class MagShare(nnx.Variable):
@@ -174,7 +175,9 @@ class CausalLM(nnx.Module):
           the requested extras. Values at padding are meaningless.
 
         Raises:
-          ValueError: if the memory is left out of a purely linear model, a window comes with a
+          TypeError: if tokens is no array.
+          ValueError: if tokens are not integers [B, T] or, outside of `jax.jit`, the embedding has
+            no row for one, the memory is left out of a purely linear model, a window comes with a
             cache, the cache is of another model or window, remat is no choice, or dropout is on
             and has no randomness.
         """
@@ -212,6 +215,7 @@ class CausalLM(nnx.Module):
         Raises:
           ValueError: as `__call__` does.
         """
+        check_model_tokens(tokens, segment_ids, self.config.vocab_size)
         if not use_memory and self.liza is not None and not self.liza.softmax:
             raise ValueError("a purely linear model cannot run without its memory.")
         if window is not None and cache is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from tptt_jax import ModelConfig
 from tptt_jax.array_typing import Array, Int
-from tptt_jax.inference.token_ids import check_token_ids
+from tptt_jax.token_ids import check_token_ids
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast

@@ -12,8 +12,8 @@ from jax import lax
 from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
 from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
 from tptt_jax.inference.state_checks import check_state
-from tptt_jax.inference.token_ids import check_token_ids
 from tptt_jax.model import CausalLM, check_context
+from tptt_jax.token_ids import check_token_ids, token_rows
 
 # A prompt is read in long segments, CALL_TOKENS in one call of the device, and what is left of
 # it in short ones, so that a few words do not cost a whole segment.
@@ -80,9 +80,7 @@ def align_prompts(
     Raises:
       ValueError: if shapes are wrong, or a prompt is empty that must not be.
     """
-    tokens = np.asarray(given, np.int32)
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens must have shape [B, T], got {tokens.shape}.")
+    tokens = token_rows(given)
     valid = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
     if valid.shape != tokens.shape:
         raise ValueError(f"segment_ids must have shape {tokens.shape} ([B, T]), got {valid.shape}.")

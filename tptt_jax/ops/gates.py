@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_axes
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.config import Gate, Trick
 from tptt_jax.ops.token_shift import shift_tokens
@@ -24,6 +25,7 @@ def causal_mean(
     Returns:
       The mean [B, T, K, D] in at least float32; padding keeps its own value.
     """
+    check_axes("x", x, "B T K D")
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     lag1, has_lag1 = shift_tokens(x, 1, segment_ids)
     lag2, has_lag2 = shift_tokens(x, 2, segment_ids)
@@ -56,6 +58,8 @@ def compute_gate(
     Raises:
       ValueError: if the kind is unknown.
     """
+    check_axes("k", k, "B T K D")
+    check_axes("v", v, "B T K D")
     if kind == "constant":
         wide = jnp.promote_types(k.dtype, jnp.float32)
         return jnp.full(k.shape if vector else k.shape[:-1], 0.5, wide)

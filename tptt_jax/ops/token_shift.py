@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_arrays, check_axes
 from tptt_jax.array_typing import Array, Bool, Int, SegmentIds, Shaped
 
 
@@ -19,6 +20,7 @@ def document_ordinals(segment_ids: SegmentIds) -> Int[Array, "B T"]:
       The number of document starts before each token, the row's first one not counted
       [B, T]; padding carries the number of the token before it (0 at the start of the row).
     """
+    check_axes("segment_ids", segment_ids, "B T")
     positions = jnp.arange(segment_ids.shape[1])
     latest = jax.lax.cummax(jnp.where(segment_ids != 0, positions, -1), axis=1)
     before = jnp.pad(latest, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
@@ -64,8 +66,11 @@ def shift_tokens(
       padding, and whether there is one [B, T].
 
     Raises:
-      ValueError: if steps is negative or segment_ids is not [B, T].
+      TypeError: if x or segment_ids is no array.
+      ValueError: if steps is negative, x has fewer than two axes, or segment_ids is not [B, T].
     """
+    check_axes("x", x, "B T ...")
+    check_arrays(segment_ids=segment_ids)
     if steps < 0:
         raise ValueError(f"steps must be at least 0 (tokens never look ahead), got {steps}.")
     if segment_ids is None:

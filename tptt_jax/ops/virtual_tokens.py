@@ -4,6 +4,7 @@ import math
 
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_axes
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.config import Trick
 from tptt_jax.ops.token_shift import shift_tokens
@@ -39,8 +40,10 @@ def expand_virtual_tokens(
       float32.
 
     Raises:
-      ValueError: if N < 1 or the trick is unknown.
+      TypeError: if x is no array.
+      ValueError: if N < 1, x has other axes, or the trick is unknown.
     """
+    check_axes("x", x, "B T K D")
     if num_householder < 1:
         raise ValueError(f"num_householder must be at least 1, got {num_householder}.")
     if trick not in ("derivative", "rotary", "combined"):

@@ -396,6 +396,6 @@ def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match=r"state must have shape \(2, 2, 8, 8\)"):
         step_delta_product(**one, state=jnp.zeros((2, 4, 8, 8)))
     with pytest.raises(
-        ValueError, match=r"one token: q must have 3 axes .*got shape \(2, 1, 4, 8\)"
+        ValueError, match=r"q \(of one token\) must have 3 axes .*got shape \(2, 1, 4, 8\)"
     ):
         step_delta_product(**one | {"q": inputs["q"][:, :1]}, state=jnp.zeros((2, 2, 8, 8)))

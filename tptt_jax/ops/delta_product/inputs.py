@@ -5,6 +5,7 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_arrays, check_axes
 from tptt_jax.array_typing import Array, Bool, Float, State
 
 _Tree = TypeVar("_Tree")
@@ -21,6 +22,8 @@ def check_inputs(
 ) -> None:
     """Raises ValueError if the arguments of an operator do not fit together.
 
+    TypeError if one of them is no array.
+
     Args:
       q: queries, must be [B, T, H, D].
       k: keys, must be [B, T, N, K, D] with H a multiple of K.
@@ -30,8 +33,16 @@ def check_inputs(
       initial_state: None or [B, K, D, Dv].
       segment_ids: None or integers [B, T].
     """
-    if q.ndim != 4:
-        raise ValueError(f"q must have 4 axes ([B, T, H, D]), got shape {q.shape}.")
+    check_arrays(
+        q=q,
+        k=k,
+        v=v,
+        beta=beta,
+        log_decay=log_decay,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    check_axes("q", q, "B T H D")
     if k.ndim != 5:
         raise ValueError(
             f"k must have 5 axes ([B, T, N, K, D]; add the step axis with k[:, :, None] for "

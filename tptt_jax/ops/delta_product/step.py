@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_arrays, check_axes
 from tptt_jax.array_typing import Array, Float, State
 from tptt_jax.ops.delta_product.inputs import check_inputs, compute_dtype
 
@@ -29,10 +30,11 @@ def step_delta_product(
       an input is).
 
     Raises:
+      TypeError: if an argument is no array.
       ValueError: if the shapes disagree.
     """
-    if q.ndim != 3:
-        raise ValueError(f"one token: q must have 3 axes ([B, H, D]), got shape {q.shape}.")
+    check_arrays(k=k, v=v, beta=beta, state=state, log_decay=log_decay)
+    check_axes("q (of one token)", q, "B H D")
     decay = log_decay if log_decay is None else log_decay[:, None]
     check_inputs(q[:, None], k[:, None], v[:, None], beta[:, None], decay, state)
     dtype = compute_dtype(q, k, v, beta)

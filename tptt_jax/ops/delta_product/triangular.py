@@ -7,6 +7,7 @@ of L overflow for strongly correlated keys; substitution in small blocks does ne
 import jax
 import jax.numpy as jnp
 
+from tptt_jax.array_checks import check_arrays
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.ops.manual_axes import vary_along, varying_axes
 
@@ -29,6 +30,7 @@ def invert_unit_lower(lower: Float[Array, "*batch M M"]) -> Float[Array, "*batch
     Raises:
       ValueError: if L is not square.
     """
+    check_arrays(lower=lower)
     if lower.ndim < 2 or lower.shape[-1] != lower.shape[-2]:
         raise ValueError(f"lower must be square ([..., M, M]), got shape {lower.shape}.")
     size = lower.shape[-1]
