@@ -28,7 +28,7 @@ _FILE = "run.json"
 _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
-    *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt"),
+    *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
