@@ -1,6 +1,5 @@
 """Pretrained models in and out: Hugging Face directories, the hub, GGUF, our checkpoints."""
 
-# ruff: noqa: E402
 
 from convert.interrupts import exit_on_interrupt, is_command
 

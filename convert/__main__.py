@@ -74,8 +74,8 @@ def export_model(
     """
     if context is not None and (context < 0 or format not in ("merged", "titan")):
         raise ValueError(
-            f"--context must be at least 0 and goes with --format merged or titan, whose config.json "
-            f"says the frequencies; got {context} with --format {format}."
+            "--context must be at least 0 and goes with --format merged or titan, whose "
+            f"config.json says the frequencies; got {context} with --format {format}."
         )
     check_replaceable(output, overwrite=overwrite)
     check_overwrite(output, checkpoint)
