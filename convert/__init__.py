@@ -1,6 +1,5 @@
 """Pretrained models in and out: Hugging Face directories, the hub, GGUF, our checkpoints."""
 
-
 from convert.interrupts import exit_on_interrupt, is_command
 
 # Before the imports that take seconds.

@@ -3,8 +3,8 @@
 import contextlib
 import io
 import json
-import pkgutil
 import os
+import pkgutil
 import shlex
 import shutil
 from dataclasses import replace
