@@ -50,7 +50,9 @@ def folder_files(folder: Path, *, shown: Path | None = None) -> dict[str, list[P
         import datasets
 
         found = plain_files(datasets.load_dataset_builder(str(folder), cache_dir=cache))
-        return found and {split: list(map(Path, files)) for split, files in found.items()}
+        if found is None:
+            return None
+        return {split: list(map(Path, files)) for split, files in found.items()}
 
 
 def plain_files(builder: Any) -> dict[str, list[str]] | None:

@@ -135,7 +135,7 @@ def check(file: Tokenizer, ours, text: str) -> None:
         assert ours.decode(wanted, clean_up_tokenization_spaces=False) == decoded
 
 
-@examples(80)
+@examples(50)
 @given(
     content=tokenizer_files(),
     label=labels,
