@@ -16,6 +16,7 @@ from convert.overwriting import check_overwrite
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import progress_bars
 from convert.sources import with_revision
+from tptt_jax import fix_context
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -52,6 +53,7 @@ def export_model(
     dtype: Dtype = "float32",
     overwrite: bool = False,
     results: Path | None = None,
+    context: int | None = None,
 ) -> dict[str, Any]:
     """Writes a checkpoint of our own training for others to load.
 
@@ -67,13 +69,22 @@ def export_model(
       overwrite: replace an earlier model in that directory.
       results: results.json of experiments.evaluate, which the model card of merged and titan
         (README.md) quotes.
+      context: fixes rotary frequencies that depend on the length ("dynamic" and "longrope"
+        scaling) for texts of so many tokens, as titan needs it; others stay as they are.
     """
+    if context is not None and (context < 0 or format not in ("merged", "titan")):
+        raise ValueError(
+            "--context must be at least 0 and goes with --format merged or titan, whose "
+            f"config.json says the frequencies; got {context} with --format {format}."
+        )
     check_replaceable(output, overwrite=overwrite)
     check_overwrite(output, checkpoint)
     if results is not None:
         # Before the weights are loaded.
         read_results(results.expanduser(), checkpoint)
     model = load_pretrained(checkpoint, dtype=dtype)
+    if context is not None:
+        model = fix_context(model, context)
     export_pretrained(model, output, format, checkpoint, overwrite=overwrite, results=results)
     return {
         "output": str(output),

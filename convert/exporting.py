@@ -74,8 +74,8 @@ def write_titan(
     if config.fixed_up_to is not None:
         raise ConversionError(
             f"the rotary frequencies of this model change beyond {config.fixed_up_to} tokens, "
-            'which the "titan" file cannot do: export tptt_jax.fix_context(model, tokens), fixed '
-            "for the longest text."
+            'which the "titan" file cannot do: fix them for the longest text, with --context '
+            "TOKENS, or export tptt_jax.fix_context(model, tokens)."
         )
     if liza is not None and liza.operator == "tptt_reference":
         raise ConversionError(

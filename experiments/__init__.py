@@ -3,6 +3,7 @@
 What a command changes about its process it changes here, before its imports, and never on import.
 """
 
+import os
 import sys
 
 from experiments.process.garbage import collect_seldom
@@ -18,6 +19,13 @@ def _is_command() -> bool:
     return sys.orig_argv[count - 1].removeprefix("-m").partition(".")[0] == "experiments"
 
 
+def _is_script() -> bool:
+    """Whether this is the script `tptt-jax`, which starts a command as a new program."""
+    return os.path.basename(sys.argv[0] if sys.argv else "") in ("tptt-jax", "tptt-jax.exe")
+
+
+if _is_script():
+    exit_on_interrupt()
 if _is_command():
     exit_on_interrupt()
     restart_with_huge_pages()

@@ -31,6 +31,7 @@ from experiments.evaluation.runner import Findings, Runner
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Summary, Task
 from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
+from experiments.models import apply_revision
 from experiments.process.compilation_cache import prepare_process
 from experiments.process.memory_use import peak_gb
 from experiments.process.output_folder import locked_output
@@ -66,6 +67,8 @@ class EvaluateConfig:
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
     a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
     trained on, or smollm2-135m."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
     adapter: Path | None = None
     """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     task: tuple[TaskName, ...] = ("perplexity",)
@@ -92,6 +95,9 @@ class EvaluateConfig:
     trained with."""
     sinks: int | None = None
     """First tokens that a window goes on seeing. None: what the model was trained with, or 4."""
+    context: int | None = None
+    """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
+    scaling) for so many tokens, the longest that is read. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the memory out; a window stays."""
     output: Path = Path("runs/evaluate")
@@ -106,6 +112,9 @@ class EvaluateConfig:
         """Rejects what nothing can be measured with."""
         if self.models and (self.model is not None or self.adapter is not None):
             raise ValueError("--models names all models: leave --model and --adapter out.")
+        apply_revision(self)
+        if self.context is not None and self.context < 0:
+            raise ValueError(f"context must be at least 0, got {self.context}.")
         if not self.task:
             raise ValueError("task must name at least one task, got none.")
         for name, least, values in (
@@ -122,8 +131,8 @@ class EvaluateConfig:
     def sources(self) -> list[Source]:
         """The models, in order."""
         if self.models:
-            return [Source.named(name) for name in self.models]
-        return [Source(self.model, self.adapter)]
+            return [Source.named(name, self.context) for name in self.models]
+        return [Source(self.model, self.adapter, self.context)]
 
     @property
     def tasks(self) -> list[Task]:

@@ -14,7 +14,7 @@ import tyro
 from convert.sources import DEFAULT_MODEL
 from experiments.command_line import run_configured
 from experiments.data.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
-from experiments.models import is_tuned, load_model
+from experiments.models import apply_revision, is_tuned, load_model
 from experiments.models.writer import Writer, report
 from experiments.process.compilation_cache import prepare_process
 from experiments.process.memory_use import peak_gb
@@ -44,6 +44,8 @@ class GenerateConfig:
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
     a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
     trained on, or smollm2-135m."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
     adapter: Path | None = None
     """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
     prompt: str | None = None
@@ -79,6 +81,9 @@ class GenerateConfig:
     window: int | None = None
     """Softmax attention sees so many tokens, and the first few; the memory sees all. None: what
     the model was trained with."""
+    context: int | None = None
+    """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
+    scaling) for so many tokens, prompt and new ones together. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leave the memory out."""
     compare: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -96,6 +101,9 @@ class GenerateConfig:
             )
         if self.compare and (self.chat or self.load_state is not None):
             raise ValueError("--compare reads the prompt twice: leave out --chat and --load-state.")
+        if self.context is not None and self.context < 0:
+            raise ValueError(f"context must be at least 0, got {self.context}.")
+        apply_revision(self)
         self.sampling.check()
 
     @property
@@ -114,7 +122,10 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     if config.compare and config.adapter is None and not is_tuned(config.model or DEFAULT_MODEL):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     loaded = load_model(
-        config.model, config.adapter, window=config.window, dtype=jnp.dtype(config.dtype)
+        *(config.model, config.adapter),
+        window=config.window,
+        context=config.context,
+        dtype=jnp.dtype(config.dtype),
     )
     model = loaded.model
     written: dict[str, Any] = {"prompt": _prompt(config)}

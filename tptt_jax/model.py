@@ -355,7 +355,8 @@ def check_context(config: ModelConfig, tokens: int) -> None:
     if longest is not None and tokens > longest:
         raise ValueError(
             f"rotary frequencies of this model change beyond {longest} tokens, which a cache of "
-            f"{tokens} cannot follow: fix them first, with tptt_jax.fix_context(model, {tokens})."
+            f"{tokens} cannot follow: fix them first, with tptt_jax.fix_context(model, {tokens}), "
+            f"or --context {tokens} on the command line."
         )
 
 

@@ -101,7 +101,8 @@ def write_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
         raise ConversionError(
             f'"dynamic" rotary scaling must begin at the model\'s {max_positions} positions to be '
             f"written, it begins at {rope.original_max_positions}: set original_max_positions to "
-            "that, or export tptt_jax.fix_context(model, tokens)."
+            "that, or fix the frequencies, with --context TOKENS or tptt_jax.fix_context(model, "
+            "tokens)."
         )
     if rope.scaling == "none":
         return {"rope_type": "default", "rope_theta": rope.theta}

@@ -49,13 +49,15 @@ _SPECIAL = {
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
 
 
-def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
+def load_tokenizer(source: Source, *, adapter: Source | None = None) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer that belongs to a model.
 
     Args:
       source: what `load_pretrained` takes. A checkpoint of our own has the tokenizer of the
         model it was trained from, a directory of tptt's that of its base model, and so has one of
         PEFT's unless it brings a complete tokenizer.
+      adapter: what `load_pretrained` puts on `source`; its tokenizer, if complete, goes before
+        that of `source`.
 
     Returns:
       A fast tokenizer; special tokens and the chat template are set as the source has them.
@@ -63,7 +65,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     Raises:
       ConversionError: if the source has no tokenizer, or one that cannot be read.
     """
-    path = locate_tokenizer(source)
+    path = locate_tokenizer(source, adapter=adapter)
     if path.is_dir():
         if is_adapter(path):
             return read_adapter_tokenizer(path)
@@ -71,11 +73,12 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerFast":
     return _cached(path) if path.parent == cache_directory() else _from_gguf(path)
 
 
-def locate_tokenizer(source: Source) -> Path:
+def locate_tokenizer(source: Source, *, adapter: Source | None = None) -> Path:
     """Finds the directory or GGUF file that holds the tokenizer of a model.
 
     Args:
       source: what `load_tokenizer` takes.
+      adapter: likewise.
 
     Returns:
       Of a PEFT directory with a complete tokenizer (tokenizer.json and tokenizer_config.json):
@@ -84,22 +87,30 @@ def locate_tokenizer(source: Source) -> Path:
     Raises:
       ConversionError: if there is no such model.
     """
+    if adapter is not None and (own := _adapter_tokenizer(locate(adapter, weights=False))):
+        return own
     while described := find_checkpoint(source):
         source = described.source
     path = locate(source, weights=False)
-    if not has_base(path):
+    return (
+        (_adapter_tokenizer(path) or locate_base(path, weights=False)) if has_base(path) else path
+    )
+
+
+def _adapter_tokenizer(path: Path) -> Path | None:
+    """A PEFT directory if its tokenizer is complete; which one is used is said if it has files."""
+    if not is_adapter(path):
+        return None
+    own = [name for name in TOKENIZER_FILES if (path / name).is_file()]
+    if {TOKENIZER_FILE, SETTINGS_FILE} <= set(own):
+        say(f"using the tokenizer of the adapter {path} ({listing(own)})")
         return path
-    if is_adapter(path):
-        own = [name for name in TOKENIZER_FILES if (path / name).is_file()]
-        if {TOKENIZER_FILE, SETTINGS_FILE} <= set(own):
-            say(f"using the tokenizer of the adapter {path} ({listing(own)})")
-            return path
-        if own:
-            say(
-                f"using the tokenizer of the base model; {listing(own)} of the adapter {path} is "
-                f"no complete tokenizer ({TOKENIZER_FILE} and {SETTINGS_FILE})"
-            )
-    return locate_base(path, weights=False)
+    if own:
+        say(
+            f"using the tokenizer of the base model; {listing(own)} of the adapter {path} is "
+            f"no complete tokenizer ({TOKENIZER_FILE} and {SETTINGS_FILE})"
+        )
+    return None
 
 
 def export_tokenizer(source: Source, path: Path) -> None:

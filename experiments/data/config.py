@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from experiments.data.columns import FormatChoice, read_columns
+from experiments.data.data_files import PYTHON_DOCS
 from experiments.data.formats import Loss
 from experiments.data.probes import PROBES, ProbeKind
-from experiments.data.rows import PYTHON_DOCS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Rows that the library `datasets` reads: of the Hugging Face Hub, and of Parquet files."""
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,11 +49,34 @@ def folder_files(folder: Path, *, shown: Path | None = None) -> dict[str, list[P
     with tempfile.TemporaryDirectory() as cache, quiet_errors(shown or folder):
         import datasets
 
-        builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
-        if builder.name not in ("json", "csv", "text", "parquet"):
+        found = plain_files(datasets.load_dataset_builder(str(folder), cache_dir=cache))
+        if found is None:
             return None
-        found = builder.config.data_files or {}
-        return {str(split): [Path(file) for file in files] for split, files in found.items()}
+        return {split: list(map(Path, files)) for split, files in found.items()}
+
+
+def plain_files(builder: Any) -> dict[str, list[str]] | None:
+    """Paths or addresses of the files of each split that a builder of `datasets` reads.
+
+    Returns:
+      None if we do not read its kind ourselves, or it has settings that we do not have, such as
+      another separator.
+    """
+    import datasets
+
+    if builder.name not in ("json", "csv", "text", "parquet"):
+        return None
+    config, plain = builder.config, type(builder.config)()
+    own = {field.name for field in dataclasses.fields(config)}
+    own -= {field.name for field in dataclasses.fields(datasets.BuilderConfig)} | {"features"}
+    changed = {name for name in own if getattr(config, name) != getattr(plain, name)}
+    found = {
+        str(split): list(map(str, files)) for split, files in (config.data_files or {}).items()
+    }
+    names = [name for files in found.values() for name in files]
+    if changed == {"sep"} and config.sep == "\t" and any(".tsv" in name for name in names):
+        changed = set()  # of files with this extension, as we read them
+    return None if changed else found
 
 
 def slice_splits(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from experiments.data.columns import Format, find_format, read_columns, rename_columns
 from experiments.data.config import DataConfig
+from experiments.data.data_files import FoundData
 from experiments.data.formats import cut_document, row_examples, text_cells, text_documents
 from experiments.data.packing import Example, TokenBatchSource, lay_out, pack_examples
 from experiments.data.recall_rows import recall_examples
@@ -72,7 +72,7 @@ def load_token_data(
     seed: int = 0,
     *,
     window: int | None = None,
-    leave_out: Path | None = None,
+    files: FoundData | None = None,
 ) -> TokenData:
     """Reads, tokenises, splits and packs the data that `config` describes.
 
@@ -81,7 +81,7 @@ def load_token_data(
       tokenizer: of the model that will read the tokens.
       seed: chooses which rows of a table are held out.
       window: of the model, for rows that ask for something beyond it; None: half a row.
-      leave_out: a folder whose files are no data, as a run's own.
+      files: what `find_data` has found for `config`; None: it is called.
 
     Returns:
       Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
@@ -90,9 +90,7 @@ def load_token_data(
       FileNotFoundError: if the data is not there.
       ValueError: if it cannot be read or leaves nothing to train on.
     """
-    rows = load_rows(
-        config.path, config.split, config.max_rows, config.revision, leave_out=leave_out
-    )
+    rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
     rows = rename_columns(rows, read_columns(config.columns))
     found = find_format(rows, config.format, config.text_column)
     if rows.is_document:

@@ -1,4 +1,4 @@
-"""Chat templates, which are programs that come with a model: run with a time limit."""
+"""Chat templates, which are programs that come with a model: run with bounds on time and memory."""
 
 import ctypes
 import re
@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from jinja2 import TemplateError
 
+from experiments.process.memory_limit import limited_memory
+
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 T = TypeVar("T")
 
 _SECONDS = 20.0
+# A long conversation takes a few times its own size.
+_GIGABYTES = 1.0
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -63,6 +67,7 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None = None,
         *,
         ask: bool = False,
+        go_on: bool = False,
     ) -> str:
         """The text of a conversation.
 
@@ -70,16 +75,25 @@ class ChatTemplate:
           messages: with role and content; a content of None reaches the template.
           tools: descriptions of functions.
           ask: end with what begins an answer.
+          go_on: end with the last message's own last word, which is to be continued.
 
         Raises:
-          ValueError: if the template refuses it, fails or runs too long.
+          ValueError: if the template refuses it, fails, runs too long or asks for too much memory.
         """
         if any(message["content"] is None for message in messages):
             # `apply_chat_template` would leave the key out, which is not none to a template.
             return self._render(self._source(tools), messages, tools, ask=ask)[0][0]
         apply: Any = self._tokenizer.apply_chat_template
         return self._limited(
-            lambda: str(apply(messages, tools=tools, tokenize=False, add_generation_prompt=ask))
+            lambda: str(
+                apply(
+                    messages,
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=ask,
+                    continue_final_message=go_on,
+                )
+            )
         )
 
     def render_marked(
@@ -124,16 +138,22 @@ class ChatTemplate:
 
     def _limited(self, function: Callable[[], T]) -> T:
         try:
-            try:
-                self._set(time.monotonic())
-                return function()
-            finally:
-                # Once this has the lock, the watch raises no more.
-                self._set(None)
+            with limited_memory(int(_GIGABYTES * 2**30)):
+                try:
+                    self._set(time.monotonic())
+                    return function()
+                finally:
+                    # Once this has the lock, the watch raises no more.
+                    self._set(None)
         except _OverdueError:
             raise OverdueTemplateError(
                 f"the chat template has not ended after {_SECONDS:g} seconds: mend the template, "
                 "or leave the conversation out."
+            ) from None
+        except MemoryError:
+            raise ValueError(
+                f"the chat template asks for more than {_GIGABYTES:g} GiB of memory: mend the "
+                "template, or leave the conversation out."
             ) from None
         except TemplateError as error:  # what its author has foreseen
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None

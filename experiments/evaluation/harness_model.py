@@ -18,6 +18,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from experiments.data.templates import ChatTemplate
 from experiments.evaluation.likelihood import Continuation, pad_prompts, score_continuations
 from tptt_jax import CausalLM, generate
 
@@ -97,13 +98,10 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Turns into one text, by the tokenizer's template."""
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(text)
+        with ChatTemplate(self.tokenizer) as template:
+            return template.render(
+                chat_history, ask=add_generation_prompt, go_on=not add_generation_prompt
+            )
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.data import DataConfig, load_token_data, python_docs_text
+from experiments.data.data_files import PYTHON_DOCS
 from experiments.data.prompts import document_tokens
-from experiments.data.rows import PYTHON_DOCS, is_text_file
+from experiments.data.rows import is_text_file
 from experiments.data.special_tokens import begin_once, begin_tokens
 from experiments.evaluation.blocks import (
     BLOCK,

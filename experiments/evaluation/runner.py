@@ -94,6 +94,8 @@ class Runner:
     def _keyed(
         self, task: Task, found: Findings, source: Source, variant: Variant
     ) -> Iterator[tuple[Row, str]]:
+        # Without it, keys are those that were written before there was the option.
+        fixed = {} if source.context is None else {"context": source.context}
         for row in found.rows[task.name]:
             yield (
                 row,
@@ -106,6 +108,7 @@ class Runner:
                     memory=variant.use_memory,
                     task=task.name,
                     row=row.about,
+                    **fixed,
                 ),
             )
 

@@ -35,14 +35,16 @@ class Source:
 
     model: str | None
     adapter: Path | None = None
+    context: int | None = None
+    """Tokens that rotary frequencies are fixed for, if they depend on the length."""
 
     @classmethod
-    def named(cls, name: str) -> "Source":
+    def named(cls, name: str, context: int | None = None) -> "Source":
         """A run of finetune or an adapter's directory, or else a base model."""
         path = Path(name).expanduser()
         if is_checkpoint(path) or has_base(path):
-            return cls(None, path)
-        return cls(name)
+            return cls(None, path, context)
+        return cls(name, None, context)
 
     @property
     def label(self) -> str:
@@ -75,6 +77,7 @@ class Source:
             window=window,
             sinks=sinks,
             is_full=is_full,
+            context=self.context,
             dtype=dtype,
         )
 

@@ -1,8 +1,10 @@
 """Models that commands run: loaded, fine-tuned or not; what they can read; how they write.
 
-Offered: loading one with its tokenizer, and telling whether a source was tuned.
+Offered: loading one with its tokenizer, telling whether a source was tuned, and the option
+--revision.
 """
 
 from experiments.models.loading import Loaded, is_tuned, load_model
+from experiments.models.revision import apply_revision
 
-__all__ = ["Loaded", "is_tuned", "load_model"]
+__all__ = ["Loaded", "apply_revision", "is_tuned", "load_model"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import DEFAULT_MODEL, find_checkpoint
-from tptt_jax import CausalLM, LizaConfig
+from tptt_jax import CausalLM, LizaConfig, fix_context
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -24,12 +24,10 @@ class Loaded(NamedTuple):
     Attributes:
       model: with its adapter and memory.
       tokenizer: that belongs to it.
-      source: where the tokenizer and the base weights come from, as `load_pretrained` takes it.
     """
 
     model: CausalLM
     tokenizer: "PreTrainedTokenizerFast"
-    source: str
 
 
 def load_model(
@@ -39,6 +37,7 @@ def load_model(
     window: int | None = None,
     sinks: int | None = None,
     is_full: bool = False,
+    context: int | None = None,
     dtype: jnp.dtype,
 ) -> Loaded:
     """Loads a model and its tokenizer, which takes about as long, at the same time.
@@ -52,6 +51,8 @@ def load_model(
       sinks: first tokens that a window goes on seeing; None: what the model was trained with.
       is_full: take the window that the model was trained with away; a memory of evicted tokens is
         idle then.
+      context: the length in tokens for which rotary frequencies that depend on it are fixed; None:
+        they are not.
       dtype: of the weights.
 
     Raises:
@@ -69,8 +70,9 @@ def load_model(
     else:
         source = model or (DEFAULT_MODEL if adapter is None else str(adapter))
     with ThreadPoolExecutor(1) as pool:
-        tokenizer = pool.submit(load_tokenizer, source)
         over = None if model is None and tuned is None else adapter
+        own = None if tuned is not None else over
+        tokenizer = pool.submit(load_tokenizer, source, adapter=own)
 
         def changed(liza: LizaConfig | None) -> LizaConfig | None:
             if is_full:
@@ -78,7 +80,9 @@ def load_model(
             return windowed(liza, window, sinks)
 
         weights = _load_weights(source, over, tuned, changed, dtype)
-        return Loaded(weights, tokenizer.result(), source)
+        if context is not None:
+            weights = fix_context(weights, context)
+        return Loaded(weights, tokenizer.result())
 
 
 def windowed(

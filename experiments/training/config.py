@@ -10,6 +10,7 @@ import tyro
 from convert.sources import DEFAULT_MODEL
 from experiments.data import DataConfig
 from experiments.data.config import check_literals
+from experiments.models import apply_revision
 from experiments.training.fit_config import FitConfig
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
@@ -35,6 +36,8 @@ class FinetuneConfig:
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
     a .gguf file, a PEFT directory or a checkpoint; the --lora options must be those that these were
     trained with."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
     output: Path = Path("runs/demo")
     """Directory for checkpoints, metrics, plot and adapter."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -125,6 +128,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Rejects values that no run can have."""
         check_literals(self)
+        apply_revision(self)
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)

@@ -1,7 +1,6 @@
 """What a run was made from, in a few hashes: its data files, its rows, its base weights."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from experiments.data import TokenBatchSource
-from experiments.data.rows import data_files
+from experiments.data.data_files import FoundData
 from tptt_jax import CausalLM
 from tptt_jax.training.partition import dotted, is_base_weight
 
@@ -19,32 +18,25 @@ _SAMPLES = 4096
 _BLOCK, _BLOCKS = 2**20, 256
 
 
-def of_data(
-    path: str | Sequence[str] | None, split: str = "train", *, leave_out: Path | None = None
-) -> dict[str, Any] | None:
+def of_data(found: FoundData | None) -> dict[str, Any] | None:
     """Names a data set; for files also their size and a hash of their contents, in order.
 
     Args:
-      path: what --data or --fit-data names; None: nothing.
-      split: what is read of it.
-      leave_out: a folder whose files are no data, as the run's own.
+      found: what --data or --fit-data names; None: nothing.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ValueError: if it is no data.
       OSError: if a file cannot be read.
     """
-    if path is None:
-        return None
-    paths = [path] if isinstance(path, str) else list(path)
-    found = data_files(paths, split, leave_out=leave_out)
     if found is None:
-        return {"name": " ".join(paths)}
+        return None
+    if found.files is None:
+        return {"name": found.shown}
     digest, size = hashlib.sha256(), 0
-    for file in (each for files in found.values() for each in files):
+    for file in (each for files in found.files.values() for each in files):
         size += file.stat().st_size
         digest.update(f"{_file_digest(file)}\n".encode())
-    name = " ".join(str(Path(each).expanduser().resolve()) for each in paths)
+    paths = (str(Path(each).expanduser().resolve()) for each in found.paths)
+    name = found.shown if found.is_hub else " ".join(paths)
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -16,6 +16,7 @@ from typing import Any, Self
 import yaml
 
 from experiments.command_line import read_yaml, resolved_yaml
+from experiments.data.data_files import find_data
 from experiments.models import is_tuned
 from experiments.training import fingerprints
 from experiments.training.config import FinetuneConfig
@@ -28,7 +29,7 @@ _FILE = "run.json"
 _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
-    *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt"),
+    *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
@@ -118,10 +119,15 @@ class Resumption:
             seed = found if isinstance(found, int) else seed
         self.record = Record(seed=seed)
         """What is written down once the run may begin."""
-        self.record.data = fingerprints.of_data(
-            config.data.path, config.data.split, leave_out=output
+        data = config.data
+        self.files = find_data(data.path, data.split, data.revision, leave_out=output)
+        """The files of the training data."""
+        self.fit_files = (
+            None if config.fit.data is None else find_data(config.fit.data, leave_out=output)
         )
-        self.record.fit_data = fingerprints.of_data(config.fit.data, leave_out=output)
+        """Those of --fit-data; None: there is none."""
+        self.record.data = fingerprints.of_data(self.files)
+        self.record.fit_data = fingerprints.of_data(self.fit_files)
         self._changes: list[Change] = []
         if self.is_started:
             self._refuse(_changed_settings(saved, config) + self._changed_files())

@@ -83,7 +83,7 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, seed, window=window, leave_out=config.output)
+        data = load_token_data(config.data, tokenizer, seed, window=window, files=resumption.files)
         console.print(data.describe(config.rows_per_step), markup=False)
         model = load_pretrained(
             config.model,
@@ -107,7 +107,7 @@ class Run:
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=_fit_rows(config, model, tokenizer, seed),
+            fit_rows=_fit_rows(config, model, tokenizer, resumption),
             model=model,
             mesh=mesh,
             resumption=resumption,
@@ -221,6 +221,7 @@ class Run:
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_over=best.is_over,
+            sound_step=self.resumption.step,
             is_last=True,
         )
         last, seconds, earlier = stage.run(first, self.console)
@@ -337,7 +338,10 @@ class Run:
 
 
 def _fit_rows(
-    config: FinetuneConfig, model: CausalLM, tokenizer: "PreTrainedTokenizerFast", seed: int
+    config: FinetuneConfig,
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerFast",
+    resumption: Resumption,
 ) -> TokenBatchSource | None:
     """The rows that the memory is fitted on."""
     liza = config.memory
@@ -354,7 +358,9 @@ def _fit_rows(
         changes |= {"text_column": "text", "split": "train", "max_rows": None}
     data = dataclasses.replace(config.data, **changes)
     rows = load_token_data(
-        data, tokenizer, seed, window=liza.softmax_window, leave_out=config.output
+        *(data, tokenizer, resumption.record.seed),
+        window=liza.softmax_window,
+        files=resumption.fit_files or resumption.files,
     ).train
     check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model.config, "fit: length")

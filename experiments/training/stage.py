@@ -48,6 +48,8 @@ class Stage:
     """Adds to a step's record what is measured now and then."""
     is_over: Callable[[], bool] = lambda: False
     """Whether the stage ends after the steps that are done."""
+    sound_step: int | None = None
+    """A step whose files this call has compared with what was written."""
     is_last: bool = False
     """Whether nothing follows: only then is a stop after the last step no interruption."""
 
@@ -79,7 +81,7 @@ class Stage:
         with RunCheckpoints(self.folder) as checkpoints:
             state = initial
             if checkpoints.latest_step is not None:
-                state = checkpoints.restore(initial)
+                state = checkpoints.restore(initial, sound=self.sound_step)
                 console.print(f"{self.title}: resuming after {int(state.step)} of {self.steps}")
             first = int(state.step)
             state, seconds = self._loop(state, checkpoints, console)

@@ -57,6 +57,7 @@ def answers(function, *arguments) -> Any:
         return None
     finally:
         assert refusal
+        assert "\n" not in refusal
 
 
 @functools.cache

@@ -213,7 +213,10 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stepz: 3", r"there is no option stepz; the options here are model, output, data,"),
+        (
+            "stepz: 3",
+            r"there is no option stepz; the options here are model, revision, output, data,",
+        ),
         ("liza: {operatr: x}", r"no option liza\.operatr; the options here are writes, operator,"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("steps: 2.5", "steps must be a whole number, got 2.5"),

@@ -13,8 +13,9 @@ from pyarrow import parquet
 
 from experiments.command_line import parse_arguments, read_yaml
 from experiments.data import DataConfig, load_token_data, text_files
+from experiments.data.data_files import find_data
 from experiments.data.prompts import read_text
-from experiments.data.rows import data_files, load_rows
+from experiments.data.rows import load_rows
 from experiments.finetune import run_finetune
 from experiments.training import FinetuneConfig
 from tests.tiny import make_tokenizer
@@ -139,9 +140,10 @@ def test_what_lies_below_the_run_is_no_data(tmp_path):
     run.mkdir()
     for name in ("x", "y", "z"):
         write_table(run / f"{name}.jsonl", [B])
-    assert texts(str(tmp_path), leave_out=run) == ["a"]
-    assert texts(f"{tmp_path}/**/*.*", leave_out=run) == ["a"]
-    assert data_files(str(tmp_path), leave_out=run) == {"train": [tmp_path / "rows.csv"]}
+    for path in (str(tmp_path), f"{tmp_path}/**/*.*"):
+        found = find_data(path, leave_out=run)
+        assert found.files == {"train": [tmp_path / "rows.csv"]}
+        assert texts(path, files=found) == ["a"]
 
 
 def test_one_text_has_no_rows_to_slice(tmp_path):

@@ -127,7 +127,7 @@ def begun_once(text: str) -> str:
     return f"<s>{text}"
 
 
-@examples(200)
+@examples(300)
 @given(
     rows=odd_tables(),
     name=st.sampled_from([*TEMPLATES, None]),
@@ -137,7 +137,7 @@ def test_odd_rows_are_read_or_refused_in_one_line(tmp_path, rows, name, loss):
     read(tmp_path, rows, TOKENIZERS[name] if name else PLAIN, loss=loss)
 
 
-@examples(100)
+@examples(150)
 @given(found=st.lists(texts, min_size=1, max_size=3))
 def test_texts_are_kept_to_the_letter(tmp_path, found):
     data = read(tmp_path, [{"text": text} for text in found], PLAIN)
@@ -151,7 +151,7 @@ def test_texts_are_kept_to_the_letter(tmp_path, found):
     assert [PLAIN.decode(tokens) for tokens in tokens_of(data)] == ended
 
 
-@examples(80)
+@examples(100)
 @given(instruction=texts, context=texts | st.none(), answer=texts)
 def test_instructions_are_kept_to_the_letter(tmp_path, instruction, context, answer):
     row = {"instruction": instruction, "input": context, "output": answer}
@@ -168,7 +168,7 @@ def test_instructions_are_kept_to_the_letter(tmp_path, instruction, context, ans
     assert counted.endswith(answer if answer.endswith("</s>") else f"{answer}</s>")
 
 
-@examples(120)
+@examples(150)
 @given(messages=fine_messages, name=st.sampled_from(list(TEMPLATES)))
 def test_chats_are_what_transformers_writes(tmp_path, messages, name):
     tokenizer = TOKENIZERS[name]

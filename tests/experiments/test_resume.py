@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pkgutil
 import shlex
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from convert import load_pretrained
 from convert.__main__ import main
 from experiments.command_line import parse_arguments, run_configured
 from experiments.data import DataConfig
+from experiments.data.data_files import find_data
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
@@ -78,9 +80,24 @@ def contents(folder):
     return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
 
 
-def test_a_complete_run_says_so_and_changes_nothing(started):
+def counting(monkeypatch, name):
+    """What a function of one module is called with."""
+    calls, function = [], pkgutil.resolve_name(name)
+
+    def called(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    monkeypatch.setattr(name, called)
+    return calls
+
+
+def test_a_complete_run_says_so_and_changes_nothing(started, monkeypatch):
     before = contents(started.output)
+    hashed = counting(monkeypatch, "tptt_jax.training.step_folders._digest")
     printed = run(started)
+    # Every file of the checkpoint once, although it is looked for before it is read.
+    assert len(hashed) == len(set(hashed)) > 0
     assert f"the run in {started.output} has done all its steps (2; 2 asked)" in printed
     assert contents(started.output) == before
 
@@ -249,7 +266,7 @@ def test_every_remedy_can_be_typed():
 # --- what a folder of data holds ----------------------------------------------------------------
 
 
-def test_a_folder_of_data_may_hold_the_run(started, tmp_path):
+def test_a_folder_of_data_may_hold_the_run(started, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     folder.mkdir()
     shutil.copy(started.data.path, folder / "train.jsonl")
@@ -259,7 +276,9 @@ def test_a_folder_of_data_may_hold_the_run(started, tmp_path):
     # The same rows by another name.
     shutil.copytree(started.output, inside.output)
     inside = replace(inside, resume_allow=("learning_rate", "seed"))
+    searched = counting(monkeypatch, "experiments.data.data_files._find_in_folder")
     rows = Run.prepare(inside, Console(file=io.StringIO())).data.train
+    assert len(searched) == 1
     # Nor is what is not read compared.
     (folder / "test.jsonl").write_text('{"text": "something else"}\n')
     again = Run.prepare(inside, Console(file=io.StringIO())).data.train
@@ -274,10 +293,14 @@ def test_names_of_data_are_not_compared(started, tmp_path):
     first, second = tmp_path / "a [1].jsonl", tmp_path / "b.jsonl"
     first.write_text('{"text": "a"}\n')
     second.write_text('{"text": "b"}\n')
-    named = of_data([str(first), str(second)])
-    assert is_same_data(named, of_data(f"{tmp_path}/*.jsonl"))
-    assert not is_same_data(named, of_data([str(second), str(first)]))
-    assert is_same_data(of_data(str(first)), of_data(str(tmp_path / "a*")))
+
+    def named(*paths):
+        return of_data(find_data([str(path) for path in paths]))
+
+    both = named(first, second)
+    assert is_same_data(both, named(tmp_path / "*.jsonl"))
+    assert not is_same_data(both, named(second, first))
+    assert is_same_data(named(first), named(tmp_path / "a*"))
 
 
 # --- what other commands do with a damaged run -----------------------------------------------

@@ -200,10 +200,14 @@ class RunCheckpoints:
                 self._known = None
                 raise
 
-    def restore(self, like: TrainState) -> TrainState:
+    def restore(self, like: TrainState, *, sound: int | None = None) -> TrainState:
         """The last readable state, with the shapes and shardings of `like`.
 
         A damaged one is passed over; a line in the log (WARNING) says so.
+
+        Args:
+          like: the state of a new run.
+          sound: what `latest_sound_step` has found a moment ago; it is not hashed again.
 
         Raises:
           ValueError: if there is none, all are damaged, or it was saved by a run with other
@@ -222,7 +226,7 @@ class RunCheckpoints:
 
         if self.latest_step is None:
             raise ValueError("there is no complete checkpoint to resume from.")
-        newest = read_newest(self._folder, PARTS, read)
+        newest = read_newest(self._folder, PARTS, read, sound=sound)
         saved, self._known, self._damaged = newest.content, newest.step, newest.damaged
         key = jax.random.wrap_key_data(saved["progress"]["key"])
         return TrainState(
