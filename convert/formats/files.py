@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConversionError(f"{path} does not exist.") from None
+        raise ConversionError(f"no such file: {path}.") from None
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}.") from None
     content = parse_json(text, path)

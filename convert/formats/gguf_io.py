@@ -105,7 +105,7 @@ class GgufFile:
         """
         self.path = path
         if not path.is_file():
-            raise ConversionError(f"{path} cannot be read: there is no such file.")
+            raise ConversionError(f"no such file: {path}.")
         parts = all_parts(path)
         headers = [_read_file(part) for part in parts]
         self.metadata: dict[str, Any] = headers[0].metadata

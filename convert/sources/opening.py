@@ -120,7 +120,7 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     hub = parse_hub_name(name)
     if path.suffix == ".gguf" or hub is None:
         raise ConversionError(
-            f"{name} does not exist; give a model directory, a .gguf file, a hub id or "
+            f"no such file or directory: {name}; give a model directory, a .gguf file, a hub id or "
             f"{DEFAULT_MODEL}."
         )
     return _fetch(hub, weights=weights)

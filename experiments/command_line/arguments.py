@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
         if not stop.code:
             raise
         options = functools.partial(list_options, lambda: parse(["--help"]))
-        raise ValueError(usage_sentence(complaint.getvalue(), options)) from None
+        raise ValueError(usage_sentence(complaint.getvalue(), options, argv)) from None
 
 
 def run_configured(

@@ -207,7 +207,7 @@ def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | No
         raise ValueError(f"{path} must be given alone.")
     if is_hub_id(path):
         raise ValueError(f"{path} is no file here, and a dataset of the Hub must be given alone.")
-    raise FileNotFoundError(f"There is no file {path}: check the path given as data.")
+    raise FileNotFoundError(f"no such file: {path}; check the path given as data.")
 
 
 def _find_in_folder(folder: Path, leave_out: Path | None) -> dict[str, list[Path]] | None:

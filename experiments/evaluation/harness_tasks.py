@@ -92,7 +92,7 @@ def _find_tasks(config: HarnessConfig) -> "tuple[list[str], TaskManager]":
 
     path = None if config.include_path is None else config.include_path.expanduser()
     if path is not None and not path.is_dir():
-        raise FileNotFoundError(f"There is no directory {path}: check --harness.include-path.")
+        raise FileNotFoundError(f"no such directory: {path}; check --harness.include-path.")
     # The list of lm-eval's own tasks takes half a minute to read; local ones may be enough.
     for with_defaults in (False, True):
         manager = TaskManager(include_path=path, include_defaults=with_defaults)

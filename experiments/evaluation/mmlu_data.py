@@ -119,7 +119,7 @@ def _read(path: str) -> list[tuple[str, str, list[dict[str, Any]]]]:
         return [(split, path, _read_hub(split)) for split in _SPLITS]
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"There is no file or directory {path}: check --mmlu.data.")
+        raise FileNotFoundError(f"no such file or directory: {path}; check --mmlu.data.")
     files = [place] if place.is_file() else sorted(place.glob("*.jsonl"))
     splits = {file: next((s for s in _SPLITS if file.stem.endswith(s)), None) for file in files}
     if place.is_file() and splits[place] is None:

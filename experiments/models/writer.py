@@ -76,7 +76,7 @@ class Writer:
         if count and self.state is not None:
             print(
                 f"[read {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s; "
-                f"state {self.state.num_bytes:,} bytes]",
+                f"state {self.state.num_bytes / 1e6:,.2f} MB]",
                 file=sys.stderr,
             )
         return Reading(prompt_tokens=count, prefill_s=seconds)
@@ -101,7 +101,8 @@ class Writer:
         speed = _speed(marks)
         shown = "" if speed is None else f", {speed:.1f} tokens/s"
         print(
-            f"[{len(tokens)} tokens{shown}; state {self.state.num_bytes:,} bytes]", file=sys.stderr
+            f"[{len(tokens)} tokens{shown}; state {self.state.num_bytes / 1e6:,.2f} MB]",
+            file=sys.stderr,
         )
         written = Continuation(
             text=text,

@@ -78,7 +78,7 @@ DAMAGES = {
     "pickles": (only_pickle, "save_pretrained(OTHER_DIR)"),
     "index outside": (index(x="../a.safetensors"), "not a file name inside"),
     "index to nothing": (index(x="b.safetensors"), "lacks the shards b.safetensors"),
-    "no config": (lambda path: (path / "config.json").unlink(), "does not exist"),
+    "no config": (lambda path: (path / "config.json").unlink(), "no such file"),
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "not valid JSON"),
     "duplicate key": (twice, "names model_type more than once"),
     "unknown family": (edit_config(model_type="mamba"), "'mamba' is not supported; known are"),

@@ -222,7 +222,7 @@ REFUSED = {
     "no runs": ("op --repeats 0", "repeats must be at least 1, got 0"),
     "no tokens": ("train --tokens 0", "tokens must be at least 1, got 0"),
     "two models": (f"decode --model demo {TINY}", "not both"),
-    "no such shape": ("decode --random-weights huge", "invalid choice"),
+    "no such shape": ("decode --random-weights huge", "--random-weights expects one of"),
     "heads": ("op --heads 3 --kv-heads 2 --tokens 8", "multiple"),
     "context, no tokenizer": (f"context --data {__file__} --random-weights tiny", "tokenizer"),
     "context, peer": (f"context --peer-json {__file__}", "must hold"),

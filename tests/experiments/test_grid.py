@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_and_status_2_before_anything_runs(
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert run_command(run_grid, ["--config", str(tmp_path / "no.yaml")]) == 2
-    assert "There is no configuration file" in capsys.readouterr().err
+    assert "no such file" in capsys.readouterr().err
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_a_grid_runs_what_is_missing_and_outlives_what_fails(base, write, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("plain: done in ")
     assert lines[2].startswith("broken: failed after ")
-    assert "/nowhere does not exist" in lines[2]
+    assert "no such file or directory: /nowhere" in lines[2]
     result = json.loads(lines[-1])
     assert result == json.loads((output / "results.json").read_text())
     report = result["variants"]["plain"]["report"]

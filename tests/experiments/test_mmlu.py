@@ -251,7 +251,7 @@ def test_what_is_no_question_is_refused(files, message, tiny_model_dir, tmp_path
 
 def test_missing_files_and_wrong_limits_are_refused(tiny_model_dir, tmp_path, capsys):
     missing = ["--model", str(tiny_model_dir), "--mmlu.data", "nowhere.jsonl"]
-    assert "There is no file or directory nowhere.jsonl" in refused(missing, tmp_path, capsys)
+    assert "no such file or directory: nowhere.jsonl" in refused(missing, tmp_path, capsys)
     assert "limit must be at least 1" in refused(["--mmlu.limit", "0"], tmp_path, capsys)
 
 

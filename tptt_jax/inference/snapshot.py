@@ -153,7 +153,7 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
       OSError: if the file cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a file that save_state has written.")
+        raise FileNotFoundError(f"no such file: {path}; give a file that save_state has written.")
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
