@@ -189,7 +189,7 @@ def test_ratios_above_one_are_better():
 BAD_BASELINES = {
     "other size": (
         {"workload": {"tokens": 99}},
-        "workload: tokens is 99 there and 40 here",
+        "workload: tokens: 99 in the file, 40 now",
     ),
     "other bench": ({"bench": "train"}, "measured by bench train, not by bench op"),
     "no median": ({"median_s": None}, "must hold what an earlier run wrote"),
@@ -343,11 +343,11 @@ def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     part = bench_gpu._run_part([sys.executable, "-c", warns], 60, os.environ)
     assert part == {"warnings": ["<string>:1: UserWarning: kernels fail"]}
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
-    assert "did not end" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
+    assert "did not finish" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
     lines = '{"a": 1}\n{"a": 2}\n{"a'
     reports = f"import time; print({lines!r}, end='', flush=True); time.sleep(99)"
     part = bench_gpu._run_part([sys.executable, "-c", reports], 2, os.environ)
-    assert part == {"a": 2, "stopped": "did not end in 2 s"}
+    assert part == {"a": 2, "stopped": "did not finish in 2 s"}
     with pytest.raises(ValueError, match="there is no part op-n3; there are op-n1, "):
         bench_gpu.bench_gpu(tmp_path, only=("op-n3",))
 
