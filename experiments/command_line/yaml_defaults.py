@@ -1,4 +1,4 @@
-"""Values of a YAML file become the defaults of a command line, and a configuration YAML."""
+"""Values of a YAML file as defaults of a command line, and a configuration as YAML."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", st
 
 
 def config_path(argv: Sequence[str]) -> Path | None:
-    """What ``--config`` names; tyro needs the defaults before it reads the flags.
+    """The path given with ``--config``; tyro needs the defaults before it reads the flags.
 
     Raises:
       ValueError: if it is given twice.
@@ -107,7 +107,7 @@ def _remedy(name: str, prefix: str, known: Sequence[str]) -> str:
 
 
 def resolved_yaml(config: Any) -> str:
-    """A YAML file that gives this configuration again through ``--config``."""
+    """A YAML text that reproduces this configuration through ``--config``."""
     values = _plain(dataclasses.asdict(config))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -134,7 +134,7 @@ def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:
 
 
 def _checked(value: Any, hint: Any, place: str) -> Any:
-    """A value of a YAML file as the type its field has."""
+    """A value of a YAML file, converted to its field's type."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in choices:

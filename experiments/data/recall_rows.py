@@ -1,7 +1,7 @@
-"""Rows that ask for something said long before: pass keys, needles and pairs in a haystack.
+"""Recall rows: pass keys, needles and pairs hidden in a haystack, and a question at the end.
 
-They teach a memory to recall (docs/memory.md). Only the answer counts, and it lies so far behind
-that no window shows it. Formats, depths and texts that evaluation uses never occur here.
+They teach a memory to recall (docs/memory.md). Only the answer counts in the loss; it depends on
+tokens beyond the window. Formats, depths and texts of the evaluation never occur here.
 """
 
 import functools
@@ -26,23 +26,23 @@ ruby saffron sage silver slate sparrow spruce stone summit thistle thunder tiger
 valley velvet violet walnut willow winter wolf zinc
 """
 WORDS = tuple(_WORD_LIST.split())
-# Tokens between the window's end and what is hidden, at least.
+# Fewest tokens between the window's end and the hidden text.
 _MARGIN = 8
-# Tokens of a piece of text, at least and less than.
+# Tokens of a piece of text: minimum, and maximum plus one.
 _PIECE = (4, 33)
-# What the advice in an error leaves room for.
+# Room for an answer in the length that an error recommends.
 _LONGEST_ANSWER = 8
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Something to hide in a text and to ask for at its end."""
+    """Sentences to hide in a text, and a question to ask at its end."""
 
     hidden: tuple[str, ...]
-    """Sentences to hide, each at a place of its own; the first one holds the answer."""
+    """Sentences to hide at separate places; the first one holds the answer."""
     question: str
     answer: str
-    """Begins with the blank that parts it from the question, and ends where the answer ends."""
+    """The answer, with the blank before it."""
 
 
 def passkey_probe(rng: np.random.Generator) -> Probe:
@@ -51,7 +51,7 @@ def passkey_probe(rng: np.random.Generator) -> Probe:
 
 
 def needle_probe(rng: np.random.Generator) -> Probe:
-    """One of several magic numbers, each of a thing."""
+    """One of several magic numbers, each belonging to a word."""
     count = int(rng.integers(1, 4))
     words = rng.choice(WORDS, count, replace=False).tolist()
     numbers = [_number(rng) for _ in words]
@@ -66,7 +66,7 @@ def needle_probe(rng: np.random.Generator) -> Probe:
 
 
 def pairs_probe(rng: np.random.Generator) -> Probe:
-    """A list of pairs of words, of which one is asked for."""
+    """A list of word pairs and a question about one of them."""
     count = int(rng.integers(3, 7))
     words = rng.choice(WORDS, 2 * count, replace=False).tolist()
     pairs = list(zip(words[:count], words[count:], strict=True))
@@ -98,27 +98,27 @@ def recall_examples(
 ) -> list[list[Example]]:
     """Makes rows that ask for things hidden in a text.
 
-    Half of the haystacks are text as it is, a quarter pieces of it in random order, and a quarter
-    random tokens: what is said in one kind of text alone is recalled from that kind alone.
+    Half of the haystacks are original text, a quarter pieces of it in random order, and a quarter
+    random tokens: a model that is trained on one kind recalls from that kind only.
 
     Args:
       tokenizer: of the model.
       texts: tokens of the training data, which haystacks are cut from.
       count: rows.
       length: tokens of a row.
-      window: what is hidden ends at least so many tokens before its answer.
+      window: the hidden text ends at least this many tokens before its answer.
       seed: chooses haystacks, depths and what is hidden.
       prefix: tokens that every example begins with.
       kinds: what examples ask for, in turn.
-      weight: of a row's answers against all tokens of a row of text.
-      packing: several examples of different lengths share a row; False: one fills it.
+      weight: of a row's answers, relative to all tokens of a text row.
+      packing: several examples of different lengths share a row; False: one per row.
 
     Returns:
       For each of `count` rows its examples, together `length` tokens; their answers share the
       weight of the row equally.
 
     Raises:
-      ValueError: if rows of this length cannot hide anything outside of the window.
+      ValueError: if rows of this length are too short to hide anything beyond the window.
     """
     haystacks = _Haystacks.of(tokenizer, texts)
     encode = functools.partial(encode_text, tokenizer)
@@ -158,7 +158,7 @@ def recall_examples(
 
 
 class _Haystacks(NamedTuple):
-    """Where haystacks come from: a text, its pieces, and tokens that are no text."""
+    """Sources of haystacks: a text, its pieces, and random tokens."""
 
     text: Int[np.ndarray, " L"]
     vocabulary: Int[np.ndarray, " V"]
@@ -190,7 +190,7 @@ class _Haystacks(NamedTuple):
 def _least_length(
     probe: Probe, encode: Callable[[str], Int[np.ndarray, " L"]], window: int, prefix: int
 ) -> int:
-    """Tokens of the shortest example of a probe whose answer lies beyond the window."""
+    """Length of the shortest example of a probe whose answer lies beyond the window."""
     question = len(encode(probe.question))
     hidden = sum(len(encode(sentence)) for sentence in probe.hidden)
     apart = max(window + _MARGIN - question, 0)
@@ -206,7 +206,7 @@ def _draw_length(rng: np.random.Generator, least: int, most: int) -> int:
 
 
 class Question(NamedTuple):
-    """A pass key hidden in a text, and asked for at its end."""
+    """A pass key hidden in a text, and the question for it at the end."""
 
     prompt: Int[np.ndarray, " T"]
     hidden: str
@@ -225,23 +225,23 @@ def passkey_questions(
     seed: int,
     prefix: Sequence[int] = (),
 ) -> list[Question]:
-    """Asks for pass keys of five digits in texts that nothing was trained on.
+    """Questions about pass keys of five digits in held-out texts.
 
     Args:
       tokenizer: of the model.
       haystack: tokens of the texts.
       count: questions.
       length: tokens of each prompt.
-      window: the key ends at least so many tokens before the answer.
+      window: the key ends at least this many tokens before the answer.
       seed: chooses texts, depths and keys.
       prefix: tokens that every prompt begins with.
 
     Raises:
-      ValueError: if prompts of this length cannot hide a key outside of the window.
+      ValueError: if prompts of this length are too short to hide a key beyond the window.
     """
 
     def ask(number: int) -> Question:
-        # Streams of three numbers: none of them makes a training row.
+        # Seeds of three numbers: no training row uses such a seed.
         rng = np.random.default_rng([seed, number, 1])
         probe = passkey(str(rng.integers(10_000, 100_000)))
         encode = functools.partial(encode_text, tokenizer)
@@ -254,7 +254,7 @@ def passkey_questions(
 
 
 def encode_text(tokenizer: "PreTrainedTokenizerFast", text: str) -> Int[np.ndarray, " L"]:
-    """Tokens of a piece of text, without any that begin one."""
+    """Tokens of a piece of text, without special tokens."""
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
@@ -270,27 +270,27 @@ def hide(
     is_ordered: bool = False,
     prefix: Sequence[int] = (),
 ) -> Int[np.ndarray, " T"]:
-    """A prompt of `length` tokens: text, what it hides, and the question.
+    """A prompt of `length` tokens: text with hidden sentences, and the question.
 
     Args:
-      probe: what is hidden and asked for.
-      encode: from text to tokens, without any that begin a text.
+      probe: the sentences and the question.
+      encode: from text to tokens, without special tokens.
       haystack: tokens of the text.
-      rng: chooses the part of the text, and places.
+      rng: chooses the part of the text, and the places.
       length: tokens of the prompt.
-      window: the first sentence ends at least so many tokens before the answer.
-      depth: where it is, from 0, the beginning, to 1; None: anywhere.
-      is_ordered: the other sentences come after it, one after the other; False: anywhere.
+      window: the first sentence ends at least this many tokens before the answer.
+      depth: place of the first sentence, from 0, the beginning, to 1; None: anywhere.
+      is_ordered: the other sentences follow it in order; False: they stand anywhere.
       prefix: tokens that the prompt begins with.
 
     Raises:
-      ValueError: if a prompt of this length cannot hide it so far back.
+      ValueError: if a prompt of this length is too short.
     """
     start, question = np.asarray(prefix, np.int32), encode(probe.question)
     hidden = [encode(sentence) for sentence in probe.hidden]
     needed = len(start) + len(question) + sum(map(len, hidden))
     room = length - needed
-    # Text between the first sentence and the question, at least.
+    # Fewest tokens of text between the first sentence and the question.
     apart = max(window + _MARGIN - len(question), 0)
     if room < apart:
         raise ValueError(
@@ -312,7 +312,7 @@ def hide(
 
 
 def passkey(key: str) -> Probe:
-    """A number that is said twice in a sentence."""
+    """Hides a key, which the text states twice."""
     return Probe(
         (f" The pass key is {key}. Remember it. {key} is the pass key. ",),
         "\nWhat is the pass key? The pass key is",

@@ -1,4 +1,4 @@
-"""Reading text and rows from Python's own documentation, files and the Hugging Face Hub."""
+"""Reads text and rows from Python's own documentation, files and the Hugging Face Hub."""
 
 import glob
 import re
@@ -20,7 +20,7 @@ _SPLIT_NAMES = re.compile(r"(?:^|\+)\s*([^\[\]+\s]+)")
 
 
 class _Run(NamedTuple):
-    """Rows that follow one another in a file: where they begin in `Rows.rows` and in the file."""
+    """Consecutive rows of a file: their start in `Rows.rows` and in the file."""
 
     start: int
     source: str
@@ -32,13 +32,13 @@ class Rows:
     """A table, or one long text."""
 
     source: str
-    """Where it comes from, for messages."""
+    """Its origin, for messages."""
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
     is_document: bool = False
-    """One row with one text that is read from its beginning to its end."""
+    """Whether this is one row with one whole text."""
     runs: tuple[_Run, ...] = ()
-    """Where the rows come from; empty: all from `source`."""
+    """Origins of the rows; empty: all from `source`."""
 
     def place(self, index: int) -> str:
         """Names a row by its file and its number there, counted from 1."""
@@ -57,32 +57,31 @@ def load_rows(
     *,
     leave_out: Path | None = None,
 ) -> Rows:
-    """Reads the data that `path` names.
+    """Reads the rows of a data source.
 
     Args:
       path: "python-docs", a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder, a pattern
         such as "parts/*.jsonl", several of these files, or a dataset id on the Hugging Face
         Hub. All but Parquet may be compressed: .gz, .zst.
-      split: split of a Hub dataset or a folder; slices such as "train[:10%]" work for all but one
-        whole text.
-      max_rows: reads only so many rows.
+      split: split of a Hub dataset or a folder; slices such as "train[:10%]" work for tables only.
+      max_rows: most rows to read; None: all.
       revision: branch, tag or commit of a Hub dataset.
-      leave_out: a folder whose files are no data, as a run's own.
+      leave_out: a folder whose files are not data, such as the run's own.
 
     Returns:
       At least one row.
 
     Raises:
       FileNotFoundError: if there is no such file, folder or dataset.
-      ValueError: if it cannot be read, naming the line if there is one, or is empty.
+      ValueError: if it is empty or cannot be read; the message names the line if possible.
     """
     paths = [path] if isinstance(path, str) else list(path)
     shown = " ".join(paths)
     is_hub = len(paths) == 1 and is_hub_id(paths[0])
     if revision is not None and not is_hub:
         raise ValueError(
-            f"--data.revision {revision} is of a dataset on the Hugging Face Hub, but {shown} is "
-            "none: leave it out."
+            f"--data.revision {revision} is for datasets on the Hugging Face Hub, but {shown} is "
+            "local: leave it out."
         )
     if paths == [PYTHON_DOCS]:
         return _document(shown, split, python_docs_text())
@@ -115,15 +114,15 @@ def data_files(
     Args:
       path: of `load_rows`.
       split: or a slice of it, or several.
-      leave_out: a folder whose files are no data.
+      leave_out: a folder whose files are not data.
 
     Returns:
-      None for what is no file that we read ourselves: "python-docs", a dataset of the Hub, a folder
+      None for sources other than our file formats: "python-docs", a dataset of the Hub, a folder
       that only `datasets` can read.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
-      ValueError: if the split is not there, or a file is none that can be read.
+      ValueError: if the split does not exist, or a file cannot be read.
     """
     paths = [path] if isinstance(path, str) else list(path)
     if paths == [PYTHON_DOCS] or (len(paths) == 1 and is_hub_id(paths[0])):
@@ -137,7 +136,7 @@ def data_files(
             return None
         for name, files in found.items():
             splits.setdefault(name, []).extend(files)
-    # An unknown split is refused before anything is read.
+    # Refuse an unknown split before anything is read.
     _slices(" ".join(paths), split, dict.fromkeys(splits, 1 << 40))
     wanted = [split] if split in splits else _SPLIT_NAMES.findall(split)
     return {name: splits[name] for name in dict.fromkeys(wanted) if name in splits}
@@ -161,7 +160,7 @@ def python_docs_text() -> str:
 def _document(source: str, split: str, text: str) -> Rows:
     if split != "train":
         raise ValueError(
-            f"{source} is one text, which has no rows to slice (--data.split {split}): lower "
+            f"{source} is one text and has no rows to slice (--data.split {split}): lower "
             "--data.eval-tokens or cut the file."
         )
     return Rows(source=source, columns=("text",), rows=[{"text": text}], is_document=True)
@@ -170,7 +169,7 @@ def _document(source: str, split: str, text: str) -> Rows:
 def _load_local(
     paths: list[str], shown: str, split: str, max_rows: int | None, leave_out: Path | None
 ) -> Rows:
-    """Files, folders and patterns, one after the other."""
+    """Reads files, folders and patterns in order."""
     found = data_files(paths, split, leave_out=leave_out)
     if found is None:
         folder = Path(paths[0]).expanduser()
@@ -181,14 +180,14 @@ def _load_local(
     files = [each for name in read for each in read[name]]
     kinds = {is_text(file) for file, _ in files}
     if len(kinds) > 1:
-        raise ValueError(f"{shown} names texts and tables: read them in runs of their own.")
+        raise ValueError(f"{shown} names texts and tables: use a separate run for each kind.")
     if len(files) == 1 and kinds == {True} and files[0][1].rows:
         return _document(str(files[0][0]), split, files[0][1].rows[0]["text"])
     return _join(shown if len(files) != 1 else str(files[0][0]), split, max_rows, read)
 
 
 def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | None:
-    """The files that a path names, by split; None: a folder that only `datasets` can read."""
+    """The files of a path, by split; None: a folder that only `datasets` can read."""
     file = Path(path).expanduser()
     if file.is_file():
         return {"train": [file]}
@@ -206,7 +205,7 @@ def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | No
     if path == PYTHON_DOCS:
         raise ValueError(f"{path} must be given alone.")
     if is_hub_id(path):
-        raise ValueError(f"{path} is no file here, and a dataset of the Hub must be given alone.")
+        raise ValueError(f"{path} is not a local file, and a Hub dataset must be given alone.")
     raise FileNotFoundError(f"no such file: {path}; check the path given as data.")
 
 
@@ -231,7 +230,7 @@ def _stand_in_files(folder: Path, leave_out: Path | None) -> dict[str, list[Path
             link = root / file.relative_to(folder)
             link = link.with_suffix("") if link.suffix.lower() == ".zst" else link
             if link in originals:
-                raise ValueError(f"{originals[link]} and {file} have one name: remove one.")
+                raise ValueError(f"{originals[link]} and {file} have the same name: remove one.")
             originals[link] = file
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
@@ -244,10 +243,10 @@ def _is_below(file: Path, folder: Path | None) -> bool:
 
 
 def _refuse_special(file: Path) -> None:
-    """Raises ValueError for what would never end, or come only once."""
+    """Raises ValueError for files that never end or can be read only once."""
     if file.exists() and not file.is_file() and not file.is_dir():
         raise ValueError(
-            f"{file} is no regular file but a device, a pipe or a socket: write the data into a "
+            f"{file} is a device, a pipe or a socket, not a regular file: write the data into a "
             "file first."
         )
 
@@ -272,7 +271,7 @@ def _slices(shown: str, split: str, lengths: dict[str, int]) -> list[tuple[str, 
 def _join(
     source: str, split: str, max_rows: int | None, read: dict[str, list[tuple[Path, FileRows]]]
 ) -> Rows:
-    """The rows of all files that the split keeps, and where each comes from."""
+    """The rows of all files in the split, and their origins."""
     lengths = {name: sum(len(each.rows) for _, each in files) for name, files in read.items()}
     rows: list[dict[str, Any]] = []
     runs: list[_Run] = []

@@ -1,6 +1,6 @@
-"""Models that commands run: loaded, fine-tuned or not; what they can read; how they write.
+"""The models of commands: loading, fine-tuned or not; limits of their input; generation.
 
-Offered: loading one with its tokenizer, and telling whether a source was tuned.
+Offered: loading a model with its tokenizer, and telling whether a source was tuned.
 """
 
 from experiments.models.loading import Loaded, is_tuned, load_model

@@ -1,4 +1,4 @@
-"""Loading the model that a command is asked to run, fine-tuned or not, with another window."""
+"""Loads the model of a command, fine-tuned or not, with any window."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """What a command works with.
+    """A loaded model with its tokenizer.
 
     Attributes:
       model: with its adapter and memory.
-      tokenizer: that belongs to it.
+      tokenizer: of the model.
       source: where the tokenizer and the base weights come from, as `load_pretrained` takes it.
     """
 
@@ -41,17 +41,15 @@ def load_model(
     is_full: bool = False,
     dtype: jnp.dtype,
 ) -> Loaded:
-    """Loads a model and its tokenizer, which takes about as long, at the same time.
+    """Loads a model and its tokenizer in parallel; both take about as long.
 
     Args:
-      model: what `load_pretrained` takes; None: what the adapter was trained on, or
-        "smollm2-135m".
-      adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
-      window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
-        the model was trained with.
-      sinks: first tokens that a window goes on seeing; None: what the model was trained with.
-      is_full: take the window that the model was trained with away; a memory of evicted tokens is
-        idle then.
+      model: what `load_pretrained` takes; None: the base model of the adapter, or "smollm2-135m".
+      adapter: output directory of a finetune run, or a PEFT or tptt directory.
+      window: tokens that softmax attention sees; it makes a base model a Titan. None: as the model
+        was trained.
+      sinks: first tokens that stay visible beside a window; None: as the model was trained.
+      is_full: remove the window of the model; a memory of evicted tokens is idle then.
       dtype: of the weights.
 
     Raises:
@@ -61,7 +59,7 @@ def load_model(
     if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
         raise ValueError(
             f"--adapter {adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a directory of PEFT's or tptt's."
+            "(checkpoint.json) nor a PEFT or tptt directory."
         )
     tuned = None if adapter is None or has_base(adapter) else read_description(adapter)
     if tuned is not None:
@@ -84,10 +82,10 @@ def load_model(
 def windowed(
     liza: LizaConfig | None, window: int | None, sinks: int | None = None
 ) -> LizaConfig | None:
-    """A memory behind another window; None: its own. A base model gets a window alone."""
+    """A memory with another window; None: its own. A base model gets a window alone."""
     if window is None:
         return liza
-    # A base model behind a window has no memory: nobody has fitted one.
+    # A base model with a window has no memory, as none is fitted.
     liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
     return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
@@ -103,7 +101,7 @@ def _load_weights(
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
         if has_base(adapter or Path(source).expanduser()):
-            # A directory of tptt's says what memory it has once it is loaded.
+            # The memory of a tptt directory is known only after loading.
             loaded = load_pretrained(source, dtype=dtype, adapter=adapter)
             if changed(loaded.liza) == loaded.liza:
                 return loaded

@@ -1,4 +1,4 @@
-"""Runs variants, each in a process of its own, so that a crash of one does not end the others."""
+"""Runs each variant in its own process, so that a crash does not end the others."""
 
 import json
 import signal
@@ -22,15 +22,15 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a variant has come to."""
+    """The result of a variant."""
 
     name: str
     report: dict[str, Any] | None
-    """What finetune's --json printed; None: it failed."""
+    """The --json report of finetune; None: it failed."""
     seconds: float
     error: str = ""
     is_new: bool = True
-    """Whether this call has run it."""
+    """Whether this call ran it."""
 
 
 def check_folders(output: Path, variants: list[Variant]) -> None:
@@ -45,7 +45,7 @@ def check_folders(output: Path, variants: list[Variant]) -> None:
 
 
 def run_variant(output: Path, variant: Variant) -> Outcome:
-    """Runs a variant, goes on with it, or returns what an earlier call has found.
+    """Runs or resumes a variant, or returns the result of an earlier call.
 
     Ctrl-C is passed on to finetune, which leaves a checkpoint.
 
@@ -71,7 +71,7 @@ def run_variant(output: Path, variant: Variant) -> Outcome:
 
 
 def _run(folder: Path) -> int:
-    """Finetune's exit status; what it prints goes into two files."""
+    """Runs finetune with its output in two files; returns the exit status."""
     flags = ["-P"] if sys.flags.safe_path else []
     command = [sys.executable, *flags, "-m", _FINETUNE, "--config", str(folder / "variant.yaml")]
     command += ["--output", str(folder), "--json"]
@@ -80,7 +80,7 @@ def _run(folder: Path) -> int:
         (folder / "stdout.txt").open("wb") as stdout,
         (folder / "stderr.txt").open("wb") as stderr,
         stop,
-        # A terminal's Ctrl-C would reach finetune a second time, which ends it at once.
+        # Otherwise finetune would receive a terminal's Ctrl-C twice, and end at once.
         subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True) as process,
     ):
         try:

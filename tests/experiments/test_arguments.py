@@ -139,7 +139,7 @@ def test_help_shows_every_default(capsys, monkeypatch):
         (["--fit-learning-rate", "0"], "fit: learning_rate must be above 0, got 0"),
         (["--distill-learning-rate", "nan"], "fit: distill_learning_rate must be above 0, got nan"),
         (["--distill", "2"], "distill must lie between 0 and 1, got 2"),
-        (["--distill", "1", "--train", "full"], "--distill needs the base model's weights"),
+        (["--distill", "1", "--train", "full"], "--distill needs unchanged weights"),
         (["--data.recall", "1"], r"recall must lie in \[0, 1\), got 1"),
         (["--window-range", "4"], r"--window-range expects .*, got '4'"),
         (["--window-range", "9", "4"], "--window-range expects 1 <= smallest <= largest, got 9 4"),

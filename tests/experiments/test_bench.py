@@ -192,9 +192,9 @@ BAD_BASELINES = {
         "workload: tokens: 99 in the file, 40 now",
     ),
     "other bench": ({"bench": "train"}, "measured by bench train, not by bench op"),
-    "no median": ({"median_s": None}, "must hold what an earlier run wrote"),
-    "zero": ({"peak_gb": 0}, "must hold what an earlier run wrote"),
-    "no workload": ({"workload": None}, "must hold what an earlier run wrote"),
+    "no median": ({"median_s": None}, "must hold the result of an earlier run"),
+    "zero": ({"peak_gb": 0}, "must hold the result of an earlier run"),
+    "no workload": ({"workload": None}, "must hold the result of an earlier run"),
 }
 
 
@@ -214,7 +214,7 @@ def test_files_that_are_no_baselines(content, tmp_path, capsys):
     path = tmp_path / "bad.json"
     path.write_text(content, encoding="latin-1")
     line = refusal(f"{OP} --compare {path}", capsys)
-    assert line.startswith(f"error: {path} must hold what an earlier run wrote")
+    assert line.startswith(f"error: {path} must hold the result of an earlier run")
 
 
 REFUSED = {

@@ -77,13 +77,13 @@ BAD = {
     "one value": ("grid: {seed: 3}", "grid: seed must be a list of values, got 3"),
     "no block": ("variants: [a]", "variants must be a block of names"),
     "no settings": ("variants: {a: 3}", "variant 'a' must be a block of settings, got 3"),
-    "a name twice": ("variants:\n  a: {}\n  a: {seed: 1}", "line 3: 'a' is there twice"),
+    "a name twice": ("variants:\n  a: {}\n  a: {seed: 1}", "line 3: 'a' occurs twice"),
     "a directory twice": ("variants: {a b: {}, a-b: {}}", "would share the directory a-b"),
     "a value twice": ("grid: {seed: [0, 0]}", "'seed=0' and 'seed=0' would share"),
     "a setting twice": ("variants: {a: {liza.mag: mass, liza: {mag: mass}}}", "liza.mag is given"),
     "a setting in a value": ("variants: {a: {steps: 3, steps.x: 1}}", "steps.x is given twice"),
     "output": ("base: {output: x}\nvariants: {a: {}}", "leave output out"),
-    "no name": ("variants: {'-': {}}", "makes no directory's name"),
+    "no name": ("variants: {'-': {}}", "gives no directory name"),
     "no YAML": ("variants: {a: ", "is not valid YAML"),
 }
 
@@ -152,7 +152,7 @@ def test_a_grid_runs_what_is_missing_and_outlives_what_fails(base, write, tmp_pa
     path.write_text(yaml.safe_dump({"base": base, "variants": {"plain": {}}}, sort_keys=False))
     assert run_command(run_grid, arguments, readable=False) == 0
     again = capsys.readouterr().out.splitlines()
-    assert again[1].startswith("plain: was finished, perplexity fitted")
+    assert again[1].startswith("plain: already finished, perplexity fitted")
     assert json.loads(again[-1])["variants"]["plain"]["report"] == report
 
 
