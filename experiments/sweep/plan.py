@@ -76,7 +76,7 @@ def nested(values: Mapping[str, Any], *, where: str) -> Settings:
     if isinstance(path := values.get("data"), str):
         values = {**values, "data": {"path": path}}  # "data: x.jsonl", as --data x.jsonl
     result: Settings = {}
-    for name, value in _leaves(values):
+    for name, value in leaves(values):
         *blocks, last = name.split(".")
         place: Any = result
         for block in blocks:
@@ -98,11 +98,11 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     return result
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of all settings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -118,7 +118,7 @@ def _named(path: Path, variants: Mapping[str, Any]) -> Iterator[tuple[str, Setti
 
 def _points(path: Path, grid: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
     """Every combination of the grid's values, and its name."""
-    axes = dict(_leaves(nested(grid, where=f"{path}: grid")))
+    axes = dict(leaves(nested(grid, where=f"{path}: grid")))
     for name, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: grid: {name} must be a list of values, got {values!r}.")

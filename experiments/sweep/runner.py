@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.process.interrupts import StopRequest
-from experiments.sweep.plan import Variant
+from experiments.sweep.plan import Variant, leaves
 from tptt_jax.durable import atomic_file
 
 _FINETUNE = "experiments.finetune"
@@ -34,14 +34,25 @@ class Outcome:
 
 
 def check_folders(output: Path, variants: list[Variant]) -> None:
-    """Raises if a variant's directory holds a run with other settings."""
+    """Raises ValueError if a variant's directory holds a run with other settings."""
     for variant in variants:
         file = output / variant.folder / "variant.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != _yaml(variant):
             raise ValueError(
-                f"{file.parent} holds a run with other settings: use another --output, rename "
-                f"the variant {variant.name!r}, or remove the directory."
+                f"{file.parent} holds another run ({_differences(file, variant)}): use another "
+                f"--output, rename the variant {variant.name!r}, or remove the directory."
             )
+
+
+def _differences(file: Path, variant: Variant) -> str:
+    """Settings that differ between an earlier variant's file and a variant."""
+    try:
+        old = dict(leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, AttributeError):
+        return f"{file.name} is damaged"
+    new = dict(leaves(variant.settings))
+    pairs = {name: (old.get(name, "default"), new.get(name, "default")) for name in old | new}
+    return "; ".join(f"{name}: {a} in the run, {b} now" for name, (a, b) in pairs.items() if a != b)
 
 
 def run_variant(output: Path, variant: Variant) -> Outcome:

@@ -139,8 +139,8 @@ def test_import(tmp_path, monkeypatch, capsys):
     status, captured = run_main(monkeypatch, capsys, *arguments)
     assert status == 2
     assert captured.err == (
-        f"error: {output} exists and is not empty; choose another directory or ask to overwrite "
-        "it.\n"
+        f"error: {output} exists and is not empty; choose another directory, or allow "
+        "--overwrite.\n"
     )
     assert run_main(monkeypatch, capsys, *arguments, "--overwrite")[0] == 0
 

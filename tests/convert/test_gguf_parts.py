@@ -104,5 +104,5 @@ def test_a_wrong_total_is_refused(parts):
     place = content.index(key) + len(key) + 4
     content[place] += 1
     parts[0].write_bytes(content)
-    with pytest.raises(ConversionError, match=rf"have {len(TENSORS)} tensors, not"):
+    with pytest.raises(ConversionError, match=rf"have {len(TENSORS)} tensors, but declare"):
         GgufFile(parts[0])

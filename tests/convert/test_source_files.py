@@ -132,7 +132,7 @@ def test_special_files_are_not_copied(tmp_path):
 def test_settings_that_are_no_json(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConversionError, match="Correct the tokenizer of the source"):
+    with pytest.raises(ConversionError, match="Repair the tokenizer of the source"):
         copy_tokenizer_files(tmp_path, tmp_path / "out")
 
 
