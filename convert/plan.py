@@ -170,12 +170,12 @@ def check_tensors(
     Raises:
       ConversionError: naming every missing, unexpected and misshapen tensor.
     """
-    wanted = {
+    expected = {
         source: shape
         for move in plan
         for source, shape in zip(move.sources, move.source_shapes, strict=True)
     }
-    if problems := tensor_problems(wanted, tensors, is_ignored):
+    if problems := tensor_problems(expected, tensors, is_ignored):
         raise ConversionError(
             "The tensors of the checkpoint do not fit its configuration; check that both belong "
             f"together. {problems}."
@@ -183,16 +183,16 @@ def check_tensors(
 
 
 def tensor_problems(
-    wanted: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
     tensors: Mapping[str, TensorInfo],
     is_ignored: Callable[[str], bool],
 ) -> str:
     """Names every missing, unexpected and misshapen tensor; empty if there is none."""
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted and not is_ignored(name)]
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected and not is_ignored(name)]
     misshapen = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
     problems = [

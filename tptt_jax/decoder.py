@@ -28,7 +28,7 @@ from tptt_jax.layers.cache import (
     init_key_value_cache,
     init_memory_state,
 )
-from tptt_jax.layers.cache_checks import ANOTHER_SHAPE, check_ring
+from tptt_jax.layers.cache_checks import check_equal, check_ring
 from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutput
 from tptt_jax.layers.mlp import MLP
 from tptt_jax.layers.moe import ExpertsMLP
@@ -100,8 +100,8 @@ def stack_memory(
     config: ModelConfig, liza: LizaConfig | None, layers: Sequence[int]
 ) -> tuple[int, ...]:
     """Those of some layers that have a memory."""
-    remembering = set(memory_layers(config, liza))
-    return tuple(layer for layer in layers if layer in remembering)
+    with_memory = set(memory_layers(config, liza))
+    return tuple(layer for layer in layers if layer in with_memory)
 
 
 def is_memory(path: tuple[Any, ...]) -> bool:
@@ -193,13 +193,13 @@ def init_stack(
 
     Parameters of the memory have one over the layers of the stack that have a memory.
     """
-    remembering = stack_memory(config, liza, layers)
+    with_memory = stack_memory(config, liza, layers)
     sizes = config.of_layer(layers[0])
 
     def make_layer(key: Array) -> DecoderLayer:
         return DecoderLayer(
             *(sizes, liza, lora),
-            with_memory=bool(remembering),
+            with_memory=bool(with_memory),
             dtype=dtype,
             rngs=nnx.Rngs(key),
         )
@@ -208,7 +208,7 @@ def init_stack(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(keys[0])))
     state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
     of_memory, others = nnx.split_state(state, MemoryParam, ...)
-    places = np.array([layers.index(layer) for layer in remembering], int)
+    places = np.array([layers.index(layer) for layer in with_memory], int)
     of_memory = jax.tree.map(lambda x: x[places], of_memory)
     return nnx.merge(graphdef, of_memory, others)
 
@@ -407,12 +407,11 @@ class StackRun:
 def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
     """Raises ValueError unless a cache was made for such layers and such a window."""
     stacks = layer_stacks(config)
-    if len(cache.stacks) != len(stacks):
-        raise ValueError(ANOTHER_SHAPE)
+    check_equal("stacks of layers", len(cache.stacks), len(stacks))
     for layers, stack in zip(stacks, cache.stacks, strict=True):
         kinds = {config.layer_kinds[i] for i in layers}
-        if stack.softmax is not None and stack.softmax.keys() != kinds:
-            raise ValueError(ANOTHER_SHAPE)
+        if stack.softmax is not None:
+            check_equal("kinds of layers", sorted(stack.softmax), sorted(kinds))
         for kind, ring in (stack.softmax or {}).items():
             check_ring(config, liza, kind, ring)
 

@@ -40,13 +40,13 @@ def make_mesh(layout: str) -> Mesh:
                 f"got {layout!r}."
             )
         sizes[name] = int(size)
-    wanted = math.prod(sizes.values())
+    needed = math.prod(sizes.values())
     devices = jax.devices()
-    if wanted > len(devices):
+    if needed > len(devices):
         raise ValueError(
-            f"mesh {layout!r} needs {wanted} devices, there are {len(devices)}: use smaller sizes."
+            f"mesh {layout!r} needs {needed} devices, there are {len(devices)}: use smaller sizes."
         )
-    return Mesh(np.array(devices[:wanted]).reshape(tuple(sizes.values())), MESH_AXES)
+    return Mesh(np.array(devices[:needed]).reshape(tuple(sizes.values())), MESH_AXES)
 
 
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -195,13 +195,13 @@ def fit_adapter(
             "belong together."
         )
     rank = adapter.config.lora.rank
-    wanted: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for place in places:
         inputs = variables[f"{place.path}.lora.a"][1].get_value().shape[-2]
         outputs = variables[f"{place.path}.lora.b"][1].get_value().shape[-1]
-        wanted |= zip(place.tensors, ((rank, inputs), (outputs, rank)), strict=True)
+        expected |= zip(place.tensors, ((rank, inputs), (outputs, rank)), strict=True)
     found = {name: adapter.file.tensors[stored] for name, stored in adapter.stored_names.items()}
-    if problems := tensor_problems(wanted, found, lambda _: False):
+    if problems := tensor_problems(expected, found, lambda _: False):
         raise ConversionError(
             f"The tensors of {adapter.path} do not fit its {CONFIG_FILE} and the base model; check "
             f"that all belong together. {problems}."

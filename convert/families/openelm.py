@@ -16,9 +16,9 @@ _TARGET = "layers.{layer}."
 
 def _mlp_dim(multiplier: float, embed_dim: int, divisor: int) -> int:
     """The width for a multiplier, as in the original code: a multiple of `divisor`."""
-    wanted = multiplier * embed_dim
-    width = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-    return width if width >= 0.9 * wanted else width + divisor
+    exact = multiplier * embed_dim
+    width = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return width if width >= 0.9 * exact else width + divisor
 
 
 def _read_mlp_dims(fields: Fields, embed_dim: int, num_layers: int) -> tuple[int, ...]:

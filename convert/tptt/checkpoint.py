@@ -159,14 +159,14 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
     rules = family_of(model.config.family).rules(model.config)
     plan = plan_for(rules, model, variables)
     moves = [move for move in plan if checkpoint.weights.keys() & set(move.sources)]
-    wanted = {
+    expected = {
         name: shape
         for move in moves
         for name, shape in zip(move.sources, move.source_shapes, strict=True)
     }
     tensors = checkpoint.file.tensors
     found = {name: tensors[stored] for name, stored in checkpoint.weights.items()}
-    if problems := tensor_problems(wanted, found, lambda _: False):
+    if problems := tensor_problems(expected, found, lambda _: False):
         raise ConversionError(
             f"The tensors of {checkpoint.path} do not fit the base model; check that both belong "
             f"together. {problems}."

@@ -106,6 +106,6 @@ def _timed(run: Callable[..., tuple], *inputs: jax.Array) -> tuple[tuple, float]
     return result, time.perf_counter() - start
 
 
-def _difference(got: jax.Array, want: jax.Array) -> float:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+def _difference(got: jax.Array, expected: jax.Array) -> float:
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))

@@ -71,8 +71,8 @@ def rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
     )
 
 
-def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
-    """The format of these rows, recognised by their columns if `wanted` is "auto".
+def find_format(rows: Rows, requested: FormatChoice, text_column: str) -> Format:
+    """The format of these rows, recognised by their columns if `requested` is "auto".
 
     A text column beside the columns of another format is ignored: it usually repeats the data.
 
@@ -80,9 +80,9 @@ def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
       ValueError: if columns are missing, or several formats fit.
     """
     needed: dict[Format, tuple[str, ...]] = {**_NEEDED, "text": (text_column,)}
-    if wanted == "auto" and text_column != "text":
-        wanted = "text"  # naming the column of plain text chooses the format
-    candidates: list[Format] = list(needed) if wanted == "auto" else [wanted]
+    if requested == "auto" and text_column != "text":
+        requested = "text"  # naming the column of plain text chooses the format
+    candidates: list[Format] = list(needed) if requested == "auto" else [requested]
     found: list[Format] = [
         each for each in candidates if all(name in rows.columns for name in needed[each])
     ]

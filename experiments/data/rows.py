@@ -138,8 +138,8 @@ def data_files(
             splits.setdefault(name, []).extend(files)
     # Refuse an unknown split before anything is read.
     _slices(" ".join(paths), split, dict.fromkeys(splits, 1 << 40))
-    wanted = [split] if split in splits else _SPLIT_NAMES.findall(split)
-    return {name: splits[name] for name in dict.fromkeys(wanted) if name in splits}
+    names = [split] if split in splits else _SPLIT_NAMES.findall(split)
+    return {name: splits[name] for name in dict.fromkeys(names) if name in splits}
 
 
 def is_text_file(path: str | Sequence[str]) -> bool:

@@ -108,11 +108,11 @@ class AssociativeRecall:
         asked = [range(start, end) for start, end in places]
         # Answers differ in length; padding lets one program serve all rows.
         flat = np.zeros(_QUERIES * _LONGEST_ANSWER, np.int32)
-        wanted = np.concatenate(asked)
-        flat[: len(wanted)] = wanted
+        indices = np.concatenate(asked)
+        flat[: len(indices)] = indices
         arrays = jax.device_put((tokens[None], valid[None], flat))
         likeliest = _likeliest(model, *arrays, use_memory=use_memory)
-        is_right = dict(zip(wanted.tolist(), np.asarray(likeliest) == tokens[flat], strict=False))
+        is_right = dict(zip(indices.tolist(), np.asarray(likeliest) == tokens[flat], strict=False))
         right = [all(is_right[place] for place in places) for places in asked]
         return {"right": float(np.mean(right))}
 

@@ -170,8 +170,8 @@ def _score(
     # Tokens after a row's end do not affect earlier ones.
     hidden, _, _ = model.forward_hidden(tokens, use_memory=use_memory)
     ends = lengths[:, None] - 1
-    wanted = jnp.maximum(ends - places + jnp.arange(places), 0)
-    targets = jnp.take_along_axis(tokens, wanted + 1, axis=1, mode="clip")
+    indices = jnp.maximum(ends - places + jnp.arange(places), 0)
+    targets = jnp.take_along_axis(tokens, indices + 1, axis=1, mode="clip")
 
     def score_token(some: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = model.project_logits(some[0]).astype(jnp.float32)
@@ -183,7 +183,7 @@ def _score(
 
     nats, is_likeliest = lax.map(
         score_token,
-        (take(wanted).reshape(-1, hidden.shape[-1]), targets.reshape(-1)),
+        (take(indices).reshape(-1, hidden.shape[-1]), targets.reshape(-1)),
         batch_size=max(1, LOGITS_AT_A_TIME // model.config.vocab_size),
     )
     last = model.project_logits(take(ends))[:, 0].astype(jnp.float32)

@@ -76,11 +76,11 @@ class Runner:
                 if self.store.get(key) is None
             ]
             if missing:
-                wanted = model
+                loaded = model
                 if variant.window != own:
                     full = variant.window is None
-                    wanted = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
-                self._measure(f"{found.label}, {variant.name}", wanted, tokenizer, variant, missing)
+                    loaded = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
+                self._measure(f"{found.label}, {variant.name}", loaded, tokenizer, variant, missing)
             for task in self.tasks:
                 if not applies(task, variant.name):
                     continue

@@ -228,9 +228,9 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
         raise ValueError(f"hidden must be [B, E], got shape {arrays['hidden'].shape}")
     rows = len(arrays["hidden"])
     use_memory = any("memory" in name for name in arrays)
-    wanted = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
+    empty = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
     leaves = []
-    for name, leaf in _named_leaves(wanted):
+    for name, leaf in _named_leaves(empty):
         if name not in arrays:
             raise ValueError(f"it lacks {name}")
         value = arrays.pop(name)
@@ -242,7 +242,7 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
         leaves.append(_checked(name, value, leaf.dtype))
     if arrays:
         raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")
-    state = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+    state = jax.tree.unflatten(jax.tree.structure(empty), leaves)
     check_state(model, state, rows, use_memory=use_memory)
     return jax.device_put(state)
 

@@ -112,9 +112,9 @@ def grow_state(model: CausalLM, state: ReadState, max_tokens: int) -> ReadState:
 
     def grow(kind: LayerKind, cache: KeyValueCache) -> KeyValueCache:
         window = softmax_window(model.config, model.liza, kind)
-        wanted = capacity if window is None else window
+        slots = capacity if window is None else window
         # Tokens lie in the order of their positions: a ring that must grow has not turned.
-        missing = ((0, 0), (0, 0), (0, max(wanted - cache.keys.shape[2], 0)), (0, 0), (0, 0))
+        missing = ((0, 0), (0, 0), (0, max(slots - cache.keys.shape[2], 0)), (0, 0), (0, 0))
         if not missing[2][1]:
             return cache
         return cache._replace(

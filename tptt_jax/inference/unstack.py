@@ -37,19 +37,19 @@ def unstack_layers(model: CausalLM) -> CausalLM:
     if sum(leaf.nbytes for leaf in leaves) < _WORTHWHILE_BYTES:
         return model
     apart = nnx.merge(*nnx.split(model))
-    remembering = memory_layers(model.config, model.liza)
+    with_memory = memory_layers(model.config, model.liza)
     stacks = [
-        nnx.List(_layers(stack, [layer in remembering for layer in layers]))
+        nnx.List(_layers(stack, [layer in with_memory for layer in layers]))
         for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
     ]
     apart.stacks = cast("nnx.List[DecoderLayer]", nnx.List(stacks))
     return apart
 
 
-def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer]:
-    """The layers of a stack; parameters of the memory are for those that have one."""
+def _layers(stack: DecoderLayer, flags: Sequence[bool]) -> list[DecoderLayer]:
+    """The layers of a stack; those whose flag is set have a memory."""
     graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
-    memories = iter(_apart(of_memory, sum(remembers)))
+    memories = iter(_apart(of_memory, sum(flags)))
     bare = nnx.merge(*nnx.split(stack))
     bare.self_attn.memory = bare.self_attn.mag = nnx.data(None)
     bare_graphdef = nnx.graphdef(bare)
@@ -57,7 +57,7 @@ def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer
         nnx.merge(graphdef, next(memories), layer)
         if has_memory
         else nnx.merge(bare_graphdef, layer)
-        for layer, has_memory in zip(_apart(others, len(remembers)), remembers, strict=True)
+        for layer, has_memory in zip(_apart(others, len(flags)), flags, strict=True)
     ]
 
 

@@ -178,6 +178,6 @@ def extend_history(
     ones = jnp.ones((valid.shape[0], size), bool)
     counts = jnp.concatenate([ones, valid], axis=1)
     from_end = jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
-    wanted = jnp.arange(size, 0, -1)[None, :, None]
-    picked = (counts[:, None] & (from_end[:, None] == wanted)).astype(history.dtype)
+    distances = jnp.arange(size, 0, -1)[None, :, None]
+    picked = (counts[:, None] & (from_end[:, None] == distances)).astype(history.dtype)
     return jnp.einsum("bht,bt...->bh...", picked, seen, precision="highest")

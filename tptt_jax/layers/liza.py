@@ -182,7 +182,7 @@ class LizaAttention(nnx.Module):
         use_memory: bool = True,
         dropout_key: Array | None = None,
     ) -> LizaOutput:
-        """Attends, remembers, mixes, projects.
+        """Runs attention and the memory, mixes both, and projects the result.
 
         Args:
           x: [B, T, E], normalised.
@@ -192,9 +192,9 @@ class LizaAttention(nnx.Module):
           dropout_key: turns dropout on.
         """
         made = self.project(x, dropout_key)
-        remembers = self.memory is not None and use_memory
-        if not remembers or (self.liza is not None and self.liza.writes == "all"):
-            return self._run_beside(made, tokens, memory_state, remembers, dropout_key)
+        runs_memory = self.memory is not None and use_memory
+        if not runs_memory or (self.liza is not None and self.liza.writes == "all"):
+            return self._run_beside(made, tokens, memory_state, runs_memory, dropout_key)
         mixed = self._run_evicted(made, tokens, memory_state, dropout_key)
         return LizaOutput(
             self.project_out(mixed.out, dropout_key),
@@ -209,14 +209,14 @@ class LizaAttention(nnx.Module):
         made: Projected,
         tokens: LayerTokens,
         memory_state: MemoryState | None,
-        remembers: bool,
+        runs_memory: bool,
         dropout_key: Array | None,
     ) -> LizaOutput:
         """Softmax attention, and a memory of all tokens beside it."""
         soft = linear = keys = values = None
         # The memory first: its loops then run beside attention's gradient on CPU, where XLA takes
         # what is ready in the order of the program.
-        if self.memory is not None and remembers:
+        if self.memory is not None and runs_memory:
             written = MemoryTokens(made.k, made.v, tokens.any_context.segment_ids)
             linear, memory_state = self.memory(
                 *(made.x, made.q, written),

@@ -261,11 +261,11 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_fits(saved: Any, target: Any) -> None:
     """Compares names and shapes before anything is read: orbax would stop half-way."""
-    have, want = flat_shapes(saved), flat_shapes(target)
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
+    found, expected = flat_shapes(saved), flat_shapes(target)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
             raise CheckpointMisfit(
-                f"`{name}` must have shape {want.get(name)}, the checkpoint has {have.get(name)}: "
+                f"`{name}` must have shape {expected.get(name)}, the checkpoint has {found.get(name)}: "
                 "use another --output."
             )
 

@@ -193,14 +193,14 @@ def distillation_loss(
     Returns:
       (sum in nats, count), float32 scalars; the mean is their quotient.
     """
-    wanted = jax.lax.stop_gradient(teacher.forward_hidden(tokens, segment_ids)[0])
+    teacher_hidden = jax.lax.stop_gradient(teacher.forward_hidden(tokens, segment_ids)[0])
     hidden, _, _ = model.forward_hidden(
         tokens, segment_ids, window=window, remat=remat, dropout_key=dropout_key
     )
     targets = next_token_targets(tokens, segment_ids, loss_mask)
     head, vocab_axis = model.head_matrix()
     options: Any = {"softcap": model.config.final_softcap, "vocab_axis": vocab_axis}
-    divergence = token_divergence(hidden, wanted, head, **options)
+    divergence = token_divergence(hidden, teacher_hidden, head, **options)
     total = share * jnp.sum(divergence * targets.weights)
     if share < 1:
         total += (1 - share) * chunked_cross_entropy(hidden, head, targets, **options)

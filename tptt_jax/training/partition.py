@@ -116,10 +116,10 @@ def restore_targets(
     """
     flat = {dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
     for name, shape in shapes.items():
-        want = flat[name].shape if name in flat else None
-        if want != tuple(shape):
+        expected = flat[name].shape if name in flat else None
+        if expected != tuple(shape):
             raise ValueError(
-                f"the checkpoint's {name} has shape {tuple(shape)}, the model wants {want}: "
+                f"the checkpoint's {name} has shape {tuple(shape)}, the model expects {expected}: "
                 "load it with the model and the settings it was trained with."
             )
     return {name: _like(flat[name]) for name in shapes}

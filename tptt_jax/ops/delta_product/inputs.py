@@ -70,9 +70,9 @@ def check_inputs(
             )
 
 
-def _check_shape(name: str, x: Array, want: tuple[int, ...], axes: str) -> None:
-    if x.shape != want:
-        raise ValueError(f"{name} must have shape {want} ({axes}), got {x.shape}.")
+def _check_shape(name: str, x: Array, expected: tuple[int, ...], axes: str) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name} must have shape {expected} ({axes}), got {x.shape}.")
 
 
 def check_activation(state_activation: str) -> None:

@@ -97,11 +97,11 @@ def _scan_backward(
     matmul = functools.partial(jnp.matmul, precision=precision)
     key_in, query_in, key_out, scores, _, _, inverse, gate, keep, is_complete = terms
 
-    states, missing, solution = _run_again(first, terms, matmul)
+    states, missing, solution = _recompute_states(first, terms, matmul)
     from_scores = matmul(_transpose(scores), grad_out)
     from_queries = matmul(_transpose(query_in), grad_out)
 
-    def go_back(grad_after, chunk):
+    def run_backward(grad_after, chunk):
         key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest = chunk
         if is_complete is not None:
             state, solution = rest
@@ -114,7 +114,7 @@ def _scan_backward(
 
     rest = None if is_complete is None else (states, solution)
     xs = (key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest)
-    grad_first, (grad_after, grad_written) = jax.lax.scan(go_back, grad_last, xs, reverse=True)
+    grad_first, (grad_after, grad_written) = jax.lax.scan(run_backward, grad_last, xs, reverse=True)
 
     grad_value = _gated(grad_written, gate)
     # Again two products at a time.
@@ -140,7 +140,7 @@ def _scan_backward(
     return grad_first, grad_terms
 
 
-def _run_again(
+def _recompute_states(
     first: Array, terms: ChunkTerms, matmul: Callable[[Array, Array], Array]
 ) -> tuple[Array, Array, Array]:
     """States before the chunks, what they read too little of, and what solves their systems."""

@@ -190,15 +190,15 @@ def run_kernel(
       The outputs by name.
     """
     given = {key: each for key, each in inputs.items() if each.array is not None}
-    wanted = {key: each for key, each in outputs.items() if each.array is not None}
+    present = {key: each for key, each in outputs.items() if each.array is not None}
     nothing = dict.fromkeys([*inputs, *outputs])
 
     def kernel(*refs: Any) -> None:
         sources = dict(zip(given, refs[: len(given)], strict=True))
-        targets = dict(zip(wanted, refs[len(given) :], strict=True))
+        targets = dict(zip(present, refs[len(given) :], strict=True))
         body(Refs(**nothing | sources), Refs(**nothing | targets))
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array, wanted.values())]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array, present.values())]
     params = None
     if triton is not None:
         params = triton.CompilerParams(num_warps=warps, num_stages=stages)
@@ -206,13 +206,13 @@ def run_kernel(
         kernel,
         grid=layout.grid,
         in_specs=[pl.BlockSpec(each.block, each.place) for each in given.values()],
-        out_specs=[pl.BlockSpec(each.block, each.place) for each in wanted.values()],
+        out_specs=[pl.BlockSpec(each.block, each.place) for each in present.values()],
         out_shape=shapes,
         interpret=layout.cut.products.interpret,
         compiler_params=params,
         name=f"delta_product_{name}",
     )(*map(_array, given.values()))
-    return Refs(**nothing | dict(zip(wanted, made, strict=True)))
+    return Refs(**nothing | dict(zip(present, made, strict=True)))
 
 
 def _array(operand: Operand) -> Any:

@@ -74,7 +74,7 @@ def solve_systems(
         functools.partial(_solve, cut),
         layout,
         {
-            **what_is_written(inputs, factors, layout),
+            **write_operands(inputs, factors, layout),
             "v": layout.writes(inputs.v),
             "into": layout.numbers(factors.into_writes, cut.writes),
         },
@@ -127,7 +127,7 @@ def _read_outputs(
         functools.partial(_read, cut, layout.group),
         layout,
         {
-            **what_is_read(inputs, factors, layout),
+            **read_operands(inputs, factors, layout),
             "states": layout.states(states.before),
             "solution": layout.made(states.solution),
         },
@@ -136,7 +136,7 @@ def _read_outputs(
     return made.out
 
 
-def what_is_written(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+def write_operands(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
     """Operands of kernels that need L, of one chunk each."""
     writes = layout.cut.writes
     return {
@@ -148,7 +148,7 @@ def what_is_written(inputs: KernelInputs, factors: Factors, layout: Layout) -> d
     }
 
 
-def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+def read_operands(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
     """Operands of kernels that read, of one chunk each."""
     tokens, writes = layout.cut.tokens, layout.cut.writes
     return {
@@ -163,7 +163,7 @@ def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict
     }
 
 
-def left_below(
+def decay_below(
     cut: Cut,
     x: Refs,
     rows: slice = slice(None),
@@ -183,7 +183,7 @@ def left_below(
     return factor
 
 
-def left_visible(cut: Cut, x: Refs, *, transposed: bool = False) -> Array:
+def decay_visible(cut: Cut, x: Refs, *, transposed: bool = False) -> Array:
     """What token t finds of what virtual token j of its chunk wrote [C, M]; 0 if it is later."""
     indices = cut.read(), cut.written()
     row, column = cross(*indices, transposed)
@@ -238,7 +238,7 @@ def _lower(cut: Cut, x: Refs, rows: slice, columns: slice) -> Array:
         product = scale(cut.products.dot(x.k[rows], x.k[columns], "nt"), beta)
     else:
         product = cut.products.dot(scale(read_wide(x.k, rows), beta), x.k[columns], "nt")
-    return product * left_below(cut, x, rows, columns)
+    return product * decay_below(cut, x, rows, columns)
 
 
 def _write_solution(
@@ -277,7 +277,7 @@ def _run_states(cut: Cut, count: int, x: Refs, y: Refs) -> None:
 
 def _read(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], left_visible(cut, x)
+    k, visible = x.k[...], decay_visible(cut, x)
     for g in range(group):
         q = x.q[:, g]
         query_in = scale_by(q.astype(jnp.float32), x.into)
