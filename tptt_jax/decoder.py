@@ -42,7 +42,7 @@ from tptt_jax.ops.residuals import saves_marked, saves_products
 
 
 class StackCache(NamedTuple):
-    """What the layers of one stack carry between calls.
+    """The state of one stack's layers between calls.
 
     Attributes:
       softmax: one cache per kind of layer, with a leading axis over the layers of that
@@ -55,7 +55,7 @@ class StackCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a model carries between calls.
+    """The state of a model between calls.
 
     Attributes:
       stacks: one per stack of layers.
@@ -77,7 +77,7 @@ def layer_stacks(config: ModelConfig) -> tuple[range, ...]:
 
 
 def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Where a layer's parameters lie: number of the stack, index on its leading axis."""
+    """The place of a layer's parameters: number of the stack, index on its leading axis."""
     for number, layers in enumerate(layer_stacks(config)):
         if layer in layers:
             return number, layers.index(layer)
@@ -87,7 +87,7 @@ def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
 def memory_location(
     config: ModelConfig, liza: LizaConfig | None, layer: int
 ) -> tuple[int, int] | None:
-    """Where a layer's memory parameters lie, as `layer_location`; None if it has no memory.
+    """The place of a layer's memory parameters, as `layer_location`; None without a memory.
 
     Their leading axis counts only the layers of the stack that have a memory.
     """
@@ -164,7 +164,7 @@ class DecoderLayer(nnx.Module):
 
 
 def apply_norm(norm: NormLayer | None, x: Hidden) -> Hidden:
-    """A norm that a layer may not have."""
+    """Applies a norm; None returns x."""
     return x if norm is None else norm(x)
 
 
@@ -262,7 +262,7 @@ class StackRun:
       share: the memory's share if it is scheduled.
       use_memory: False leaves the memory out.
       return_branches: whether both attention branches are returned.
-      remat: what the backward pass computes again.
+      remat: what the backward pass recomputes.
     """
 
     config: ModelConfig
@@ -275,7 +275,7 @@ class StackRun:
     remat: Remat
 
     def __post_init__(self) -> None:
-        """Rejects a remat that is no choice."""
+        """Rejects an unknown remat."""
         if self.remat not in get_args(Remat):
             raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}.")
 
@@ -349,7 +349,7 @@ class StackRun:
     def _run_unstacked(
         self, layers: nnx.List, x: Hidden, cache: StackCache | None
     ) -> tuple[Hidden, StackCache | None, Branches | None]:
-        """The same layers as modules of their own, see `tptt_jax.inference.unstack`."""
+        """The same layers as separate modules, see `tptt_jax.inference.unstack`."""
         new, branches, memories = [], [], []
         runs = self._flags("runs_memory")
         for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
@@ -405,7 +405,7 @@ class StackRun:
 
 
 def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
-    """Raises ValueError unless a cache was made for such layers and such a window."""
+    """Raises ValueError unless a cache fits these layers and their windows."""
     stacks = layer_stacks(config)
     check_equal("stacks of layers", len(cache.stacks), len(stacks))
     for layers, stack in zip(stacks, cache.stacks, strict=True):

@@ -1,4 +1,4 @@
-"""What a pretrained decoder is: sizes, norms, positions, attention."""
+"""The configuration of a pretrained decoder: sizes, norms, positions, attention."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ QkNorm = Literal["head", "full"]
 PositionEmbedding = Literal["rotary", "learned"]
 Activation = Literal["silu", "gelu_tanh"]
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: "none": only what takes longer to keep; "dots": all but
-products with weights; "full": whole layers, of which only the input is kept."""
+"""What the backward pass recomputes: "none": only cheap intermediates; "dots": everything but
+products with weights; "full": whole layers, from their inputs."""
 
 MAX_LAYERS = 10_000
 """Upper bound; rejects corrupt configurations before anything is allocated."""
@@ -190,7 +190,7 @@ class ModelConfig:
         return heads, kv_heads, mlp_dim
 
     def of_layer(self, layer: int) -> Self:
-        """This configuration with the sizes that one layer has."""
+        """This configuration with the sizes of one layer."""
         heads, kv_heads, mlp_dim = self.layer_sizes(layer)
         return dataclasses.replace(
             self,
@@ -223,7 +223,7 @@ class ModelConfig:
         return min(ends, default=None)
 
     def at_length(self, tokens: int) -> Self:
-        """This model with the rotary frequencies that texts of so many tokens have."""
+        """This model with the rotary frequencies of texts of this length."""
         sliding = self.sliding_rope
         return dataclasses.replace(
             self,

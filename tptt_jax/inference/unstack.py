@@ -17,12 +17,11 @@ _WORTHWHILE_BYTES = 1 << 25
 
 
 def unstack_layers(model: CausalLM) -> CausalLM:
-    """The same model with its layers apart, sharing its arrays; for single tokens on CPU.
+    """The same model with separate layers, sharing its arrays; for single tokens on CPU.
 
-    A scan copies each layer's weights out of the stack before it multiplies by them. For
-    a row of tokens that is nothing; for one token it is three times the traffic, and
-    decoding is nothing but traffic. On a CPU a layer of a stack can be handed to XLA
-    where it lies, so the copy costs no memory either.
+    A scan copies each layer's weights out of the stack before it multiplies by them. For a row of
+    tokens that is negligible; for one token it triples the memory traffic, which limits decoding.
+    On a CPU XLA can use a layer of a stack in place, so separate layers cost no memory.
 
     Args:
       model: any model; it is not changed.

@@ -265,8 +265,8 @@ def _check_fits(saved: Any, target: Any) -> None:
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise CheckpointMisfit(
-                f"`{name}` must have shape {expected.get(name)}, the checkpoint has {found.get(name)}: "
-                "use another --output."
+                f"`{name}` must have shape {expected.get(name)}, the checkpoint has "
+                f"{found.get(name)}: use another --output."
             )
 
 

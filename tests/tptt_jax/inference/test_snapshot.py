@@ -258,7 +258,7 @@ SPOILED = {
         "neither true nor false",
     ),
     "missing": (lambda x: {k: v for k, v in x.items() if k != KEYS}, "it lacks cache"),
-    "more": (lambda x: x | {"strange": np.zeros(2, np.float32)}, "no use for"),
+    "more": (lambda x: x | {"strange": np.zeros(2, np.float32)}, "this model does not have"),
 }
 
 

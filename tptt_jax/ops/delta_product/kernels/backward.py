@@ -1,7 +1,7 @@
-"""The kernels of the gradient; the forward pass up to the outputs is run again for it.
+"""The kernels of the gradient, which recompute the forward pass up to the outputs.
 
-What a product has made is never transposed for another, but made again transposed: Triton 3.4 to
-3.7.0 compiles that wrongly for Hopper (triton-lang/triton, seen by flash-linear-attention 640).
+The result of a product is never transposed for another product, but recomputed transposed: Triton
+3.4 to 3.7.0 miscompiles that for Hopper (triton-lang/triton, seen by flash-linear-attention 640).
 """
 
 import functools
@@ -36,7 +36,7 @@ from tptt_jax.ops.delta_product.kernels.tiles import Cut, diagonal, scale
 
 
 class StateGradients(NamedTuple):
-    """Gradients of what went from chunk to chunk.
+    """Gradients of the states and of R.
 
     Attributes:
       after: of the states after the chunks [B, K, n, D, Dv].
@@ -132,7 +132,8 @@ def _run_states_back(
             "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
             "first": layout.state(inputs.state),
         },
-        # The next chunk's queries wait in the shared memory: those of many heads do not fit.
+        # The next chunk's queries are prefetched to shared memory, where those of many heads do
+        # not fit.
         stages=2 if layout.group * cut.products.dtype.itemsize <= 4 else 1,
     )
     return StateGradients(made.after, made.solution, made.first)
@@ -261,7 +262,7 @@ def _writes_back(cut: Cut, x: Refs, y: Refs) -> None:
         gated, state, after = scale(k, gate), x.states[part], x.after[part]
         grad_key = scale_by(dot(x.solution[...], after, "nt"), x.out)
         if y.end is not None:
-            # Tiles that are multiplied need not lie in registers.
+            # A product keeps its operands out of registers.
             kept = jnp.sum(diagonal(dot(state, after, "nt")))
             end += kept * x.through[...] + jnp.sum(grad_key * k)
         grad_key += dot(transposed, gated) + read_wide(x.k_by_reads, slice(None), part)
@@ -270,7 +271,7 @@ def _writes_back(cut: Cut, x: Refs, y: Refs) -> None:
             until += jnp.sum(grad_gated * gated - grad_key * k, axis=1)
         y.k[:, part] = (grad_key + scale(grad_gated, gate)).astype(y.k.dtype)
         if per_channel:
-            # Tiles cannot be cut: these columns of `value` once more.
+            # Tiles cannot be sliced: recompute these columns of `value`.
             of_value = dot(x.inverse[...], x.grad_solution[:, part], "tn")
             of_gate = grad_gated * k + of_value * read_wide(x.v, slice(None), part)
             y.beta[:, part] = of_gate.astype(y.beta.dtype)

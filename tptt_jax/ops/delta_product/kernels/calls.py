@@ -1,4 +1,4 @@
-"""What the kernels work on, and how they are called."""
+"""Inputs and operands of the kernels, and how they are called."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -13,12 +13,12 @@ from tptt_jax.ops.delta_product.kernels.tiles import Cut
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # Later releases of JAX are to drop it.
+except ImportError:  # Later releases of JAX will drop it.
     triton = None
 
-# Kernels see arrays by name; what is absent is None.
+# Kernels see arrays by name; absent ones are None.
 Refs = SimpleNamespace
-# Columns of a tile; wider ones are worked on in parts, or do not fit into registers.
+# Columns of a tile; wider arrays are processed in parts, as they do not fit into registers.
 COLUMNS = 64
 
 
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         return self._rows(array, self.cut.writes, None, split)
 
     def made(self, array: Any, *, split: bool = False) -> Operand:
-        """[B, K, V, X], as kernels write what only they read."""
+        """[B, K, V, X], the layout of intermediate results."""
         if array is None:
             return Operand(None, (), lambda *_: ())
         size, width = self._size(self.cut.writes), array.shape[-1]
