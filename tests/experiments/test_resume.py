@@ -93,7 +93,7 @@ def test_a_complete_run_says_so_and_changes_nothing(started):
         ({"lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear now"),
         ({"seed": 1, "batch_size": 3}, r"batch_size: 2 in .*; seed: 0 in the run, 1 now"),
         ({"data.sequence_length": 16}, r"data.sequence_length: 32 in .*--data.sequence-length 32"),
-        ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs a"),
+        ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs n"),
         ({"lora": LoraConfig(rank=3)}, r"\(lora.rank: 2 in the run, 3 now\): use another --outp"),
         ({"resume_allow": ("rate",)}, r"--resume-allow has no setting 'rate': choose from .*seed"),
         ({"resume_allow": ("learning-rat",)}, r"'learning-rat': did you mean learning_rate\?"),
