@@ -131,7 +131,7 @@ def read_layer_kinds(fields: Fields, default: tuple[LayerKind, ...]) -> tuple[La
     unknown = sorted(set(names) - _KINDS.keys())
     if unknown:
         raise ConversionError(
-            f"layer_types in {fields.origin} has {', '.join(unknown)}; known are "
+            f"layer_types in {fields.origin} has {', '.join(unknown)}; supported: "
             f"{', '.join(_KINDS)}."
         )
     return tuple(_KINDS[name] for name in names)

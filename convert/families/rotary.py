@@ -39,7 +39,7 @@ def read_rope(
     name = scaling.text("rope_type", scaling.text("type", "default"))
     if name not in _TYPES:
         raise ConversionError(
-            f"rope type {name!r} in {scaling.origin} is not supported; known are "
+            f"rope type {name!r} in {scaling.origin} is not supported; supported: "
             f"{', '.join(_TYPES)}."
         )
     scaling.require("partial_rotary_factor", (None, 1.0), None)

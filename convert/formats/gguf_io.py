@@ -194,7 +194,7 @@ def _read_header(cursor: _Cursor) -> _Header:
         raise ConversionError("it does not begin with GGUF")
     version = cursor.number("I")
     if version not in (2, 3):
-        raise ConversionError(f"it has version {version}, known are 2 and 3 (little-endian)")
+        raise ConversionError(f"it has version {version}, supported: 2 and 3 (little-endian)")
     tensor_count, metadata_count = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):
