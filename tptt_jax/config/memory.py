@@ -63,7 +63,7 @@ _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class _ImpliedText(str):
-    """A choice implied by another setting; `dataclasses.replace` implies it anew."""
+    """A choice implied by another setting; `dataclasses.replace` resolves it again."""
 
     __slots__ = ()
 
@@ -101,11 +101,11 @@ class Recurrence:
 class LizaConfig:
     """The linear-attention memory of a model's layers, and how it is mixed in.
 
-    By default the memory holds what softmax attention with a window has lost (docs/memory.md):
-    set `softmax_window`. ``LizaConfig(writes="all")`` is a memory beside the softmax, as TPTT has
-    it; `paper` gives the paper's own setting.
+    By default the memory holds the tokens that leave the window of softmax attention
+    (docs/memory.md): set `softmax_window`. ``LizaConfig(writes="all")`` is a memory beside the
+    softmax, as in TPTT; `paper` gives the paper's own setting.
 
-    Fields that are None take what `writes` and `operator` say:
+    Fields that are None are set by `writes` and `operator`:
     ``LizaConfig(operator="delta_rule")`` has one Householder step and
     ``LizaConfig(operator="delta_rule", num_householder=3)`` has three. After construction they
     hold the resolved values. `dataclasses.replace(config, operator=...)` resets the fields that
@@ -126,26 +126,26 @@ class LizaConfig:
     trick: Trick | None = None
     """How a token becomes num_householder virtual tokens; delta_product: derivative."""
     beta_gate: Gate | None = None
-    """What the write gate is computed from. "projected": a learned linear map of the token's keys
+    """Input of the write gate. "projected": a learned linear map of the token's keys
     and values, the default with writes="evicted"; "k", "v", "kv": TPTT's causal means; "constant":
     0.5."""
     alpha_gate: Gate | None = None
-    """What the forget gate is computed from, likewise; "constant": nothing is forgotten."""
+    """Input of the forget gate, with the same choices; "constant": no decay."""
     state_activation: Literal["none", "gelu"] | None = None
     """Non-linearity on the state after every chunk_size tokens (paper eq. 8); the only option
     whose result depends on chunk_size; delta_product: none."""
     vector_beta: bool = False
     """One write gate per channel (paper eq. 3) instead of one per head."""
     expand_gates: bool = False
-    """Expand the write gate into virtual tokens like k and v, as the paper's text has it; a
-    differenced gate turns negative and lets the state grow."""
+    """Expand the write gate into virtual tokens like k and v, as in the paper's text; a differenced
+    gate turns negative and lets the state grow."""
     mag: Mag | None = None
     """The memory's share of the output. "mass": the estimated softmax mass of the
     evicted tokens over all mass, per head and token; the default with writes="evicted".
     "learned": one logit per head, the default with writes="all"; "scheduled": one value for the
     model, set from outside."""
     mag_init: float = 0.05
-    """Share at the start, in (0, 1), for "learned"; in [0, 1] for "scheduled"."""
+    """Initial share, in (0, 1) for "learned", in [0, 1] for "scheduled"."""
     linear_scale: LinearScale | None = None
     """Size of the memory's output. "learned": a factor per head and query; the default with
     writes="evicted". "match": each head gets the RMS of its softmax output; the default with
@@ -164,15 +164,15 @@ class LizaConfig:
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; the result does not depend on it."""
     precision: Precision = "auto"
-    """Of the matrix products that read and write the memory of a row: "highest" is float32
-    on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
-    does the same in all three). "auto" is "highest" in a float32 model and "default" in one of
-    half precision. The state, the inverse of each chunk's system and single tokens stay exact."""
+    """Precision of the matrix products that read and write the memory of a row: "highest" is
+    float32 on every backend; "high" and "default" are faster on a GPU or TPU, with fewer bits (on a
+    CPU all three are equal). "auto" is "highest" in a float32 model and "default" in half
+    precision. The state, the inverse of each chunk's system and single tokens stay exact."""
     memory_rank: int | None = None
     """Rank of the memory's own low-rank deltas on queries, keys and values; 0: none. None: 16 with
     writes="evicted", else 0."""
     memory_alpha: float = 16.0
-    """Those deltas are scaled by memory_alpha / memory_rank."""
+    """The deltas are scaled by memory_alpha / memory_rank."""
     dropout: float = 0.0
     """Dropout on the memory's output while training."""
 

@@ -65,7 +65,7 @@ def read_newest(
         # orbax passes on exceptions of asyncio, tensorstore, json and the system.
         except Exception as error:
             if not (folder / str(step)).exists():
-                passed[step] = "it is gone"
+                passed[step] = "it was removed"
                 continue
             if is_checked or (isinstance(error, OSError) and not is_lost(error)):
                 state = "is intact but" if is_checked else "is there but"

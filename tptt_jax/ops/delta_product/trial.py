@@ -157,7 +157,7 @@ def _random_inputs(kind: KernelKind) -> tuple[dict[str, Any], Any, tuple[Any, An
         inputs["log_decay"] = np.log(sigmoid(draw(_ROWS, tokens, _KV_HEADS) + 3))
     segment_ids = None
     if kind.documents:
-        # A document that ends within a chunk, one that goes on to the end, padding.
+        # A document that ends within a chunk, one that extends to the end, padding.
         segment_ids = np.full((_ROWS, tokens), 2, np.int32)
         segment_ids[:, : tokens // 6], segment_ids[0, -tokens // 12 :] = 1, 0
     weights = (draw(_ROWS, tokens, heads, kind.value_dim), draw(*state))

@@ -49,7 +49,7 @@ class Operand(NamedTuple):
 
     Attributes:
       array: or its shape and dtype, of an output; None: it is absent.
-      block: that one program sees; axes that are None are gone.
+      block: block of one program; axes that are None are dropped.
       place: the block of program (x, KV head, row), in blocks along every axis.
     """
 
