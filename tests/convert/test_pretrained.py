@@ -213,7 +213,7 @@ def test_hub_ids_are_fetched_once_by_pattern(llama, monkeypatch):
 
 
 def test_hub_errors_name_the_model():
-    with pytest.raises(ConversionError, match="someone/some-model is no directory here"):
+    with pytest.raises(ConversionError, match="someone/some-model is not a local directory"):
         load_pretrained("someone/some-model")
 
 
