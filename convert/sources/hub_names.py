@@ -57,7 +57,7 @@ def with_revision(source: str | os.PathLike[str], revision: str | None) -> str:
     if hub is None or is_other:
         raise ConversionError(
             f"--revision {revision!r:.80} is for models of the Hugging Face hub, but {name} is "
-            "local; leave it out, or give a hub id such as HuggingFaceTB/SmolLM2-135M."
+            "not a hub id; leave it out, or give one such as HuggingFaceTB/SmolLM2-135M."
         )
     if hub.revision not in (None, revision):
         raise ConversionError(

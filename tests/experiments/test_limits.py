@@ -67,5 +67,5 @@ def test_documents_longer_than_learned_positions_are_refused(model):
     check_lengths(longer, ModelConfig.tiny(max_positions=8), "--x")
     with pytest.raises(ValueError, match=r"lower --data\.eval-length to 8"):
         evaluate_held_out(model, source(longer, longer), put, batch_size=1)
-    with pytest.raises(ValueError, match="this model has only 8 learned positions"):
+    with pytest.raises(ValueError, match="the 8 positions that this model has learned"):
         generate(model, np.ones((1, 8)), 2)
