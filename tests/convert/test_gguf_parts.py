@@ -70,7 +70,7 @@ def test_a_directory_with_two_models_is_refused(parts, whole):
 def test_a_missing_part_is_named(parts, gone):
     parts[gone].unlink()
     for source in (parts[gone - 1], parts[0].parent):
-        with pytest.raises(ConversionError, match=rf"one of 3 parts; {parts[gone].name} must be in"):
+        with pytest.raises(ConversionError, match=rf"one of 3 parts; {parts[gone].name} must be"):
             load_pretrained(source)
 
 
