@@ -1,4 +1,4 @@
-"""Bad input to the commands: exit status 2, one line that says what is wrong, nothing left."""
+"""Bad input to the commands: exit status 2, one line with the problem, no files left."""
 
 import contextlib
 import json

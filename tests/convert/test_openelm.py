@@ -1,4 +1,4 @@
-"""OpenELM against what its original code computed, and against its published parameter lists."""
+"""OpenELM against outputs of its original code, and against its published parameter lists."""
 
 import json
 import shutil

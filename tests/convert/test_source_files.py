@@ -1,4 +1,4 @@
-"""What an export takes from the directory that the model came from."""
+"""Files that an export copies from the model's directory."""
 
 import json
 import os

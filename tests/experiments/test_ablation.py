@@ -1,4 +1,4 @@
-"""What is left of a Titan without one of its parts, and what evaluate says of it."""
+"""A Titan without one of its parts, and its report by evaluate."""
 
 import json
 

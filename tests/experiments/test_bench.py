@@ -1,4 +1,4 @@
-"""The benchmark commands: what results mean, traces, baselines, what an interrupt leaves."""
+"""The benchmark commands: results, traces, baselines, interrupts."""
 
 import gzip
 import inspect

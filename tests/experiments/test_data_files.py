@@ -1,4 +1,4 @@
-"""What a path may name: files of any size and compression, folders, patterns, and nothing else."""
+"""Data paths: files of any size and compression, folders, patterns; others are refused."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""The main job as users run it: a process of its own, killed, interrupted, resumed."""
+"""Fine-tuning as a separate process: killed, interrupted, resumed."""
 
 import json
 import signal

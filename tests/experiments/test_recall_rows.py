@@ -1,4 +1,4 @@
-"""Rows that teach recall: what is asked lies beyond the window, and only the answer counts."""
+"""Recall rows: the hidden text lies beyond the window, and only the answer counts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Going on with a run: what may change, what is refused by name, and what is left alone."""
+"""Resuming a run: permitted changes, refusals by name, and files that stay."""
 
 import contextlib
 import io

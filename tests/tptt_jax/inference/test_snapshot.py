@@ -1,4 +1,4 @@
-"""Saved states: whole or refused."""
+"""Saved states: complete or refused."""
 
 import dataclasses
 import json

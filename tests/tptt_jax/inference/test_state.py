@@ -1,4 +1,4 @@
-"""States: their size, growing, forking, reading on."""
+"""States: size, growth, forks, continued reading."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The kernels are tried against the recurrence before they are taken; interpreted here."""
+"""The trial of the kernels against the recurrence; interpreted here."""
 
 import jax
 import jax.numpy as jnp
