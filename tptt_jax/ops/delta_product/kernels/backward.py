@@ -262,7 +262,7 @@ def _writes_back(cut: Cut, x: Refs, y: Refs) -> None:
         gated, state, after = scale(k, gate), x.states[part], x.after[part]
         grad_key = scale_by(dot(x.solution[...], after, "nt"), x.out)
         if y.end is not None:
-            # A product keeps its operands out of registers.
+            # Operands of a product need not lie in registers.
             kept = jnp.sum(diagonal(dot(state, after, "nt")))
             end += kept * x.through[...] + jnp.sum(grad_key * k)
         grad_key += dot(transposed, gated) + read_wide(x.k_by_reads, slice(None), part)
