@@ -171,6 +171,8 @@ def _number(message: str, sections: Sequence[str]) -> str | None:
             return f"{option} expects {expected}, got {value[1]}"
     if value := re.match(r"no type matching (.*) could be instantiated from \[(.*)\]", complaint):
         expected = value[1].removeprefix("{None}|").strip("{}")
+        if re.fullmatch("INT( INT)+", expected):
+            expected = f"{len(expected.split())} whole numbers"
         return f"{option} expects {_TYPES.get(expected, expected)}, got {value[2]}"
     if value := re.match(r"Could not find valid parse for arguments: \[(.*)\]", complaint):
         help_text = next((text for text in sections if text.startswith("Argument helptext:")), "")
