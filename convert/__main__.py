@@ -80,7 +80,7 @@ def export_model(
     check_replaceable(output, overwrite=overwrite)
     check_overwrite(output, checkpoint)
     if results is not None:
-        # Before the weights are loaded.
+        # Fail before the weights are loaded.
         read_results(results.expanduser(), checkpoint)
     model = load_pretrained(checkpoint, dtype=dtype)
     if context is not None:
@@ -99,12 +99,12 @@ def inspect_model(
     window: int = 512,
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Says what a model is and what a Titan of it would hold in memory; reads no weights.
+    """Describes a model, and the memory that a Titan of it needs; reads no weights.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a directory of PEFT's or of
-        tptt's, or a checkpoint.
-      context: lengths in tokens at which the state of one row is counted.
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT or tptt directory, or
+        a checkpoint.
+      context: lengths in tokens for which to report the state of one row.
       window: tokens that softmax attention sees in the windowed Titan.
       revision: branch, tag or commit of a hub id; the same as hub-id@revision.
     """
@@ -120,12 +120,12 @@ def verify_model(
 ) -> dict[str, Any]:
     """Checks a model: against transformers if torch is installed, and against itself.
 
-    The whole text must give the logits that segments, single tokens, padded and packed rows
-    give, without a memory and with one. The exit status is 1 if a check fails.
+    The whole text must give the same logits as segments, single tokens, padded and packed rows,
+    without a memory and with one. The exit status is 1 if a check fails.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a directory of PEFT's or of
-        tptt's, or a checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT or tptt directory, or
+        a checkpoint.
       tokens: length of the text.
       dtype: of weights and computation; auto: what the source is stored in.
       tolerance: of every check, relative to the largest logit; None: 1e-4 for float32, 1e-2

@@ -10,7 +10,7 @@ from convert.tptt import is_tptt, read_tptt_config
 
 
 def base_source(directory: Path) -> str:
-    """The base model that a directory of PEFT's or tptt's names, as `load_pretrained` takes it.
+    """The base model of a PEFT or tptt directory, as `load_pretrained` takes it.
 
     Args:
       directory: such a directory.
@@ -20,7 +20,7 @@ def base_source(directory: Path) -> str:
       revision if there is one.
 
     Raises:
-      ConversionError: if it names none, a revision of a path, a path that means nothing here, or a
+      ConversionError: if it names none, a revision of a path, a path that does not exist here, or a
         model that has adapters itself.
     """
     if is_tptt(directory):
@@ -64,7 +64,7 @@ def _checked_name(directory: Path, name: str) -> str:
         problem = (
             "does not exist here"
             if path.is_absolute()
-            else "is a path relative to a folder that it does not name"
+            else "is a path relative to an unknown folder"
         )
         raise ConversionError(
             f"{directory} names {name!r:.200} as its base model, which {problem}; "
@@ -93,7 +93,7 @@ def _remedy(directory: Path) -> str:
 
 
 def has_base(path: Path) -> bool:
-    """Whether a path is a directory of PEFT's or tptt's, which names its base model."""
+    """Whether a path is a PEFT or tptt directory, which names its base model."""
     return is_adapter(path) or is_tptt(path)
 
 
@@ -101,7 +101,7 @@ def locate_base(directory: Path, *, weights: bool = True) -> Path:
     """Finds, fetches or assembles the base model of such a directory (see `locate`).
 
     Raises:
-      ConversionError: if there is no such thing, with what to do about it.
+      ConversionError: if it does not exist; the message has the remedy.
     """
     name = base_source(directory)
     try:
@@ -114,13 +114,13 @@ def locate_base(directory: Path, *, weights: bool = True) -> Path:
 
 
 def resolve_base(source: Source) -> str:
-    """The base model beneath checkpoints of ours and directories of PEFT's and tptt's.
+    """The base model of our checkpoints and of PEFT and tptt directories.
 
     Returns:
-      What `load_pretrained` takes; paths are absolute, so that they mean the same anywhere.
+      What `load_pretrained` takes; paths are absolute, so they are valid in any folder.
 
     Raises:
-      ConversionError: if there is no such model.
+      ConversionError: if the model does not exist.
     """
     while described := find_checkpoint(source):
         source = described.source

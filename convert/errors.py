@@ -1,13 +1,13 @@
-"""The one exception that means "this input cannot be converted"."""
+"""The exception for inputs that cannot be converted."""
 
 from collections.abc import Iterable
 
 
 class ConversionError(ValueError):
-    """A checkpoint, configuration or tokenizer that cannot be read or written as asked.
+    """A checkpoint, configuration or tokenizer that cannot be read or written as requested.
 
-    The message names what was expected, what came, and what to do; it is meant to be shown to
-    the user as it is.
+    The message says what was expected, what was found, and what to do; it is shown to the user
+    unchanged.
     """
 
 

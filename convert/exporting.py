@@ -34,22 +34,21 @@ def write_merged(
     Args:
       model: the model.
       directory: an existing, empty directory.
-      base: what the model was loaded from; its unknown settings and generation settings go
-        along.
-      tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
+      base: source of the model; its unknown settings and generation settings are copied.
+      tokenizer: source of the tokenizer, as `load_tokenizer` takes it; None: `base`.
 
     Raises:
       ConversionError: if the family cannot express the model's configuration, a weight is NaN
         or infinite, or config.json or tokenizer.json is a link out of the model's folder.
     """
     if base is not None and base.path.is_dir():
-        # It may lead to anything, and what it says goes along.
+        # An outer link may point to any file, and its content would be exported.
         refuse_outer_link(base.path / "config.json", base.path)
     family = family_of(model.config.family)
     content = _config_json(family, model.config, np.dtype(model.dtype), base)
     variables = variables_of(model)
     plan = plan_for(family.rules(model.config), model, variables)
-    # Code of the source never goes along, so nothing may refer to it.
+    # The source's code is never exported, so nothing may refer to it.
     content.pop("auto_map", None)
     _write_tokenizer(directory, base, tokenizer)
     _write_directory(model, directory, base, content, plan, variables)
@@ -63,8 +62,8 @@ def write_titan(
     Args:
       model: the model; its adapters are merged into the weights.
       directory: an existing, empty directory.
-      base: what the model was loaded from; its generation settings go along.
-      tokenizer: what `load_tokenizer` takes, whose tokenizer goes along; None: `base`.
+      base: source of the model; its generation settings are copied.
+      tokenizer: source of the tokenizer, as `load_tokenizer` takes it; None: `base`.
 
     Raises:
       ConversionError: if the memory has the reference's operator, rotary frequencies depend on
@@ -105,7 +104,7 @@ def _write_tokenizer(directory: Path, base: Pretrained | None, tokenizer: Source
 
 
 def _lacks_tokenizer_class(directory: Path) -> bool:
-    """Whether the tokenizer's own files leave the class to the base model's type."""
+    """Whether the tokenizer files name no class, so that it depends on the model type."""
     settings = directory / "tokenizer_config.json"
     return settings.is_file() and "tokenizer_class" not in read_json(settings)
 
@@ -131,7 +130,7 @@ def _write_directory(
 
 
 def _stored_dtype(move: Conversion, model: CausalLM, variables: Variables) -> np.dtype:
-    """Base weights have the model's dtype, also where training holds them in float32."""
+    """Base weights have the model's dtype, even if training holds them in float32."""
     variable = variables[move.slots[0].path][1]
     return np.dtype(model.dtype if is_base(variable) else variable.get_value().dtype)
 
@@ -146,10 +145,10 @@ def _config_json(
         return content
     kept = {key: value for key, value in original.items() if key not in family.superseded}
     if base is not None and _ropes(config) != _ropes(base.config):
-        # Fixed for a length: settings of the old scaling do not belong to the new one.
+        # Fixed for one length: drop settings of the old scaling.
         kept.pop("rope_parameters", None)
     if base is not None and config.eos_token_ids == base.config.eos_token_ids:
-        # Without those that generation_config.json adds, which goes along.
+        # Without the end tokens of generation_config.json, which is copied.
         content |= {"eos_token_id": original.get("eos_token_id")}
     return _merge(kept, content)
 
@@ -159,7 +158,7 @@ def _ropes(config: ModelConfig) -> tuple[RopeConfig, RopeConfig]:
 
 
 def _merge(original: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
-    """Ours over the original, also inside nested objects such as rope_parameters."""
+    """Our keys override the original ones, also in nested objects such as rope_parameters."""
     result = {**original, **ours}
     for key in original.keys() & ours.keys():
         if isinstance(original[key], dict) and isinstance(ours[key], dict):

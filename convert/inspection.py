@@ -1,4 +1,4 @@
-"""What a model is, and what a Titan of it would hold in memory: no weights are read."""
+"""Describes a model, and the memory that a Titan of it needs, without reading weights."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _SIZES = (
 )
 
 
-# Longer than any window: a layer that holds fewer tokens has stopped growing.
+# Longer than any window: a layer that holds fewer tokens has a fixed size.
 _ANY_CONTEXT = 1 << 30
 
 
@@ -30,13 +30,13 @@ def describe(source: Source, contexts: Sequence[int], window: int) -> dict[str, 
 
     Args:
       source: what `load_pretrained` takes.
-      contexts: lengths in tokens at which the whole state is counted.
+      contexts: lengths in tokens for which to report the whole state.
       window: of the windowed Titan, in tokens.
 
     Returns:
       Family, sizes, dtypes, and under "layer_state" and "state" what each variant of the model
-      carries for one row of a batch; a checkpoint of our own adds its own variant. Of a directory
-      of PEFT's or of tptt's, which has no state, its settings.
+      carries for one row of a batch; a checkpoint of our own adds its own variant. For a PEFT or
+      tptt directory, which has no state, its settings.
 
     Raises:
       ConversionError: if the source cannot be read.
@@ -91,11 +91,11 @@ def _describe_weights(opened: Pretrained) -> dict[str, Any]:
 
 
 class _State:
-    """What a model carries between calls for one row of a batch; nothing is allocated."""
+    """The state of a model between calls for one row of a batch; nothing is allocated."""
 
     def __init__(self, config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype):
         self.config, self.liza = config, liza
-        # Sizes are the same whatever the length that rotary frequencies are fixed for.
+        # Sizes do not depend on the length for which rotary frequencies are fixed.
         config = config.at_length(0)
         self.model = nnx.eval_shape(lambda: CausalLM(config, liza, dtype=dtype, rngs=nnx.Rngs(0)))
 
@@ -106,7 +106,7 @@ class _State:
         return _nbytes(self.cache(context))
 
     def layer_rows(self) -> list[dict[str, Any]]:
-        """What one layer holds: a row for each sort of layers that hold the same."""
+        """The state of one layer: a row for each group of equal layers."""
         counts: Counter[tuple[str, int, int | None, int]] = Counter()
         for stack in self.cache(_ANY_CONTEXT).stacks:
             memory = 0 if stack.memory is None else _nbytes_per_layer(stack.memory)

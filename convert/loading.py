@@ -68,13 +68,12 @@ def load_model(
 ) -> CausalLM:
     """Builds a model with the weights of a checkpoint.
 
-    Beside the result, memory holds one tensor at a time. What the checkpoint does not hold
-    (adapters; of a base model also shares and the memory's own deltas) is as `build`
-    initialises it.
+    Beside the result, memory holds one tensor at a time. `build` initialises the parameters that
+    the checkpoint lacks (adapters; for a base model also shares and the memory's own deltas).
 
     Args:
       pretrained: the opened checkpoint.
-      build: creates the model with random weights; it is traced, never run.
+      build: creates the model with random weights; only traced, never run.
       mesh: where the parameters go; None: the default device.
 
     Returns:
@@ -101,12 +100,12 @@ def load_model(
 
 
 def _check_tied_head(pretrained: Pretrained, plan: Sequence[Conversion]) -> None:
-    """A tied checkpoint may carry a copy of the embedding as its head, and nothing else."""
+    """Checks that the head of a tied checkpoint, if stored, equals the embedding."""
     names = {target: rule.sources[0] for rule in pretrained.rules for target in rule.targets}
     head = names.get("lm_head.kernel")
     if head is None or not pretrained.config.tie_embeddings:
         return
-    # The plan knows whether the checkpoint has its names with or without a prefix.
+    # The plan knows whether names in the checkpoint have a prefix.
     (embedding,) = (
         move.sources[0] for move in plan for slot in move.slots if slot.path == "embed.embedding"
     )
@@ -139,7 +138,7 @@ def _read_parameters(
             template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
             on_host = bool(slot.index) and _adopts_host_memory(sharding)
             part = _host_part(stacks, slot, template) if on_host else None
-            # What was read has to go before the device gets its copy: hence pop, and the wait.
+            # Free the host buffer before copying to the device: hence pop, and the wait.
             array, is_finite = _cast(arrays.pop(0), template.dtype, part)
             if not is_finite:
                 invalid.extend(move.sources)
@@ -149,22 +148,22 @@ def _read_parameters(
                 _put_part(values, slot, template, array, sharding)
     if invalid:
         raise ConversionError(
-            f"{pretrained.path} holds NaN or infinite values (or too large ones for the dtype "
-            f"asked for) in {listing(set(invalid))}."
+            f"{pretrained.path} holds NaN or infinite values (or too large ones for the chosen "
+            f"dtype) in {listing(set(invalid))}."
         )
     return values | jax.device_put(stacks)
 
 
 def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
-    """Whether parameters stay where they are read: no copy, and no program for each shape."""
+    """Whether parameters stay in the host buffers: no copy, and no program for each shape."""
     return sharding is None and jax.default_backend() == "cpu"
 
 
 def _host_part(stacks: dict[str, np.ndarray], slot: Slot, template: Array) -> np.ndarray:
-    """Where one layer, or one expert of it, of a stacked parameter goes."""
+    """The view of one layer, or of one of its experts, in a stacked parameter."""
     if slot.path not in stacks:
         stacks[slot.path] = empty_aligned(template.shape, template.dtype)
-    # Ellipsis: a view even where the part is a single number.
+    # Ellipsis: a view even if the part is a single number.
     return stacks[slot.path][(*slot.index, ...)]
 
 
@@ -175,7 +174,7 @@ def _put_part(
     array: np.ndarray,
     sharding: NamedSharding | None,
 ) -> None:
-    """Writes it into the stacked parameter on its devices."""
+    """Writes a part into the stacked parameter on its devices."""
     if slot.path not in values:
         values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
     part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
@@ -188,18 +187,18 @@ def _cast(
 ) -> tuple[np.ndarray, bool]:
     """The array in the model's dtype and memory order, and whether all of it is finite.
 
-    Numpy would make temporary arrays of the whole size; a part at a time needs none.
+    Works part by part, as NumPy would allocate temporary arrays of the whole size.
 
     Args:
-      array: what was read.
+      array: the stored array.
       dtype: the model's.
-      result: where to put it; None: memory of its own, or the array as it is if that will do.
+      result: the destination; None: a new array, or the given one if it fits.
     """
     if result is None and array.dtype == dtype and array.flags.c_contiguous:
         result = array
     elif result is None:
         result = empty_aligned(array.shape, dtype)
-    # A transposed array is copied twice as fast when its own rows stay in the cache.
+    # Copying a transposed array is twice as fast if its own rows stay in the cache.
     is_transposed = array.flags.f_contiguous and not array.flags.c_contiguous
     source, into = (array.T, result.T) if is_transposed else (array, result)
     if array.ndim == 0:
@@ -221,7 +220,7 @@ def _rows_at_once(array: np.ndarray) -> int:
 
 
 def _part_sharding(sharding: NamedSharding | None, depth: int) -> NamedSharding | None:
-    """The sharding of one layer, or one expert of it, of a stacked parameter."""
+    """The sharding of one layer, or of one of its experts, in a stacked parameter."""
     if sharding is None:
         return None
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[depth:]))
@@ -229,7 +228,7 @@ def _part_sharding(sharding: NamedSharding | None, depth: int) -> NamedSharding 
 
 @functools.cache
 def _part_update(sharding: Sharding | None) -> Callable[[Array, Array, np.ndarray], Array]:
-    """Writes one layer, or one expert of it, into a stacked parameter in place."""
+    """Writes one layer, or one of its experts, into a stacked parameter in place."""
 
     def update(stack: Array, part: Array, index: Array) -> Array:
         depth = stack.ndim - part.ndim
@@ -244,7 +243,7 @@ def _init_others(
     names: Sequence[str],
     shardings: Mapping[str, NamedSharding | None],
 ) -> dict[str, Array]:
-    """Initialises some variables of a model; XLA drops what the others would have cost."""
+    """Initialises some variables of a model; XLA removes the computation of the others."""
     if not names:
         return {}
 

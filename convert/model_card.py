@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to load it, what was measured."""
+"""The README.md of an exported model: description, loading, measurements."""
 
 import json
 from collections.abc import Mapping
@@ -31,12 +31,12 @@ def write_card(
     """Writes README.md into an exported directory.
 
     Args:
-      directory: where to.
-      name: of the directory that users will load.
-      model: what was exported.
+      directory: the exported directory.
+      name: name of the directory that users will load.
+      model: the exported model.
       format: "merged" has no memory, "titan" has.
       base: the base model; None: unknown.
-      tasks: reports by task, from `read_results`; None: nothing was measured.
+      tasks: reports by task, from `read_results`; None: no measurements.
     """
     liza = model.liza if format == "titan" else None
     head = {
@@ -61,11 +61,11 @@ def write_card(
 
 
 def read_results(path: Path, label: str) -> dict[str, Any]:
-    """What `experiments.evaluate` has measured of a model: reports by task.
+    """Reads the results of `experiments.evaluate` for a model: reports by task.
 
     Args:
       path: its results.json.
-      label: the model as --models or --adapter named it; with a single model any.
+      label: the model's name in --models or --adapter; ignored for a single model.
 
     Raises:
       ConversionError: if the file is not one of evaluate's, or holds other models.
@@ -79,13 +79,13 @@ def read_results(path: Path, label: str) -> dict[str, Any]:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConversionError(
-            f"{path} is no results.json of experiments.evaluate: give the file in its --output."
+            f"{path} is not a results.json of experiments.evaluate: give the file in its --output."
         ) from error
     if len(models) == 1:
         return next(iter(models.values()))
     if label not in models:
         raise ConversionError(
-            f"{path} has results of {', '.join(models)}, none of {label}: evaluate that model."
+            f"{path} has results of {', '.join(models)}, not of {label}: evaluate that model."
         )
     return models[label]
 
@@ -114,7 +114,7 @@ def _memory(model: CausalLM, liza: LizaConfig) -> str:
     count, every = len(memory_layers(model.config, liza)), model.config.num_layers
     rows = {
         "tokens that softmax attention sees": liza.softmax_window or "all",
-        "first tokens that it goes on seeing": liza.softmax_sinks,
+        "first tokens that stay visible": liza.softmax_sinks,
         "what is written": "tokens that leave the window"
         if liza.writes == "evicted"
         else "every token",
@@ -147,5 +147,5 @@ def _measured(tasks: Mapping[str, Any]) -> list[str]:
 
 
 def _error(value: float | None, digits: int) -> str:
-    # NaN, which JSON has as NaN, says that there was too little to tell.
+    # NaN: too few samples for an error.
     return "" if value is None or value != value else f" ± {value:.{digits}f}"

@@ -1,4 +1,4 @@
-"""Lines for a person about what was left out or chosen, although nothing failed."""
+"""Notices for the user about files left out and choices made."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What `--overwrite` may not take away: what a model is loaded from, and files of other people."""
+"""Protects a model's own sources and unrelated files from `--overwrite`."""
 
 import fnmatch
 import os
@@ -10,7 +10,7 @@ from convert.sources import PACKAGED_SOURCES, Source
 from convert.sources.opening import TOKENIZER_PATTERNS
 from tptt_jax.training.description import is_checkpoint, read_description
 
-# What exports consist of; tokenizers bring some more.
+# Files of an export; tokenizers add some more.
 _OURS = (
     *("config.json", "generation_config.json", "adapter_config.json", "README.md", "*.py"),
     *("*.safetensors", "*.safetensors.index.json", "additional_chat_templates", "__pycache__"),
@@ -22,10 +22,10 @@ def needed_paths(source: Source) -> list[Path]:
     """The files and folders that a model is loaded from: its own, its base's, and so on.
 
     Args:
-      source: what `load_pretrained` takes; names of the hub and of packages need no path.
+      source: what `load_pretrained` takes; hub ids and packaged models have no path.
 
     Raises:
-      ValueError: if a checkpoint or an adapter on the way cannot be read.
+      ValueError: if a checkpoint or an adapter among them cannot be read.
     """
     needed: list[Path] = []
     name = os.fspath(source)
@@ -44,11 +44,11 @@ def needed_paths(source: Source) -> list[Path]:
 
 
 def check_overwrite(output: Path, source: Source | None) -> None:
-    """Refuses to replace a directory that is needed, or holds what no export of ours consists of.
+    """Refuses to replace a directory that is needed, or holds files other than an export's.
 
     Args:
-      output: the directory; one that is not there, or is empty, passes.
-      source: what is to be written there, as `load_pretrained` takes it; None: unknown.
+      output: the directory; a missing or empty one passes.
+      source: the model to be written, as `load_pretrained` takes it; None: unknown.
 
     Raises:
       ConversionError: if it may not be replaced.
@@ -66,6 +66,6 @@ def check_overwrite(output: Path, source: Source | None) -> None:
     others = [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]
     if others:
         raise ConversionError(
-            f"{output} also holds {listing(others[:5])}, which is not part of an export: move it "
-            "away, or choose another directory."
+            f"{output} also holds {listing(others[:5])}, which is not part of an export: move it, "
+            "or choose another directory."
         )

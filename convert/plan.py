@@ -1,4 +1,4 @@
-"""From a family's rules to the list of tensor moves for one model."""
+"""Turns a family's rules into the tensor conversions of one model."""
 
 import dataclasses
 import math
@@ -14,13 +14,13 @@ _LAYER = "layers.{layer}."
 _EXPERT = "{expert}"
 
 LayerLocation = Callable[[int, str], tuple[int, int] | None]
-"""Layer of the checkpoint and our parameter in it -> (stack, index on the stacked axis); None where
-this layer does not have the parameter."""
+"""Layer of the checkpoint and our parameter in it -> (stack, index on the stacked axis); None if
+the layer lacks the parameter."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one of our arrays lives: a parameter, or one layer or expert of a stacked one."""
+    """The place of one of our arrays: a parameter, or one layer or expert of a stacked one."""
 
     path: str
     """Dot-joined path of the parameter, e.g. "stacks.0.mlp.up_proj.kernel"."""
@@ -136,7 +136,7 @@ def _check_coverage(plan: Sequence[Conversion], parameters: Mapping[str, Shape])
 def match_names(
     plan: Sequence[Conversion], tensors: Iterable[str], prefix: str
 ) -> tuple[Conversion, ...]:
-    """Adapts a plan to a checkpoint that was saved without its top-level prefix.
+    """Adapts a plan to a checkpoint without the top-level prefix.
 
     Args:
       plan: the conversions.
@@ -144,7 +144,7 @@ def match_names(
       prefix: the prefix that may be missing, e.g. "model.".
 
     Returns:
-      The plan, its sources without the prefix where only that form is in the checkpoint.
+      The plan; sources lose the prefix if the checkpoint has only that form.
     """
     present = set(tensors)
 
@@ -164,18 +164,18 @@ def check_tensors(
 
     Args:
       plan: the conversions.
-      tensors: what the checkpoint holds.
-      is_ignored: whether a tensor that no conversion reads may be passed over.
+      tensors: tensors of the checkpoint.
+      is_ignored: whether a tensor may stay unread.
 
     Raises:
       ConversionError: naming every missing, unexpected and misshapen tensor.
     """
-    wanted = {
+    expected = {
         source: shape
         for move in plan
         for source, shape in zip(move.sources, move.source_shapes, strict=True)
     }
-    if problems := tensor_problems(wanted, tensors, is_ignored):
+    if problems := tensor_problems(expected, tensors, is_ignored):
         raise ConversionError(
             "The tensors of the checkpoint do not fit its configuration; check that both belong "
             f"together. {problems}."
@@ -183,16 +183,16 @@ def check_tensors(
 
 
 def tensor_problems(
-    wanted: Mapping[str, Shape],
+    expected: Mapping[str, Shape],
     tensors: Mapping[str, TensorInfo],
     is_ignored: Callable[[str], bool],
 ) -> str:
     """Names every missing, unexpected and misshapen tensor; empty if there is none."""
-    missing = [name for name in wanted if name not in tensors]
-    unexpected = [name for name in tensors if name not in wanted and not is_ignored(name)]
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected and not is_ignored(name)]
     misshapen = [
         f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-        for name, shape in wanted.items()
+        for name, shape in expected.items()
         if name in tensors and tensors[name].shape != shape
     ]
     problems = [

@@ -1,4 +1,4 @@
-"""Loading and exporting models: the public face of `convert`."""
+"""Loading and exporting models: the public interface of `convert`."""
 
 from pathlib import Path
 from typing import Literal
@@ -44,19 +44,18 @@ def load_pretrained(
       source: a Hugging Face directory, a hub id ("name" or "name@revision"), a .gguf file, a
         packaged model ("smollm2-135m", "gemma3-270m"), a checkpoint
         directory of our own, which brings its own `liza` and `lora` unless they are given, a
-        "titan" export, which brings its `liza` likewise, or a directory of PEFT's or of
-        tptt's, which names its base model.
-      liza: the memory; None: the plain base model, or what a directory of tptt's says.
+        "titan" export, which brings its `liza` likewise, or a PEFT or tptt directory, which names
+        its base model.
+      liza: the memory; None: the plain base model, or the memory of a tptt directory.
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
         stores them in (float32 for float64 and quantised weights). Adapters are float32.
-      adapter: a directory of PEFT's or of tptt's (its LoRA adapters, or the weights it trained
-        themselves) to put on `source`, whatever base model it names. Where it
-        adapts only some of the layers that are stacked together, the others get a = b = 0: they
-        compute what they would without, and training leaves them so.
+      adapter: a PEFT or tptt directory (its LoRA adapters, or its trained weights) to load on top
+        of `source`, whatever base model it names. If it adapts only some of the layers that are
+        stacked together, the others get a = b = 0, which has no effect and stays so in training.
       mesh: from `tptt_jax.sharding.make_mesh`; every tensor goes straight to its shards.
         None: the default device.
-      seed: of what the source does not hold: adapters, shares, the memory's own deltas.
+      seed: of parameters that the source lacks: adapters, shares, the memory's own deltas.
 
     Returns:
       The model.
@@ -64,15 +63,15 @@ def load_pretrained(
     Raises:
       ConversionError: if the source cannot be read, is of an unknown family, does not fit its
         configuration, or holds NaN or infinite values; if the adapter does not fit the source or
-        has settings that we do not have, or its base model cannot be found.
+        has unsupported settings, or its base model cannot be found.
     """
     if dtype != "auto" and not _is_supported(dtype):
         raise ConversionError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}.")
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(
-                f"{source} is a checkpoint of ours, which takes no PEFT adapter: export it as "
-                '"merged" and give that directory.'
+                f"{source} is a checkpoint of ours, which does not take a PEFT adapter: export it "
+                'as "merged" and give that directory.'
             )
         # Here, as importing orbax takes a quarter of a second.
         from tptt_jax.training.checkpoint import restore_trainable
@@ -141,12 +140,11 @@ def export_pretrained(
         adapters alone, without the memory and without base weights that were trained
         themselves. "tptt": what the package tptt 0.12.1 loads, adapters and changed weights
         around the base model; only for operator "tptt_reference".
-      source: what the model was loaded from. "merged" and "titan": its tokenizer and generation
-        settings go along, with "merged" also what its config.json says beyond our
-        configuration; None: weights and configuration only. "peft": it is written down as the
-        base model; None: nothing is, and whoever loads the adapter has to name its base.
-        "tptt": its base model is needed, a Hugging Face directory or a hub id, as tptt reads it
-        again.
+      source: the source of the model. "merged" and "titan" copy its tokenizer and generation
+        settings, "merged" also unknown settings of its config.json; None: weights and
+        configuration only. "peft" records it as the base model; None: the user of the adapter has
+        to name its base. "tptt" needs its base model, a Hugging Face directory or a hub id, as
+        tptt reads it again.
       overwrite: whether an earlier model at `path` is replaced. Refused if the model is loaded
         from there, or other files than an export's are there.
       results: results.json of experiments.evaluate, which the model card (README.md) then quotes.

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal's stderr; silent unless a command asks for them."""
+"""Progress bars on a terminal's stderr; off unless a command enables them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ def progress_bars(*, enabled: bool) -> Iterator[None]:
     """Shows the bars of every `track` inside the block, if stderr is a terminal.
 
     Args:
-      enabled: False shows none, terminal or not.
+      enabled: False shows none.
     """
     console = Console(stderr=True)
     if not (enabled and console.is_terminal):
@@ -30,7 +30,7 @@ def progress_bars(*, enabled: bool) -> Iterator[None]:
         TaskProgressColumn(),
         TimeRemainingColumn(),
     )
-    # Transient, so that what remains is the result or the one line of an error.
+    # Transient, so that only the result or the error line remains.
     with Progress(*columns, console=console, transient=True) as progress:
         token = _shown.set(progress)
         try:
@@ -42,12 +42,12 @@ def progress_bars(*, enabled: bool) -> Iterator[None]:
 def track(
     items: Sequence[Item], description: str, weights: Iterable[float] | None = None
 ) -> Iterator[Item]:
-    """Yields the items, and moves a bar on after each if bars are shown.
+    """Yields the items, and advances a bar after each if bars are shown.
 
     Args:
-      items: what is worked on.
-      description: what the bar calls it.
-      weights: the share of the work that each item is; None: all the same.
+      items: the items.
+      description: text of the bar.
+      weights: amount of work per item; None: all equal.
 
     Yields:
       Each item.

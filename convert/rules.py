@@ -1,8 +1,7 @@
 """Rules that move tensors between a checkpoint and our model, in both directions.
 
-A rule names tensors of the checkpoint and parameters of ours, and says by which invertible
-transform one becomes the other. It is declared once; `forward` runs when a checkpoint is read,
-`backward` when one is written.
+A rule names tensors of the checkpoint, parameters of ours, and the invertible transform between
+them. It is declared once; `forward` runs when a checkpoint is read, `backward` when one is written.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +26,9 @@ class Transform:
     """Shapes of ours -> shapes of the stored arrays."""
 
     def then(self, second: "Transform") -> "Transform":
-        """This transform and then another, on the way from the checkpoint to our model.
+        """This transform followed by another, in the direction from the checkpoint to our model.
 
-        Both must keep the number of arrays.
+        Both must preserve the number of arrays.
         """
 
         def forward(arrays: Arrays, shapes: Sequence[Shape]) -> Arrays:
@@ -50,10 +49,10 @@ def elementwise(
     backward: Callable[[np.ndarray], np.ndarray],
     stored_shape: Callable[[Shape], Shape] = tuple,
 ) -> Transform:
-    """A transform that treats every array by itself.
+    """A transform of each array separately.
 
     Args:
-      name: what error messages call it.
+      name: its name in error messages.
       forward: stored array -> our array.
       backward: our array -> stored array.
       stored_shape: our shape -> the stored shape; the same by default.
@@ -70,7 +69,7 @@ def elementwise(
 
 
 IDENTITY = elementwise("as it is", lambda x: x, lambda x: x)
-"""The array as it is."""
+"""The unchanged array."""
 
 TRANSPOSE = elementwise("transposed", np.transpose, np.transpose, lambda shape: shape[::-1])
 """PyTorch's linear weights [out, in] <-> our kernels [in, out]."""
@@ -82,7 +81,7 @@ MINUS_ONE = elementwise("minus one", lambda x: x - 1, lambda x: x + 1)
 def interleaved_rotary(num_heads: int) -> Transform:
     """Undoes the row order that llama.cpp gives to q and k of the Llama family.
 
-    It stores the two halves of every head as pairs of neighbours; Hugging Face rotates halves.
+    It interleaves the two halves of every head as adjacent pairs; Hugging Face rotates halves.
 
     Args:
       num_heads: heads along the first axis.
@@ -103,10 +102,10 @@ def interleaved_rotary(num_heads: int) -> Transform:
 
 
 def split(axis: int) -> Transform:
-    """One stored array that holds several of ours side by side.
+    """Splits a stored array that concatenates several of ours.
 
     Args:
-      axis: the axis along which ours are joined, in their own order.
+      axis: the axis of concatenation, in our order.
 
     Returns:
       The transform; it takes one stored array and gives as many as the rule has targets.
@@ -134,15 +133,15 @@ def split(axis: int) -> Transform:
 class Rule:
     """One line of a family's key table.
 
-    In both templates ``{layer}`` stands for the number of the layer in the checkpoint;
-    ``{expert}`` in the source for that of an expert, whose weights we stack. A rule whose target
-    the model does not have (a bias, an untied head) does not apply.
+    In both templates ``{layer}`` stands for the number of the layer in the checkpoint, and
+    ``{expert}`` in the source for the number of an expert; we stack their weights. A rule does not
+    apply if the model lacks its target (a bias, an untied head).
     """
 
     source: str | tuple[str, ...]
     """Names in the checkpoint, e.g. "model.layers.{layer}.self_attn.q_proj.weight"."""
     target: str | tuple[str, ...]
-    """Our parameters, with "layers.{layer}." for the place of a layer in the stacks."""
+    """Our parameters, with "layers.{layer}." for a layer's place in the stacks."""
     transform: Transform = IDENTITY
 
     @property

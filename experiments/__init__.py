@@ -1,4 +1,4 @@
-"""Command modules on top (fine-tune, generate, evaluate, bench, ...), rooms by subject below them.
+"""Command modules (fine-tune, generate, evaluate, bench, ...), and a package for each subject.
 
 What a command changes about its process it changes here, before its imports, and never on import.
 """
@@ -12,7 +12,7 @@ from experiments.process.interrupts import exit_on_interrupt
 
 
 def _is_command() -> bool:
-    """Whether Python is looking for a module of ours that `python -m` names: nobody imports."""
+    """Whether Python runs one of our modules by `python -m`, rather than importing it."""
     if sys.argv[:1] != ["-m"]:
         return False
     count = len(sys.orig_argv) - len(sys.argv[1:])

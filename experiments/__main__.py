@@ -1,18 +1,18 @@
-"""``tptt-jax COMMAND``, also ``python -m experiments COMMAND``: every command under one name."""
+"""``tptt-jax COMMAND``, also ``python -m experiments COMMAND``: runs any command by its name."""
 
 import difflib
 import os
 import sys
 
-# The module of each command, and what it is about.
+# The module and the description of each command.
 COMMANDS = {
     "finetune": ("experiments.finetune", "Fit a memory to a model, and train it with LoRA."),
-    "generate": ("experiments.generate", "Go on with a text, from a prompt or a saved state."),
+    "generate": ("experiments.generate", "Continue a text, from a prompt or a saved state."),
     "evaluate": ("experiments.evaluate", "Perplexity, recall, MMLU and lm-eval's tasks."),
     "convert": ("convert.__main__", "Import, export, inspect and verify models."),
     "bench": ("experiments.bench", "Speed and memory of operators, training and decoding."),
     "grid": ("experiments.grid", "Many runs of finetune, from a YAML file."),
-    "state-tracking": ("experiments.state_tracking", "Which states one layer can follow."),
+    "state-tracking": ("experiments.state_tracking", "Which group states one layer can track."),
 }
 
 
@@ -32,7 +32,7 @@ def main() -> int:
         remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
         print(f"error: there is no command {name!r}: {remedy}", file=sys.stderr)
         return 2
-    # As a process of its own: `python -m` prepares the process before anything is imported.
+    # A new process: `python -m` prepares the process before anything is imported.
     module = COMMANDS[name][0].removesuffix(".__main__")
     # As a script it does not see the current folder, where a file may be called as a module is.
     is_script = sys.modules["__main__"].__spec__ is None

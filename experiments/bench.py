@@ -1,4 +1,4 @@
-"""``python -m experiments.bench``: times operators, a training step, decoding, long contexts."""
+"""``python -m experiments.bench``: times operators, training steps, decoding and long contexts."""
 
 import sys
 

@@ -1,9 +1,9 @@
-"""``python -m experiments.bench_gpu``: all that one wants to know about a GPU, in ten minutes.
+"""``python -m experiments.bench_gpu``: all benchmarks that matter on a GPU, in ten minutes.
 
 The operator beside flash-linear-attention's, cuDNN's softmax attention beside ours, a LoRA step,
-decoding and long contexts of a model of Llama 3.2 1B's shape. Every part is a process of its own,
-so that its peak of memory is its own and one that fails takes no other with it; gpu.json is written
-after every part.
+decoding and long contexts of a model of Llama 3.2 1B's shape. Every part runs in a process of its
+own, so peak memory is measured for each and a failure ends one part only; gpu.json is written after
+every part.
 """
 
 import json
@@ -19,7 +19,7 @@ from convert.command_line import run_command
 from experiments.benchmarks.timing import write_result
 
 _PEER = Path("tests/parity/fla_operator.py")
-# Of one part: the peer's compiler tries many settings, for minutes.
+# Seconds for one part: the peer's compiler tries many settings, for minutes.
 _LONGEST_PART = 240
 # Without it XLA takes three quarters of the GPU at most.
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
@@ -28,7 +28,7 @@ _SMOKE_ENVIRONMENT = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 
 class Sizes(NamedTuple):
-    """Arguments of `experiments.bench` that all parts of a kind share."""
+    """Arguments of `experiments.bench` that all parts of one kind share."""
 
     op: str = "--batch 4 --tokens 8192 --heads 16 --head-dim 128 --dtype bfloat16 --repeats 10"
     attention: str = "--batch 8 --tokens 2048 --heads 32 --kv-heads 8 --head-dim 64"
@@ -55,13 +55,13 @@ def bench_gpu(
     smoke: bool = False,
     peer_python: Path = Path(sys.executable),
 ) -> dict[str, Any]:
-    """Runs every part and writes down each as soon as it is measured.
+    """Runs every part and writes each result as soon as it is measured.
 
     Args:
-      output: directory of gpu.json; context.json and context.png are in its folder context.
+      output: directory for gpu.json; its folder "context" gets context.json and context.png.
       only: names of parts; none: all.
-      minutes: after which no part starts and the one that runs ends; no part may take more than 4.
-      smoke: tiny sizes, to see on any machine that everything runs.
+      minutes: time limit for all parts together; no part may take more than 4.
+      smoke: tiny sizes, to check on any machine that everything runs.
       peer_python: interpreter that has torch with CUDA and flash-linear-attention.
     """
     sizes = _SMOKE if smoke else Sizes()
@@ -76,7 +76,7 @@ def bench_gpu(
         print(f"{name} ...", file=sys.stderr, flush=True)
         result = _run_part(parts[name], end - time.monotonic(), environment)
         if name.startswith("train") and "failed" in result:
-            # Most likely it did not fit; recomputing layers takes a fraction of the memory.
+            # Most likely out of memory; recomputing layers takes a fraction of it.
             again = _run_part(
                 [*parts[name], "--remat", "full"], end - time.monotonic(), environment
             )
@@ -107,14 +107,14 @@ def commands(sizes: Sizes, context: Path, peer_python: Path) -> dict[str, list[s
         parts[f"decode-{name}"] = _bench(["decode", *model, *sizes.decode.split(), *flag])
     arguments = ["context", *model, *sizes.context.split(), "--output", str(context)]
     parts["context"] = _bench(arguments)
-    # The peer multiplies bfloat16 numbers; last, what float32 products cost.
+    # The peer multiplies in bfloat16; the last part shows the cost of float32 products.
     return parts | _operators(sizes, "highest", "-exact")
 
 
 def _operators(sizes: Sizes, precision: str, mark: str = "") -> dict[str, list[str]]:
     parts = {}
     for steps in (1, 2):
-        # Gradients without a gate as well: the peer refuses those with one beside some compilers.
+        # Also gradients without a gate: with one, the peer refuses some compilers.
         for suffix, flags in (
             ("", ["--decay"]),
             ("-grad", ["--decay", "--grad"]),
@@ -130,7 +130,7 @@ def _bench(arguments: Sequence[str]) -> list[str]:
 
 
 def _run_part(command: list[str], seconds: float, environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a part has measured, or {"skipped": why} or {"failed": why}."""
+    """The result of a part, or {"skipped": reason} or {"failed": reason}."""
     seconds = min(seconds, _LONGEST_PART)
     if seconds <= 0:
         return {"skipped": "no time was left; --only runs single parts, --minutes gives more"}
@@ -146,8 +146,8 @@ def _run_part(command: list[str], seconds: float, environment: Mapping[str, str]
             check=False,
         )
     except subprocess.TimeoutExpired as stopped:
-        why = f"did not end in {seconds:.0f} s"
-        # A part that reports as it goes keeps what it has measured, in whole lines.
+        why = f"did not finish in {seconds:.0f} s"
+        # A part that reports as it runs keeps its measurements so far, in complete lines.
         *lines, _ = (stopped.stdout or b"").decode().split("\n")
         try:
             return json.loads(lines[-1]) | {"stopped": why}
@@ -155,10 +155,10 @@ def _run_part(command: list[str], seconds: float, environment: Mapping[str, str]
             return {"failed": why}
     lines = ended.stdout.strip().splitlines()
     if ended.returncode == 0 and lines:
-        # Such as that kernels fail here, and what is taken instead.
+        # For example that kernels fail on this GPU, and what replaces them.
         said = [line for line in ended.stderr.splitlines() if "UserWarning: " in line]
         return json.loads(lines[-1]) | ({"warnings": said} if said else {})
-    last = (ended.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
     return {"failed": f"exit status {ended.returncode}: {last:.500}"}
 
 

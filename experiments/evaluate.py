@@ -1,4 +1,4 @@
-"""``python -m experiments.evaluate``: how good a model is, and what its memory is worth."""
+"""``python -m experiments.evaluate``: measures models, and the contribution of their memory."""
 
 import dataclasses
 import json
@@ -56,13 +56,13 @@ TaskName = Literal[
 class EvaluateConfig:
     """Measures models, each in up to four ways side by side.
 
-    They are full softmax attention, the window alone, a window that is wider by as many bytes as
-    the memory takes, and the memory on.
+    The ways are full softmax attention, the window alone, a wider window with as many bytes as
+    window and memory together, and the memory on.
     """
 
     models: tuple[str, ...] = ()
-    """What to measure: runs of experiments.finetune, exported directories, and whatever --model
-    takes. None: what --model and --adapter say."""
+    """Models to measure: runs of experiments.finetune, exported directories, and anything that
+    --model takes. None: those of --model and --adapter."""
     model: str | None = None
     """"smollm2-135m" or "gemma3-270m", which come as packages; a Hugging Face directory, a Hub id,
     a .gguf file, a PEFT directory, or a run of experiments.finetune. None: what the adapter was
@@ -70,46 +70,45 @@ class EvaluateConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
+    """Output directory of a finetune run, for its adapters and its memory; or a PEFT directory."""
     task: tuple[TaskName, ...] = ("perplexity",)
-    """"perplexity": by position, of a text or of the rows of a table that finetune holds out.
-    "passkey": a number hidden in a text. "needle": the four tasks after it, which hide sentences:
-    one, one of several, several for one key, a chain of assignments. "recall": pairs, and their
-    keys again. "ablate": perplexity of a text with one part of a Titan at a time switched off.
-    "mmlu": its questions with one example each. "harness": any tasks of lm-eval."""
+    """"perplexity": by position, of a text or of a table's held-out rows. "passkey": finding a
+    number hidden in a text. "needle": the four tasks after it, which hide sentences: one, one of
+    several, several for one key, a chain of assignments. "recall": pairs, then their keys again.
+    "ablate": perplexity of a text with one part of a Titan at a time switched off. "mmlu": its
+    questions with one example each. "harness": any tasks of lm-eval."""
     mmlu: MmluConfig = field(default_factory=MmluConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
-    """How many tokens of it count at most, for perplexity and ablate."""
+    """Most tokens of the data to score, for perplexity and ablate."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
-    """Tokens of the prompts of all other tasks."""
+    """Prompt lengths in tokens, for all other tasks."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Where things are hidden, from 0, the beginning, to 1, right before the question."""
+    """Places of the hidden text, from 0, the beginning, to 1, right before the question."""
     samples: int = 4
     """Prompts for each length and depth."""
     columns: tuple[Column, ...] = ()
     """Which ways to measure; none: all that apply."""
     window: int | None = None
-    """Softmax attention sees so many tokens, and the first few. None: what the model was
-    trained with."""
+    """Tokens that softmax attention sees, beside the first few. None: as the model was trained."""
     sinks: int | None = None
     """First tokens that a window goes on seeing. None: what the model was trained with, or 4."""
     context: int | None = None
     """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
     scaling) for so many tokens, the longest that is read. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out; a window stays."""
+    """Leaves the memory out; a window stays."""
     output: Path = Path("runs/evaluate")
     """Directory for results.json, report.html, a picture for each task, and rows.jsonl, from which
-    an interrupted evaluation goes on."""
+    an interrupted evaluation resumes."""
     seed: int = 0
-    """Of what is hidden, and where."""
+    """Seed of the hidden texts and their places."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and activations."""
+    """Dtype of the weights and activations."""
 
     def __post_init__(self) -> None:
-        """Rejects what nothing can be measured with."""
+        """Rejects invalid values."""
         if self.models and (self.model is not None or self.adapter is not None):
             raise ValueError("--models names all models: leave --model and --adapter out.")
         apply_revision(self)

@@ -22,7 +22,7 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Runs a fine-tuning run, or goes on with it, and returns what --json prints."""
+    """Runs or resumes a fine-tuning run; returns what --json prints."""
     prepare_process()
     check_output(config, describe_run(config))
     if config.dry_run:
@@ -35,7 +35,7 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 def _finetune(config: FinetuneConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     run = Run.prepare(config, console)
-    # With the adapters that the source may have brought.
+    # Keeps adapters that the source may have.
     outcome, base = Outcome(run), replace_memory(run.model, None)
     outcome.measure("before", base, use_memory=False)
     run.show_sample("before", base)
@@ -63,7 +63,7 @@ def run_finetune(
     *,
     prog: str | None = None,
 ) -> int:
-    """`run_configured` for fine-tuning: what names no model, data or configuration is the demo."""
+    """`run_configured` for fine-tuning; without --model, --data and --config it runs the demo."""
     given = list(sys.argv[1:] if argv is None else argv)
     chosen = {flag.partition("=")[0] for flag in given}
     if not chosen & {"--model", "--data", "--config", "--help", "-h"}:

@@ -36,8 +36,7 @@ class GenerateConfig:
     """Continues a prompt with a base model, a fine-tuned one, or both.
 
     All end-of-text tokens of config.json, generation_config.json and GGUF files end the text.
-    Sampling settings of generation_config.json are not read: what is drawn depends on the options
-    here alone.
+    Sampling settings of generation_config.json are ignored: only the options here apply.
     """
 
     model: str | None = None
@@ -47,37 +46,36 @@ class GenerateConfig:
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
     adapter: Path | None = None
-    """Output directory of a finetune run: its adapters and its memory. Or a PEFT directory."""
+    """Output directory of a finetune run, for its adapters and its memory; or a PEFT directory."""
     prompt: str | None = None
     """Text to continue, after the file or the state if there is one; with --chat, the only
-    message. None: "The capital of France is" if there is neither."""
+    message. None: "The capital of France is" without file and state."""
     prompt_file: Path | None = None
     """UTF-8 text of any length to read first."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Answer messages, one a line of stdin, in the tokenizer's chat template."""
+    """Answers messages from stdin, one per line, with the tokenizer's chat template."""
     save_state: Path | None = None
-    """File for what was read, before anything is generated."""
+    """File for the state after reading, before generation."""
     load_state: Path | None = None
-    """Such a file, instead of reading it again; the model must be the same."""
+    """A file of --save-state to start from; the model must be the same."""
     max_new_tokens: int = 64
-    """Tokens to add at most; the model's end-of-text tokens end it earlier. 0: only read."""
+    """Most tokens to generate; end-of-text tokens end the text earlier. 0: only read."""
     temperature: float = 0.0
-    """0 takes the most likely token; 1 samples from the model's own distribution. Defaults of
-    generation_config.json are not read, here and below."""
+    """0 takes the most likely token; 1 samples from the model's own distribution."""
     top_k: int = 0
     """Sample from the k most likely tokens only; 0: all."""
     top_p: float = 1.0
     """Sample from the most likely tokens with this probability together; 1: all."""
     min_p: float = 0.0
-    """Sample from tokens at least this times as likely as the most likely one; 0: all."""
+    """Sample from tokens with at least min_p times the highest probability; 0: all."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens that are there already less likely."""
+    """Above 1 makes tokens that occurred before less likely."""
     stop: tuple[str, ...] = ()
     """Strings that end the text; they are not part of it."""
     seed: int = 0
-    """Of sampling."""
+    """Seed of sampling."""
     stream: bool = True
-    """Print text as it comes, or once it is complete."""
+    """Print text as it is generated; False: when it is complete."""
     window: int | None = None
     """Softmax attention sees so many tokens, and the first few; the memory sees all. None: what
     the model was trained with."""
@@ -85,14 +83,14 @@ class GenerateConfig:
     """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
     scaling) for so many tokens, prompt and new ones together. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out."""
+    """Leaves the memory out."""
     compare: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Print the base model's continuation too, before the fine-tuned one's."""
+    """Also prints the base model's continuation, before the fine-tuned one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and activations."""
+    """Dtype of the weights and activations."""
 
     def __post_init__(self) -> None:
-        """Rejects values that nothing can be generated with."""
+        """Rejects invalid values."""
         least = 0 if self.save_state is not None else 1
         if self.max_new_tokens < least:
             raise ValueError(
@@ -108,7 +106,7 @@ class GenerateConfig:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """The sampling settings."""
         return Sampling(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty
         )
@@ -188,7 +186,7 @@ def _continue(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
 
 
 def _chat(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
-    """Reads messages and answers them; only what is new is read."""
+    """Reads messages and answers them; each turn reads only its new tokens."""
     reading = writer.read(_document(config, writer))
     _save(config, writer)
     document, begin = writer.state, writer.state is None
@@ -199,7 +197,7 @@ def _chat(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
         messages.append({"role": "user", "content": message})
         tokens = chat_tokens(writer.tokenizer, messages, begin=begin)
         if tokens[: len(known)] != known:
-            # The template writes earlier turns differently now.
+            # The template renders earlier turns differently now.
             writer.state, known = document, []
         turn = writer.read([np.asarray(tokens[len(known) :], np.int32)])
         written, new = writer.write()
@@ -210,7 +208,7 @@ def _chat(config: GenerateConfig, writer: Writer) -> dict[str, Any]:
 
 
 def _lines() -> Iterator[str]:
-    """Messages of a person or a pipe."""
+    """Messages from a terminal or a pipe."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

@@ -17,17 +17,17 @@ from tptt_jax.durable import atomic_file
 
 
 def run_grid(config: Path, output: Path = Path("runs/grid")) -> dict[str, Any]:
-    """Runs the variants of a YAML file one after the other; what is finished is not run again.
+    """Runs the variants of a YAML file in turn; finished ones are skipped.
 
     The file has blocks: `base`, settings as in a configuration of experiments.finetune; `variants`,
     changes to them by name, nested or dotted (``rank 64: {liza.memory_rank: 64}``); `grid`, lists
-    of values by setting, of which all combinations are run, with each variant if there are any
-    (``seed: [0, 1, 2]``). experiments/configs/grids/ablation.yaml is an example.
+    of values by setting (``seed: [0, 1, 2]``), all combinations of which run with each variant.
+    experiments/configs/grids/ablation.yaml is an example.
 
     Args:
       config: the YAML file.
-      output: directory for results.json, table.md and a directory of each run, which also has what
-        the run has printed. An interrupted run goes on from its last checkpoint.
+      output: directory for results.json, table.md and a directory of each run, with the run's
+        output. An interrupted run resumes from its last checkpoint.
     """
     variants = read_plan(config)
     with locked_output(output):
@@ -77,7 +77,7 @@ def _line(outcome: Outcome) -> str:
     names = ("perplexity_fitted", "perplexity_after", "perplexity_window", "perplexity_before")
     found = [(name, outcome.report[name]) for name in names if name in outcome.report]
     measured = "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in found[:1])
-    done = f"done in {outcome.seconds:.0f} s" if outcome.is_new else "was finished"
+    done = f"done in {outcome.seconds:.0f} s" if outcome.is_new else "already finished"
     return f"{outcome.name}: {done}{measured}"
 
 

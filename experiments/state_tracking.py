@@ -1,4 +1,4 @@
-"""``python -m experiments.state_tracking``: which states one linear-attention layer can follow."""
+"""``python -m experiments.state_tracking``: which states one linear-attention layer can track."""
 
 import dataclasses
 import itertools
@@ -34,45 +34,45 @@ class TrackingConfig:
     """Trains one `LinearAttention` layer from scratch on the word problems of groups.
 
     The input is a sequence of random group elements, the target at each place their product so far.
-    A layer that has learned the group itself goes on beyond the length it was trained on
-    (arXiv:2411.12537, arXiv:2502.10297). Nothing is forgotten, and there is no convolution.
+    A layer that has learned the group generalises beyond the training length (arXiv:2411.12537,
+    arXiv:2502.10297). There is no decay and no convolution.
     """
 
     groups: tuple[GroupName, ...] = ("parity", "s3")
-    """"parity": two elements; "s3", "s4", "s5": the permutations of so many letters."""
+    """"parity": two elements; "s3", "s4", "s5": the permutations of 3, 4 and 5 letters."""
     num_householder: tuple[int, ...] = (1, 2)
     """Householder steps per element."""
     beta_range: tuple[float, ...] = (1.0, 2.0)
     """Upper ends of the write gate's range. 1: a step can erase; 2: it can also flip a sign."""
     keys: tuple[Keys, ...] = ("own",)
-    """Where several steps take their keys from. "own": learned for each step, as in DeltaProduct;
-    "derivative", "rotary", "combined": made of one key, as the layer does by itself (TPTT)."""
+    """Source of the keys of several steps. "own": learned for each step, as in DeltaProduct;
+    "derivative", "rotary", "combined": derived from one key by the layer (TPTT)."""
     length: int = 64
     """Elements of a word in training."""
     short_length: int = 8
-    """The same in the first half of the steps; a group is found out much sooner on short words."""
+    """The same in the first half of the steps; a group is learned much faster on short words."""
     test_length: int = 256
     """Elements of a test word."""
     test_words: int = 128
-    """How many there are."""
+    """Number of test words."""
     steps: int = 400
     """Training steps of each trial."""
     batch_size: int = 64
     """Words per step."""
     learning_rate: float = 5e-3
-    """Of Adam, at its highest."""
+    """Peak learning rate of Adam."""
     dim: int = 64
     """Width of the layer's input and output."""
     heads: int = 8
     """Heads of the layer; each has dim / heads channels."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One trial for each; of the initial values and of the words."""
+    """Seeds of initial values and words; one trial for each."""
     output: Path = Path("runs/states")
     """Directory for results.json, accuracy.png and trials.jsonl, from which an interrupted call
-    goes on after the last finished trial."""
+    resumes after the last finished trial."""
 
     def __post_init__(self) -> None:
-        """Rejects what nothing can be trained with."""
+        """Rejects invalid values."""
         for name in ("groups", "num_householder", "beta_range", "keys", "seeds"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one, got none.")
@@ -98,20 +98,20 @@ class TrackingConfig:
 
     @property
     def variants(self) -> list[Variant]:
-        """The update rules, each once: with one step there is nothing to make keys of."""
+        """The update rules without duplicates: with one step the source of keys does not matter."""
         every = itertools.product(self.num_householder, self.beta_range, self.keys)
         found = [Variant(n, beta, keys if n > 1 else "own") for n, beta, keys in every]
         return list(dict.fromkeys(found))
 
     @property
     def training(self) -> Training:
-        """What all trials have in common."""
+        """The settings of all trials."""
         names = [field.name for field in dataclasses.fields(Training)]
         return Training(**{name: getattr(self, name) for name in names})
 
 
 def track_states(config: TrackingConfig) -> dict[str, Any]:
-    """Runs the trials that are missing, prints and writes the results; returns --json's."""
+    """Runs the missing trials, prints and writes the results; returns what --json prints."""
     prepare_process()
     with locked_output(config.output):
         return _track_states(config)
@@ -146,7 +146,7 @@ def _track_states(config: TrackingConfig) -> dict[str, Any]:
 def _accuracy(
     config: TrackingConfig, store: RowStore, console: Console, trial: Trial
 ) -> list[float]:
-    """Accuracy at each position, from an earlier call where that has finished the trial."""
+    """Accuracy at each position, read from an earlier call if that finished the trial."""
     training = config.training
     key = row_key(**dataclasses.asdict(trial), **dataclasses.asdict(training))
     result = store.get(key)

@@ -1,4 +1,4 @@
-"""Counting the programs that JAX compiles."""
+"""Counts the programs that JAX compiles."""
 
 from collections import Counter
 from collections.abc import Iterator

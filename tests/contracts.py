@@ -1,4 +1,4 @@
-"""What every model that streams owes its users, as checks that tests share."""
+"""The contract of streaming models, as checks that tests share."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -28,7 +28,7 @@ from tptt_jax.layers.cache import (
     init_key_value_cache,
     init_memory_state,
 )
-from tptt_jax.layers.cache_checks import ANOTHER_SHAPE, check_ring
+from tptt_jax.layers.cache_checks import check_equal, check_ring
 from tptt_jax.layers.liza import Branches, LayerTokens, LizaAttention, LizaOutput
 from tptt_jax.layers.mlp import MLP
 from tptt_jax.layers.moe import ExpertsMLP
@@ -42,7 +42,7 @@ from tptt_jax.ops.residuals import saves_marked, saves_products
 
 
 class StackCache(NamedTuple):
-    """What the layers of one stack carry between calls.
+    """The state of one stack's layers between calls.
 
     Attributes:
       softmax: one cache per kind of layer, with a leading axis over the layers of that
@@ -55,7 +55,7 @@ class StackCache(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What a model carries between calls.
+    """The state of a model between calls.
 
     Attributes:
       stacks: one per stack of layers.
@@ -77,7 +77,7 @@ def layer_stacks(config: ModelConfig) -> tuple[range, ...]:
 
 
 def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
-    """Where a layer's parameters lie: number of the stack, index on its leading axis."""
+    """The place of a layer's parameters: number of the stack, index on its leading axis."""
     for number, layers in enumerate(layer_stacks(config)):
         if layer in layers:
             return number, layers.index(layer)
@@ -87,7 +87,7 @@ def layer_location(config: ModelConfig, layer: int) -> tuple[int, int]:
 def memory_location(
     config: ModelConfig, liza: LizaConfig | None, layer: int
 ) -> tuple[int, int] | None:
-    """Where a layer's memory parameters lie, as `layer_location`; None if it has no memory.
+    """The place of a layer's memory parameters, as `layer_location`; None without a memory.
 
     Their leading axis counts only the layers of the stack that have a memory.
     """
@@ -100,8 +100,8 @@ def stack_memory(
     config: ModelConfig, liza: LizaConfig | None, layers: Sequence[int]
 ) -> tuple[int, ...]:
     """Those of some layers that have a memory."""
-    remembering = set(memory_layers(config, liza))
-    return tuple(layer for layer in layers if layer in remembering)
+    with_memory = set(memory_layers(config, liza))
+    return tuple(layer for layer in layers if layer in with_memory)
 
 
 def is_memory(path: tuple[Any, ...]) -> bool:
@@ -164,7 +164,7 @@ class DecoderLayer(nnx.Module):
 
 
 def apply_norm(norm: NormLayer | None, x: Hidden) -> Hidden:
-    """A norm that a layer may not have."""
+    """Applies a norm; None returns x."""
     return x if norm is None else norm(x)
 
 
@@ -193,13 +193,13 @@ def init_stack(
 
     Parameters of the memory have one over the layers of the stack that have a memory.
     """
-    remembering = stack_memory(config, liza, layers)
+    with_memory = stack_memory(config, liza, layers)
     sizes = config.of_layer(layers[0])
 
     def make_layer(key: Array) -> DecoderLayer:
         return DecoderLayer(
             *(sizes, liza, lora),
-            with_memory=bool(remembering),
+            with_memory=bool(with_memory),
             dtype=dtype,
             rngs=nnx.Rngs(key),
         )
@@ -208,7 +208,7 @@ def init_stack(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_layer(keys[0])))
     state = jax.vmap(lambda key: nnx.state(make_layer(key)))(keys)
     of_memory, others = nnx.split_state(state, MemoryParam, ...)
-    places = np.array([layers.index(layer) for layer in remembering], int)
+    places = np.array([layers.index(layer) for layer in with_memory], int)
     of_memory = jax.tree.map(lambda x: x[places], of_memory)
     return nnx.merge(graphdef, of_memory, others)
 
@@ -262,7 +262,7 @@ class StackRun:
       share: the memory's share if it is scheduled.
       use_memory: False leaves the memory out.
       return_branches: whether both attention branches are returned.
-      remat: what the backward pass computes again.
+      remat: what the backward pass recomputes.
     """
 
     config: ModelConfig
@@ -275,7 +275,7 @@ class StackRun:
     remat: Remat
 
     def __post_init__(self) -> None:
-        """Rejects a remat that is no choice."""
+        """Rejects an unknown remat."""
         if self.remat not in get_args(Remat):
             raise ValueError(f"remat must be one of none, dots, full, got {self.remat!r}.")
 
@@ -349,7 +349,7 @@ class StackRun:
     def _run_unstacked(
         self, layers: nnx.List, x: Hidden, cache: StackCache | None
     ) -> tuple[Hidden, StackCache | None, Branches | None]:
-        """The same layers as modules of their own, see `tptt_jax.inference.unstack`."""
+        """The same layers as separate modules, see `tptt_jax.inference.unstack`."""
         new, branches, memories = [], [], []
         runs = self._flags("runs_memory")
         for i, (layer, kind) in enumerate(zip(layers, self.kinds, strict=True)):
@@ -405,14 +405,13 @@ class StackRun:
 
 
 def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
-    """Raises ValueError unless a cache was made for such layers and such a window."""
+    """Raises ValueError unless a cache fits these layers and their windows."""
     stacks = layer_stacks(config)
-    if len(cache.stacks) != len(stacks):
-        raise ValueError(ANOTHER_SHAPE)
+    check_equal("stacks of layers", len(cache.stacks), len(stacks))
     for layers, stack in zip(stacks, cache.stacks, strict=True):
         kinds = {config.layer_kinds[i] for i in layers}
-        if stack.softmax is not None and stack.softmax.keys() != kinds:
-            raise ValueError(ANOTHER_SHAPE)
+        if stack.softmax is not None:
+            check_equal("kinds of layers", sorted(stack.softmax), sorted(kinds))
         for kind, ring in (stack.softmax or {}).items():
             check_ring(config, liza, kind, ring)
 

@@ -1,4 +1,4 @@
-"""Files and directories that a reader sees whole or not at all, and that outlive a power cut."""
+"""Atomic and durable writing of files and directories."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def sibling(target: Path, role: str) -> Path:
-    """A hidden name beside `target` that nothing else has."""
+    """A unique hidden name beside `target`."""
     return target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}.{role}"
 
 
@@ -36,7 +36,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def swap_directory(new: Path, target: Path, old: Path) -> None:
     """Replaces a directory by another; the previous one is renamed to `old`.
 
-    If that fails, the one that was there gets its name back.
+    If that fails, the previous one gets its name back.
     """
     target.rename(old)
     try:

@@ -33,7 +33,7 @@ class MagShare(nnx.Variable):
 
 
 class CausalLMOutput(NamedTuple):
-    """What a call of the model returns.
+    """The result of a call of the model.
 
     Attributes:
       logits: [B, T, V].
@@ -136,7 +136,7 @@ class CausalLM(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the hidden states, and of the base weights unless they are trained."""
+        """Dtype of the hidden states, and of the base weights unless they are trained."""
         return self.embed.dtype
 
     def __call__(
@@ -162,11 +162,11 @@ class CausalLM(nnx.Module):
           positions: [B, T] within the document; None counts them.
           cache: from `init_cache` or from the call before.
           use_memory: False leaves the memory out; a window stays.
-          window: a window below the model's own, as a traced scalar: changing it compiles
-            nothing. Not where a cache is used.
+          window: a window below the model's own, as a traced scalar: changing it does not
+            recompile. Not with a cache.
           return_branches: also return both attention branches of every layer.
-          remat: what the backward pass computes again: "none": only what takes longer to
-            keep; "dots": all but products with weights; "full": whole layers.
+          remat: what the backward pass recomputes: "none": only cheap intermediates; "dots":
+            everything but products with weights; "full": whole layers.
           rngs: after `model.train()`, its stream "dropout" turns dropout on; ignored with a cache.
           dropout_key: turns dropout on in any mode.
 
@@ -302,8 +302,8 @@ def init_cache(
       dtype: of keys, values and raw tokens; None: the model's. Memories are float32.
 
     Returns:
-      The empty cache. Its size does not depend on max_tokens where every layer has
-      a window or no softmax.
+      The empty cache. Its size does not depend on max_tokens if every layer has a window or no
+      softmax.
 
     Raises:
       ValueError: if rotary frequencies depend on the length of such long texts (`fix_context`).
@@ -322,25 +322,24 @@ def init_cache(
 def base_model(model: CausalLM) -> CausalLM:
     """The plain pretrained model inside a Titan, sharing its arrays.
 
-    Adapters, memory and windows are gone; weights that were trained themselves are as
-    they are now.
+    Adapters, memory and windows are removed; trained weights keep their current values.
     """
     return _rebuild(model, None, None, {})
 
 
 def fix_context(model: CausalLM, tokens: int) -> CausalLM:
-    """The same model with the rotary frequencies that texts of so many tokens have.
+    """The same model with the rotary frequencies of texts of this length.
 
     "dynamic" and "longrope" scaling choose frequencies by the length of the whole text, which
-    changes every key before. A cache cannot do that, so a model that reads or writes beyond its
-    trained length with one is fixed for the longest text before it begins, as servers do.
+    changes all earlier keys. A cache cannot do that: to go beyond the trained length with a cache,
+    fix the model for the longest text first, as servers do.
 
     Args:
-      model: it is not changed; arrays are shared.
+      model: not changed; arrays are shared.
       tokens: longest text, prompt and new tokens together.
 
     Returns:
-      A model whose frequencies do not depend on the length; `model` itself if they never did.
+      A model whose frequencies do not depend on the length; `model` itself if they never do.
     """
     if model.config.fixed_up_to is None:
         return model
@@ -367,8 +366,8 @@ def replace_memory(
 
     Args:
       model: its adapters stay.
-      liza: must not need parameters that neither the model nor `values` has; None: full softmax
-        attention alone.
+      liza: all its parameters must be in the model or in `values`; None: full softmax attention
+        alone.
       values: parameters by dotted path, e.g. "stacks.0.self_attn.mag.logit".
 
     Raises:
@@ -401,7 +400,7 @@ def _rebuild(
 
 
 def order_padding(segment_ids: SegmentIds) -> Int[Array, "B T"]:
-    """The order of places that moves padding behind the tokens of its row."""
+    """The order of places that moves padding to the end of its row."""
     return jnp.argsort(segment_ids == 0, axis=1, stable=True)
 
 

@@ -1,4 +1,4 @@
-"""Where parameters live on a mesh: one table from logical axes to mesh axes."""
+"""Sharding of parameters over a mesh: one table from logical axes to mesh axes."""
 
 import math
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# Logical axis of a parameter -> mesh axis. What is not listed is replicated.
+# Logical axis of a parameter -> mesh axis. Other axes are replicated.
 RULES: dict[str, str] = {
     "embed": "fsdp",
     "heads": "tensor",
@@ -29,7 +29,7 @@ def make_mesh(layout: str) -> Mesh:
       A mesh that has all three axes.
 
     Raises:
-      ValueError: if the layout cannot be read or asks for more devices than there are.
+      ValueError: if the layout is invalid or needs more devices than available.
     """
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in filter(None, layout.replace(" ", "").split(",")):
@@ -40,13 +40,13 @@ def make_mesh(layout: str) -> Mesh:
                 f"got {layout!r}."
             )
         sizes[name] = int(size)
-    wanted = math.prod(sizes.values())
+    needed = math.prod(sizes.values())
     devices = jax.devices()
-    if wanted > len(devices):
+    if needed > len(devices):
         raise ValueError(
-            f"mesh {layout!r} needs {wanted} devices, there are {len(devices)}: use smaller sizes."
+            f"mesh {layout!r} needs {needed} devices, there are {len(devices)}: use smaller sizes."
         )
-    return Mesh(np.array(devices[:wanted]).reshape(tuple(sizes.values())), MESH_AXES)
+    return Mesh(np.array(devices[:needed]).reshape(tuple(sizes.values())), MESH_AXES)
 
 
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

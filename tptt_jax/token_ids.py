@@ -15,12 +15,12 @@ _SHOWN = 3
 def check_token_ids(
     tokens: Int[np.ndarray, "..."], vocab_size: int, name: Callable[[int], str] = str
 ) -> None:
-    """Refuses ids that the embedding has no row for; looking them up would take another row.
+    """Refuses ids without a row in the embedding; a look-up would return another row.
 
     Args:
       tokens: ids of any shape.
       vocab_size: rows of the embedding.
-      name: what an id is called in the error.
+      name: name of an id in the error.
 
     Raises:
       ValueError: if an id lies outside of 0 to vocab_size - 1.

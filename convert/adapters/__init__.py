@@ -1,6 +1,6 @@
 """PEFT directories: LoRA adapters that `peft` reads and writes.
 
-Offered: telling, opening, fitting, describing and writing them.
+Offered: recognising, opening, fitting, describing and writing them.
 """
 
 from convert.adapters.config import is_adapter, read_adapter_config

@@ -1,4 +1,4 @@
-"""adapter_config.json: what PEFT says about a LoRA adapter."""
+"""adapter_config.json: the settings of a PEFT LoRA adapter."""
 
 import math
 from collections.abc import Mapping
@@ -22,12 +22,12 @@ _READ = {
     *("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights"),
     *("target_modules", "exclude_modules", "base_model_name_or_path", "revision"),
 }
-# They change nothing about a trained adapter that `_READ` lets pass.
+# Settings without effect on a trained adapter.
 _WITHOUT_EFFECT = {
     *("task_type", "auto_mapping", "inference_mode", "peft_version", "fan_in_fan_out"),
     *("megatron_config", "megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
 }
-# The others change the base weights too, so that the adapter alone is not the model.
+# Other initialisations also change the base weights, so the adapter alone is not the model.
 _INITIALISATIONS = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 
 Modules = str | tuple[str, ...]
@@ -36,14 +36,14 @@ Modules = str | tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What an adapter_config.json says that matters here."""
+    """The relevant settings of an adapter_config.json."""
 
     base: str | None
-    """The base model: a hub id, or a path as the machine that trained it knew it."""
+    """The base model: a hub id, or a path on the machine that trained it."""
     revision: str | None
-    """Of the base model on the hub."""
+    """Revision of the base model on the hub."""
     lora: LoraConfig
-    """Rank, scale and dropout; it names no targets, as those depend on the base model."""
+    """Rank, scale and dropout, without targets, as those depend on the base model."""
     target_modules: Modules
     exclude_modules: Modules
 
@@ -51,13 +51,13 @@ class AdapterConfig:
         """Whether PEFT adapts the module of this name, e.g. "model.layers.0.mlp.up_proj"."""
         if matches(self.exclude_modules, module):
             return False
-        # The head is never among "all" linear modules.
+        # "all-linear" never includes the head.
         is_all = self.target_modules == "all-linear" and module != "lm_head"
         return is_all or matches(self.target_modules, module)
 
 
 def matches(modules: Modules, name: str) -> bool:
-    """Whether a module is meant, by PEFT's rules.
+    """Whether a module is selected, by PEFT's rules.
 
     Raises:
       ConversionError: if a regular expression takes too long to match.
@@ -82,18 +82,18 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
       directory: the directory.
 
     Returns:
-      What it says.
+      The settings.
 
     Raises:
-      ConversionError: if it is absent or malformed, is not of a LoRA adapter, or asks for
-        something that we do not have; all such settings are named.
+      ConversionError: if it is absent or malformed, is not of a LoRA adapter, or has unsupported
+        settings; the message names all of them.
     """
     path = directory / CONFIG_FILE
     return parse_adapter_config(Fields(read_json(path), str(path)))
 
 
 def parse_adapter_config(fields: Fields) -> AdapterConfig:
-    """`read_adapter_config` for settings that were read already."""
+    """`read_adapter_config` for parsed settings."""
     path = fields.origin
     kind = fields.text("peft_type")
     if kind != "LORA":
@@ -118,7 +118,7 @@ def parse_adapter_config(fields: Fields) -> AdapterConfig:
 
 
 def _check_settings(path: str, raw: Mapping[str, Any]) -> None:
-    """Refuses every setting that we do not know to be without effect, unless it is off."""
+    """Refuses every setting that is on, unless we know that it has no effect."""
     asked = {key for key, value in raw.items() if value} - _READ - _WITHOUT_EFFECT
     if raw.get("bias") not in (None, "none"):
         asked.add("bias")
@@ -139,7 +139,7 @@ def _read_modules(fields: Fields, key: str) -> Modules:
         check_pattern(value)
     except ValueError as error:
         raise ConversionError(f"{key} in {fields.origin} {error}.") from None
-    # PEFT too takes an empty expression for none.
+    # Like PEFT, treat an empty expression as none.
     return value or ()
 
 

@@ -16,9 +16,9 @@ _EMBEDDING, _HEAD = "embed.embedding", "lm_head.kernel"
 
 
 def without_copies(adapter: Adapter, base: Pretrained) -> Adapter:
-    """Takes the copies of the base model's embedding and head out of an adapter.
+    """Removes copies of the base model's embedding and head from an adapter.
 
-    PEFT writes them where it finds the vocabulary resized, or when it is asked to.
+    PEFT saves them if the vocabulary was resized, or on request.
 
     Args:
       adapter: the opened adapter.
@@ -29,7 +29,7 @@ def without_copies(adapter: Adapter, base: Pretrained) -> Adapter:
 
     Raises:
       ConversionError: if they are resized or have other values, as the adapter alone is not the
-        model then, or the base model is quantised, so that nobody can tell.
+        model then, or if the base model is quantised, so they cannot be compared.
     """
     copies = {}
     for rule in base.family.rules(base.config):
@@ -61,19 +61,19 @@ def without_copies(adapter: Adapter, base: Pretrained) -> Adapter:
                 ".save_pretrained(OTHER_DIR) writes a plain model that loads here."
             )
     names = listing(name.removeprefix(PEFT_PREFIX) for name in copies)
-    say(f"{adapter.path} holds a copy of the base model's {names}; it is the same and not read")
+    say(f"{adapter.path} holds an identical copy of the base model's {names}; it is ignored")
     kept = {name: own for name, own in adapter.stored_names.items() if name not in copies}
     return dataclasses.replace(adapter, stored_names=kept)
 
 
 def _stored_names(rule: Rule, family: Family) -> tuple[str, str]:
-    """What files call the one tensor of a rule, with the model's own prefix and without."""
+    """The stored name of a rule's single tensor, with the model's prefix and without."""
     (source,) = rule.sources
     return source, source.removeprefix(family.prefix)
 
 
 def _own_weight(base: Pretrained, target: str) -> np.ndarray | None:
-    """The base model's embedding or head as ours; None if it has none."""
+    """The base model's embedding or head in our layout; None if it has none."""
     if target == _HEAD and base.config.tie_embeddings:
         embedding = _own_weight(base, _EMBEDDING)
         return None if embedding is None else embedding.T
@@ -88,7 +88,7 @@ def _own_weight(base: Pretrained, target: str) -> np.ndarray | None:
 
 
 def _is_same(copy: np.ndarray, own: np.ndarray) -> bool:
-    """Whether one is the other, or the other rounded to its dtype."""
+    """Whether both are equal, or one is the other rounded to its dtype."""
     with np.errstate(over="ignore"):
         return np.array_equal(copy, own.astype(copy.dtype)) or np.array_equal(
             copy.astype(own.dtype), own

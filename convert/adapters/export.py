@@ -29,11 +29,11 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
     Args:
       model: the model; its memory is left out.
       directory: an existing, empty directory.
-      base: what base_model_name_or_path shall say.
+      base: value of base_model_name_or_path.
 
     Raises:
-      ConversionError: if the model has no adapters, or some on projections that are no modules
-        of their own in Hugging Face's model, or values that are NaN or infinite.
+      ConversionError: if the model has no adapters, has adapters on projections that are not
+        separate modules in Hugging Face's model, or has values that are NaN or infinite.
     """
     if model.lora is None:
         raise ConversionError(
@@ -46,7 +46,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
     places = places_of(model.config, variables, family)
     if lost := adapted - {place.path for place in places}:
         raise ConversionError(
-            f"{listing(lost)} have adapters but are no modules of their own in Hugging Face's "
+            f"{listing(lost)} have adapters but are not separate modules in Hugging Face's "
             'model, so peft cannot hold them; use format "merged".'
         )
     tensors = {place: stored_pair(place, variables) for place in places}
@@ -73,7 +73,7 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
 
 
 def _titan_of(base: str | None) -> Family | None:
-    """The names of a "titan" export, if that is the base model."""
+    """The family of a "titan" export, if that is the base model."""
     file = Path(base or "") / "config.json"
     is_titan = (
         base is not None
@@ -103,7 +103,7 @@ def adapter_config_json(
 
     Args:
       lora: rank, scale and dropout.
-      modules: what PEFT shall adapt (see `target_modules`).
+      modules: modules to adapt (see `target_modules`).
       base: the base model; None: unknown.
       fan_in_fan_out: whether the base stores its adapted weights [in, out] (GPT-2's Conv1D).
 
@@ -138,15 +138,15 @@ def adapter_config_json(
 
 
 def target_modules(adapted: Sequence[str], others: Collection[str]) -> Modules:
-    """Says "these modules and no others" in PEFT's terms.
+    """Selects exactly these modules in PEFT's terms.
 
     Args:
       adapted: the modules to adapt.
       others: the other modules of the model that have weights.
 
     Returns:
-      The shortest names that do so; where names cannot, because only some layers are adapted,
-      one regular expression.
+      The shortest names that select them; one regular expression if names cannot, because only
+      some layers are adapted.
     """
     names: list[str] = []
     for module in adapted:
@@ -162,7 +162,7 @@ def target_modules(adapted: Sequence[str], others: Collection[str]) -> Modules:
 
 
 def _expression(modules: Iterable[str]) -> str:
-    """A regular expression of exactly these names, their layers' numbers grouped."""
+    """A regular expression that matches exactly these names, with grouped layer numbers."""
     layers: dict[tuple[str, str], list[str]] = {}
     for module in modules:
         start, number, end = _split_at_number(module)

@@ -1,4 +1,4 @@
-"""What Hugging Face calls the modules behind our projections."""
+"""Hugging Face's names of the modules behind our projections."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,9 @@ _KERNEL, _WEIGHT = ".kernel", ".weight"
 
 
 def module_names(rules: Iterable[Rule], config: ModelConfig) -> dict[str, str]:
-    """Pairs every projection that is one module of its own on both sides.
+    """Pairs every projection that is a separate module on both sides.
 
-    Left out is what a rule joins or splits: no single module of the checkpoint stands behind it.
+    Projections that a rule joins or splits are left out: they have no single module.
 
     Args:
       rules: the family's key table for safetensors names.
@@ -19,8 +19,8 @@ def module_names(rules: Iterable[Rule], config: ModelConfig) -> dict[str, str]:
 
     Returns:
       Our dotted path, with the layer's number in the checkpoint, and the name of the module,
-      e.g. "layers.3.self_attn.q_proj": "model.layers.3.self_attn.q_proj". A head that the model
-      ties to its embedding is among them.
+      e.g. "layers.3.self_attn.q_proj": "model.layers.3.self_attn.q_proj". Includes a head that is
+      tied to the embedding.
     """
     names: dict[str, str] = {}
     for rule in rules:
@@ -36,7 +36,7 @@ def module_names(rules: Iterable[Rule], config: ModelConfig) -> dict[str, str]:
 
 
 def weighted_modules(rules: Iterable[Rule], config: ModelConfig) -> set[str]:
-    """Every module of a Hugging Face model that the family's key table has a tensor of."""
+    """Every module of a Hugging Face model with a tensor in the family's key table."""
     sources = {source for rule in rules for source in rule.sources}
     return {
         source.replace("{layer}", str(layer)).rsplit(".", 1)[0]

@@ -1,4 +1,4 @@
-"""Where the adapters of a model are, in our terms and in Hugging Face's."""
+"""Places of a model's adapters, by our names and by Hugging Face's."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tptt_jax import ModelConfig
 from tptt_jax.decoder import layer_location
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT writes before the names of the model that it wraps."""
+"""PEFT's prefix before the names of the wrapped model."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Place:
     """One projection of one layer, on both sides."""
 
     module: str
-    """What Hugging Face calls it, e.g. "model.layers.3.self_attn.q_proj"."""
+    """Hugging Face's name, e.g. "model.layers.3.self_attn.q_proj"."""
     target: str
-    """What the targets of `LoraConfig` are compared with, e.g. "self_attn.q_proj"."""
+    """The name that targets of `LoraConfig` match, e.g. "self_attn.q_proj"."""
     path: str
     """The stacked projection in our model, e.g. "stacks.0.self_attn.q_proj"."""
     index: int
@@ -36,12 +36,12 @@ class Place:
 def places_of(
     config: ModelConfig, variables: Variables, family: Family | None = None
 ) -> list[Place]:
-    """The adapters of a model that sit on one module of Hugging Face's model each.
+    """The adapters of a model, each on one module of Hugging Face's model.
 
     Args:
       config: of the model.
       variables: of the model, abstract or not.
-      family: whose names Hugging Face's model has, if not its own family's.
+      family: with the names of Hugging Face's model, if they are not its own family's.
 
     Returns:
       One place per layer and adapted projection.

@@ -31,7 +31,7 @@ from tptt_jax import CausalLM, LoraConfig, ModelConfig
 from tptt_jax.training.partition import load_trainable
 
 _PICKLE = "adapter_model.bin"
-# Some tools keep the adapter's name inside PEFT, which save_pretrained leaves out.
+# Some tools keep the adapter's name, which PEFT's save_pretrained removes.
 _ADAPTER_NAME = re.compile(r"(?<=\.)(lora_[AB])\.default\.weight$")
 
 
@@ -56,7 +56,7 @@ def open_adapter(directory: Path) -> Adapter:
       The opened adapter.
 
     Raises:
-      ConversionError: if it cannot be read or has something that we do not have.
+      ConversionError: if it cannot be read or has unsupported settings.
     """
     if not directory.is_dir() or not is_adapter(directory):
         raise ConversionError(
@@ -81,7 +81,7 @@ def open_adapter(directory: Path) -> Adapter:
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """What `python -m convert inspect` says of an adapter."""
+    """The report of `python -m convert inspect` for an adapter."""
     config, infos = adapter.config, adapter.file.tensors.values()
     return {
         "adapter": str(adapter.path),
@@ -100,21 +100,21 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedAdapter:
-    """An adapter whose tensors were found to fit a model."""
+    """An adapter whose tensors fit a model."""
 
     adapter: Adapter
     lora: LoraConfig
-    """What the model must be built with."""
+    """The adapters that the model must be built with."""
     places: Sequence[Place]
-    """Where its tensors go."""
+    """The places of its tensors."""
     projections: frozenset[str]
     """Every projection of the model that can be adapted, e.g. "self_attn.q_proj"."""
 
     def agreed(self, lora: LoraConfig | None) -> LoraConfig:
-        """The adapter's own settings, or a user's that say the same; dropout may differ.
+        """The adapter's own settings, or the user's equal ones; dropout may differ.
 
         Raises:
-          ConversionError: if `lora` has another rank, scale or choice of projections.
+          ConversionError: if `lora` differs in rank, scale or projections.
         """
         if lora is None:
             return self.lora
@@ -131,10 +131,10 @@ class FittedAdapter:
         )
 
     def load_into(self, model: CausalLM) -> None:
-        """Puts the adapter's values into a model that was built with `lora`, in place.
+        """Loads the adapter's values into a model that was built with `lora`, in place.
 
-        Where only some layers are adapted, the others get a = b = 0. That adds nothing, and
-        stays so in training, as both gradients are zero.
+        If only some layers are adapted, the others get a = b = 0. They add nothing, also after
+        training, as both gradients are zero.
 
         Args:
           model: the model.
@@ -174,14 +174,15 @@ def fit_adapter(
     Args:
       adapter: the opened adapter.
       config: of the base model.
-      family: whose module names the base model has, if not its own family's: a "titan" export.
+      family: with the base model's module names, if they are not its own family's, as in a "titan"
+        export.
 
     Returns:
       The adapter with its places.
 
     Raises:
       ConversionError: if it adapts none of the model's projections, or tensors are missing,
-        unexpected or misshapen; all of them are named.
+        unexpected or misshapen; the message names all of them.
     """
     variables = _fully_adapted(config)
     every = places_of(config, variables, family)
@@ -194,13 +195,13 @@ def fit_adapter(
             "belong together."
         )
     rank = adapter.config.lora.rank
-    wanted: dict[str, tuple[int, ...]] = {}
+    expected: dict[str, tuple[int, ...]] = {}
     for place in places:
         inputs = variables[f"{place.path}.lora.a"][1].get_value().shape[-2]
         outputs = variables[f"{place.path}.lora.b"][1].get_value().shape[-1]
-        wanted |= zip(place.tensors, ((rank, inputs), (outputs, rank)), strict=True)
+        expected |= zip(place.tensors, ((rank, inputs), (outputs, rank)), strict=True)
     found = {name: adapter.file.tensors[stored] for name, stored in adapter.stored_names.items()}
-    if problems := tensor_problems(wanted, found, lambda _: False):
+    if problems := tensor_problems(expected, found, lambda _: False):
         raise ConversionError(
             f"The tensors of {adapter.path} do not fit its {CONFIG_FILE} and the base model; check "
             f"that all belong together. {problems}."
@@ -210,13 +211,13 @@ def fit_adapter(
 
 
 def _fully_adapted(config: ModelConfig) -> Variables:
-    """The variables of an abstract model with an adapter wherever one may be."""
+    """The variables of an abstract model with adapters on all projections."""
     lora = LoraConfig(rank=1, targets=(".*",))
     return variables_of(nnx.eval_shape(lambda: CausalLM(config, lora=lora, rngs=nnx.Rngs(0))))
 
 
 def _targets(places: Iterable[Place], paths: Iterable[str]) -> tuple[str, ...]:
-    """The adapted projections as targets of a LoraConfig: last names where only one has it."""
+    """The adapted projections as targets of a LoraConfig: their last names where unique."""
     counts = Counter(_last_name(path) for path in paths)
     chosen = dict.fromkeys(place.target for place in places)
     return tuple(_last_name(path) if counts[_last_name(path)] == 1 else path for path in chosen)

@@ -1,4 +1,4 @@
-"""`convert verify`: whether a model gives the same logits as its original, split, padded or packed.
+"""`convert verify`: checks that a model gives the original's logits, also split, padded or packed.
 
 Offered: `verify_pretrained`. Only `transformers_logits` needs torch, and is imported on demand.
 """

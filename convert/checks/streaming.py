@@ -1,4 +1,4 @@
-"""Whether splits, padding and packing leave a model's logits alone.
+"""Checks that splits, padding and packing do not change a model's logits.
 
 The reference is one call with whole rows. Every check returns the largest difference from it,
 relative to the largest logit; NaN or Inf in either makes it NaN.
@@ -18,10 +18,10 @@ _PIECE = 7
 _PADDING = 4
 
 
-def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Largest absolute difference over the largest absolute value of `want`."""
-    difference = np.abs(got.astype(np.float64) - want).max()
-    return float(difference / max(np.abs(want.astype(np.float64)).max(), 1e-30))
+def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference over the largest absolute value of `expected`."""
+    difference = np.abs(got.astype(np.float64) - expected).max()
+    return float(difference / max(np.abs(expected.astype(np.float64)).max(), 1e-30))
 
 
 class Runner:
@@ -34,7 +34,7 @@ class Runner:
           model: the model.
           tokens: [2, T] int32.
         """
-        # As transformers computes the whole text; a cache needs the same frequencies throughout.
+        # Frequencies of the whole text, as in transformers; a cache needs fixed ones.
         model = fix_context(model, tokens.shape[1])
         graphdef, self._state = nnx.split(model)
         self.model, self.tokens = model, tokens
@@ -72,7 +72,7 @@ def _token_by_token(run: Runner) -> float:
 
 
 def _segments(run: Runner) -> float:
-    """Even pieces; the last one is filled up with padding."""
+    """Pieces of equal length; the last one is padded."""
     length = run.tokens.shape[1]
     logits, cache = [], run.empty
     for begin in range(0, length, _PIECE):
@@ -86,7 +86,7 @@ def _segments(run: Runner) -> float:
 
 
 def _ragged_segments(run: Runner) -> float:
-    """Rows that go on at different speeds, their padding anywhere and made of any token."""
+    """Rows that advance at different speeds, with arbitrary padding tokens at any place."""
     rng = np.random.default_rng(0)
     length = run.tokens.shape[1]
     logits, done, cache = [[], []], [0, 0], run.empty
@@ -106,7 +106,7 @@ def _ragged_segments(run: Runner) -> float:
 
 
 def _rows(run: Runner, layouts: list[list[tuple[int, np.ndarray, int]]]) -> float:
-    """Runs rows of documents: (row that it is a prefix of, places it stands at, its id)."""
+    """Runs rows of documents: (row of which it is a prefix, its places, its id)."""
     rng = np.random.default_rng(1)
     width = run.tokens.shape[1] + _PADDING
     packed = rng.integers(0, run.tokens.max() + 1, (len(layouts), width), dtype=np.int32)
@@ -121,8 +121,8 @@ def _rows(run: Runner, layouts: list[list[tuple[int, np.ndarray, int]]]) -> floa
         for row, documents in enumerate(layouts)
         for source, places, _ in documents
     ]
-    got, want = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    return relative_error(got, want)
+    got, expected = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    return relative_error(got, expected)
 
 
 def _padding(run: Runner) -> float:
@@ -153,4 +153,4 @@ STREAMING_CHECKS: Mapping[str, Callable[[Runner], float]] = MappingProxyType(
         "packing": _packing,
     }
 )
-"""By the names that reports give them."""
+"""Checks by their names in reports."""

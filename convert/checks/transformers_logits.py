@@ -12,7 +12,7 @@ from convert.families.titan import MODELING_FILE
 
 
 def is_known(model_type: str) -> bool:
-    """Whether transformers itself has this model type."""
+    """Whether transformers has this model type built in."""
     return model_type in transformers.CONFIG_MAPPING
 
 
@@ -36,9 +36,9 @@ def transformers_logits(directory: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 def titan_logits(directory: Path, tokens: np.ndarray, *, piece: int) -> list[np.ndarray]:
-    """Runs a "titan" export by its own PyTorch file, which is ours.
+    """Runs a "titan" export with its own PyTorch file, which is ours.
 
-    The file is imported where it lies: transformers would copy it into the user's cache.
+    The file is imported in place: transformers would copy it into the user's cache.
 
     Args:
       directory: the export.
@@ -52,7 +52,7 @@ def titan_logits(directory: Path, tokens: np.ndarray, *, piece: int) -> list[np.
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # transformers looks a model's class up by the name of its module.
+    # transformers looks up a model's class by its module name.
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)

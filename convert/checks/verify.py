@@ -1,4 +1,4 @@
-"""Checks of a user's own checkpoint: what every model that is read, split or padded owes them."""
+"""Checks of a user's own checkpoint: reading, splitting, padding and packing."""
 
 import dataclasses
 import functools
@@ -28,11 +28,11 @@ from tptt_jax.layers.gates import MassGate
 from tptt_jax.model import base_model
 
 MIN_TOKENS = 12
-# Added to log Z of the evicted tokens: from shares of a percent to shares of a half.
+# Added to log Z of the evicted tokens: raises shares of about 1 % to about 50 %.
 _LOUD = 5.0
 _EXPORT_PIECE = 5
-# Relative to the largest logit; what rounding alone does to models of a few hundred million
-# parameters stays well below.
+# Relative to the largest logit; rounding errors of models of a few hundred million parameters
+# stay well below.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 _TEXT = """\
@@ -80,17 +80,17 @@ def verify_pretrained(
     The plain model is compared with transformers where torch is installed, the Titan with its own
     PyTorch export. For both, the whole text must give the logits that segments, single tokens,
     padded and packed rows give. The Titan has the default memory; a run of ours and a "titan"
-    export have their own. Its window is cut to a quarter of the text, so that the memory has
-    something to hold; a memory that nobody has fitted is made loud enough to be heard.
+    export have their own. Its window is cut to a quarter of the text, so that tokens leave it; the
+    share of an unfitted memory is raised, so that its errors are visible.
 
     Args:
       source: what `load_pretrained` takes.
       num_tokens: length of the text.
       dtype: of weights and computation.
-      tolerance: of every check, relative to the largest logit; None: what suits the dtype.
+      tolerance: of every check, relative to the largest logit; None: by the dtype.
 
     Returns:
-      The checks, and what the text was.
+      The checks, and a description of the text.
 
     Raises:
       ConversionError: if the source cannot be read.
@@ -120,10 +120,10 @@ def verify_pretrained(
 
 
 def _behind_window(model: CausalLM, window: int, *, is_fitted: bool) -> CausalLM:
-    """A Titan of evicted tokens with a window at most this wide; others as they are.
+    """A Titan of evicted tokens with a window of at most this width; others unchanged.
 
-    No parameter depends on the window. The memory of a Titan that nobody has fitted gets a share
-    that its mistakes could be seen by.
+    No parameter depends on the window. An unfitted memory gets a larger share, so that its errors
+    are visible.
     """
     liza = model.liza
     if liza is None or liza.writes != "evicted":
@@ -137,7 +137,7 @@ def _behind_window(model: CausalLM, window: int, *, is_fitted: bool) -> CausalLM
 
 
 def _with_liza(model: CausalLM, liza: LizaConfig) -> CausalLM:
-    """The same parameters under another description of the memory."""
+    """The same parameters with another memory configuration."""
 
     def build() -> CausalLM:
         return CausalLM(model.config, liza, model.lora, dtype=model.dtype, rngs=nnx.Rngs(0))
@@ -146,20 +146,20 @@ def _with_liza(model: CausalLM, liza: LizaConfig) -> CausalLM:
 
 
 def _is_titan(source: Source) -> bool:
-    """Whether a source that is no run is a "titan" export."""
+    """Whether a source is a "titan" export, not a run."""
     path = locate(source)
     return path.is_dir() and not has_base(path) and open_pretrained(path).family is FAMILY
 
 
 def _tokens(source: Source, count: int, vocab_size: int) -> tuple[np.ndarray, str]:
-    """Two rows of tokens [2, T], and what they are."""
+    """Two rows of tokens [2, T], and their description."""
     try:
         ids = np.asarray(load_tokenizer(source)(_TEXT)["input_ids"], np.int32)
     except ConversionError:
         ids = np.zeros(0, np.int32)
     if not ids.size or ids.max() >= vocab_size:
         rows = np.random.default_rng(0).integers(0, vocab_size, (2, count), dtype=np.int32)
-        return rows, "random tokens, as there is no tokenizer that fits"
+        return rows, "random tokens, as no tokenizer fits"
     rows = [np.resize(ids[begin:], count) for begin in (0, len(ids) // 2)]
     return np.stack(rows), "a built-in paragraph"
 
@@ -179,7 +179,7 @@ def _streaming_steps(name: str, run: Runner, *, skip: str = "") -> list[Step]:
 
 
 def _check_chunk_size(name: str, run: Runner, limit: float) -> Check:
-    """The same weights with other chunks must compute the same."""
+    """The same weights with another chunk size must give the same result."""
     model, liza = run.model, run.model.liza
     assert liza is not None
     check = Check(model=name, check="other chunk size", error=None, tolerance=limit)
@@ -187,7 +187,7 @@ def _check_chunk_size(name: str, run: Runner, limit: float) -> Check:
         return dataclasses.replace(check, note=note)
     if liza.state_activation != "none":
         return dataclasses.replace(check, note="state_activation depends on the chunk size")
-    # Not a divisor of the text's length, nor of the other size.
+    # Not a divisor of the text's length or of the other size.
     changed = dataclasses.replace(liza, chunk_size=5 if liza.chunk_size != 5 else 7)
     other = _with_liza(model, changed)
     error = relative_error(Runner(other, run.tokens).whole, run.whole)
@@ -198,12 +198,12 @@ def _check_transformers(run: Runner, source: Source, limit: float) -> Check:
     check = Check(model="base", check="transformers", error=None, tolerance=limit)
     if importlib.util.find_spec("torch") is None:
         return dataclasses.replace(check, note="torch is not installed")
-    # Only with torch can this be imported.
+    # This import needs torch.
     from convert.checks.transformers_logits import is_known, transformers_logits
 
     if not is_known(run.model.config.family):
         return dataclasses.replace(check, note="transformers does not have this family")
-    # A run, an adapter or a Titan is no model that transformers reads.
+    # transformers cannot read a run, an adapter or a Titan.
     path = None if find_checkpoint(source) or _is_titan(source) else locate(source)
     if path is not None and path.is_dir() and not is_adapter(path):
         theirs, note = transformers_logits(path, run.tokens), ""
@@ -216,7 +216,7 @@ def _check_transformers(run: Runner, source: Source, limit: float) -> Check:
 
 
 def _check_export(name: str, run: Runner, limit: float) -> Check:
-    """The memory in PyTorch, in one call and with a cache, must compute what ours computes."""
+    """The PyTorch memory must give our result, in one call and with a cache."""
     check = Check(model=name, check="PyTorch export", error=None, tolerance=limit)
     assert run.model.liza is not None
     if run.model.liza.operator == "tptt_reference":
@@ -229,6 +229,6 @@ def _check_export(name: str, run: Runner, limit: float) -> Check:
         exported = Path(directory) / "model"
         export_pretrained(run.model, exported, "titan")
         results = titan_logits(exported, run.tokens, piece=_EXPORT_PIECE)
-    # In half precision torch, which computes in float32, is the more exact side.
+    # In half precision torch is more exact, as it computes in float32.
     errors = [relative_error(run.whole, theirs) for theirs in results]
     return dataclasses.replace(check, error=max(errors))

@@ -1,6 +1,6 @@
-"""How every command line of the project runs: arguments, errors in one line, JSON, exit status.
+"""Runs every command of the project: arguments, errors in one line, JSON, exit status.
 
-Offered: `run_command`, and sentences about arguments that do not parse.
+Offered: `run_command`, and error sentences for arguments that do not parse.
 """
 
 from convert.command_line.running import run_command

@@ -8,8 +8,8 @@ def print_readable(result: Mapping[str, Any]) -> None:
     """Prints a command's result.
 
     Args:
-      result: what --json would print. Integers whose name speaks of bytes are followed by
-        their size in words.
+      result: what --json prints exactly. Here numbers are rounded, and integers whose name
+        contains "bytes" are printed in kB, MB, GB or TB.
     """
     for key, value in result.items():
         if isinstance(value, dict):
@@ -37,13 +37,16 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, float) and name == "error":
         return f"{value:.1e}"
     if isinstance(value, int) and not isinstance(value, bool) and "bytes" in name:
-        return f"{value} ({_size(value)})" if value >= 1024 else str(value)
+        return _size(value)
+    if isinstance(value, float):
+        # Whole numbers with commas, short ones with four digits, huge ones with an exponent.
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
     return str(value)
 
 
 def _size(nbytes: float) -> str:
-    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    units = iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
-    while nbytes >= 1024 and unit != "TiB":
-        nbytes, unit = nbytes / 1024, next(units)
-    return f"{nbytes:.1f} {unit}"
+    while nbytes >= 1000 and unit != "TB":
+        nbytes, unit = nbytes / 1000, next(units)
+    return f"{nbytes:.1f} {unit}" if unit != "B" else f"{nbytes} B"

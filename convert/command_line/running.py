@@ -33,10 +33,10 @@ def run_command(
     prog: str | None = None,
     readable: bool = True,
 ) -> int:
-    """Runs a command the way all commands of the project run.
+    """Runs a command, as all commands of the project run.
 
-    A result whose "passed" is False makes the exit status 1: the command worked, and found what
-    it looked for. Bad input (ValueError, OSError, or arguments that do not parse) becomes one line
+    A result whose "passed" is False makes the exit status 1: the command worked, and a check
+    failed. Bad input (ValueError, OSError, or arguments that do not parse) becomes one line
     ``error: ...`` on stderr and exit status 2. Any other exception is a bug of ours and
     passes through.
 
@@ -45,8 +45,8 @@ def run_command(
         prints. A mapping makes each entry a subcommand.
       argv: the arguments; None: those of the process.
       prog: the name in the help text, e.g. "python -m convert".
-      readable: whether the result is printed a line each without --json; False for commands
-        that tell a person what they do as they go.
+      readable: whether the result is printed, one value per line, without --json; False for
+        commands that print their progress themselves.
 
     Returns:
       The exit status.
@@ -55,7 +55,7 @@ def run_command(
     try:
         with _plain_warnings():
             result = _parse(function, arguments, prog)() or {}
-        # Nothing may follow the JSON line, so it is written when the work is done.
+        # The JSON line is the last one, so it is written when the work is done.
         if "--json" in flags:
             print(json.dumps(_plain(result), allow_nan=False), flush=True)
         elif readable:
@@ -69,14 +69,23 @@ def run_command(
     except (ValueError, OSError) as error:
         if "--debug" in flags:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = " ".join(_sentence(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         return _BAD_INPUT
 
 
+def _sentence(error: Exception) -> str:
+    """An exception's text; an error of the system without its number."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {error.filename}"
+    return f"{error.filename}: {error.strerror}"
+
+
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """What our library warns of is a line on stderr, once, without the logger's name."""
+    """Prints the library's warnings on stderr, once, without the logger's name."""
     logger, handler = logging.getLogger("tptt_jax"), logging.lastResort
     if handler is None:
         yield
@@ -100,7 +109,7 @@ def _take_flags(argv: Sequence[str]) -> tuple[list[str], set[str]]:
 def _parse(
     function: Command | Mapping[str, Command], arguments: list[str], prog: str | None
 ) -> Callable[[], dict[str, Any] | None]:
-    """Binds the arguments, so that what the command itself raises is not taken for theirs."""
+    """Binds the arguments; the caller runs the command, whose errors are not usage errors."""
 
     def parse(arguments: list[str]) -> Callable[[], dict[str, Any] | None]:
         if not callable(function):
@@ -115,7 +124,7 @@ def _parse(
     except SystemExit as end:
         if end.code:
             options = functools.partial(list_options, functools.partial(_help, parse, arguments))
-            raise ValueError(usage_sentence(stderr.getvalue(), options)) from None
+            raise ValueError(usage_sentence(stderr.getvalue(), options, arguments)) from None
         raise
 
 
@@ -137,7 +146,7 @@ def _help(parse: Callable[[list[str]], object], arguments: list[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: numpy's scalars become Python's, paths strings, NaN and Inf null."""
+    """A value that JSON can hold: NumPy scalars become Python's, NaN and Inf null."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Path):

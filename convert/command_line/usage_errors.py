@@ -1,5 +1,6 @@
 """One sentence for arguments that do not parse, out of the box that tyro draws around an error."""
 
+import ast
 import contextlib
 import difflib
 import io
@@ -7,19 +8,24 @@ import re
 from collections.abc import Callable, Sequence
 
 _HELP = "--help lists the options."
-# What int() and float() say, and what they expect.
+_NAME = r"--[a-z][\w.-]*"
+# tyro's names of types.
+_TYPES = {"INT": "a whole number", "FLOAT": "a number"}
+# Messages of int() and float(), and what they expect.
 _NUMBERS = {
     r"invalid literal for int\(\) with base 10": "a whole number",
     "could not convert string to float": "a number",
 }
-# What the options of other trainers are called here.
+# Our names for the options of other trainers.
 _SYNONYMS = {
     "--base-model": "--model",
+    "--bf16": "--dtype",
     "--block-size": "--data.sequence-length",
     "--dataset": "--data",
     "--dataset-name": "--data",
     "--device-batch-size": "--batch-size",
     "--eval-steps": "--eval-every",
+    "--fp16": "--dtype",
     "--gradient-checkpointing": "--remat",
     "--input": "--data",
     "--learning-rate-schedule": "--lr-schedule",
@@ -43,8 +49,10 @@ _SYNONYMS = {
     "--per-device-train-batch-size": "--batch-size",
     "--r": "--lora.rank",
     "--rank": "--lora.rank",
+    "--save-every": "--checkpoint-every",
     "--save-steps": "--checkpoint-every",
     "--seq-len": "--data.sequence-length",
+    "--seq-length": "--data.sequence-length",
     "--sequence-length": "--data.sequence-length",
     "--target-modules": "--lora.targets",
     "--tasks": "--task",
@@ -63,28 +71,36 @@ def list_options(print_help: Callable[[], object]) -> set[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         print_help()
-    return set(re.findall(r"^[^\w-]*(--[a-z][\w.-]*)", text.getvalue(), re.MULTILINE))
+    # An option and its opposite share a line: --resume, --no-resume.
+    lines = re.findall(rf"^[^\w-]*({_NAME}(?:, {_NAME})*)", text.getvalue(), re.MULTILINE)
+    return {name for line in lines for name in line.split(", ")}
 
 
-def usage_sentence(box: str, options: Callable[[], set[str]]) -> str:
+def usage_sentence(box: str, options: Callable[[], set[str]], arguments: Sequence[str] = ()) -> str:
     """What is wrong with the arguments, and what was probably meant.
 
     Args:
       box: tyro's report.
       options: those of the command; called only where a name is looked for.
+      arguments: of the command; tyro reports a missing argument before an unknown option.
     """
     message, *sections = _sections(box) or [box.strip()]
     unknown = re.match(r"Unrecognized options: (.*)", message)
-    if unknown is None:
-        return f"{_shortened(message).rstrip('.')}; {_HELP}"
-    words = unknown[1].split(", ")
+    words = unknown[1].split(", ") if unknown else []
+    if message.startswith("Missing "):
+        known = options()
+        given = [word for word in arguments if re.match(_NAME, word)]
+        words = [word for word in given if word.partition("=")[0].replace("_", "-") not in known]
+    if not words:
+        sentence = _shortened(message, sections).rstrip(".")
+        return f"{sentence}{'' if sentence.endswith('?') else ';'} {_HELP}"
     subcommands = [text for text in sections if text.startswith("Available subcommands: ")]
     if subcommands:
         names = subcommands[0].partition(": ")[2].split(", ")
         return f"there is no command {words[0]}: {_choose(words[0], names)}"
     name = next((word for word in words if word.startswith("-")), None)
     if name is None:
-        return f"these arguments belong to no option: {' '.join(words)}; {_HELP}"
+        return f"no option takes these arguments: {' '.join(words)}; {_HELP}"
     name = name.partition("=")[0]
     meant = _meant(name, options())
     guess = f": did you mean {meant}?" if meant else ";"
@@ -120,13 +136,62 @@ def _sections(box: str) -> list[str]:
     return [text for text in texts if text]
 
 
-def _shortened(message: str) -> str:
-    for complaint, expected in _NUMBERS.items():
-        pattern = rf"^Error parsing (\S+): {complaint}: (.*)"
-        message = re.sub(pattern, rf"\1 expects {expected}, got \2", message)
-    message = re.sub(r"^Error parsing [\w.]+: ", "", message)
-    return re.sub(
-        r"^Error parsing (\S+): no type matching (.*) could be instantiated from \[(.*)\]",
-        r"\1 expects \2, got \3",
-        message,
+def _shortened(message: str, sections: Sequence[str]) -> str:
+    """Rewrites a complaint of tyro in the words of our own errors."""
+    for rewrite in (_choice, _number, _missing):
+        if sentence := rewrite(message, sections):
+            return sentence
+    return re.sub(r"^Error parsing [\w.]+: ", "", message)
+
+
+def _choice(message: str, sections: Sequence[str]) -> str | None:
+    found = re.match(
+        r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of (\(.*\))", message
     )
+    if found is None:
+        commands = re.match(r"Expected one of \{(.*)\}", message)
+        return f"name a command: {commands[1]}" if commands else None
+    value, option, listed = found.groups()
+    choices: list[str] = list(ast.literal_eval(listed))
+    if "None" in choices:  # tyro lists those of an optional choice in no order
+        choices.sort()
+    close = difflib.get_close_matches(value, choices, n=1)
+    guess = f": did you mean {close[0]}?" if close else ""
+    return f"{option} expects one of {', '.join(choices)}, got {value!r}{guess}"
+
+
+def _number(message: str, sections: Sequence[str]) -> str | None:
+    """A value that is not of its option's type."""
+    found = re.match(r"Error parsing (-\S+): (.*)", message)
+    if found is None:
+        return None
+    option, complaint = found.groups()
+    for text, expected in _NUMBERS.items():
+        if value := re.match(rf"{text}: (.*)", complaint):
+            return f"{option} expects {expected}, got {value[1]}"
+    if value := re.match(r"no type matching (.*) could be instantiated from \[(.*)\]", complaint):
+        expected = value[1].removeprefix("{None}|").strip("{}")
+        if re.fullmatch("INT( INT)+", expected):
+            expected = f"{len(expected.split())} whole numbers"
+        return f"{option} expects {_TYPES.get(expected, expected)}, got {value[2]}"
+    if value := re.match(r"Could not find valid parse for arguments: \[(.*)\]", complaint):
+        help_text = next((text for text in sections if text.startswith("Argument helptext:")), "")
+        kind = re.search(rf"{re.escape(option)} \[?(\w+)", help_text)
+        several = {"INT": "whole numbers", "FLOAT": "numbers"}
+        expected = several.get(kind[1], kind[1]) if kind else "another value"
+        return f"{option} expects {expected}, got {value[1]}"
+    return None
+
+
+def _missing(message: str, sections: Sequence[str]) -> str | None:
+    """An argument or a value that was not given."""
+    if found := re.match(r"Missing value for argument '(\S+)'\. Expected (.*) values?", message):
+        option, count = found.groups()
+        if not option.startswith("-"):
+            return f"the argument {option} is missing"
+        return f"{option} needs {'a value' if count == '1' else f'{count} values'}"
+    if found := re.match(r"Missing from (.*?): (.*)", message):
+        command, listed = found.groups()
+        parts = re.findall(r"((?:--\S+ )?\S+) (.*?)\.? \(required\)", listed)
+        return f"{command} needs {' and '.join(f'{name} ({text})' for name, text in parts)}"
+    return None

@@ -39,7 +39,7 @@ def family_of(model_type: str) -> Family:
         )
     if model_type not in _READABLE:
         raise ConversionError(
-            f"model_type {model_type!r} is not supported; known are {listing(_READABLE)}."
+            f"model_type {model_type!r} is not supported; supported: {listing(_READABLE)}."
         )
     return _READABLE[model_type]
 
@@ -53,7 +53,7 @@ def family_of_architecture(architecture: str) -> tuple[Family, GgufTable]:
     family = _BY_ARCHITECTURE.get(architecture)
     if family is None or family.gguf is None:
         raise ConversionError(
-            f"GGUF architecture {architecture!r} is not supported; known are "
+            f"GGUF architecture {architecture!r} is not supported; supported: "
             f"{listing(_BY_ARCHITECTURE)}."
         )
     return family, family.gguf

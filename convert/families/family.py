@@ -1,4 +1,4 @@
-"""What `convert` knows about one family of models."""
+"""The description of a family of models for `convert`."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ class GgufTable:
     rules: Rules
     """GGUF tensor names <-> our paths."""
     ignored: tuple[str, ...] = ()
-    """Regular expressions of whole tensor names that are no weights of ours."""
+    """Regular expressions of whole names of tensors that we do not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,21 +43,20 @@ class Family:
     """Safetensors names <-> our paths."""
     write_old_config: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
     """Ours -> published keys that an export has beside the transformers-5 form: transformers 4,
-    vLLM and llama.cpp's converter take their own defaults where these are missing."""
+    vLLM and llama.cpp's converter use defaults if these are missing."""
     read_liza: Callable[[Fields], LizaConfig | None] | None = None
     """config.json -> the memory, of a format that keeps it beside the base weights."""
     superseded: tuple[str, ...] = ()
-    """Published keys of config.json whose values do not outlive a change of the model: replaced
-    by `write_config` and `write_old_config`."""
+    """Published keys of config.json that become invalid if the model changes: replaced by
+    `write_config` and `write_old_config`."""
     ignored: tuple[str, ...] = ()
-    """Regular expressions of whole tensor names that may be passed over when nothing reads
-    them."""
+    """Regular expressions of whole names of tensors that may stay unread."""
     prefix: str = "model."
-    """Prefix that checkpoints of the bare decoder lack."""
+    """Prefix that is missing in checkpoints of the bare decoder."""
     gguf: GgufTable | None = None
 
     def config_json(self, config: ModelConfig) -> dict[str, Any]:
-        """The keys of config.json that say what `config` says.
+        """The keys of config.json that express `config`.
 
         Raises:
           ConversionError: if `config` has a setting that the family cannot express.

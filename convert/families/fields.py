@@ -1,4 +1,4 @@
-"""Typed access to a config.json, and what the configurations of most families share."""
+"""Typed access to a config.json, and fields that most families share."""
 
 import sys
 from collections.abc import Mapping
@@ -14,9 +14,9 @@ _MAX_INTEGER = 2**31 - 1
 
 
 class Fields:
-    """A JSON object whose values are checked as they are read.
+    """A JSON object whose values are checked when read.
 
-    `null` counts as absent, as it does in transformers' configurations.
+    `null` counts as absent, as in transformers' configurations.
     """
 
     def __init__(self, raw: Mapping[str, Any], origin: str):
@@ -30,7 +30,7 @@ class Fields:
             if default is _REQUIRED:
                 raise ConversionError(f"{self.origin} lacks {key}.")
             return default
-        # JSON's true is no number although Python's True is one.
+        # JSON's true is not a number, but Python's True is one.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise ConversionError(
                 f"{key} in {self.origin} must be {expected}, it is {value!r:.200}."
@@ -38,7 +38,7 @@ class Fields:
         return value
 
     def integer(self, key: str, default: Any = _REQUIRED, most: int = _MAX_INTEGER) -> Any:
-        """An integer up to `most` in size, or `default` if the key is absent or null."""
+        """An integer of at most `most`, or `default` if the key is absent or null."""
         value = self._get(key, default, (int,), "an integer")
         if value is not None and abs(value) > most:
             raise ConversionError(
@@ -96,7 +96,7 @@ class Fields:
         return Fields(value, f"{key} in {self.origin}")
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or several, as `eos_token_id` has them."""
+        """One or several token ids, e.g. of `eos_token_id`."""
         value = self._get(key, (), (int, list), "an integer or a list of integers")
         ids = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not all(isinstance(item, int) and abs(item) <= _MAX_INTEGER for item in ids):
@@ -107,7 +107,7 @@ class Fields:
         return ids
 
     def require(self, key: str, allowed: tuple[Any, ...], default: Any) -> None:
-        """Raises unless the key is absent or has one of the values that we implement."""
+        """Raises unless the key is absent or has a supported value."""
         value = self.raw.get(key, default)
         if value not in allowed:
             raise ConversionError(
@@ -120,7 +120,7 @@ _KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "
 
 
 def read_layer_kinds(fields: Fields, default: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
-    """`layer_types` as ours, or `default` where a published configuration lacks it.
+    """Converts `layer_types`; `default` if a published configuration lacks it.
 
     Raises:
       ConversionError: for a kind of layer that is not implemented.
@@ -131,7 +131,7 @@ def read_layer_kinds(fields: Fields, default: tuple[LayerKind, ...]) -> tuple[La
     unknown = sorted(set(names) - _KINDS.keys())
     if unknown:
         raise ConversionError(
-            f"layer_types in {fields.origin} has {', '.join(unknown)}; known are "
+            f"layer_types in {fields.origin} has {', '.join(unknown)}; supported: "
             f"{', '.join(_KINDS)}."
         )
     return tuple(_KINDS[name] for name in names)
@@ -163,7 +163,7 @@ def write_token_ids(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_num_layers(fields: Fields) -> int:
-    """How many layers there are, bounded before anything is made for each of them."""
+    """The number of layers, bounded before anything is allocated for each."""
     return fields.integer("num_hidden_layers", most=MAX_LAYERS)
 
 
@@ -195,12 +195,12 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
 
 
 def write_sizes(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[str, Any]:
-    """The inverse of `read_sizes`, with what else every family writes the same way.
+    """The inverse of `read_sizes`, with further fields that all families share.
 
     Args:
       config: the model.
-      implied_head_dim: whether head_dim is left out where it is hidden_size / heads, for
-        families whose transformers class has no such field.
+      implied_head_dim: whether to omit head_dim if it equals hidden_size / heads, for families
+        whose transformers class has no such field.
     """
     sizes = {
         "vocab_size": config.vocab_size,

@@ -39,8 +39,8 @@ _COMMON: dict[str, Any] = {
     "scale_embeddings": True,
 }
 _SLIDING_THETA = 10_000.0
-# llama.cpp has no metadata for it: by the depth it knows the model of 27 billion parameters,
-# the only one whose queries are scaled by another width than head_dim.
+# llama.cpp has no metadata for the query scale: it recognises the 27B model, the only one that
+# scales by a width other than head_dim, by its depth.
 _LAYERS_OF_27B = 62
 
 
@@ -58,7 +58,7 @@ def _read_ropes(fields: Fields, positions: int) -> tuple[RopeConfig, RopeConfig]
         full = fields.object("rope_scaling")
     sliding = parameters.object("sliding_attention")
     for each in (full, sliding):
-        # transformers looks for it beside the layer kinds, so it never applies.
+        # transformers looks for it next to the layer kinds, so it never applies.
         each.require("truncate", (None, True), None)
     return read_rope(full, theta, positions), read_rope(sliding, local, positions)
 

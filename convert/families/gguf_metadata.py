@@ -1,4 +1,4 @@
-"""What the metadata of GGUF files say in the same words for every architecture."""
+"""Metadata of GGUF files that all architectures share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from convert.formats import GgufFile
 from tptt_jax.config import MAX_LAYERS
 
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
-"""Tensors of "longrope" scaling; they are part of the configuration."""
+"""Tensors of "longrope" scaling, which are part of the configuration."""
 
 
 def metadata_reader(file: GgufFile) -> Callable[..., Any]:
@@ -51,7 +51,7 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
     heads = get("attention.head_count")
     kv_heads = get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise ConversionError(f"{file.path} has heads that differ by layer, which is unsupported.")
+        raise ConversionError(f"{file.path} has different heads by layer, which is not supported.")
     layers = get("block_count")
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise ConversionError(
@@ -75,13 +75,13 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
 
 
 def _end_tokens(file: GgufFile) -> tuple[int, ...]:
-    """All that end a text: its own end, that of a turn, and that of a message to a tool."""
+    """All end tokens: of a text, of a turn, and of a message to a tool."""
     found = (file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(token for token in found if token is not None))
 
 
 def _rope_factors(file: GgufFile) -> GgufFactors | None:
-    """The divisors of "longrope" for short and for long texts, if the file has them."""
+    """The divisors of "longrope" for short and long texts, if the file has them."""
     if not all(name in file.tensors for name in ROPE_FACTORS):
         return None
     short, long = (file.read(name).reshape(-1) for name in ROPE_FACTORS)
@@ -89,7 +89,7 @@ def _rope_factors(file: GgufFile) -> GgufFactors | None:
 
 
 def read_gguf_common(file: GgufFile) -> dict[str, Any]:
-    """The sizes, and what else an RMS-norm decoder with rotary embeddings says of itself.
+    """The sizes and further settings of an RMS-norm decoder with rotary embeddings.
 
     Args:
       file: the file.
@@ -98,12 +98,12 @@ def read_gguf_common(file: GgufFile) -> dict[str, Any]:
       Keyword arguments of `ModelConfig`.
 
     Raises:
-      ConversionError: if the file lacks a key, or rotates only a part of each head.
+      ConversionError: if the file lacks a key, or rotates only part of each head.
     """
     get, sizes = metadata_reader(file), read_gguf_sizes(file)
     if get("rope.dimension_count", sizes["head_dim"]) != sizes["head_dim"]:
         raise ConversionError(
-            f"{file.path} rotates only a part of each head, which is unsupported."
+            f"{file.path} rotates only part of each head, which is not supported."
         )
     return {
         **sizes,

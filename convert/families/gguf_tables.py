@@ -1,4 +1,4 @@
-"""The lines of llama.cpp's key tables that most architectures share."""
+"""Rules of llama.cpp's key tables that most architectures share."""
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def gguf_rules(
 
     Args:
       config: the model.
-      norm: what becomes of the norms' weights (Gemma's are stored as 1 + w).
+      norm: transform of the norms' weights (Gemma's are stored as 1 + w).
       interleaved: whether the rows of q and k are stored as pairs (Llama's).
 
     Returns:

@@ -92,7 +92,7 @@ FAMILY = Family(
     # llama.cpp's converter reads this one.
     write_old_config=lambda config: {"n_ctx": config.max_positions},
     superseded=("n_ctx",),
-    # Causal masks that old versions of transformers stored with the weights.
+    # Causal masks that old versions of transformers saved with the weights.
     ignored=(r".*\.attn\.(bias|masked_bias)", r"lm_head\.weight"),
     prefix="transformer.",
 )

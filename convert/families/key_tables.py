@@ -1,4 +1,4 @@
-"""The lines of a key table that most families share: Llama's names."""
+"""Rules of key tables that most families share: Llama's names."""
 
 from collections.abc import Mapping
 
@@ -38,7 +38,7 @@ def mlp_rules() -> tuple[Rule, ...]:
 
 
 def expert_rules() -> tuple[Rule, ...]:
-    """A router called gate, and experts one by one as they are published."""
+    """A router named gate, and the published experts one by one."""
     source, target = f"{SOURCE}mlp.experts.{{expert}}.", f"{TARGET}mlp."
     return (
         Rule(f"{SOURCE}mlp.gate.weight", f"{target}router.kernel", TRANSPOSE),
@@ -57,7 +57,7 @@ def norm_rules(norms: Mapping[str, str]) -> tuple[Rule, ...]:
 
 
 def outer_rules() -> tuple[Rule, ...]:
-    """Embedding, last norm, head."""
+    """Embedding, final norm, head."""
     return (
         Rule("model.embed_tokens.weight", "embed.embedding", IDENTITY),
         Rule("model.norm.weight", "final_norm.weight"),

@@ -19,7 +19,7 @@ def read_olmo_config(fields: Fields, **differences: Any) -> ModelConfig:
 
     Args:
       fields: a config.json.
-      **differences: arguments of `ModelConfig` that go before.
+      **differences: arguments of `ModelConfig` that take precedence.
     """
     fields.require("hidden_act", ("silu",), "silu")
     common = {**read_attention_bias(fields), "clip_qkv": fields.number("clip_qkv", None)}

@@ -1,4 +1,4 @@
-"""OLMo 2: norms after the sublayers only, q/k norms over the full width of the projection."""
+"""OLMo 2: norms only after the sublayers, q/k norms over the full width of the projection."""
 
 from typing import Any
 

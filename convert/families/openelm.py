@@ -15,10 +15,10 @@ _TARGET = "layers.{layer}."
 
 
 def _mlp_dim(multiplier: float, embed_dim: int, divisor: int) -> int:
-    """The width that the original code makes of a multiplier: a multiple of `divisor`."""
-    wanted = multiplier * embed_dim
-    width = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
-    return width if width >= 0.9 * wanted else width + divisor
+    """The width for a multiplier, as in the original code: a multiple of `divisor`."""
+    exact = multiplier * embed_dim
+    width = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return width if width >= 0.9 * exact else width + divisor
 
 
 def _read_mlp_dims(fields: Fields, embed_dim: int, num_layers: int) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ FAMILY = Family(
     write_config=_write_config,
     rules=_rules,
     superseded=("qkv_multipliers",),
-    # The original code makes a classifier beside lm_head in untied models and never uses it.
+    # In untied models the original code creates a classifier beside lm_head and never uses it.
     ignored=(r"lm_head\.weight", r"transformer\.classifier\.weight"),
     prefix="transformer.",
 )

@@ -49,7 +49,7 @@ def write_windows(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_old_windows(config: ModelConfig) -> dict[str, Any]:
-    """The published keys: the rotary embedding, and from which layer on there are windows."""
+    """The published keys: the rotary embedding, and the first layer with a window."""
     content = write_old_standard(config)
     full = config.layer_kinds.count("full")
     if config.layer_kinds[:full] == ("full",) * full and config.sliding_window is not None:

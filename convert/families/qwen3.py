@@ -1,4 +1,4 @@
-"""Qwen3, dense: RMS norms on the queries and keys of every head, heads of a width of their own."""
+"""Qwen3, dense: RMS norms on the queries and keys of every head, and a separate head width."""
 
 from typing import Any
 

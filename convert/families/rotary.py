@@ -1,4 +1,4 @@
-"""Rotary embeddings in the configurations of Hugging Face and of llama.cpp."""
+"""Rotary embeddings in configurations of Hugging Face and llama.cpp."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def read_rope(
 
     Args:
       scaling: the object; empty means an ordinary rotary embedding.
-      theta: the base to use where the object has none of its own.
+      theta: the base if the object has none.
       max_positions: the model's `max_position_embeddings`.
-      original: the context length before stretching, where it stands beside the object and
-        not in it; it goes before what the object says, as in transformers.
+      original: the context length before stretching, if it stands beside the object and not in
+        it; it takes precedence over the object's, as in transformers.
 
     Returns:
       Our description.
@@ -39,7 +39,7 @@ def read_rope(
     name = scaling.text("rope_type", scaling.text("type", "default"))
     if name not in _TYPES:
         raise ConversionError(
-            f"rope type {name!r} in {scaling.origin} is not supported; known are "
+            f"rope type {name!r} in {scaling.origin} is not supported; supported: "
             f"{', '.join(_TYPES)}."
         )
     scaling.require("partial_rotary_factor", (None, 1.0), None)
@@ -58,7 +58,7 @@ def read_rope(
             "high_freq_factor": scaling.number("high_freq_factor"),
         }
     if name in ("yarn", "longrope"):
-        # As in transformers: "yarn" may leave its factor null, but not out.
+        # As in transformers: the factor of "yarn" may be null, but not missing.
         implied = (
             {}
             if name == "yarn" and "factor" not in scaling.raw
@@ -70,7 +70,7 @@ def read_rope(
         }
     if name == "yarn":
         settings |= {
-            # transformers takes its defaults for 0 as well.
+            # transformers replaces 0 by the default, too.
             "beta_fast": scaling.number("beta_fast", None) or 32.0,
             "beta_slow": scaling.number("beta_slow", None) or 1.0,
             "mscale": scaling.number("mscale", None),
@@ -82,7 +82,7 @@ def read_rope(
     return RopeConfig(scaling=_TYPES[name], **settings)
 
 
-# Settings that transformers has under the same name, and that stand in a file only if it has them.
+# Optional settings with the same name in transformers.
 _OPTIONAL = {
     "yarn": (
         *("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -95,7 +95,7 @@ def write_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
     """The transformers-5 form of one layer kind; `max_positions` are the model's.
 
     Raises:
-      ConversionError: if "dynamic" scaling begins at another length, which no file can say.
+      ConversionError: if "dynamic" scaling begins at another length, which no file can express.
     """
     if rope.scaling == "dynamic" and rope.original_max_positions != max_positions:
         raise ConversionError(
@@ -107,7 +107,7 @@ def write_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
     if rope.scaling == "none":
         return {"rope_type": "default", "rope_theta": rope.theta}
     content: dict[str, Any] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
-    # Published long models leave the factor to the ratio of both lengths.
+    # Published long models omit the factor if it is the ratio of both lengths.
     if rope.scaling != "longrope" or rope.factor != max_positions / rope.original_max_positions:
         content["factor"] = rope.factor
     if rope.scaling in ("llama3", "yarn", "longrope"):
@@ -142,7 +142,7 @@ def write_old_rope(rope: RopeConfig, max_positions: int) -> dict[str, Any]:
 
 
 def read_flat_rope(fields: Fields, theta: float, max_positions: int) -> RopeConfig:
-    """Reads the rotary embedding of a family whose layers all have the same.
+    """Reads the rotary embedding of a family with equal layers.
 
     Args:
       fields: a config.json with `rope_parameters`, or with `rope_theta` and `rope_scaling`.
@@ -153,7 +153,7 @@ def read_flat_rope(fields: Fields, theta: float, max_positions: int) -> RopeConf
       Our description.
 
     Raises:
-      ConversionError: for what is not implemented.
+      ConversionError: for unsupported settings.
     """
     fields.require("partial_rotary_factor", (None, 1.0), None)
     key = "rope_scaling" if fields.raw.get("rope_parameters") is None else "rope_parameters"
@@ -173,10 +173,10 @@ def read_gguf_rope(
     """Reads the rotary embedding from the metadata of a GGUF file, as llama.cpp does.
 
     Args:
-      get: looks a metadata key up, with a default.
-      theta: the base to use where the file has none.
-      factors: the tensors rope_factors_short.weight and rope_factors_long.weight, which "longrope"
-        has; None: there are none.
+      get: looks up a metadata key, with a default.
+      theta: the base if the file has none.
+      factors: the tensors rope_factors_short.weight and rope_factors_long.weight of "longrope";
+        None: there are none.
 
     Returns:
       Our description.
@@ -241,13 +241,13 @@ def _read_gguf_yarn(
 
 
 def shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: GGUF stores 1e-6 as 9.99999997e-07."""
+    """The shortest decimal of the same float32: GGUF stores 1e-6 as 9.99999997e-07."""
     with np.errstate(over="ignore"):
         return float(str(np.float32(value)))
 
 
 def llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """What "llama3" scaling divides each rotary frequency by.
+    """The divisor of each rotary frequency under "llama3" scaling.
 
     Args:
       rope: the embedding.
@@ -264,7 +264,7 @@ def llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def recognise_llama3(divisors: np.ndarray, theta: float, head_dim: int) -> RopeConfig:
-    """Finds the "llama3" scaling that llama.cpp has written out as a tensor.
+    """Recovers the "llama3" scaling from the divisors that llama.cpp stores as a tensor.
 
     Args:
       divisors: the tensor rope_freqs.weight [head_dim / 2].

@@ -1,4 +1,4 @@
-"""What the configurations of decoders with Llama's names have in common."""
+"""Configuration fields that decoders with Llama's names share."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ def read_standard(fields: Fields, *, max_positions: int, **differences: Any) -> 
     Args:
       fields: a config.json.
       max_positions: the family's default of `max_position_embeddings`.
-      **differences: arguments of `ModelConfig` that go before.
+      **differences: arguments of `ModelConfig` that take precedence.
 
     Raises:
       ConversionError: if a key is missing, of the wrong type, or not implemented.
@@ -43,6 +43,6 @@ def write_old_standard(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_attention_bias(fields: Fields) -> dict[str, bool]:
-    """`attention_bias`, where it is about all four projections."""
+    """`attention_bias` for all four projections."""
     bias = fields.boolean("attention_bias", False)
     return {"attention_bias": bias, "attention_out_bias": bias}

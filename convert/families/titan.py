@@ -1,9 +1,9 @@
-"""Our own "titan" export: any model of ours as its PyTorch file (convert/titan) reads it.
+"""Our "titan" export: any model of ours in the format of its PyTorch file (convert/titan).
 
-config.json has one key for every field of ModelConfig, under transformers' name where it has
-one, and `liza` with the fields of LizaConfig (torch has switches of its own for `precision`).
-Weights have the names of our parameters; linear ones lie as in torch, [out, in], and the matrices
-of all experts as ours, [experts, in, out].
+config.json has one key for every field of ModelConfig, under transformers' name if it has one,
+and `liza` with the fields of LizaConfig (`precision` is left to torch's own switches). Weights have
+the names of our parameters; linear weights have torch's layout, [out, in], and experts ours,
+[experts, in, out].
 """
 
 import dataclasses
@@ -58,23 +58,23 @@ def _read_config(fields: Fields) -> ModelConfig:
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON's lists as the tuples that descriptions have."""
+    """Replaces JSON's lists by the tuples of our configurations."""
     return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
 def read_liza(fields: Fields) -> LizaConfig | None:
-    """The memory that a "titan" config.json describes, None for a plain base model.
+    """The memory in a "titan" config.json; None for a plain base model.
 
     Raises:
-      ConversionError: if the description is none of a memory.
+      ConversionError: if the memory's settings are invalid.
     """
     raw = fields.object("liza").raw
-    # Exports from before there was a choice write every token.
+    # Older exports have no choice: their memory holds every token.
     return _build(LizaConfig, {"writes": "all", **raw}, fields.origin) if raw else None
 
 
 def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
-    """Makes a frozen description of JSON values, or says what does not fit."""
+    """Builds a configuration from JSON values; errors name what does not fit."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := values.keys() - fields.keys():
         raise ConversionError(
@@ -90,9 +90,9 @@ def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a JSON value can be a field of this type; choices are checked by the field's class.
+    """Whether a JSON value is valid for this type; the configuration's class checks choices.
 
-    JSON's numbers: 1 is a float as well, true is none.
+    In JSON 1 is also a float, and true is not a number.
     """
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     if options:

@@ -1,6 +1,6 @@
-"""Files: safetensors, GGUF, Hugging Face directories; JSON, and writing that is never half-done.
+"""File formats: safetensors, GGUF, Hugging Face directories, JSON, and atomic writing.
 
-Offered: readers, specs and writers of tensors; what else a file needs is in its module.
+Offered: readers, specs and writers of tensors; further functions are in the modules.
 """
 
 from convert.formats.gguf_io import GgufFile

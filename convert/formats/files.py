@@ -1,4 +1,4 @@
-"""Writing files and directories so that a reader never sees half of one."""
+"""Atomic writing of files and directories, and JSON."""
 
 import contextlib
 import json
@@ -11,12 +11,12 @@ from typing import Any
 from convert.errors import ConversionError, listing
 from tptt_jax.durable import sibling, swap_directory, sync_path
 
-# Far above any real file, far below what Python's recursion allows.
+# Far above any real file, far below Python's recursion limit.
 _MAX_DEPTH = 100
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """Refuses a target that holds something.
+    """Refuses a target that is not empty.
 
     Args:
       target: where a directory is to be written.
@@ -29,16 +29,16 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise ConversionError(f"{target} is a file; give the name of a directory to write.")
+        raise ConversionError(f"{target} is a file; give a directory to write.")
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise ConversionError(
-            f"{target} exists and is not empty; choose another directory or ask to overwrite it."
+            f"{target} exists and is not empty; choose another directory, or allow --overwrite."
         )
     if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ConversionError(
-            f"{target} holds other things than a model (it has no config.json), so it is not "
+            f"{target} is not a model directory (it has no config.json), so it is not "
             "overwritten; remove it yourself or choose another directory."
         )
 
@@ -74,7 +74,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """Puts `temporary` in the place of `target`, keeping the old one until that is done."""
+    """Replaces `target` by `temporary`; the old directory is kept until that succeeds."""
     if not target.exists():
         temporary.rename(target)
     else:
@@ -85,7 +85,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """A hook for `json.loads` that refuses objects in which a key comes twice.
+    """A hook for `json.loads` that refuses objects with repeated keys.
 
     Args:
       path: the file that the error message names.
@@ -108,7 +108,7 @@ def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
 def check_regular(path: Path) -> None:
     """Refuses paths that exist but are not regular files.
 
-    Reading a pipe waits for ever, and a device never ends.
+    Reading a pipe may block for ever, and a device may never end.
 
     Raises:
       ConversionError: if `path` exists and is neither a regular file nor a link to one.
@@ -119,15 +119,15 @@ def check_regular(path: Path) -> None:
 
 
 def parse_json(text: str, path: Path, problem: str = "is not valid JSON") -> Any:
-    """Parses JSON from a file that anybody may have written.
+    """Parses JSON from an untrusted file.
 
     Args:
       text: the content.
-      path: the file that error messages name.
-      problem: what they say about it.
+      path: the file, for error messages.
+      problem: the problem that they report.
 
     Raises:
-      ConversionError: if it is no JSON, repeats a key, or is nested too deeply to work with.
+      ConversionError: if it is not JSON, repeats a key, or is nested too deeply.
     """
     too_deep = f"{path} {problem}: it is nested more than {_MAX_DEPTH} deep."
     try:
@@ -154,14 +154,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a file that must hold one JSON object.
 
     Raises:
-      ConversionError: if the file is missing or no regular file, is not JSON, is not an object, is
-        nested more than a hundred deep, or repeats a key.
+      ConversionError: if the file is missing or not a regular file, is not JSON, is not an object,
+        is nested more than a hundred deep, or repeats a key.
     """
     check_regular(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConversionError(f"{path} does not exist.") from None
+        raise ConversionError(f"no such file: {path}.") from None
     except UnicodeDecodeError as error:
         raise ConversionError(f"{path} is not valid JSON: {error}.") from None
     content = parse_json(text, path)
@@ -173,5 +173,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON object the way Hugging Face does: two spaces, a final newline."""
+    """Writes a JSON object in Hugging Face's style: two spaces, a final newline."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

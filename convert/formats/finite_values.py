@@ -1,4 +1,4 @@
-"""A check that nothing which is about to be written holds NaN or infinite values."""
+"""A check against NaN and infinite values before writing."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -13,13 +13,13 @@ _MAX_NAMED = 20
 
 
 def check_finite(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Passes tensors on, and raises in place of the last if any of them is not finite.
+    """Yields tensors unchanged, and raises before the last one if any is not finite.
 
-    Not at the first, so that all are named; whoever writes must throw away what it has written
+    It does not raise at the first, so that the error names all; the writer must discard its output
     when this raises.
 
     Args:
-      specs: what the tensors are called.
+      specs: names of the tensors.
       arrays: the tensors, in the order of `specs`.
 
     Yields:
@@ -33,7 +33,7 @@ def check_finite(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> I
         if count := _count_invalid(array):
             found.append(f"{spec.name} ({count} of {array.size} values)")
         if found and number == len(specs):
-            # A writer of shards does not ask for more than it has announced.
+            # Raise before the last: a writer of shards requests no more than it announced.
             raise _refusal(found)
         yield array
 
@@ -41,14 +41,14 @@ def check_finite(specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]) -> I
 def _refusal(found: Sequence[str]) -> ConversionError:
     more = "" if len(found) <= _MAX_NAMED else f" and {len(found) - _MAX_NAMED} more tensors"
     return ConversionError(
-        "The model holds NaN or infinite values (or too large ones for the dtype asked for) in "
+        "The model holds NaN or infinite values (or too large ones for the chosen dtype) in "
         f"{', '.join(found[:_MAX_NAMED])}{more}; nothing was written: export an earlier "
         "checkpoint, or choose another dtype."
     )
 
 
 def _count_invalid(array: np.ndarray) -> int:
-    """Counts a part at a time: the mask of a whole embedding would be large."""
+    """Counts invalid values part by part: the mask of a whole embedding would be large."""
     rows = array.reshape(1) if array.ndim == 0 else array
     step = max(1, _ELEMENTS_AT_ONCE // max(1, prod(rows.shape[1:])))
     parts = (rows[begin : begin + step] for begin in range(0, len(rows), step))

@@ -34,19 +34,19 @@ _SCALARS: Mapping[GGUFValueType, np.dtype] = {
     GGUFValueType.FLOAT64: np.dtype("<f8"),
 }
 _MAX_DIMENSIONS = 4
-# Bounds the scratch memory of dequantisation, which needs several times its result.
+# Bounds the temporary memory of dequantisation, which is several times its result.
 _ELEMENTS_AT_ONCE = 1 << 20
 
 
 class _Cursor:
-    """Reads the header front to back and never past the end of the file."""
+    """Reads the header sequentially, and never past the end of the file."""
 
     def __init__(self, data: mmap.mmap):
         self.data = data
         self.position = 0
 
     def take(self, length: int) -> int:
-        """Reserves `length` bytes and returns where they begin."""
+        """Consumes `length` bytes and returns their start."""
         begin = self.position
         if length > len(self.data) - begin:
             raise ConversionError(f"its header ends at byte {len(self.data)} of the file")
@@ -75,7 +75,7 @@ class _Cursor:
             dtype = _SCALARS[kind]
             begin = self.take(count * dtype.itemsize)
             return np.frombuffer(self.data, dtype, count, begin).tolist()
-        # Every string takes at least its eight bytes of length: no absurd count gets far.
+        # Every string takes at least eight bytes, so an absurd count soon hits the end.
         return [self.value(kind) for _ in range(count)]
 
 
@@ -98,14 +98,14 @@ class GgufFile:
         """Reads and checks the headers.
 
         Args:
-          path: the file; of a model in several parts, any of them.
+          path: the file; for a model in several parts, any of them.
 
         Raises:
           ConversionError: if it is not a readable GGUF file, or is truncated, or a part is missing.
         """
         self.path = path
         if not path.is_file():
-            raise ConversionError(f"{path} cannot be read: there is no such file.")
+            raise ConversionError(f"no such file: {path}.")
         parts = all_parts(path)
         headers = [_read_file(part) for part in parts]
         self.metadata: dict[str, Any] = headers[0].metadata
@@ -127,7 +127,7 @@ class GgufFile:
           name: its name in the file.
 
         Returns:
-          A float32 array of its own.
+          A new float32 array.
 
         Raises:
           ConversionError: if the `gguf` package cannot dequantise its type.
@@ -161,7 +161,7 @@ def _read_file(path: Path) -> _Header:
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, OverflowError, RecursionError) as error:
-        # Our own sentences, and what enums, UTF-8 and an empty file raise.
+        # Our own errors, and those of enums, UTF-8 and an empty file.
         raise ConversionError(f"{path} is not a readable GGUF file: {error}.") from None
     return _Header(metadata, {name: x._replace(path=path) for name, x in tensors.items()})
 
@@ -178,13 +178,13 @@ def _check_parts(parts: Sequence[Path], headers: Sequence[_Header]) -> None:
                 "llama.cpp gave the parts."
             )
         if twice := seen & header.tensors.keys():
-            raise ConversionError(f"{path} has {min(twice)}, which another part has as well.")
+            raise ConversionError(f"{path} has {min(twice)}, which another part also has.")
         seen |= header.tensors.keys()
     total = headers[0].metadata.get("split.tensors.count")
     if total != len(seen):
         raise ConversionError(
-            f"the {len(parts)} parts of {parts[0]} have {len(seen)} tensors, not {total!r:.99} as "
-            "they say: fetch them again."
+            f"the {len(parts)} parts of {parts[0]} have {len(seen)} tensors, but declare "
+            f"{total!r:.99}: fetch them again."
         )
 
 
@@ -194,7 +194,7 @@ def _read_header(cursor: _Cursor) -> _Header:
         raise ConversionError("it does not begin with GGUF")
     version = cursor.number("I")
     if version not in (2, 3):
-        raise ConversionError(f"it has version {version}, known are 2 and 3 (little-endian)")
+        raise ConversionError(f"it has version {version}, supported: 2 and 3 (little-endian)")
     tensor_count, metadata_count = cursor.number("Q"), cursor.number("Q")
     metadata: dict[str, Any] = {}
     for _ in range(metadata_count):

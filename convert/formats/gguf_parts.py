@@ -9,7 +9,7 @@ _PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def all_parts(path: Path) -> list[Path]:
-    """All parts of the model that a file belongs to, by its name; itself if it is whole.
+    """All parts of a file's model, by its name; the file itself if the model has one part.
 
     Raises:
       ConversionError: if a part is missing.
@@ -25,8 +25,8 @@ def all_parts(path: Path) -> list[Path]:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise ConversionError(
-            f"{path.name} is one of {count} parts; {', '.join(missing[:3])}{more} must lie beside "
-            f"it in {path.parent}: fetch what is missing."
+            f"{path.name} is one of {count} parts; {', '.join(missing[:3])}{more} must be in the "
+            f"same folder ({path.parent}): fetch the missing parts."
         )
     return parts
 
@@ -41,7 +41,7 @@ def find_gguf(directory: Path) -> Path | None:
     models = {_name(path): path for path in reversed(files)}
     if len(models) > 1:
         raise ConversionError(
-            f"{directory} holds several GGUF models ({listing(models)}); name a file of one."
+            f"{directory} holds several GGUF models ({listing(models)}); give a file of one."
         )
     for path in models.values():
         return all_parts(path)[0]
@@ -49,6 +49,6 @@ def find_gguf(directory: Path) -> Path | None:
 
 
 def _name(path: Path) -> str:
-    """What all parts of a model have in common."""
+    """The common name of all parts of a model."""
     match = _PART.fullmatch(path.name)
     return path.name if match is None else f"{match['name']} in {int(match['count'])} parts"

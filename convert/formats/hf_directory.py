@@ -74,7 +74,7 @@ def _weight_files(directory: Path) -> list[SafetensorsFile]:
 
 
 def _indexed_files(directory: Path) -> list[SafetensorsFile]:
-    """The shards that the index names, after checking it against what they hold."""
+    """The shards of the index, after checking it against their contents."""
     index_path = directory / INDEX_FILE
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -108,7 +108,7 @@ def _indexed_files(directory: Path) -> list[SafetensorsFile]:
 
 
 def _stays_inside(name: str) -> bool:
-    # Judged by the name alone: in the hub's cache the files themselves are links to blobs.
+    # By the name alone: in the hub's cache the files are links to blobs.
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     outside = posix.is_absolute() or bool(windows.drive) or "\\" in name or "\0" in name
     return bool(name) and not outside and ".." not in posix.parts
@@ -126,7 +126,7 @@ def write_weights(
       directory: an existing directory.
       specs: the tensors to come.
       arrays: the tensors in the order of `specs`, computed one at a time.
-      max_shard_bytes: no shard holds more data than this, unless one tensor alone does.
+      max_shard_bytes: most bytes per shard, unless a single tensor is larger.
     """
     shards = list(_shards(specs, max_shard_bytes))
     stream: Iterator[np.ndarray] = iter(arrays)

@@ -48,10 +48,9 @@ class _Entry(NamedTuple):
 
 
 class SafetensorsFile:
-    """A safetensors file whose header was checked against the file; weights are read on demand.
+    """A safetensors file with a checked header; weights are read on demand.
 
-    Reads go through the file and not through a memory map, so that memory holds the tensor at
-    hand and nothing else.
+    Reads use the file and not a memory map, so memory holds only the current tensor.
     """
 
     def __init__(self, path: Path):
@@ -90,11 +89,11 @@ class SafetensorsFile:
           name: its name in the file.
 
         Returns:
-          An array of its own, float64, float32, float16 or bfloat16.
+          A new array in float64, float32, float16 or bfloat16.
 
         Raises:
           ConversionError: if the tensor does not hold floating-point numbers of 16 bits or
-            more, or the file became shorter meanwhile.
+            more, or the file has been truncated since.
         """
         info = self._tensors[name]
         if info.dtype not in FLOAT_TYPES:
@@ -138,7 +137,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_entry(path: Path, name: str, value: Any) -> _Entry:
-    """Turns one header entry into a description, or says what is wrong with it."""
+    """Parses one header entry; errors say what is wrong with it."""
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         raise ConversionError(
             f"{name} in {path} must have dtype, shape and data_offsets, it has {value!r:.200}."
@@ -162,7 +161,7 @@ def _check_entry(path: Path, name: str, value: Any) -> _Entry:
 
 
 def _check_layout(path: Path, entries: Mapping[str, _Entry], data_bytes: int) -> None:
-    """The data must be covered once: no overlap, no gap, nothing outside the file."""
+    """Raises unless entries cover the data exactly: no overlap, no gap, nothing outside."""
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].info)):
         if entry.begin != position:
@@ -177,7 +176,7 @@ def _check_layout(path: Path, entries: Mapping[str, _Entry], data_bytes: int) ->
 
 
 class TensorSpec(NamedTuple):
-    """A tensor that is about to be written."""
+    """A tensor to be written."""
 
     name: str
     shape: tuple[int, ...]
@@ -201,7 +200,7 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
         }
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    # Readers map the data in place, so it has to start at a multiple of eight.
+    # Readers map the data in place, so it must start at a multiple of eight.
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -209,11 +208,11 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
 def write_safetensors(
     path: Path, specs: Sequence[TensorSpec], arrays: Iterable[np.ndarray]
 ) -> None:
-    """Writes a file tensor by tensor; it appears under its name only when it is complete.
+    """Writes a file tensor by tensor; it appears under its name only when complete.
 
     Args:
       path: the file to write.
-      specs: what will come, all of it known before the first tensor is computed.
+      specs: all tensors, before the first one is computed.
       arrays: the tensors in the order of `specs`, as many as there are specs.
 
     Raises:
@@ -233,7 +232,7 @@ def write_safetensors(
 
 
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-    """Writes a part at a time: what is not contiguous, a transposed head say, needs no copy."""
+    """Writes part by part, so a non-contiguous array, e.g. a transposed head, is not copied."""
     rows = array.reshape(1) if array.ndim == 0 else array
     step = max(1, _ELEMENTS_AT_ONCE // max(1, prod(rows.shape[1:])))
     for begin in range(0, len(rows), step):

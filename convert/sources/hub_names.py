@@ -1,4 +1,4 @@
-"""Names of models on the Hugging Face hub, with the revision that is meant."""
+"""Names of models on the Hugging Face hub, with an optional revision."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from convert.errors import ConversionError
 from convert.sources.demo import PACKAGED_SOURCES
 
 _NAME = r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?"
-# No part begins with a dot: the name becomes a path in the hub's cache.
+# No part may begin with a dot: the name becomes a path in the hub's cache.
 _REVISION = r"\w[\w.-]*(?:/\w[\w.-]*)*"
 _SOURCE = re.compile(f"({_NAME})(?:@({_REVISION}))?")
 _LONGEST = 96
@@ -36,7 +36,7 @@ def parse_hub_name(text: str) -> HubName | None:
 
 
 def with_revision(source: str | os.PathLike[str], revision: str | None) -> str:
-    """Adds what --revision says to what --model says.
+    """Adds --revision to --model.
 
     Args:
       source: what `load_pretrained` takes.
@@ -46,8 +46,8 @@ def with_revision(source: str | os.PathLike[str], revision: str | None) -> str:
       What `load_pretrained` takes.
 
     Raises:
-      ConversionError: if `source` is no hub id, if it names another revision itself, or if the
-        revision cannot be one.
+      ConversionError: if `source` is not a hub id, if it names another revision itself, or if the
+        revision is invalid.
     """
     name = os.fspath(source)
     if revision is None:
@@ -57,7 +57,7 @@ def with_revision(source: str | os.PathLike[str], revision: str | None) -> str:
     if hub is None or is_other:
         raise ConversionError(
             f"--revision {revision!r:.80} is for models of the Hugging Face hub, but {name} is "
-            "none; leave it out, or give a hub id such as HuggingFaceTB/SmolLM2-135M."
+            "not a hub id; leave it out, or give one such as HuggingFaceTB/SmolLM2-135M."
         )
     if hub.revision not in (None, revision):
         raise ConversionError(

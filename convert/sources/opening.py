@@ -1,4 +1,4 @@
-"""From what a user names to files: directories, hub ids, GGUF files, the demo model."""
+"""Locates and opens models: directories, hub ids, GGUF files, the demo model."""
 
 import dataclasses
 import os
@@ -41,7 +41,7 @@ _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
-# A directory with one of these is described by it, whatever else it holds.
+# One of these files determines a directory's kind, whatever else it holds.
 _DESCRIPTIONS = ("config.json", "adapter_config.json", "checkpoint.json")
 
 Source = str | os.PathLike[str]
@@ -64,7 +64,7 @@ class Pretrained:
     """The original config.json, if there is one."""
 
     def __post_init__(self) -> None:
-        """Refuses a depth that the weights cannot have, before work is done for every layer."""
+        """Refuses more layers than the weights can have, before any work per layer."""
         layers, count = self.config.num_layers, len(self.tensors.tensors)
         if layers > count:
             raise ConversionError(
@@ -73,15 +73,15 @@ class Pretrained:
             )
 
     def is_ignored(self, name: str) -> bool:
-        """Whether a tensor that no rule reads may be passed over."""
+        """Whether a tensor may stay unread."""
         return is_match(self.ignored, name)
 
     @property
     def stored_dtype(self) -> np.dtype:
-        """What dtype="auto" means: bfloat16 or float16 if most of the numbers are stored so.
+        """The dtype of dtype="auto": bfloat16 or float16 if most numbers are stored so.
 
-        Otherwise float32: also for float64, and for quantised weights, whose values only
-        float32 holds exactly.
+        Otherwise float32: also for float64, and for quantised weights, whose values only float32
+        holds exactly.
         """
         numbers: Counter[str] = Counter()
         for info in self.tensors.tensors.values():
@@ -91,20 +91,20 @@ class Pretrained:
 
 
 def locate(source: Source, *, weights: bool = True) -> Path:
-    """Finds, fetches or assembles what a user named.
+    """Finds, fetches or assembles a model by its name.
 
     Args:
       source: a directory, a .gguf file, any part of one or a directory that holds one, a hub id
         such as "HuggingFaceTB/SmolLM2-135M", with "@" and a revision if it is not the main
         branch's, or a packaged model ("smollm2-135m", "gemma3-270m"), whose name never means a
         directory: write "./smollm2-135m".
-      weights: whether the weights of a hub model are needed, or its small files only.
+      weights: whether the weights of a hub model are needed, or only its small files.
 
     Returns:
       A directory or a file that exists.
 
     Raises:
-      ConversionError: if there is no such thing, or it could not be fetched.
+      ConversionError: if it does not exist or could not be fetched.
     """
     name = os.fspath(source)
     if name in PACKAGED_SOURCES:
@@ -120,7 +120,7 @@ def locate(source: Source, *, weights: bool = True) -> Path:
     hub = parse_hub_name(name)
     if path.suffix == ".gguf" or hub is None:
         raise ConversionError(
-            f"{name} does not exist; give a model directory, a .gguf file, a hub id or "
+            f"no such file or directory: {name}; give a model directory, a .gguf file, a hub id or "
             f"{DEFAULT_MODEL}."
         )
     return _fetch(hub, weights=weights)
@@ -137,7 +137,7 @@ def _fetch(hub: HubName, *, weights: bool) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(
-            f"{hub} is no directory here and could not be fetched from the Hugging Face hub: "
+            f"{hub} is not a local directory and could not be fetched from the Hugging Face hub: "
             f"{reason}"
         ) from None
 
@@ -152,7 +152,7 @@ def open_pretrained(path: Path) -> Pretrained:
       The opened model.
 
     Raises:
-      ConversionError: if it cannot be read or is of no known family.
+      ConversionError: if it cannot be read or its family is unknown.
     """
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
         raise ConversionError(f"{path} is one file of a model; give the directory that holds it.")
@@ -169,7 +169,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
       The family, our configuration, and the JSON object.
 
     Raises:
-      ConversionError: if it is absent, malformed, or describes a model we do not have.
+      ConversionError: if it is absent, malformed, or describes an unsupported model.
     """
     path = directory / "config.json"
     raw = read_json(path)
@@ -189,7 +189,7 @@ def read_config(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
 
 
 def _without_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json without -1 where that stands for "none", as transformers takes it."""
+    """A config.json without values of -1 that mean "none", as in transformers."""
     kept = {}
     for key, value in raw.items():
         if key in _TOKEN_KEYS and isinstance(value, list):
@@ -200,12 +200,12 @@ def _without_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_end_tokens(config: ModelConfig, directory: Path) -> ModelConfig:
-    """Adds the tokens that end a text by generation_config.json only, as a chat's turn end."""
+    """Adds end tokens that only generation_config.json names, such as the end of a turn."""
     path = directory / "generation_config.json"
     if not path.exists():
         return config
     ends = Fields(read_json(path), str(path)).token_ids("eos_token_id")
-    # In order, as the first one pads; -1 stands for none.
+    # In order, as the first one is used for padding; -1 means none.
     ids = dict.fromkeys((*config.eos_token_ids, *(end for end in ends if end >= 0)))
     return dataclasses.replace(config, eos_token_ids=tuple(ids))
 
@@ -253,8 +253,7 @@ def find_checkpoint(source: Source) -> Description | None:
     """The description of a checkpoint of our own training, None if `source` is something else.
 
     Raises:
-      ValueError: if it is a checkpoint whose description is damaged, or one of checkpoints that
-        name each other as their base.
+      ValueError: if its description is damaged, or its chain of bases is circular.
     """
     found = _description(source)
     base, seen = found, 0

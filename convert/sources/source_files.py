@@ -1,4 +1,4 @@
-"""Which files of a model's directory an export copies, and what it leaves out."""
+"""The files of a model's directory that an export copies, and those that it leaves out."""
 
 import json
 import shutil
@@ -40,18 +40,18 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
     for file in _copied(source):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        # The content only: no permissions, and never a link.
+        # Copy only the content: no permissions, and never a link.
         shutil.copyfile(file, copy)
         if file.name == "tokenizer_config.json":
             _forget_code(copy)
 
 
 def say_what_is_left_out(source: Path) -> None:
-    """Names, in a line each, links that are not followed and files that exports do not hold."""
-    outer = {path for path in _wanted(source) if is_outer_link(path, source)}
+    """Prints one line for links that are not followed, and one for files that are not exported."""
+    outer = {path for path in _exportable(source) if is_outer_link(path, source)}
     if outer:
         named = listing(sorted(path.relative_to(source).as_posix() for path in outer))
-        say(f"not copied, as they are links out of the model's folder: {named} ({source})")
+        say(f"links out of the model's folder are not copied: {named} ({source})")
     known = {*_copied(source), *source.glob(_SHARDS), *(source / name for name in _REWRITTEN)}
     known |= outer
     others = [
@@ -63,14 +63,14 @@ def say_what_is_left_out(source: Path) -> None:
         return
     more = "" if len(others) <= _MAX_NAMED else f" and {len(others) - _MAX_NAMED} more"
     named = listing(sorted(others)[:_MAX_NAMED])
-    say(f"left out of the export, as exports copy tokenizer files only: {named}{more} ({source})")
+    say(f"exports copy only tokenizer files; left out: {named}{more} ({source})")
 
 
 def is_own_file(path: Path, folder: Path) -> bool:
-    """Whether a path is a regular file that lies in a model's folder, also behind links.
+    """Whether a path is a regular file in a model's folder, after following links.
 
-    A snapshot in the cache of the Hugging Face hub consists of links to the blobs beside it,
-    which count as the model's own.
+    A snapshot in the cache of the Hugging Face hub consists of links to the blobs beside it, which
+    belong to the model.
     """
     try:
         place, home = path.resolve(strict=True), folder.resolve(strict=True)
@@ -83,33 +83,33 @@ def is_own_file(path: Path, folder: Path) -> bool:
 
 
 def is_outer_link(path: Path, folder: Path) -> bool:
-    """Whether a path leads to a regular file that lies outside of the model's folder."""
+    """Whether a path leads to a regular file outside the model's folder."""
     return path.is_file() and not is_own_file(path, folder)
 
 
 def refuse_outer_link(path: Path, folder: Path) -> None:
-    """Refuses to export a model without a file that it cannot do without.
+    """Refuses to export a model whose essential file is a link out of its folder.
 
     Raises:
       ConversionError: if `path` is a link out of the model's folder.
     """
     if is_outer_link(path, folder):
         raise ConversionError(
-            f"{path} must be a file of the model's own folder to be exported, it is a link to "
+            f"{path} must be a file in the model's own folder to be exported, it is a link to "
             f"{path.resolve()}: replace the link by a copy of that file (cp --remove-destination)."
         )
 
 
 def _names(source: Path) -> list[Path]:
-    """Where the tokenizer files of a directory may be."""
+    """Possible paths of a directory's tokenizer files."""
     names = [source / name for name in TOKENIZER_FILES]
     if (source / _TEMPLATES).is_dir():
         names += sorted((source / _TEMPLATES).glob(f"*{_TEMPLATE_SUFFIX}"))
     return names
 
 
-def _wanted(source: Path) -> list[Path]:
-    """The same, and the settings that an export takes over."""
+def _exportable(source: Path) -> list[Path]:
+    """The same, and the settings that an export includes."""
     return [*_names(source), source / "config.json", source / "generation_config.json"]
 
 
@@ -125,11 +125,11 @@ def _is_template_folder(path: Path, known: set[Path]) -> bool:
 
 
 def _forget_code(settings: Path) -> None:
-    """Removes what refers to code of the repository, which does not go along."""
+    """Removes references to the repository's code, which is not exported."""
     try:
         content = read_json(settings)
     except ConversionError as error:
-        raise ConversionError(f"{error} Correct the tokenizer of the source.") from None
+        raise ConversionError(f"{error} Repair the tokenizer of the source.") from None
     if _CODE_KEY in content:
         del content[_CODE_KEY]
         settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

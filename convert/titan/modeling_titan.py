@@ -666,10 +666,8 @@ def chunk_delta_product(q: Tensor, writes: Writes, state: Tensor) -> tuple[Tenso
 
     pairs = spread(between, -1)
     lower = (beta * k) @ k.mT * spread(pairs, -2)
-    wanted = beta * v - (beta * k * spread(from_start, -1)[..., None]) @ state
-    residual = torch.linalg.solve_triangular(
-        lower.tril(-1), wanted, upper=False, unitriangular=True
-    )
+    rhs = beta * v - (beta * k * spread(from_start, -1)[..., None]) @ state
+    residual = torch.linalg.solve_triangular(lower.tril(-1), rhs, upper=False, unitriangular=True)
     scores = grouped @ k[:, :, None].mT * pairs[:, :, None]
     out = (grouped * from_start[:, :, None, :, None]) @ state[:, :, None]
     out = (out + scores @ residual[:, :, None]).permute(0, 3, 1, 2, 4).flatten(2, 3)
@@ -1296,8 +1294,8 @@ class TitanForCausalLM(PreTrainedModel, GenerationMixin):
         valid = valid if mask is None else mask[:, -tokens:].to(device).bool()
         counts, is_padded = valid.sum(1), mask is not None and not bool(valid.all())
         if position_ids is not None:
-            wanted = length[:, None] + valid.cumsum(1) - 1
-            if not bool(((position_ids == wanted) | ~valid).all()):
+            expected = length[:, None] + valid.cumsum(1) - 1
+            if not bool(((position_ids == expected) | ~valid).all()):
                 raise ValueError(
                     "position_ids must count the tokens of each row from its first; packed or "
                     "shifted rows are not supported."

@@ -1,6 +1,6 @@
 """Tokenizers of Hugging Face directories and of GGUF files, without torch.
 
-Offered: loading one, exporting its files, the class it is labelled with.
+Offered: loading a tokenizer, exporting its files, the name of its class.
 """
 
 from convert.tokenizers.loading import export_tokenizer, load_tokenizer, tokenizer_class_of

@@ -1,8 +1,8 @@
-"""The tokenizer of a Hugging Face directory: the class that transformers takes, or the file's own.
+"""The tokenizer of a Hugging Face directory: by transformers' class, or by tokenizer.json.
 
 Many classes of transformers 5 rebuild their normalizer and pre-tokenizer from scratch and take
-only the vocabulary from tokenizer.json. Where a directory's label does not fit its file, the
-result has other ids than the model was trained with.
+only the vocabulary from tokenizer.json. If a directory names an unsuitable class, the ids differ
+from those of training.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
-# What transformers 5 calls a tokenizer that tokenizer.json says everything about.
+# Class name in transformers 5 of a tokenizer that tokenizer.json fully describes.
 _GENERIC_CLASS = "TokenizersBackend"
-# For these it goes by the model, whatever the files say.
+# Model types for which transformers ignores the class in the files.
 _CLASS_BY_MODEL_TYPE = ("mistral", "qwen2")
-# Where normalizers and pre-tokenizers differ: blanks, line ends, letters, digits, bytes.
+# Texts on which normalizers and pre-tokenizers differ: blanks, line ends, letters, digits, bytes.
 _PROBES = (
     "Hello, world! It's 12345 o'clock; isn't it?",
     "  two  and   three blanks ",
@@ -45,11 +45,11 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
     Returns:
       A fast tokenizer, with the special tokens, chat template and settings of
-      tokenizer_config.json. It is of the class that transformers takes, unless that gives other
-      ids than the directory's tokenizer.json; then it is a `PreTrainedTokenizerFast` of the file.
+      tokenizer_config.json. Its class is transformers' choice, unless that gives other ids than
+      the directory's tokenizer.json; then it is a `PreTrainedTokenizerFast` of the file.
 
     Raises:
-      ConversionError: if there is no tokenizer, or one that cannot be read.
+      ConversionError: if there is no readable tokenizer.
     """
     transformers = import_transformers()
     with _reading(path):
@@ -57,10 +57,10 @@ def read_directory_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
         has_file = (path / TOKENIZER_FILE).is_file()
         try:
-            # False: a repository's own code is never run, and nobody is asked whether it may be.
+            # False: never run a repository's own code, and do not prompt for permission.
             found = transformers.AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         except Exception:
-            # A class may be unable to take the file's vocabulary; the file itself may be whole.
+            # A class may fail on the file's vocabulary although the file is valid.
             if not has_file or _names_code(path):
                 raise
             return transformers.PreTrainedTokenizerFast.from_pretrained(str(path))
@@ -74,7 +74,7 @@ def read_adapter_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer of an adapter's directory, which has no config.json to name a class.
 
     Raises:
-      ConversionError: if there is no tokenizer, or one that cannot be read.
+      ConversionError: if there is no readable tokenizer.
     """
     transformers = import_transformers()
     with _reading(path):
@@ -83,7 +83,7 @@ def read_adapter_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Refuses pipes, devices and directories in the place of files, and files that are damaged."""
+    """Refuses damaged files, and pipes, devices and directories in place of files."""
     for name in ("config.json", *TOKENIZER_FILES):
         check_regular(path / name)
     with refusing(f"{path} has no tokenizer that can be read", "replace its tokenizer files"):
@@ -91,11 +91,11 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _agrees(tokenizer: Any, file: Path) -> bool:
-    """Whether a tokenizer gives the ids of tokenizer.json for texts that tell kinds apart."""
+    """Whether a tokenizer gives the ids of tokenizer.json for the probe texts."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(str(file))
-    # Settings for batches, not part of the tokenizer: some files have them baked in.
+    # Some files store settings for batches, which are not part of the tokenizer.
     backend.no_truncation()
     backend.no_padding()
     return all(
@@ -106,7 +106,7 @@ def _agrees(tokenizer: Any, file: Path) -> bool:
 
 
 def _special_text(backend: "Tokenizer") -> str:
-    """Text between special tokens: some classes begin a text anew after each."""
+    """Text between special tokens: some classes start a new text after each."""
     added = backend.get_added_tokens_decoder().values()
     names = [token.content for token in added][:_MAX_SPECIAL_TOKENS]
     return "".join(f"{name}text {name} " for name in names)
@@ -119,7 +119,7 @@ def _names_code(path: Path) -> bool:
 
 
 def _is_generic(path: Path) -> bool:
-    """Whether transformers would take its generic class; finding that out imports torch."""
+    """Whether transformers would use its generic class; the check imports torch."""
     files = (TOKENIZER_FILE, SETTINGS_FILE, "config.json")
     if not all((path / name).is_file() for name in files):
         return False
@@ -133,9 +133,9 @@ def _is_generic(path: Path) -> bool:
 
 @contextlib.contextmanager
 def refusing(problem: str, remedy: str) -> Iterator[None]:
-    """Turns what transformers and tokenizers raise into one sentence.
+    """Turns exceptions of transformers and tokenizers into one sentence.
 
-    They meet damaged files with whatever error comes first, and Rust's is a bare Exception.
+    On damaged files they raise arbitrary exceptions, and Rust raises a bare Exception.
     """
     try:
         yield
@@ -147,7 +147,7 @@ def refusing(problem: str, remedy: str) -> Iterator[None]:
 
 
 def import_transformers() -> Any:
-    """The package, without the advice that it prints where torch is missing."""
+    """The package, without its advice about a missing torch."""
     # Its import takes two seconds.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers

@@ -45,7 +45,7 @@ _SPECIAL = {
     "unk_token": "unk_token_id",
     "pad_token": "pad_token_id",
 }
-# llama.cpp begins every text of these with BOS even where the file does not say so.
+# llama.cpp begins every text of these with BOS even if the file does not say so.
 _PRE_WITH_BOS = ("llama3", "llama-v3", "llama-bpe")
 
 
@@ -60,10 +60,10 @@ def load_tokenizer(source: Source, *, adapter: Source | None = None) -> "PreTrai
         that of `source`.
 
     Returns:
-      A fast tokenizer; special tokens and the chat template are set as the source has them.
+      A fast tokenizer with the source's special tokens and chat template.
 
     Raises:
-      ConversionError: if the source has no tokenizer, or one that cannot be read.
+      ConversionError: if the source has no readable tokenizer.
     """
     path = locate_tokenizer(source, adapter=adapter)
     if path.is_dir():
@@ -82,10 +82,10 @@ def locate_tokenizer(source: Source, *, adapter: Source | None = None) -> Path:
 
     Returns:
       Of a PEFT directory with a complete tokenizer (tokenizer.json and tokenizer_config.json):
-      that directory, as the adapter was trained with it. Otherwise what holds the base model.
+      that directory, as the adapter was trained with it. Otherwise the path of the base model.
 
     Raises:
-      ConversionError: if there is no such model.
+      ConversionError: if the model does not exist.
     """
     if adapter is not None and (own := _adapter_tokenizer(locate(adapter, weights=False))):
         return own
@@ -117,8 +117,8 @@ def export_tokenizer(source: Source, path: Path) -> None:
     """Writes the tokenizer of a model, with its chat template, into a directory.
 
     Args:
-      source: what `load_tokenizer` takes. The tokenizer files of a directory are copied as
-        they are, if it has any (see `copy_tokenizer_files`).
+      source: what `load_tokenizer` takes. The tokenizer files of a directory are copied
+        unchanged, if it has any (see `copy_tokenizer_files`).
       path: an existing directory.
 
     Raises:
@@ -129,12 +129,12 @@ def export_tokenizer(source: Source, path: Path) -> None:
         copy_tokenizer_files(place, path)
         return
     tokenizer = load_tokenizer(place)
-    with refusing(f"the tokenizer cannot be written to {path}", "see that it has room"):
+    with refusing(f"the tokenizer cannot be written to {path}", "free some space"):
         tokenizer.save_pretrained(path)
 
 
 def tokenizer_class_of(model_type: str) -> str:
-    """The class that transformers takes for a model type where no file names one."""
+    """The tokenizer class of a model type in transformers, if no file names one."""
     import_transformers()
     from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
@@ -142,12 +142,12 @@ def tokenizer_class_of(model_type: str) -> str:
 
 
 def _cached(path: Path) -> "PreTrainedTokenizerFast":
-    """The demo's tokenizer; kept beside the file, as deriving its merges takes seconds."""
+    """The demo's tokenizer; cached beside the file, as deriving its merges takes seconds."""
     transformers = import_transformers()
     cache = path.with_name(f"{path.stem}.tokenizer-{transformers.__version__}")
     if not cache.is_dir():
         tokenizer = _from_gguf(path)
-        # Another process may have been faster; its result is the same.
+        # Another process may have written it first, with the same result.
         with contextlib.suppress(ConversionError, OSError), atomic_directory(cache) as directory:
             tokenizer.save_pretrained(directory)
         return tokenizer
@@ -155,7 +155,7 @@ def _cached(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
-    """Builds the tokenizer that a GGUF file's metadata describe."""
+    """Builds the tokenizer from a GGUF file's metadata."""
     transformers = import_transformers()
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
@@ -175,7 +175,7 @@ def _from_gguf(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def _settings(metadata: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
-    """What the tokenizer class needs beside the vocabulary."""
+    """Arguments of the tokenizer class beside the vocabulary."""
     begins = (
         described.get("tokenizer_type") == "llama"
         or described.get("pre_tokenizer_type") in _PRE_WITH_BOS

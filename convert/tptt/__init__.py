@@ -1,6 +1,6 @@
 """Directories of the package tptt 0.12.1: LoRA adapters or weights around a base model.
 
-Offered: telling, opening, fitting, describing and writing them.
+Offered: recognising, opening, fitting, describing and writing them.
 """
 
 from convert.tptt.checkpoint import FittedTptt, describe_tptt, fit_tptt, open_tptt

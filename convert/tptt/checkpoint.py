@@ -38,16 +38,16 @@ class TpttCheckpoint:
 
 
 def open_tptt(directory: Path) -> TpttCheckpoint:
-    """Reads the settings of a directory of tptt's and the header of its weights.
+    """Reads the settings of a tptt directory and the header of its weights.
 
     Args:
-      directory: what its save_pretrained wrote.
+      directory: the output of its save_pretrained.
 
     Returns:
       The opened directory.
 
     Raises:
-      ConversionError: if it cannot be read or has something that we do not have.
+      ConversionError: if it cannot be read or has unsupported settings.
     """
     config = read_tptt_config(directory)
     weights = directory / WEIGHTS_FILE
@@ -71,7 +71,7 @@ def open_tptt(directory: Path) -> TpttCheckpoint:
         for is_lora in (True, False)
     )
     if config.adapter is None:
-        # Without adapters there is no place for adapters' tensors: let them be found unexpected.
+        # Without adapters, adapter tensors have no place and are reported as unexpected.
         return TpttCheckpoint(
             path=directory, config=config, file=file, adapter=None, weights=plain | lora
         )
@@ -81,7 +81,7 @@ def open_tptt(directory: Path) -> TpttCheckpoint:
 
 
 def _canonical(name: str, *, has_lora: bool) -> str:
-    """The name in the plain base model, or that of an adapter on it."""
+    """The name in the plain base model, or the name of an adapter on it."""
     name = name.removeprefix("tptt_model.").removeprefix("base_model.")
     if has_lora:
         # The wrapper of PEFT.
@@ -92,7 +92,7 @@ def _canonical(name: str, *, has_lora: bool) -> str:
 
 
 def describe_tptt(checkpoint: TpttCheckpoint) -> dict[str, Any]:
-    """What `python -m convert inspect` says of it."""
+    """The report of `python -m convert inspect`."""
     config = checkpoint.config
     infos = checkpoint.file.tensors.values()
     lora = None if config.adapter is None else config.adapter.lora
@@ -111,22 +111,22 @@ def describe_tptt(checkpoint: TpttCheckpoint) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedTptt:
-    """A directory whose tensors were found to fit a base model."""
+    """A directory whose tensors fit a base model."""
 
     checkpoint: TpttCheckpoint
     adapter: FittedAdapter | None
 
     @property
     def liza(self) -> LizaConfig:
-        """The memory that it was trained with."""
+        """The memory of its training."""
         return self.checkpoint.config.liza
 
     def agreed(self, lora: LoraConfig | None) -> LoraConfig | None:
-        """See `FittedAdapter.agreed`; where weights were trained themselves, any will do."""
+        """See `FittedAdapter.agreed`; any value is allowed if whole weights were trained."""
         return lora if self.adapter is None else self.adapter.agreed(lora)
 
     def load_into(self, model: CausalLM) -> None:
-        """Puts the values into a model built with `liza` and the agreed adapters, in place.
+        """Loads the values into a model built with `liza` and the agreed adapters, in place.
 
         Raises:
           ConversionError: if they hold NaN or infinite values.
@@ -159,14 +159,14 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
     rules = family_of(model.config.family).rules(model.config)
     plan = plan_for(rules, model, variables)
     moves = [move for move in plan if checkpoint.weights.keys() & set(move.sources)]
-    wanted = {
+    expected = {
         name: shape
         for move in moves
         for name, shape in zip(move.sources, move.source_shapes, strict=True)
     }
     tensors = checkpoint.file.tensors
     found = {name: tensors[stored] for name, stored in checkpoint.weights.items()}
-    if problems := tensor_problems(wanted, found, lambda _: False):
+    if problems := tensor_problems(expected, found, lambda _: False):
         raise ConversionError(
             f"The tensors of {checkpoint.path} do not fit the base model; check that both belong "
             f"together. {problems}."
@@ -180,7 +180,7 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
             if slot.path not in values:
                 values[slot.path] = np.array(variables[slot.path][1].get_value())
             whole = values[slot.path]
-            # Ellipsis: a view even where the part is a single number.
+            # Ellipsis: a view even if the part is a single number.
             place = (*slot.index, ...)
             # A value too large for float16 becomes Inf, which is reported below.
             with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""config.json of a directory that `save_pretrained` of tptt 0.12.1 wrote."""
+"""config.json of a directory by `save_pretrained` of tptt 0.12.1."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,29 +14,29 @@ from tptt_jax.config import OPERATORS
 
 MODEL_TYPE = "tptt"
 _CONFIG = "config.json"
-# Its names of what ours are called on the right.
+# tptt's names and ours.
 TRICKS = {"dt": "derivative", "rot": "rotary", "rdt": "combined"}
 GATES = {"k": "k", "v": "v", "kv": "kv", "c": "constant"}
-# A module whose name ends so is wrapped, and what was in it moves into "base_attn".
+# Modules whose names end so are wrapped; the original module moves into "base_attn".
 _ATTENTION = ("attn", "self_attn", "attention")
 _WRAPPED = "base_attn"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TpttConfig:
-    """What its config.json says that matters here."""
+    """The relevant settings of its config.json."""
 
     base: str
-    """The base model: a hub id, or a path as the machine that trained it knew it."""
+    """The base model: a hub id, or a path on the machine that trained it."""
     subfolder: str | None
-    """Where the base model is inside `base`."""
+    """Folder of the base model inside `base`."""
     liza: LizaConfig
     adapter: AdapterConfig | None
-    """Its LoRA adapters; None: weights were trained themselves."""
+    """Its LoRA adapters; None: whole weights were trained."""
 
 
 class WrappedAdapterConfig(AdapterConfig):
-    """An adapter whose modules have the names that they have inside tptt's model."""
+    """An adapter with module names of tptt's model."""
 
     def selects(self, module: str) -> bool:
         """Whether a module of the plain base model is adapted."""
@@ -51,34 +51,34 @@ def wrapped_name(name: str) -> str:
 
 
 def plain_name(name: str) -> str:
-    """The opposite of `wrapped_name`."""
+    """The inverse of `wrapped_name`."""
     return name.replace(f".{_WRAPPED}.", ".")
 
 
 def is_tptt(path: Path) -> bool:
-    """Whether a path is a directory of tptt's."""
+    """Whether a path is a tptt directory."""
     file = path / _CONFIG
     return file.is_file() and read_json(file).get("model_type") == MODEL_TYPE
 
 
 def read_tptt_config(directory: Path) -> TpttConfig:
-    """Reads the config.json of a directory of tptt's.
+    """Reads the config.json of a tptt directory.
 
     Args:
       directory: the directory.
 
     Returns:
-      What it says.
+      The settings.
 
     Raises:
-      ConversionError: if it is malformed, or asks for something that we do not have.
+      ConversionError: if it is malformed or has unsupported settings.
     """
     path = directory / _CONFIG
     fields = Fields(read_json(path), str(path))
     fields.require("model_type", (MODEL_TYPE,), None)
     fields.require("model_task", ("causal_lm",), "causal_lm")
     fields.require("bidirectional", (False,), False)
-    # Ours computes in float32 at least, whatever this says.
+    # Ours always computes in at least float32.
     fields.require("linear_precision", ("float32", "bfloat16", "float16"), "float32")
     names = fields.texts("target_modules_names") or list(_ATTENTION)
     if not set(names) <= set(_ATTENTION):
@@ -119,7 +119,7 @@ def _read_liza(fields: Fields) -> LizaConfig:
 
 
 def _read_recurrence(fields: Fields) -> dict[str, Any]:
-    """The mode's own rule, which the package prefers too; else the one that is spelled out."""
+    """The mode's rule, which the package also prefers; else the explicit one."""
     mode = fields.text("operator_mode", None)
     if mode is not None:
         if mode not in OPERATORS:

@@ -1,4 +1,4 @@
-"""Writing a directory that tptt 0.12.1 loads."""
+"""Writes directories that tptt 0.12.1 loads."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ from convert.tptt.config import GATES, MODEL_TYPE, TRICKS, wrapped_name
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.config import OPERATORS
 
-# So that trust_remote_code finds the installed package.
+# These modules make trust_remote_code use the installed package.
 _MODULES = {"configuration_tptt": "TpttConfig", "modeling_tptt": "TpttModel"}
 
 
@@ -32,13 +32,13 @@ def write_tptt(
 ) -> None:
     """Writes config.json, adapters and changed weights, for `TpttModel.from_pretrained`.
 
-    Without adapters the attention projections are written whole, as the package does; with or
-    without, so is every other weight that differs from the base model's.
+    Without adapters the attention projections are written whole, as the package does; every other
+    weight that differs from the base model's is written in any case.
 
     Args:
       model: the model.
       directory: an existing, empty directory.
-      base: the base model, as config.json shall name it.
+      base: the base model's name for config.json.
       pretrained: the base model, opened.
 
     Raises:
@@ -47,7 +47,7 @@ def write_tptt(
     """
     if base is None or pretrained is None:
         raise ConversionError(
-            'format "tptt" holds no base model: give what the model was loaded from as source.'
+            'format "tptt" holds no base model: give the source that the model was loaded from.'
         )
     if pretrained.config_json is None:
         raise ConversionError(
@@ -66,7 +66,7 @@ def write_tptt(
     adapted = {name.removesuffix(".lora.a") for name in variables if name.endswith(".lora.a")}
     if lost := adapted - {place.path for place in places}:
         raise ConversionError(
-            f"{listing(lost)} have adapters but are no modules of their own in Hugging Face's "
+            f"{listing(lost)} have adapters but are not separate modules in Hugging Face's "
             'model, so tptt cannot hold them; use format "merged".'
         )
     tensors = _adapters(places, variables) | _weights(model, places, pretrained)
@@ -80,7 +80,7 @@ def write_tptt(
         "model_task": "causal_lm",
         "base_model_name": base,
         "base_model_subfolder": None,
-        # Left out, it is read with this model_type, which transformers 5 refuses.
+        # If omitted, tptt reads it with this model_type, which transformers 5 refuses.
         "base_model_config": pretrained.config_json,
         "linear_precision": np.dtype(model.dtype).name,
         "lora_config": _lora_json(model, places),
@@ -98,8 +98,8 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
     liza = model.liza
     if liza is None or liza.operator != "tptt_reference":
         raise ConversionError(
-            'format "tptt" is for operator "tptt_reference" only, as the package computes nothing '
-            f"else; this model has {'no memory' if liza is None else repr(liza.operator)}. Use "
+            'format "tptt" needs operator "tptt_reference", the only one of the package; this '
+            f"model has {'no memory' if liza is None else repr(liza.operator)}. Use "
             'format "merged" or "peft".'
         )
     wrong = {
@@ -111,7 +111,7 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:
         raise ConversionError(
             f"tptt cannot express this model's {listing(found)}; train with "
-            "LizaConfig.tptt_reference(...), which sets what it can."
+            "LizaConfig.tptt_reference(...), which sets only supported values."
         )
     share = 1.0 if model.mag_share is None else shortest(float(model.mag_share[...]))
     if not math.isfinite(share):
@@ -131,7 +131,7 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
 
 
 def _operator_json(liza: LizaConfig) -> dict[str, Any]:
-    """The mode's name, or the rule itself if it has none."""
+    """The mode's name, or the explicit rule if it has none."""
     rule = liza.recurrence
     for mode in OPERATORS:
         if LizaConfig.tptt_reference(mode).recurrence == rule:
@@ -170,7 +170,7 @@ def _adapters(places: list[Place], variables: Any) -> dict[str, np.ndarray]:
 
 
 def _weights(model: CausalLM, places: list[Place], base: Pretrained) -> dict[str, np.ndarray]:
-    """Tensors of the base model that the package must read from here."""
+    """Weights that differ from the base model, which the package must read from here."""
     has_lora = model.lora is not None
     adapted = {place.module for place in places}
     variables = variables_of(model)
@@ -201,7 +201,7 @@ def _is_projection(move: Conversion) -> bool:
 
 
 def _stored_name(name: str, adapted: set[str], has_lora: bool) -> str:
-    """The package's name of a tensor, without the wrappers that it leaves out."""
+    """The package's name of a tensor, without wrappers that it omits."""
     if not has_lora:
         return wrapped_name(name)
     module, _, leaf = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""``python -m experiments.bench attention``: the fused softmax attention beside the bounded one."""
+"""``python -m experiments.bench attention``: fused softmax attention beside `attend_sequence`."""
 
 import dataclasses
 import functools
@@ -31,9 +31,9 @@ class AttentionWork:
     head_dim: int = 64
     """Channels per head."""
     window: int | None = None
-    """Tokens seen; None: all before."""
+    """Tokens that a query sees; None: all before it."""
     documents: int | None = None
-    """Of one length, packed into every row; None: rows are told to be one document."""
+    """Documents of equal length in every row; None: each row is one document."""
     repeats: int = 5
     """Timed runs after the first, which compiles; the median counts."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -45,10 +45,10 @@ class AttentionWork:
 
 
 def bench_attention(work: Options[AttentionWork]) -> dict[str, Any]:
-    """Compares the fused attention, cuDNN's where it runs, with the bounded one.
+    """Compares the fused attention, cuDNN's where available, with the memory-bounded one.
 
-    "difference" is the largest one of the output and of each gradient, relative to the largest
-    value; "median_s" is of the output and all gradients together.
+    "difference" is the largest difference of the output and of each gradient, relative to the
+    largest value; "median_s" is the time of the output and all gradients together.
     """
     prepare_process()
     keys = jax.random.split(jax.random.key(0), 4)
@@ -88,7 +88,7 @@ def bench_attention(work: Options[AttentionWork]) -> dict[str, Any]:
 
 
 def _heads(work: AttentionWork) -> tuple[int, int, int, int]:
-    """Of queries, keys, values and what the output is weighed with."""
+    """Heads of the queries, keys, values and output weights."""
     return work.heads, work.kv_heads, work.kv_heads, work.heads
 
 
@@ -106,6 +106,6 @@ def _timed(run: Callable[..., tuple], *inputs: jax.Array) -> tuple[tuple, float]
     return result, time.perf_counter() - start
 
 
-def _difference(got: jax.Array, want: jax.Array) -> float:
-    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
-    return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+def _difference(got: jax.Array, expected: jax.Array) -> float:
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.max(jnp.abs(got - expected)) / jnp.max(jnp.abs(expected)))

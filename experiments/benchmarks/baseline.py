@@ -1,20 +1,20 @@
-"""Results of earlier runs: read, checked, compared with."""
+"""Reads results of earlier runs, checks them, and compares with them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-_FORM = "what an earlier run wrote with --output (or printed with --json)"
+_FORM = "the result of an earlier run, from --output or --json"
 _MEASURED = ("median_s", "first_run_s", "peak_gb")
 
 
 def read_baseline(path: Path, bench: str, workload: dict[str, Any]) -> dict[str, Any]:
-    """An earlier result for the same work.
+    """Reads an earlier result for the same workload.
 
     Args:
-      path: of its file.
+      path: its file.
       bench: the subcommand that must have written it.
-      workload: what it must have measured.
+      workload: the workload that it must have measured.
 
     Raises:
       ValueError: if the file holds something else.
@@ -28,10 +28,10 @@ def read_baseline(path: Path, bench: str, workload: dict[str, Any]) -> dict[str,
         raise ValueError(f"{path} must hold {_FORM}, as JSON with {', '.join(_MEASURED)}.")
     if found["bench"] != bench:
         raise ValueError(f"{path} was measured by bench {found['bench']}, not by bench {bench}.")
-    # As JSON has it: a tuple there is a list.
+    # As JSON holds it: a tuple becomes a list.
     now, then = json.loads(json.dumps(workload)), found["workload"]
     differing = [
-        f"{name} is {then.get(name)} there and {now.get(name)} here"
+        f"{name}: {then.get(name)} in the file, {now.get(name)} now"
         for name in dict.fromkeys((*now, *then))
         if then.get(name) != now.get(name)
     ]
@@ -51,12 +51,12 @@ def _is_result(found: Any) -> bool:
 
 
 def compare(now: dict[str, Any], baseline: dict[str, Any], path: Path) -> dict[str, Any]:
-    """How much better a result is than its baseline; every ratio is above 1 where it is better.
+    """Compares a result with its baseline; every ratio above 1 is an improvement.
 
     Returns:
       `speedup` and `first_run_speedup`, baseline seconds per second now; `memory_saving`, the
-      baseline's peak per peak now; what the baseline was, and whether on another device or by
-      another program.
+      baseline's peak per peak now; a description of the baseline, and whether it was measured on
+      another device or by another program.
     """
     program = now.get("implementation")
     speedup, first_run_speedup, memory_saving = (baseline[x] / now[x] for x in _MEASURED)

@@ -29,24 +29,24 @@ def measure_contexts(
     read_limit: int,
     use_memory: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Reads on from context to context, and decodes at each.
+    """Reads a text up to each context in turn, and decodes there.
 
     Args:
       model: a base model or a Titan.
       tokens: the text, as long as the longest context.
       contexts: lengths, ascending.
-      new_tokens: decoded at the end of each; the first two blocks do not count.
-      read_limit: beyond it the text is not read and the caches of layers without a window are
-        taken as they are: decoding takes as long whatever they hold.
+      new_tokens: decoded at the end of each; the first two blocks are not timed.
+      read_limit: beyond this length the text is not read, and caches without a window keep
+        arbitrary contents: decoding time does not depend on them.
       use_memory: False leaves the memory out.
 
     Yields:
       For each context, as soon as it is measured: seconds per token of prefill (None beyond the
-      limit) and decoding, bytes of state, memory held now and at most so far.
+      limit) and decoding, bytes of state, current and peak memory.
     """
 
     def programs(context: int) -> tuple[int, bool]:
-        """What decides which programs run; the same for all contexts that layers' windows hold."""
+        """Identifies the programs that run; equal for all contexts that fit the windows."""
         return cache_capacity(model.config, model.liza, context), context <= read_limit
 
     state, length = init_state(model, 1, use_memory=use_memory), 0
@@ -83,12 +83,11 @@ def measure_contexts(
 def _run_all_programs(
     model: CausalLM, tokens: Int[np.ndarray, " L"], empty: ReadState, new_tokens: int
 ) -> None:
-    """Compiles, and runs, what the contexts with such a state need.
+    """Compiles and runs all programs that contexts with such a state need.
 
-    So neither compilation nor what a program's first run leaves behind counts for a context.
+    Measurements then include neither compilation nor memory that first runs leave behind.
     """
-    # Once more, as the second round finds memory full of holes that the first has left: what it
-    # cannot place there makes the process grow for the last time.
+    # Twice: the first round fragments memory, so the second may still make the process grow.
     for _ in range(2):
         state = empty if len(tokens) else _of_length(empty, 1)
         # A long segment if there will be any, and a short one.
@@ -122,6 +121,6 @@ def _decode(model: CausalLM, state: ReadState, new_tokens: int) -> Iterator[np.n
 
 
 def _of_length(state: ReadState, length: int) -> ReadState:
-    """A state that takes itself to be so long."""
+    """The same state with another nominal length."""
     cache = state.cache._replace(length=jnp.full_like(state.cache.length, length))
     return state._replace(cache=cache)

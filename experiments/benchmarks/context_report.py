@@ -1,4 +1,4 @@
-"""What the context benchmark writes: context.json, context.png, and peers beside ours."""
+"""Output of the context benchmark: context.json and context.png, with peers beside ours."""
 
 import json
 from pathlib import Path
@@ -16,12 +16,12 @@ _COLORS = ("#08519c", "#d94801", "#636363", "#31a354")
 
 
 def write_context_report(output: Path, runs: Runs, about: dict[str, Any]) -> dict[str, Any]:
-    """Writes context.json and context.png into a directory, and returns what is in the former.
+    """Writes context.json and context.png into a directory; returns the content of context.json.
 
     Args:
       output: the directory.
-      runs: for each program what `measure_contexts` has given so far.
-      about: what else context.json says; "model" is the title.
+      runs: results of `measure_contexts` so far, by program.
+      about: further entries of context.json; "model" is the title.
     """
     written = about | {"runs": runs}
     write_result(output / "context.json", written)
@@ -30,7 +30,7 @@ def write_context_report(output: Path, runs: Runs, about: dict[str, Any]) -> dic
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One measured context in a line."""
+    """One measured context as a line of text."""
     prefill, decoding = result["prefill_s_per_token"], result["decode_s_per_token"]
     parts = [
         f"{result['context']} tokens",
@@ -43,7 +43,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def read_peer(path: Path) -> Runs:
-    """What another program has measured, in the form of "runs" in context.json.
+    """Reads the measurements of another program, in the form of "runs" in context.json.
 
     Raises:
       ValueError: if the file has another form.
@@ -94,7 +94,7 @@ def _draw(
 ) -> None:
     points = [(r["context"], r[key] * scale) for r in results if r.get(key) is not None]
     if points:
-        # See-through, as two programs may hold the same number of bytes.
+        # Transparent, as lines of two programs may coincide.
         axis.plot(*zip(*points, strict=True), "o-", color=color, label=name, alpha=0.7)
 
 

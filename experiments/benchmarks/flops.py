@@ -1,10 +1,10 @@
-"""Arithmetic that a piece of work needs, counted from its configuration.
+"""Floating-point operations of a workload, counted from its configuration.
 
 Counted are the additions and multiplications of matrix products, 2 m k n for [m, k] by [k, n].
-Not counted are element-wise work, norms, softmax, the optimizer, look-ups in the embedding, what
-is computed again in a backward pass, and products whose result is masked away: causal attention
-is counted for the keys that a query sees. Time times the machine's matrix products per second,
-against this, is therefore a bound from below and never above 1.
+Not counted are element-wise operations, norms, softmax, the optimizer, embedding look-ups,
+recomputation in a backward pass, and products whose result is masked: causal attention counts the
+keys that a query sees. The count over the time and the machine's peak is therefore a lower bound of
+the utilisation, and never above 1.
 """
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
@@ -30,11 +30,11 @@ def operator_flops(
 
     With M = C N virtual tokens in a chunk, for each chunk and KV head: L = beta K K^T and the
     product with the inverse of I + L as square matrices, the inverse as a triangular one (M^3 / 3),
-    what the state holds at the keys, its update; for each query head Q K^T over the chunk, its
-    product with the residuals, and what the state holds at the queries.
+    the state's values at the keys, its update; for each query head Q K^T over the chunk, its
+    product with the residuals, and the state's values at the queries.
 
     Args:
-      tokens: T times rows; a chunk that is not full counts by its share.
+      tokens: T times rows; a partial chunk counts proportionally.
       heads: query heads H.
       kv_heads: KV heads K, each with a state.
       head_dim: D.
@@ -56,10 +56,10 @@ def step_flops(*, heads: int, kv_heads: int, head_dim: int, householder: int) ->
 
 
 def layer_projections(config: ModelConfig) -> Projections:
-    """Input and output width of each matrix that one token meets in one layer, by path.
+    """Input and output width of each matrix that one token passes in one layer, by path.
 
     Args:
-      config: with the sizes of the layer, see `ModelConfig.of_layer`.
+      config: sizes of the layer, see `ModelConfig.of_layer`.
     """
     embed, width = config.embed_dim, config.num_heads * config.head_dim
     kv_width = config.num_kv_heads * config.head_dim
@@ -80,8 +80,8 @@ def layer_projections(config: ModelConfig) -> Projections:
 def weights_flops(config: ModelConfig, liza: LizaConfig | None) -> float:
     """One token through the weights of all layers, without the LM head.
 
-    Of experts, those that see the token; the output projection twice where the memory is mixed in
-    after it.
+    Counts the experts that see the token, and the output projection twice where the memory is mixed
+    in after it.
     """
     mixed_after = liza is not None and (liza.cross_gate or liza.linear_scale == "projected")
     total = 0.0
@@ -101,7 +101,7 @@ def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig
     total = 0.0
     for layer in range(config.num_layers):
         for path, (rows, columns) in layer_projections(config.of_layer(layer)).items():
-            # Adapters on all experts at once do not exist.
+            # Experts have no adapters.
             adapted = not config.num_experts or not path.startswith("mlp.") or "router" in path
             if lora is not None and adapted and lora.matches(path):
                 total += 2.0 * lora.rank * (rows + columns)
@@ -137,8 +137,7 @@ def attention_flops(
 ) -> float:
     """Softmax attention of one row's tokens from place `first` on: logits and weighted values.
 
-    A query sees the tokens before it and itself, within the window of its layer and beyond it the
-    sinks.
+    A query sees itself and the earlier tokens within its layer's window, and the sinks beyond it.
     """
     if liza is not None and not liza.softmax:
         return 0.0
@@ -164,7 +163,7 @@ def _visible_pairs(tokens: int, window: int | None, sinks: int) -> float:
 
 
 def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> float:
-    """The memory's operator over tokens read together, in all layers."""
+    """The memory's operator over tokens of one call, in all layers."""
     if liza is None or tokens == 0:
         return 0.0
     exact = liza.recurrence.state_activation != "none"
@@ -184,8 +183,8 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
 def row_memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> float:
     """The same for a row that is read without a cache.
 
-    The first places have lost nothing and are left out, also by the memory's own deltas, which
-    `adapter_flops` counts for every token.
+    Nothing is evicted at the first places, so these are left out, also for the memory's own deltas,
+    which `adapter_flops` counts for every token.
     """
     if liza is None or liza.writes != "evicted" or liza.softmax_window is None:
         return memory_flops(config, liza, tokens)
@@ -197,7 +196,7 @@ def row_memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) 
 
 
 def _running_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
-    """The layers whose memory does anything at all."""
+    """The layers whose memory is active."""
     return memory_layers(config, liza) if runs_memory(config, liza) else ()
 
 
@@ -212,8 +211,8 @@ def training_flops(
 ) -> float:
     """One optimizer step on `batch` rows of `tokens` tokens.
 
-    A frozen weight is met twice: forwards, and by the gradient of its input. A trained weight or
-    adapter, attention and the memory are met three times, as both of their operands have gradients.
+    A frozen weight counts twice: in the forward pass, and in the gradient of its input. A trained
+    weight or adapter, attention and the memory count three times: both operands have gradients.
     "projections" counts q, k, v and o as trained.
     """
     weights, head = weights_flops(config, liza), head_flops(config)
@@ -235,7 +234,7 @@ def decoding_flops(
 ) -> float:
     """Reading `prompt` tokens and decoding `tokens` more, which are read as well.
 
-    Logits are made for the new tokens only.
+    Logits are computed for the new tokens only.
     """
     per_row = (prompt + tokens) * (weights_flops(config, liza) + adapter_flops(config, liza, None))
     per_row += tokens * head_flops(config) + attention_flops(config, liza, prompt + tokens)

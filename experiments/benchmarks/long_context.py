@@ -22,23 +22,23 @@ from tptt_jax import LizaConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ContextWork(ModelChoice):
-    """Contexts that are read and decoded from."""
+    """Contexts to read and to decode from."""
 
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144)
-    """Tokens, those decoded at the end included, ascending."""
+    """Context lengths in tokens, ascending; they include the tokens decoded at the end."""
     data: Path | None = None
     """UTF-8 text to read, repeated as often as needed; None: random tokens."""
     window: int = 1024
-    """Of the Titan's softmax attention; with --no-liza of a window without memory."""
+    """Window of softmax attention, in tokens; with --no-liza it has no memory beside it."""
     new_tokens: int = 96
-    """Decoded at the end of each context."""
+    """Tokens decoded at the end of each context."""
     full_read_limit: int = 16384
     """Longest context that full softmax, whose prefill is quadratic, reads."""
     no_full: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Only the Titan."""
+    """Measures the Titan alone."""
 
     def __post_init__(self) -> None:
-        """Rejects contexts that cannot be measured one after the other."""
+        """Rejects contexts that do not ascend or are too short."""
         super().__post_init__()
         if self.new_tokens < 64:
             raise ValueError(f"new_tokens must be at least 64, got {self.new_tokens}.")
@@ -48,7 +48,7 @@ class ContextWork(ModelChoice):
                 f"contexts must ascend from more than {self.new_tokens}, got {self.contexts}."
             )
         if self.data is not None and self.random_weights is not None:
-            raise ValueError("random weights come without a tokenizer: leave data out.")
+            raise ValueError("--random-weights has no tokenizer: leave out --data.")
 
 
 def bench_context(
@@ -58,13 +58,13 @@ def bench_context(
 ) -> dict[str, Any]:
     """Measures a Titan with a window against full softmax as the context grows.
 
-    Writes context.json and context.png, anew after every context.
+    Rewrites context.json and context.png after every context.
 
     Args:
       work: what is measured.
-      peer_json: what other programs have measured, to be drawn with it; see
+      peer_json: measurements of other programs, to draw in the same picture; see
         tests/parity/transformers_context.py.
-      output: directory.
+      output: directory for both files.
     """
     peers: Runs = {}
     for path in peer_json:
@@ -73,7 +73,7 @@ def bench_context(
     workload = dataclasses.asdict(work) | {"data": None if work.data is None else str(work.data)}
     about = {"bench": "context", **machine(), "model": work.name, "dtype": work.dtype}
     about |= {"workload": workload}
-    # Before anything is measured: what drawing takes counts for no context.
+    # Draw before measuring, so that the memory of matplotlib counts for no context.
     report = write_context_report(output, peers, about)
     tokens, runs = _context_tokens(work), {}
     memory = work.memory(work.window)
@@ -91,7 +91,7 @@ def bench_context(
 def _contexts(
     work: ContextWork, liza: LizaConfig | None, tokens: np.ndarray
 ) -> Iterator[dict[str, Any]]:
-    """One kind of attention; its model is gone before the next one's is made."""
+    """Measures one kind of attention; its model is freed before the next one is built."""
     model = work.load(liza)
     yield from measure_contexts(
         model,

@@ -35,8 +35,8 @@ class TrainWork(ModelChoice):
     """"lora": adapters of rank 8 on q, k, v and o; "projections": these weights; "full": all;
     "memory": the memory alone."""
     remat: Remat = "none"
-    """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
-    but products with weights; "full": whole layers."""
+    """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
+    products with weights; "full": whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class DecodeWork(ModelChoice):
 def bench_train(work: Options[TrainWork], timing: Options[Timing]) -> dict[str, Any]:
     """Times one training step (AdamW, no dropout) on random tokens.
 
-    With a memory behind a window the same step is timed in turn with the window alone.
+    With a memory behind a window, the same step with the window alone is timed alternately.
     """
     return measure("train", work, _training, timing)
 
@@ -62,7 +62,7 @@ def bench_train(work: Options[TrainWork], timing: Options[Timing]) -> dict[str, 
 def bench_decode(work: Options[DecodeWork], timing: Options[Timing]) -> dict[str, Any]:
     """Times greedy decoding after a short prompt, the prefill included.
 
-    With a memory behind a window the same is timed in turn with the window alone.
+    With a memory behind a window, the same with the window alone is timed alternately.
     """
     return measure("decode", work, _decoding, timing)
 
@@ -70,7 +70,7 @@ def bench_decode(work: Options[DecodeWork], timing: Options[Timing]) -> dict[str
 def _training(work: TrainWork) -> Job:
     liza = work.memory(work.window)
     if work.train == "memory":
-        # The window alone has nothing to train.
+        # A window alone has no parameters to train.
         return _training_job(work, liza)
     return _with_control(liza, lambda liza: _training_job(work, liza))
 
@@ -117,7 +117,7 @@ def _decoding_job(work: DecodeWork, liza: LizaConfig | None) -> Job:
 
 
 def _with_control(liza: LizaConfig | None, make: Callable[[LizaConfig | None], Job]) -> Job:
-    """A job, and beside a memory behind a window the same with the window alone."""
+    """Builds a job; a memory behind a window gets the window alone as its control."""
     job = make(liza)
     if liza is None or liza.writes != "evicted" or liza.softmax_window is None:
         return job

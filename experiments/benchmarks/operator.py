@@ -32,15 +32,15 @@ class OpWork:
     householder: int = 2
     """Householder steps per token."""
     chunk_size: int = 64
-    """Tokens per chunk at most."""
+    """Most tokens per chunk."""
     precision: Precision = "auto"
-    """Of the matrix products outside the triangular solve; without effect on a CPU."""
+    """Precision of matrix products outside the triangular solve; no effect on a CPU."""
     implementation: Literal["xla", "pallas"] | None = None
-    """Of the operator; None: what is known to be faster."""
+    """Implementation of the operator; None: the faster one."""
     decay: bool = False
     """With a forget gate."""
     grad: bool = False
-    """Also all gradients."""
+    """Also computes all gradients."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the inputs."""
 
@@ -50,7 +50,7 @@ class OpWork:
 
 
 def bench_op(work: Options[OpWork], timing: Options[Timing]) -> dict[str, Any]:
-    """Times the chunked DeltaProduct operator on random inputs, and says which implementation."""
+    """Times the chunked DeltaProduct operator on random inputs, and names the implementation."""
     return measure("op", work, _operator, timing)
 
 
@@ -95,7 +95,7 @@ def _operator(work: OpWork) -> Job:
         householder=work.householder,
         chunk_size=chunk_size,
     )
-    # Gradients take twice as much as the forward pass, which they need as well.
+    # Gradients take twice the operations of the forward pass, which they include.
     return Job(
         lambda: jax.block_until_ready(function(q, k, v, beta, log_decay)),
         work.batch * work.tokens,

@@ -1,4 +1,4 @@
-"""The model that a benchmark runs: loaded, or of a named shape with random weights."""
+"""The model of a benchmark: loaded, or a named shape with random weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,21 +25,21 @@ SHAPES: dict[Shape, Callable[[], ModelConfig]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """What to run, and how."""
+    """The model to run, and its options."""
 
     model: str | None = None
-    """What `load_pretrained` takes; None: "smollm2-135m", or random weights."""
+    """A model as `load_pretrained` takes it; None: "smollm2-135m", or random weights."""
     random_weights: Shape | None = None
-    """Instead of a model: random weights of this shape, which need no download and take as long."""
+    """Random weights of this shape instead of a model: no download, and the same speed."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out; a window stays."""
+    """Leaves the memory out; a window stays."""
     writes: Writes = "evicted"
-    """Which tokens the memory takes: those that leave the window, or "all" beside full softmax."""
+    """Which tokens the memory holds: those that leave the window, or "all" beside full softmax."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights."""
+    """Dtype of the base weights."""
 
     def __post_init__(self) -> None:
-        """Rejects two models at once, and takes the demo if there is none."""
+        """Rejects two models at once; the demo is the default."""
         check_positive(self)
         if self.random_weights is None:
             object.__setattr__(self, "model", self.model or DEFAULT_MODEL)
@@ -50,11 +50,11 @@ class ModelChoice:
 
     @property
     def name(self) -> str:
-        """For titles."""
+        """The name for titles."""
         return self.model or f"{self.random_weights}, random weights"
 
     def memory(self, window: int | None) -> LizaConfig | None:
-        """The memory as it is by default, or a window alone, or neither.
+        """The default memory, a window alone, or neither.
 
         Args:
           window: tokens that softmax attention sees; None: all.
@@ -64,7 +64,7 @@ class ModelChoice:
         return None if window is None else LizaConfig(writes="none", softmax_window=window)
 
     def load(self, liza: LizaConfig | None, lora: LoraConfig | None = None) -> CausalLM:
-        """The model with this memory and these adapters; random weights are made in `dtype`."""
+        """Builds the model with this memory and these adapters; random weights have `dtype`."""
         dtype = jnp.dtype(self.dtype)
         if self.model is not None:
             return load_pretrained(self.model, liza, lora, dtype)

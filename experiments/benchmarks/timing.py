@@ -1,4 +1,4 @@
-"""Timing one piece of work: the median, the arithmetic floor beside it, a trace, a baseline."""
+"""Timing of one workload: the median, its arithmetic floor, a trace, a baseline."""
 
 import dataclasses
 import datetime
@@ -35,30 +35,30 @@ class Timing:
     """How often to measure, and what to do with the result."""
 
     repeats: int = 5
-    """Timed runs after the first, which compiles; the median counts."""
+    """Timed runs after the first, which compiles; the result is their median."""
     profile: Path | None = None
-    """Directory for a trace of one more run. The file that ui.perfetto.dev opens in a browser is
-    "trace" in the result."""
+    """Directory for a trace of one more run. "trace" in the result names the file, which
+    ui.perfetto.dev opens in a browser."""
     output: Path | None = None
     """JSON file for the result."""
     compare: Path | None = None
-    """What an earlier run of the same work wrote with --output; "compare" in the result then says
-    how many times faster this run is and how many times less memory it takes."""
+    """The --output file of an earlier run of the same workload; "compare" in the result has the
+    ratios of time and memory."""
 
     def __post_init__(self) -> None:
-        """Rejects a number of runs that has no median."""
+        """Rejects fewer than one run."""
         check_positive(self)
 
 
 class Job(NamedTuple):
-    """Something to be timed.
+    """A workload to be timed.
 
     Attributes:
-      run: does it once and waits for the end.
-      tokens: that one run handles.
-      flops: that one run needs, see `experiments.benchmarks.flops`.
-      about: what else the result says.
-      control: the same work without the memory, timed in turn with `run`; None: there is none.
+      run: runs once and waits for the result.
+      tokens: tokens per run.
+      flops: operations per run, see `experiments.benchmarks.flops`.
+      about: further entries of the result.
+      control: the same workload without the memory, timed alternately with `run`; None: no control.
     """
 
     run: Callable[[], object]
@@ -69,25 +69,25 @@ class Job(NamedTuple):
 
 
 def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing) -> dict[str, Any]:
-    """Times one piece of work.
+    """Times one workload.
 
     Args:
       bench: the subcommand.
-      work: a dataclass that defines what is done, with a field `dtype`.
-      prepare: makes the job of it.
-      timing: how.
+      work: a dataclass that defines the workload, with a field `dtype`.
+      prepare: builds its job.
+      timing: the options.
 
     Returns:
       `median_s` and `tokens_per_s` of the timed runs; `first_run_s`, which compiles; `peak_gb`, of
       the accelerator or on a CPU of the process (`host_peak_gb` in any case);
-      `matmul_ceiling_flops`, FLOP/s of a large square matrix product in the dtype of the work,
-      right after it; `model_flops`, the arithmetic that the work needs; `floor_s`, the seconds
-      that it takes at the ceiling; `utilisation`, floor_s / median_s; what the job says of itself.
-      With a control `window_alone_s`, its median, and `memory_cost`, the median over pairs of
-      runs of the time with the memory over that without.
+      `matmul_ceiling_flops`, FLOP/s of a large square matrix product in the same dtype, measured
+      right after the workload; `model_flops`, the operations of the workload; `floor_s`, their time
+      at the ceiling; `utilisation`, floor_s / median_s; and the entries of the job.
+      With a control also `window_alone_s`, its median, and `memory_cost`, the median over pairs of
+      runs of the time with the memory over the time without.
 
     Raises:
-      ValueError: if the baseline is none for this work.
+      ValueError: if the baseline is of another workload.
     """
     workload = dataclasses.asdict(work)
     baseline = None if timing.compare is None else read_baseline(timing.compare, bench, workload)
@@ -114,7 +114,7 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
         "host_peak_gb": host_peak_gb(),
     }
     if control:
-        # Of pairs: what slows the machine down for a while slows both of a pair.
+        # Pairs: a temporary slowdown of the machine affects both runs of a pair.
         ratios = [mine / theirs for mine, theirs in zip(seconds, control, strict=True)]
         result |= {
             "window_alone_s": statistics.median(control),
@@ -137,7 +137,7 @@ def measure(bench: str, work: Any, prepare: Callable[[Any], Job], timing: Timing
 
 
 def machine() -> dict[str, str]:
-    """Where and when something is measured."""
+    """The machine, its software and the time, for reports."""
     return {
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -146,7 +146,7 @@ def machine() -> dict[str, str]:
 
 
 def matmul_ceiling(dtype: jnp.dtype) -> float:
-    """FLOP/s of a large square matrix product at the default precision; median of a few."""
+    """FLOP/s of a large square matrix product at the default precision; median of a few runs."""
     size = _CEILING_SIZE.get(jax.default_backend(), _ACCELERATOR_CEILING_SIZE)
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.matmul)
@@ -155,14 +155,14 @@ def matmul_ceiling(dtype: jnp.dtype) -> float:
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result as JSON, all of it or nothing."""
+    """Writes a result as JSON, atomically."""
     with atomic_file(path) as temporary:
         text = json.dumps(result, indent=2, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def check_positive(options: Any) -> None:
-    """Raises ValueError if a whole number among a dataclass's fields is below 1."""
+    """Raises ValueError if an integer field of a dataclass is below 1."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         if isinstance(value, int) and not isinstance(value, bool) and value < 1:

@@ -1,4 +1,4 @@
-"""How command lines and YAML files become configurations; it knows none of them.
+"""Turns command lines and YAML files into configurations, without knowing any of them.
 
 Offered: running a configured command, reading arguments, and reading and writing YAML.
 """

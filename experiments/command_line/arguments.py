@@ -1,4 +1,4 @@
-"""How command lines are read: flags, over a YAML file that --config names."""
+"""Reads command lines: flags, which override a YAML file given with --config."""
 
 import contextlib
 import functools
@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
     """Reads a configuration from flags and, if ``--config`` names one, a YAML file.
 
     The YAML file holds the flags' names with underscores, in blocks where a flag has a dot
-    (``liza: {mag_init: 0.1}``); what it says are the defaults that flags override.
+    (``liza: {mag_init: 0.1}``); its values are the defaults, and flags override them.
 
     Args:
       argv: the arguments after the program's name.
@@ -37,7 +37,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
       A validated instance of `cls`.
 
     Raises:
-      FileNotFoundError: if the YAML file is not there.
+      FileNotFoundError: if the YAML file does not exist.
       ValueError: if the YAML file or a flag is wrong, in one sentence.
       SystemExit: with status 0 after ``--help``.
     """
@@ -57,7 +57,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
         if not stop.code:
             raise
         options = functools.partial(list_options, lambda: parse(["--help"]))
-        raise ValueError(usage_sentence(complaint.getvalue(), options)) from None
+        raise ValueError(usage_sentence(complaint.getvalue(), options, argv)) from None
 
 
 def run_configured(
@@ -67,11 +67,11 @@ def run_configured(
     *,
     prog: str | None = None,
 ) -> int:
-    """Runs a command that takes a configuration as `run_command` runs those that take flags.
+    """`run_command` for a command that takes a configuration.
 
     Args:
       function: the command; it returns what --json prints.
-      cls: what `parse_arguments` makes for it.
+      cls: class of the configuration (see `parse_arguments`).
       argv: the arguments; None: those of the process.
       prog: the program's name in ``--help``.
 
@@ -87,6 +87,6 @@ def run_configured(
 
 
 def _modernized(values: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration file says, in today's words: remat once was true or false."""
+    """Converts an older configuration file: remat was true or false."""
     remat = values.get("remat")
     return values | {"remat": "full" if remat else "none"} if isinstance(remat, bool) else values

@@ -1,7 +1,8 @@
-"""Values of a YAML file become the defaults of a command line, and a configuration YAML."""
+"""Values of a YAML file as defaults of a command line, and a configuration as YAML."""
 
 import contextlib
 import dataclasses
+import difflib
 import types
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +16,7 @@ _EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", st
 
 
 def config_path(argv: Sequence[str]) -> Path | None:
-    """What ``--config`` names; tyro needs the defaults before it reads the flags.
+    """The path given with ``--config``; tyro needs the defaults before it reads the flags.
 
     Raises:
       ValueError: if it is given twice.
@@ -31,14 +32,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The names and values of a YAML file.
 
     Raises:
-      FileNotFoundError: if it is not there.
-      ValueError: if it is no such file, naming the line if there is one.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is not valid YAML; the message names the line if possible.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
         raise FileNotFoundError(
-            f"There is no configuration file {path}: check the path given with --config."
+            f"no such file: {path}; check the path given with --config."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -55,10 +56,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def unresolved_defaults(
     cls: Any, instance: Any, values: Any, *, where: str, prefix: str = ""
 ) -> Any:
-    """What tyro takes for defaults: `instance`'s values, or `cls`'s own, overridden by `values`.
+    """Defaults for tyro: the values of `instance`, or `cls`'s own, overridden by `values`.
 
-    `__post_init__` is left out: what it derives from other fields must not be taken for
-    somebody's choice, or ``--liza.operator`` would be overruled by the default operator's fields.
+    `__post_init__` does not run: the values that it derives would look like the user's choices, and
+    ``--liza.operator`` would be overruled by the default operator's fields.
 
     Args:
       cls: a dataclass, whose fields may be dataclasses.
@@ -68,7 +69,7 @@ def unresolved_defaults(
       prefix: of the names in messages.
 
     Returns:
-      An instance of `cls` that nobody has validated.
+      An instance of `cls`, not validated.
 
     Raises:
       ValueError: if a name or the type of a value is wrong.
@@ -82,8 +83,7 @@ def unresolved_defaults(
     for name in values:
         if name not in known:
             raise ValueError(
-                f"{where}: there is no option {prefix}{name}; the options here are "
-                f"{', '.join(known)}."
+                f"{where}: there is no option {prefix}{name}{_remedy(str(name), prefix, known)}"
             )
     hints = get_type_hints(cls)
     result = object.__new__(cls)
@@ -99,8 +99,15 @@ def unresolved_defaults(
     return result
 
 
+def _remedy(name: str, prefix: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f": did you mean {prefix}{close[0]}?"
+    return f"; the options here are {', '.join(known)}."
+
+
 def resolved_yaml(config: Any) -> str:
-    """A YAML file that gives this configuration again through ``--config``."""
+    """A YAML text that reproduces this configuration through ``--config``."""
     values = _plain(dataclasses.asdict(config))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
@@ -127,7 +134,7 @@ def _default_of(field: dataclasses.Field[Any], instance: Any) -> Any:
 
 
 def _checked(value: Any, hint: Any, place: str) -> Any:
-    """A value of a YAML file as the type its field has."""
+    """A value of a YAML file, converted to its field's type."""
     origin, choices = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in choices:

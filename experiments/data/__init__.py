@@ -1,6 +1,6 @@
 """Training data: from files, folders and Hub datasets to rows of tokens, part of them held out.
 
-Offered: `DataConfig`, `load_token_data` and what it returns, and Python's own documentation.
+Offered: `DataConfig`, `load_token_data` and its result, and Python's own documentation.
 """
 
 from experiments.data.config import DataConfig

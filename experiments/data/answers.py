@@ -1,4 +1,4 @@
-"""Where the answers of a conversation are in the text that a chat template makes of it."""
+"""Finds the answers of a conversation in the text that a chat template renders."""
 
 import json
 from typing import Any
@@ -7,20 +7,20 @@ from experiments.data.conversations import Conversation
 from experiments.data.marked_text import MarkedText, check_characters
 from experiments.data.templates import ChatTemplate, OverdueTemplateError
 
-# Characters for private use: no text means anything by them.
+# Private-use characters: they have no meaning in any text.
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
 
 
 def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool) -> MarkedText:
-    """The text of a conversation, in which the answers count.
+    """Renders a conversation and marks its answers as targets of the loss.
 
-    An answer reaches from where the template asks for it to where the next turn begins. Templates
-    that mark answers themselves, with {% generation %}, are taken at their word.
+    An answer extends from the generation prompt to the beginning of the next turn. If the template
+    marks answers itself, with {% generation %}, these marks are used.
 
     Args:
-      template: writes the text.
+      template: renders the text.
       chat: the conversation.
-      everything: all turns count, but for answers of weight 0.
+      everything: all turns count in the loss, except answers of weight 0.
 
     Raises:
       ValueError: if the template refuses the conversation or rewrites an answer.
@@ -45,16 +45,16 @@ def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool
 
 
 def _with_contents(template: ChatTemplate, chat: Conversation) -> Conversation:
-    """The conversation with "" for None where the template cannot do with None.
+    """Replaces a content of None by "" where the template cannot handle None.
 
-    Some templates write calls only where the content is none, others fail on it or write "None".
+    Some templates write calls only if the content is none, others fail on it or write "None".
     """
     if all(message["content"] is not None for message in chat.messages):
         return chat
     empty = chat._replace(messages=[m | {"content": m["content"] or ""} for m in chat.messages])
     texts = []
     for messages in (chat.messages, empty.messages):
-        # Without the word in what was said and called; what is left is the template's own.
+        # Remove the word from messages and calls; a remaining "None" is the template's.
         plain = json.loads(json.dumps(messages, default=str).replace("None", "none"))
         try:
             texts.append(template.render(plain, chat.tools))
@@ -77,7 +77,7 @@ class _Finder:
         self._everything = everything
 
     def find(self, index: int) -> tuple[int, int]:
-        """Where the answer with this index among the messages is."""
+        """Start and end of the answer with this index among the messages."""
         before = self._prefix(index, ask=True) if index else None
         through = self._prefix(index + 1)
         if (
@@ -91,8 +91,7 @@ class _Finder:
             start = self._start_of_text(index)
             if start is not None and self._text.startswith(through):
                 return start, len(through)
-        # Some templates write turns differently by their place, as those that keep the reasoning
-        # of the last answer only.
+        # Some templates render turns by their place: only the last answer keeps its reasoning.
         found = self._content(self._text, index, len(self._chat.messages))
         if found is None:
             remedy = (
@@ -110,20 +109,20 @@ class _Finder:
         return start, end + len(self._ending(through, index, end))
 
     def _start_of_text(self, index: int) -> int | None:
-        """Where an answer of calls alone would begin if it were text."""
+        """Start of an answer that consists of calls only, as if it were text."""
         mark = next(char for char in _PRIVATE if char not in self._text)
         plain = {"role": "assistant", "content": mark}
         shown = (self._render([*self._chat.messages[:index], plain]) or "").partition(mark)
         return len(shown[0]) if shown[1] and self._text.startswith(shown[0]) else None
 
     def _ending(self, through: str | None, index: int, end: int) -> str:
-        """What ends the turn: as much as follows the answer both here and where it is the last."""
+        """The text that ends the turn: it follows the answer here and where it is the last."""
         if through is None or (last := self._content(through, index, index + 1)) is None:
             return ""
         return self._text[end : end + _same(through[last[1] :], self._text[end:])]
 
     def _content(self, text: str, index: int, count: int) -> tuple[int, int] | None:
-        """Where a message's content is: what changes where another one stands in its place."""
+        """Start and end of a message's content, found by replacing it with another content."""
         messages = self._chat.messages[:count]
         mark = next(char for char in _PRIVATE if char not in text)
         content = messages[index]["content"] or ""
@@ -142,7 +141,7 @@ class _Finder:
         return self._render(self._chat.messages[:count], ask=ask)
 
     def _render(self, messages: list[dict[str, Any]], *, ask: bool = False) -> str | None:
-        """None: the template wants a whole conversation."""
+        """Renders some messages; None if the template needs a whole conversation."""
         try:
             return self._template.render(messages, self._chat.tools, ask=ask)
         except OverdueTemplateError:
@@ -152,7 +151,7 @@ class _Finder:
 
 
 def _same(one: str, other: str) -> int:
-    """How many characters both begin with."""
+    """Length of the common prefix, in characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

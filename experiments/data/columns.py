@@ -1,4 +1,4 @@
-"""Columns of a table: what they are called, and which format they make."""
+"""Columns of a table: their names, and the format that they imply."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ _OPTIONAL = ("input", "system", "tools")
 
 
 def read_columns(pairs: Sequence[str]) -> dict[str, str]:
-    """What "prompt=question" and its like say: our names of columns, and those of the data.
+    """Parses pairs such as "prompt=question": our name of a column, and its name in the data.
 
     Raises:
-      ValueError: if one is no such pair, or names a column that no format has.
+      ValueError: if a text is not such a pair, or names a column that no format has.
     """
     ours = ("text", *(name for names in _NEEDED.values() for name in names), *_OPTIONAL)
     found: dict[str, str] = {}
@@ -48,19 +48,19 @@ def rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
       columns: what `read_columns` returns.
 
     Raises:
-      ValueError: if a column is not there.
+      ValueError: if a column is missing.
     """
     if not columns:
         return rows
     if lacking := [name for name in columns.values() if name not in rows.columns]:
         raise ValueError(
             f"{rows.source} has the columns {_listing(rows.columns)}, but --data.columns names "
-            f"{_listing(lacking)}: name columns that are there."
+            f"{_listing(lacking)}: name existing columns."
         )
     ours: dict[str, list[str]] = {theirs: [] for theirs in columns.values()}
     for name, theirs in columns.items():
         ours[theirs].append(name)
-    # A column of ours that somebody else's replaces is left out.
+    # A column that has one of our names but is replaced by another one is left out.
     renamed = {name: ours.get(name, [] if name in columns else [name]) for name in rows.columns}
     return dataclasses.replace(
         rows,
@@ -71,18 +71,18 @@ def rename_columns(rows: Rows, columns: dict[str, str]) -> Rows:
     )
 
 
-def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
-    """The format of these rows, recognised by their columns if `wanted` is "auto".
+def find_format(rows: Rows, requested: FormatChoice, text_column: str) -> Format:
+    """The format of these rows, recognised by their columns if `requested` is "auto".
 
-    A column of text beside those of another format is taken for the same data, written out.
+    A text column beside the columns of another format is ignored: it usually repeats the data.
 
     Raises:
       ValueError: if columns are missing, or several formats fit.
     """
     needed: dict[Format, tuple[str, ...]] = {**_NEEDED, "text": (text_column,)}
-    if wanted == "auto" and text_column != "text":
-        wanted = "text"  # whoever names the column of plain text wants it read
-    candidates: list[Format] = list(needed) if wanted == "auto" else [wanted]
+    if requested == "auto" and text_column != "text":
+        requested = "text"  # naming the column of plain text chooses the format
+    candidates: list[Format] = list(needed) if requested == "auto" else [requested]
     found: list[Format] = [
         each for each in candidates if all(name in rows.columns for name in needed[each])
     ]
@@ -106,6 +106,6 @@ def find_format(rows: Rows, wanted: FormatChoice, text_column: str) -> Format:
 
 
 def _listing(columns: Sequence[str]) -> str:
-    """Names on one line, whatever they are."""
+    """Any names on one line."""
     shown = (name if name.isprintable() and name.strip() else repr(name) for name in columns)
     return ", ".join(shown)

@@ -1,4 +1,4 @@
-"""What to train on, and how it is laid out: the options of the data."""
+"""The options of the training data, and of its layout in rows."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -13,7 +13,7 @@ from experiments.data.probes import PROBES, ProbeKind
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What to train on, and how it is laid out in rows of tokens."""
+    """Training data, and its layout in rows of tokens."""
 
     path: Annotated[str | tuple[str, ...], tyro.conf.arg(name="data", prefix_name=False)] = (
         PYTHON_DOCS
@@ -22,43 +22,42 @@ class DataConfig:
     JSON, CSV, TSV, Parquet or text files (all but Parquet also as .gz or .zst), a folder or a
     pattern of them; or a dataset id on the Hugging Face Hub."""
     split: str = "train"
-    """Split of a Hub dataset or a folder; a slice such as "train[:500]" works for all but one whole
-    text."""
+    """Split of a Hub dataset or a folder; slices such as "train[:500]" work for tables only."""
     revision: str | None = None
     """Branch, tag or commit of a Hub dataset; None: the newest."""
     format: FormatChoice = "auto"
     """"text": one column of text; "alpaca": instruction, input (may be empty or missing), output;
     "chat": messages with role and content; "sharegpt": conversations with from and value;
-    "prompt-completion": texts or messages; "question-answer"; "auto": what the columns say."""
+    "prompt-completion": texts or messages; "question-answer"; "auto": by the columns."""
     columns: tuple[str, ...] = ()
-    """Names of columns where they are others than a format's: prompt=question completion=answer."""
+    """Names of columns that differ from the format's: prompt=question completion=answer."""
     text_column: str = "text"
     """Column of plain text."""
     max_rows: int | None = None
-    """Reads only so many rows; None: all."""
+    """Most rows to read; None: all."""
     sequence_length: int = 256
-    """Tokens per row; longer text is cut into several rows, other longer examples are cut off."""
+    """Tokens per row; longer texts are split over several rows, other longer examples truncated."""
     packing: bool = True
-    """Several short examples share a row, without seeing each other; False: one row each."""
+    """Short examples share a row without seeing each other; False: one example per row."""
     loss: Loss = "answers"
-    """"answers": only what the assistant says counts; "all": prompts count too. In plain text
-    everything counts."""
+    """"answers": only the assistant's answers count; "all": prompts count too. In plain text all
+    tokens count."""
     eval_tokens: int = 2000
     """Tokens at the beginning of a whole text (python-docs, a text file) that are held out."""
     eval_length: int | None = None
-    """Tokens per row of them; None: as long as rows can be, up to 2,048, where a memory counts."""
+    """Tokens per held-out row; None: as many as possible up to 2,048, so that a memory matters."""
     eval_rows: float = 0.05
-    """Rows of a table that are held out, chosen by the seed: a share if below 1, else a count."""
+    """Held-out rows of a table, chosen by the seed: a share if below 1, else a number of rows."""
     recall: float = 0.0
     """Share of rows, below 1, that ask for pass keys, numbers or pairs hidden beyond the window, in
     text and in noise. They teach the memory to recall. Their answers count, and so does text that
     hides something; noise does not. With packing such a row has several questions of different
     lengths."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
-    """What such rows ask for, in turn."""
+    """What these rows ask for, in turn."""
 
     def __post_init__(self) -> None:
-        """Rejects values that no data can be read with."""
+        """Rejects invalid values."""
         check_literals(self)
         read_columns(self.columns)
         if not isinstance(self.path, str) and len(self.path) < 2:
@@ -84,12 +83,12 @@ class DataConfig:
 
     @property
     def shown(self) -> str:
-        """What `path` names, for messages."""
+        """The data's name for messages."""
         return self.path if isinstance(self.path, str) else " ".join(self.path)
 
 
 def check_literals(config: Any) -> None:
-    """Raises ValueError if a field of a configuration is none of the choices its type names."""
+    """Raises ValueError if a field of a configuration is not among the choices of its type."""
     for name, hint in get_type_hints(type(config)).items():
         choices = get_args(hint)
         if get_origin(hint) is Literal and getattr(config, name) not in choices:

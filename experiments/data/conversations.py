@@ -1,4 +1,4 @@
-"""Conversations as data files hold them: OpenAI's messages, and the tools they may call."""
+"""Conversations in data files: OpenAI's messages, and the tools they may call."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +9,10 @@ Reader = Callable[[dict[str, Any]], "Conversation"]
 
 
 class Conversation(NamedTuple):
-    """What a chat template writes out.
+    """The input of a chat template.
 
     Attributes:
-      messages: each with role and content, a text or None beside calls, and what else it has.
+      messages: each with role, content (a text, or None beside calls), and any further keys.
       tools: descriptions of functions; None: the row has none.
       answers: indices of the assistant's messages that count in the loss.
       untrained: answers excluded from the loss by "weight": 0.
@@ -34,7 +34,7 @@ def read_conversation(row: dict[str, Any]) -> Conversation:
       row: of a table.
 
     Raises:
-      ValueError: if it holds no conversation, or something else than text.
+      ValueError: if it holds no conversation, or content other than text.
     """
     return make_conversation(read_list(row, "messages"), row)
 
@@ -71,8 +71,8 @@ def make_conversation(messages: list[Any], row: dict[str, Any], first: int = 0) 
 
     Args:
       messages: with role and content.
-      row: that they are of.
-      first: index of the first message whose answer counts.
+      row: their row.
+      first: index of the first message that may count in the loss.
 
     Raises:
       ValueError: if it holds no conversation, or something else than text.
@@ -158,6 +158,6 @@ def _part(part: Any) -> str:
     if kind != "text" or not isinstance(text, str):
         raise ValueError(
             f"content must be text or a list of text parts, got a part of type {short(kind)}: "
-            "remove such rows, as this model reads text only."
+            "remove such rows; the model reads text only."
         )
     return text

@@ -26,11 +26,11 @@ _KINDS = {
 
 
 class FileRows(NamedTuple):
-    """What one file holds.
+    """The content of one file.
 
     Attributes:
       columns: their names, in order.
-      rows: without the keys that only other rows have.
+      rows: each with its own keys only.
     """
 
     columns: tuple[str, ...]
@@ -38,13 +38,13 @@ class FileRows(NamedTuple):
 
 
 def kind_of(file: Path) -> str | None:
-    """The kind that the extension says: json, csv, parquet or text; None: it is unknown."""
+    """The kind by extension: json, csv, parquet or text; None: unknown."""
     kind = _KINDS.get(text_suffix(file))
     return None if kind == "parquet" and file.suffix.lower() in COMPRESSIONS else kind
 
 
 def is_text(file: Path) -> bool:
-    """Whether a file is read as one text: by its extension, or because that says nothing."""
+    """Whether a file is read as one text: by its extension, or because that is unknown."""
     return kind_of(file) in ("text", None)
 
 
@@ -53,7 +53,7 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
 
     Args:
       file: not a special file.
-      most: reads only so many rows.
+      most: most rows to read.
 
     Raises:
       ValueError: if it cannot be read, naming the line if there is one.
@@ -86,9 +86,9 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
 
 
 def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON or JSON Lines file; a fault is named by its line.
+    """The objects of a JSON or JSON Lines file; errors name the line.
 
-    Arrow would make dates of texts and give all rows the same keys.
+    Arrow would turn texts into dates and give all rows the same keys.
     """
     if not lines:
         with open_text(file) as stream:
@@ -96,7 +96,7 @@ def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            # JSON Lines are often called .json.
+            # JSON Lines files are often named .json.
             if error.msg != "Extra data":
                 place = f"{file}, line {error.lineno},"
                 raise _json_fault(error, place, "repair it") from None
@@ -124,12 +124,12 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _json_fault(error: Exception, place: str, remedy: str) -> ValueError:
-    """What `json.loads` did not read, in one line."""
+    """The error of `json.loads` in one line."""
     if isinstance(error, json.JSONDecodeError):
         what = f"is not valid JSON ({error.msg})"
     elif isinstance(error, RecursionError):
         what = "is nested too deeply"
-    else:  # Python reads no more digits
+    else:  # Python's limit for integers
         what = "holds a number of over 4,300 digits"
     return ValueError(f"{place} {what}: {remedy}.")
 
@@ -144,7 +144,7 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dic
     """The header, and rows in which every cell is text ("NA" and "007" too)."""
     lines = _csv_lines(file, delimiter)
     header = next((cells for _, cells in lines if any(map(str.strip, cells))), [])
-    # Spreadsheets leave several empty columns at the end.
+    # Spreadsheets append empty columns.
     count = len(header)
     while count and not header[count - 1].strip():
         count -= 1
@@ -152,7 +152,7 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dic
     names = header[:count]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         shown = ", ".join(map(repr, repeated))
-        raise ValueError(f"{file} has several columns called {shown}: give each its own name.")
+        raise ValueError(f"{file} has several columns named {shown}: give each its own name.")
 
     def rows() -> Iterator[dict[str, str]]:
         for number, cells in lines:
@@ -173,10 +173,10 @@ def _csv_rows(file: Path, delimiter: str) -> tuple[tuple[str, ...], Iterator[dic
 
 
 def _csv_lines(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Cells, and the number of the line they end in."""
+    """Cells, and the number of the line where they end."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of 128 KiB, a long text
     with open_text(file, newline="") as stream:
-        # Not strict: the reader would drop quotes that stand in the middle of a cell.
+        # If not strict, the reader would drop quotes in the middle of a cell.
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         try:
             for cells in reader:

@@ -1,4 +1,4 @@
-"""Rows of text, instructions or conversations become examples of tokens."""
+"""Turns rows of text, instructions or conversations into examples of tokens."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,8 +32,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 Loss = Literal["answers", "all"]
 
-# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which the model must
-# see again at inference.
+# The prompts of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca); inference must use the
+# same.
 ALPACA_PROMPT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -56,7 +56,7 @@ _READERS: dict[Format, Reader] = {
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """What the model sees before it answers an instruction, with an optional input."""
+    """The prompt of an instruction, with an optional input."""
     template = ALPACA_PROMPT_WITH_INPUT if context else ALPACA_PROMPT
     return template.format(instruction=instruction, input=context)
 
@@ -64,7 +64,7 @@ def alpaca_prompt(instruction: str, context: str = "") -> str:
 def text_documents(
     tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]
 ) -> list[Int[np.ndarray, " L"]]:
-    """Tokens of each text, ended by the end-of-sequence token but without one that begins it."""
+    """Tokens of each text, with an end-of-sequence token but no beginning-of-sequence token."""
     end_id = end_token(tokenizer)
     end = [] if end_id is None else [end_id]
     start = begin_tokens(tokenizer)
@@ -81,15 +81,15 @@ def text_documents(
 def cut_document(
     tokens: Int[np.ndarray, " L"], length: int, prefix: Sequence[int]
 ) -> list[Example]:
-    """Cuts a document into consecutive examples of `length` tokens, each begun by `prefix`."""
+    """Cuts a document into consecutive examples of `length` tokens that begin with `prefix`."""
     room = length - len(prefix)
     if room < 1:
         raise ValueError(
-            f"sequence_length = {length} leaves no room beside the beginning-of-sequence token: "
+            f"sequence_length = {length} has no room beside the beginning-of-sequence token: "
             "raise --data.sequence-length."
         )
     start = np.asarray(prefix, dtype=np.int32)
-    # An empty document stays one example, so that it is counted among those without targets.
+    # An empty document stays one example, to be counted among those without targets.
     places = range(0, max(len(tokens), 1), room)
     pieces = (tokens[place : place + room] for place in places)
     return [all_targets(np.concatenate([start, piece])) for piece in pieces]
@@ -107,8 +107,8 @@ def row_examples(
       loss: what counts.
 
     Raises:
-      ValueError: if a cell is not what it should be, or if the chat template cannot write a
-        conversation; the row is named.
+      ValueError: if a cell is invalid, or the chat template cannot render a conversation; the
+        message names the row.
     """
     if found not in _READERS or _is_plain(tokenizer, rows, found):
         return _instruction_examples(tokenizer, rows, found, loss)
@@ -156,12 +156,11 @@ def _prompt_and_answer(row: dict[str, Any], found: Format, place: str) -> tuple[
 def _chat_examples(
     tokenizer: "PreTrainedTokenizerFast", rows: Rows, read: Reader, loss: Loss
 ) -> list[Example]:
-    """Each conversation as the tokenizer's chat template writes it."""
+    """Each conversation as the tokenizer's chat template renders it."""
     if not tokenizer.chat_template:
         raise ValueError(
-            f"Conversations, as in {rows.source}, need a tokenizer with a chat template and this "
-            "model has none: take an instruction-tuned model, or bring the data into the text "
-            "format."
+            f"{rows.source} holds conversations, but the tokenizer of this model has no chat "
+            "template: use an instruction-tuned model, or convert the data to the text format."
         )
 
     marked = []

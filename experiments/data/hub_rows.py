@@ -1,4 +1,4 @@
-"""Rows that the library `datasets` reads: of the Hugging Face Hub, and of Parquet files."""
+"""Rows that the library `datasets` reads: from the Hugging Face Hub, and from Parquet files."""
 
 import dataclasses
 import tempfile
@@ -11,12 +11,12 @@ from typing import Any
 def dataset_rows(
     name: str, split: str, most: int | None, *, shown: str | Path, **options: Any
 ) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Columns and rows of what `datasets.load_dataset` finds.
+    """Columns and rows that `datasets.load_dataset` reads.
 
     Args:
       name: of a builder or of a dataset on the Hub.
       split: or a slice of it.
-      most: only so many rows.
+      most: most rows to read.
       shown: the name in messages.
       options: of `load_dataset`.
 
@@ -25,7 +25,7 @@ def dataset_rows(
       ValueError: if it cannot be read.
     """
     with quiet_errors(shown):
-        import datasets  # takes seconds to import, and the demo text needs none of it
+        import datasets  # takes seconds to import, and the demo text does not need it
 
         table = datasets.load_dataset(name, split=split, **options)
         if most is not None:
@@ -37,11 +37,11 @@ def folder_files(folder: Path, *, shown: Path | None = None) -> dict[str, list[P
     """The files of each split of a folder, as `datasets` assigns them by name or README.md.
 
     Args:
-      folder: whose files.
+      folder: the folder.
       shown: its name in messages; None: its own.
 
     Returns:
-      None if they are none of the kinds that we read ourselves.
+      None if only `datasets` can read them.
 
     Raises:
       ValueError: if there is nothing to read.
@@ -95,7 +95,7 @@ def slice_splits(split: str, lengths: dict[str, int]) -> list[tuple[str, int, in
 
 @contextmanager
 def quiet_errors(shown: str | Path) -> Iterator[None]:
-    """Makes one line of what `datasets` raises, without its progress bars and log lines."""
+    """Turns errors of `datasets` into one line, without its progress bars and log lines."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -107,10 +107,10 @@ def quiet_errors(shown: str | Path) -> Iterator[None]:
         yield
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{shown} is neither a file here nor a dataset that the Hugging Face Hub gives "
+            f"{shown} is neither a local file nor an available dataset on the Hugging Face Hub "
             f"({first_line(error)})."
         ) from error
-    # The builders let pass whatever pandas, pyarrow and they themselves raise, StopIteration too.
+    # The builders pass on any exception of theirs, of pandas and of pyarrow, even StopIteration.
     except Exception as error:
         raise ValueError(f"Cannot read {shown} as a dataset: {first_line(error)}") from error
     finally:
@@ -120,12 +120,12 @@ def quiet_errors(shown: str | Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Of an exception's text, or its name."""
+    """The first line of an exception's text, or its class name."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of Arrow's without the keys that only other rows have."""
+    """A row of Arrow without the keys that only other rows have."""
 
     def own(value: Any) -> Any:
         if isinstance(value, list):

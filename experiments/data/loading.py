@@ -23,17 +23,17 @@ _LONGEST_HELD_OUT_ROW = 2048
 
 @dataclass(frozen=True, kw_only=True)
 class TokenData:
-    """Rows of tokens to train on and to evaluate on, and what became of the data on the way."""
+    """Rows of tokens to train on and to evaluate on, and statistics of the data."""
 
     train: TokenBatchSource
     eval: TokenBatchSource | None
     """None if nothing is held out."""
     format: Format
-    """The format that was found."""
+    """The format of the data."""
     num_documents: int
     """Rows of the table that were read; 1 for a whole text."""
     num_truncated: int
-    """Examples that were cut off at sequence_length."""
+    """Examples that were truncated to sequence_length."""
     num_without_targets: int
     """Examples left out because none of their tokens would count in the loss."""
 
@@ -41,7 +41,7 @@ class TokenData:
         """One line for people.
 
         Args:
-          batch_size: rows per step; more than there are is said.
+          batch_size: rows per step; the line mentions it if it exceeds the number of rows.
         """
         train = self.train
         filled = train.num_tokens / train.tokens.size
@@ -53,7 +53,7 @@ class TokenData:
         if self.eval is not None:
             parts.append(f"{self.eval.num_targets:,} targets held out")
         if self.num_truncated:
-            parts.append(f"{self.num_truncated:,} examples cut off")
+            parts.append(f"{self.num_truncated:,} examples truncated")
         if self.num_without_targets:
             parts.append(
                 f"{self.num_without_targets:,} left out because nothing in them counts in the loss"
@@ -87,7 +87,7 @@ def load_token_data(
       Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
 
     Raises:
-      FileNotFoundError: if the data is not there.
+      FileNotFoundError: if the data does not exist.
       ValueError: if it cannot be read or leaves nothing to train on.
     """
     rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
@@ -104,7 +104,7 @@ def load_token_data(
     if not kept.examples:
         raise ValueError(
             f"No example of {rows.source} has a token left that counts in the loss at "
-            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or take "
+            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or use "
             "--data.loss all."
         )
     if kept.num_truncated == len(parts[0]):
@@ -149,7 +149,7 @@ class _Fitted(NamedTuple):
 
 
 def _fit(examples: list[Example], length: int) -> _Fitted:
-    """Cuts examples off at `length` and leaves out those in which nothing can be learned."""
+    """Truncates examples to `length` and leaves out those without targets."""
     cut = [Example(tokens[:length], targets[:length]) for tokens, targets in examples]
     useful = [example for example in cut if example.targets.any()]
     truncated = sum(len(example.tokens) > length for example in examples)
@@ -165,12 +165,12 @@ def _without(begin: Sequence[int], example: Example) -> Example:
 def _split_document(
     rows: Rows, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> tuple[list[Example], list[Example]]:
-    """A text from `eval_tokens` on, and its beginning."""
+    """A text after the first `eval_tokens` tokens, and these tokens."""
     (tokens,) = text_documents(tokenizer, text_cells(rows, "text"))
     if len(tokens) < config.eval_tokens + 2:
         raise ValueError(
-            f"{rows.source} has {len(tokens)} tokens and eval_tokens = {config.eval_tokens} are "
-            "held out, which leaves nothing to train on: lower --data.eval-tokens."
+            f"{rows.source} has {len(tokens)} tokens, of which eval_tokens = {config.eval_tokens} "
+            "are held out: nothing is left to train on; lower --data.eval-tokens."
         )
     prefix = begin_tokens(tokenizer)
     held_out = tokens[: config.eval_tokens]
@@ -182,7 +182,7 @@ def _split_document(
 
 
 def _held_out_length(rows: Rows, config: DataConfig) -> int:
-    """A text is evaluated in long rows, where a memory counts; a table in rows as trained."""
+    """A text is evaluated in long rows, where a memory matters; a table in training rows."""
     if not rows.is_document:
         return config.sequence_length
     if config.eval_length is not None:
@@ -206,7 +206,7 @@ def _row_examples(
 def _split_rows(
     rows: list[list[Example]], source: str, config: DataConfig, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """The examples of a table without the rows that are held out, and those of the rest."""
+    """The examples to train on, and the held-out ones."""
     total, count = len(rows), int(config.eval_rows)
     if 0 < config.eval_rows < 1:
         count = max(1, round(total * config.eval_rows))

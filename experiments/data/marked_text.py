@@ -1,4 +1,4 @@
-"""Texts of which only some characters count in the loss, as tokens."""
+"""Tokenises texts in which only some characters count in the loss."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from experiments.data.special_tokens import begin_once
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
-# Offsets are Python tuples: a whole data set of them would not fit in memory.
+# Offsets are Python tuples: those of a whole data set would not fit in memory.
 _TOKENIZE_AT_ONCE = 1000
 
 
@@ -29,12 +29,12 @@ class MarkedText(NamedTuple):
 def marked_examples(
     tokenizer: "PreTrainedTokenizerFast", marked: Sequence[MarkedText], *, special_tokens: bool
 ) -> Iterator[Example]:
-    """Tokenises whole texts, so that tokens fall as in running text, and finds targets by place.
+    """Tokenises whole texts, so that tokens equal those of running text, and marks the targets.
 
     Args:
       tokenizer: of the model.
       marked: the texts.
-      special_tokens: add what the tokenizer puts around a text.
+      special_tokens: add the tokens that the tokenizer puts around a text.
     """
     for some in portions(marked):
         with _whole_offsets(tokenizer):
@@ -59,31 +59,31 @@ def check_characters(text: str) -> str:
     """The text itself.
 
     Raises:
-      ValueError: if JSON's escapes have put half a character into it, which has no tokens.
+      ValueError: if it holds half a surrogate pair, which has no tokens; JSON escapes allow that.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"half of a surrogate pair ({text[error.start]!a}) is no character: repair or "
+            f"half of a surrogate pair ({text[error.start]!a}) is not a character: repair or "
             "remove the row."
         ) from None
     return text
 
 
 def all_targets(tokens: Int[np.ndarray, " L"]) -> Example:
-    """An example of which everything counts but the first token, which nothing predicts."""
+    """An example in which all tokens count except the first, which has no prediction."""
     return Example(tokens, np.arange(len(tokens)) > 0)
 
 
 def portions(items: Sequence[Any]) -> Iterable[list[Any]]:
-    """So many items at a time as are tokenised at once."""
+    """The items, in groups that are tokenised together."""
     for start in range(0, len(items), _TOKENIZE_AT_ONCE):
         yield list(items[start : start + _TOKENIZE_AT_ONCE])
 
 
 def _inside(offsets: Int[np.ndarray, "L 2"], targets: list[tuple[int, int]]) -> np.ndarray:
-    """Which tokens overlap a target; one of no characters of its own counts where it stands."""
+    """Which tokens overlap a target; a token without characters counts by its position."""
     starts, ends = offsets.T
     inside = np.zeros(len(offsets), dtype=np.bool_)
     for start, end in targets:
@@ -93,7 +93,7 @@ def _inside(offsets: Int[np.ndarray, "L 2"], targets: list[tuple[int, int]]) -> 
 
 @contextmanager
 def _whole_offsets(tokenizer: "PreTrainedTokenizerFast") -> Iterator[None]:
-    """Lets offsets name a token's blanks too, which those like GPT-NeoX's and RoBERTa's omit."""
+    """Makes offsets include leading blanks, which post-processors such as RoBERTa's trim."""
     backend = tokenizer.backend_tokenizer
     before: Any = backend.post_processor
     settings = b"" if before is None else before.__getstate__()
@@ -101,7 +101,7 @@ def _whole_offsets(tokenizer: "PreTrainedTokenizerFast") -> Iterator[None]:
     if whole == settings:
         yield
         return
-    # tokenizers makes no post-processor from JSON, but pickles it as such.
+    # The package has no constructor from JSON, but pickles a post-processor as JSON.
     after: Any = copy.deepcopy(before)
     after.__setstate__(whole)
     try:

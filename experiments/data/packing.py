@@ -1,4 +1,4 @@
-"""Examples of any length become rows of one length, and rows become batches."""
+"""Packs examples of any length into rows of one length, and rows into batches."""
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
@@ -14,12 +14,12 @@ class Example(NamedTuple):
 
     tokens: Int[np.ndarray, " L"]
     targets: Bool[np.ndarray, " L"] | Float[np.ndarray, " L"]
-    """True where the token counts in the loss, or by how much; never the first one, which nothing
-    predicts."""
+    """True where the token counts in the loss, or its weight; never the first one, which has no
+    prediction."""
 
 
 class TokenBatch(NamedTuple):
-    """What one training or evaluation step reads."""
+    """The input of one training or evaluation step."""
 
     tokens: Int[np.ndarray, "B T"]
     """int32."""
@@ -79,7 +79,7 @@ class TokenBatchSource:
 
         Args:
           step: number of the step, from 0.
-          batch_size: rows per step; it may exceed `num_rows`.
+          batch_size: rows per step; may exceed `num_rows`.
           seed: chooses the orders.
 
         Returns:
@@ -113,7 +113,7 @@ class TokenBatchSource:
 def pack_examples(
     examples: Sequence[Example], sequence_length: int, *, packing: bool = True
 ) -> TokenBatchSource:
-    """Lays examples out in rows of `sequence_length` places.
+    """Packs examples into rows of `sequence_length` places.
 
     Args:
       examples: each at most `sequence_length` long.
@@ -121,8 +121,7 @@ def pack_examples(
       packing: share rows between examples (best fit, longest first); False: one row each.
 
     Returns:
-      The rows; every example is in exactly one of them, in one piece. Padding has token 0 and
-      segment 0.
+      The rows; every example is whole in exactly one of them. Padding has token 0 and segment 0.
     """
     lengths = [len(example.tokens) for example in examples]
     rows = _best_fit(lengths, sequence_length) if packing else [[i] for i in range(len(lengths))]
@@ -130,7 +129,7 @@ def pack_examples(
 
 
 def lay_out(rows: Sequence[Sequence[Example]], sequence_length: int) -> TokenBatchSource:
-    """Lays out rows whose examples are already chosen.
+    """Builds rows from the examples of each.
 
     Args:
       rows: the examples of each, in their order, together at most `sequence_length` long.
@@ -156,7 +155,7 @@ def lay_out(rows: Sequence[Sequence[Example]], sequence_length: int) -> TokenBat
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices; each example, longest first, goes where the least room is left over."""
+    """Rows of indices; each example, longest first, goes into the fullest row with room for it."""
     rows: list[list[int]] = []
     open_rows: list[tuple[int, int]] = []  # (free places, row), sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

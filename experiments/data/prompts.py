@@ -1,4 +1,4 @@
-"""From text, files of any size and conversations to the tokens a model reads."""
+"""Tokenises texts, files of any size and conversations for generation."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _CHARACTERS_AT_A_TIME = 1 << 18
-# Pieces of a text can be tokenised apart where a line begins with a letter, if the tokenizer
+# A text can be cut where a line begins with a letter and tokenised in pieces, if the tokenizer
 # adds nothing to the beginning of a text.
 _PROBE = ("One line of text.\n", "Another line.\n\n", "And a paragraph.")
 
@@ -25,7 +25,7 @@ def read_text(path: Path) -> Iterator[str]:
     """The pieces of a text file, cut where a line begins with a letter.
 
     Raises:
-      ValueError: if the file is not UTF-8, or what its byte-order mark says.
+      ValueError: if the file is not UTF-8 or the encoding of its byte-order mark.
     """
     left = ""
     with open_text(path) as file:
@@ -44,8 +44,8 @@ def document_tokens(
 ) -> Iterator[Int[np.ndarray, " L"]]:
     """Tokens of a text file, in pieces that fill the reader's buffer.
 
-    Memory does not depend on the size of the file, unless the tokenizer treats the beginning
-    of every text specially and has to see it whole.
+    Memory does not depend on the size of the file, unless the tokenizer treats the beginning of a
+    text specially and needs the whole text.
 
     Args:
       tokenizer: of the model.
@@ -62,7 +62,7 @@ def document_tokens(
 def text_tokens(
     tokenizer: "PreTrainedTokenizerFast", text: str, *, begin: bool = True
 ) -> Int[np.ndarray, " L"]:
-    """Tokens of a short text, which begin as `document_tokens` do."""
+    """Tokens of a short text, with the same beginning as `document_tokens`."""
     (tokens,) = _token_lists(tokenizer, [text], begin=begin)
     return np.asarray(tokens, np.int32)
 
@@ -70,7 +70,7 @@ def text_tokens(
 def chat_tokens(
     tokenizer: "PreTrainedTokenizerFast", messages: list[dict[str, str]], *, begin: bool = True
 ) -> list[int]:
-    """A conversation as the chat template writes it, ready for the assistant's next turn.
+    """A conversation as the chat template renders it, with the prompt of the assistant's next turn.
 
     Args:
       tokenizer: of the model.
@@ -82,7 +82,7 @@ def chat_tokens(
     """
     if not tokenizer.chat_template:
         raise ValueError(
-            "--chat needs a tokenizer with a chat template and this model has none: take an "
+            "--chat needs a tokenizer with a chat template, and this model has none: use an "
             "instruction-tuned model."
         )
     try:
@@ -96,7 +96,7 @@ def chat_tokens(
 
 
 def chat_stops(tokenizer: "PreTrainedTokenizerFast", stops: tuple[int, ...]) -> tuple[int, ...]:
-    """The model's end-of-text tokens and what the template ends a turn with."""
+    """The model's end-of-text tokens, and the token that ends a turn in the template."""
     turn_ends = ("<end_of_turn>", "<|im_end|>", "<|eot_id|>", "<|end|>")
     known = tokenizer.get_vocab()
     found = {known[name] for name in turn_ends if name in known} | set(stops)
@@ -105,7 +105,7 @@ def chat_stops(tokenizer: "PreTrainedTokenizerFast", stops: tuple[int, ...]) -> 
 
 
 def _last_line_start(text: str) -> int:
-    """Where the last line that begins with a letter begins; 0: nowhere."""
+    """Start of the last line that begins with a letter; 0: there is none."""
     place = len(text)
     while (place := text.rfind("\n", 0, place)) >= 0:
         if text[place + 1 : place + 2].isalpha():
@@ -126,7 +126,7 @@ def _token_lists(
 ) -> Iterator[list[int]]:
     start = begin_tokens(tokenizer)
     for number, text in enumerate(texts):
-        # verbose: lengths beyond the base model's are what this is for.
+        # verbose=False: texts longer than the base model's context are intended.
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = list(ids)
         if number == 0:

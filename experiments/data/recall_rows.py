@@ -1,8 +1,8 @@
-"""Rows that ask for something said long before, and questions of that kind for evaluation.
+"""Recall rows: something hidden in a haystack, and a question at the end; also for evaluation.
 
-They teach a memory to recall (docs/memory.md). What is asked for lies so far back that no window
-shows it. The answers count, and so does a haystack that is training text as it is: recall rows then
-take little text away. Formats, depths and texts that evaluation uses never occur here.
+They teach a memory to recall (docs/memory.md). The answer depends on tokens beyond the window. It
+counts in the loss, and so does a haystack of unchanged training text, so that recall rows replace
+little text. Formats, depths and texts of the evaluation never occur here.
 """
 
 import functools
@@ -37,8 +37,8 @@ def recall_examples(
 ) -> list[list[Example]]:
     """Makes rows that ask for things hidden in a text.
 
-    Half of the haystacks are text as it is, a quarter pieces of it in random order, and a quarter
-    random tokens: what is said in one kind of text alone is recalled from that kind alone.
+    Half of the haystacks are original text, a quarter pieces of it in random order, and a quarter
+    random tokens: a model that is trained on one kind recalls from that kind only.
 
     Args:
       tokenizer: of the model.
@@ -46,19 +46,19 @@ def recall_examples(
         its tokens count as they do there.
       count: rows.
       length: tokens of a row.
-      window: what is hidden ends at least so many tokens before its answer.
+      window: the hidden text ends at least this many tokens before its answer.
       seed: chooses haystacks, depths and what is hidden.
       prefix: tokens that every example begins with.
       kinds: what examples ask for, in turn.
-      weight: of a row's answers against all tokens of a row of text.
-      packing: several examples of different lengths share a row; False: one fills it.
+      weight: of a row's answers, relative to all tokens of a text row.
+      packing: several examples of different lengths share a row; False: one per row.
 
     Returns:
       For each of `count` rows its examples, together `length` tokens; their answers share
       `weight` equally.
 
     Raises:
-      ValueError: if rows of this length cannot hide anything outside of the window.
+      ValueError: if rows of this length are too short to hide anything beyond the window.
     """
     haystacks = _Haystacks.of(tokenizer, texts)
     encode = functools.partial(encode_text, tokenizer)
@@ -101,7 +101,7 @@ def recall_examples(
 
 
 class _Haystacks(NamedTuple):
-    """Where haystacks come from: a text, its pieces, and tokens that are no text."""
+    """Sources of haystacks: a text, its pieces, and random tokens."""
 
     text: Example
     vocabulary: Int[np.ndarray, " V"]
@@ -137,7 +137,7 @@ def _only_tokens(tokens: Int[np.ndarray, " L"]) -> Example:
 def _least_length(
     probe: Probe, encode: Callable[[str], Int[np.ndarray, " L"]], window: int, prefix: int
 ) -> int:
-    """Tokens of the shortest example of a probe whose answer lies beyond the window."""
+    """Length of the shortest example of a probe whose answer lies beyond the window."""
     question = len(encode(probe.question))
     hidden = sum(len(encode(sentence)) for sentence in probe.hidden)
     apart = max(window + MARGIN - question, 0)
@@ -153,7 +153,7 @@ def _draw_length(rng: np.random.Generator, least: int, most: int) -> int:
 
 
 class Question(NamedTuple):
-    """A pass key hidden in a text, and asked for at its end."""
+    """A pass key hidden in a text, and the question for it at the end."""
 
     prompt: Int[np.ndarray, " T"]
     hidden: str
@@ -172,23 +172,23 @@ def passkey_questions(
     seed: int,
     prefix: Sequence[int] = (),
 ) -> list[Question]:
-    """Asks for pass keys of five digits in texts that nothing was trained on.
+    """Questions about pass keys of five digits in held-out texts.
 
     Args:
       tokenizer: of the model.
       haystack: tokens of the texts.
       count: questions.
       length: tokens of each prompt.
-      window: the key ends at least so many tokens before the answer.
+      window: the key ends at least this many tokens before the answer.
       seed: chooses texts, depths and keys.
       prefix: tokens that every prompt begins with.
 
     Raises:
-      ValueError: if prompts of this length cannot hide a key outside of the window.
+      ValueError: if prompts of this length are too short to hide a key beyond the window.
     """
 
     def ask(number: int) -> Question:
-        # Streams of three numbers: none of them makes a training row.
+        # Seeds of three numbers: no training row uses such a seed.
         rng = np.random.default_rng([seed, number, 1])
         probe = passkey(str(rng.integers(10_000, 100_000)))
         encode = functools.partial(encode_text, tokenizer)

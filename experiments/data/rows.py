@@ -1,4 +1,4 @@
-"""Reading text and rows from Python's own documentation, files and the Hugging Face Hub."""
+"""Reads text and rows from Python's own documentation, files and the Hugging Face Hub."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from experiments.data.hub_rows import dataset_rows
 
 
 class _Run(NamedTuple):
-    """Rows that follow one another in a file: where they begin in `Rows.rows` and in the file."""
+    """Consecutive rows of a file: their start in `Rows.rows` and in the file."""
 
     start: int
     source: str
@@ -24,13 +24,13 @@ class Rows:
     """A table, or one long text."""
 
     source: str
-    """Where it comes from, for messages."""
+    """Its origin, for messages."""
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
     is_document: bool = False
-    """One row with one text that is read from its beginning to its end."""
+    """Whether this is one row with one whole text."""
     runs: tuple[_Run, ...] = ()
-    """Where the rows come from; empty: all from `source`."""
+    """Origins of the rows; empty: all from `source`."""
 
     def place(self, index: int) -> str:
         """Names a row by its file and its number there, counted from 1."""
@@ -49,15 +49,14 @@ def load_rows(
     *,
     files: FoundData | None = None,
 ) -> Rows:
-    """Reads the data that `path` names.
+    """Reads the rows of a data source.
 
     Args:
       path: "python-docs", a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder, a pattern
         such as "parts/*.jsonl", several of these files, or a dataset id on the Hugging Face
         Hub. All but Parquet may be compressed: .gz, .zst.
-      split: split of a Hub dataset or a folder; slices such as "train[:10%]" work for all but one
-        whole text.
-      max_rows: reads only so many rows.
+      split: split of a Hub dataset or a folder; slices such as "train[:10%]" work for tables only.
+      max_rows: most rows to read; None: all.
       revision: branch, tag or commit of a Hub dataset.
       files: what `find_data` has found; None: it is called.
 
@@ -66,7 +65,7 @@ def load_rows(
 
     Raises:
       FileNotFoundError: if there is no such file, folder or dataset.
-      ValueError: if it cannot be read, naming the line if there is one, or is empty.
+      ValueError: if it is empty or cannot be read; the message names the line if possible.
     """
     found = files or find_data(path, split, revision)
     shown = found.shown
@@ -102,7 +101,7 @@ def python_docs_text() -> str:
 def _document(source: str, split: str, text: str) -> Rows:
     if split != "train":
         raise ValueError(
-            f"{source} is one text, which has no rows to slice (--data.split {split}): lower "
+            f"{source} is one text and has no rows to slice (--data.split {split}): lower "
             "--data.eval-tokens or cut the file."
         )
     return Rows(source=source, columns=("text",), rows=[{"text": text}], is_document=True)
@@ -137,7 +136,7 @@ def _read_files(files: list[Path], most: int | None) -> list[tuple[Path, FileRow
 def _join(
     source: str, split: str, max_rows: int | None, read: dict[str, list[tuple[Path, FileRows]]]
 ) -> Rows:
-    """The rows of all files that the split keeps, and where each comes from."""
+    """The rows of all files in the split, and their origins."""
     lengths = {name: sum(len(each.rows) for _, each in files) for name, files in read.items()}
     rows: list[dict[str, Any]] = []
     runs: list[_Run] = []

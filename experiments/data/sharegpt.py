@@ -1,4 +1,4 @@
-"""Conversations of ShareGPT's form: `from` and `value` instead of role and content."""
+"""Conversations in ShareGPT's format: `from` and `value` instead of role and content."""
 
 import json
 from typing import Any
@@ -22,11 +22,11 @@ _CALLS = ("function_call", "tool_call")
 def read_sharegpt(row: dict[str, Any]) -> Conversation:
     """Reads the columns `conversations` and, if they are there, `system` and `tools`.
 
-    A message may have role and content as well. Calls of functions are JSON text with name and
-    arguments, as in LLaMA-Factory.
+    A message may also have role and content. Function calls are JSON text with name and arguments,
+    as in LLaMA-Factory.
 
     Raises:
-      ValueError: if it holds no conversation, or something else than text.
+      ValueError: if it holds no conversation, or content other than text.
     """
     messages = [_message(message) for message in read_list(row, "conversations")]
     system = row.get("system")

@@ -1,4 +1,4 @@
-"""The tokens that begin and end a sequence."""
+"""The beginning-of-sequence and end-of-sequence tokens."""
 
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +15,7 @@ def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
 def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
     """Drops repeated beginning-of-sequence tokens at the start.
 
-    A rendered chat brings its own, and the tokenizer or the template puts another before it.
+    A rendered chat has its own, and the tokenizer or the template adds another.
     """
     begin = tokenizer.bos_token_id
     count = next((i for i, token in enumerate(tokens) if token != begin), len(tokens))

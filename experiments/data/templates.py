@@ -23,15 +23,15 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class OverdueTemplateError(ValueError):
-    """A template has run into its time limit; no other call of it would end either."""
+    """A template has exceeded its time limit; other calls would do so too."""
 
 
 class Rendered(NamedTuple):
-    """A conversation as a template writes it.
+    """A conversation as a template renders it.
 
     Attributes:
-      text: all of it.
-      answers: (start, end) of what the template marks as generated; None: it has no marks.
+      text: the whole text.
+      answers: (start, end) of the parts marked as generated; None: the template has no marks.
     """
 
     text: str
@@ -39,9 +39,9 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """The template of a tokenizer; a context, in which a thread watches the time.
+    """The template of a tokenizer; a context manager, whose thread watches the time.
 
-    Whatever a template raises becomes a ValueError of one line.
+    Any exception of a template becomes a ValueError of one line.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
@@ -53,12 +53,12 @@ class ChatTemplate:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> "ChatTemplate":
-        """Starts to watch the calls of this thread."""
+        """Starts watching the calls of this thread."""
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Ends the watch."""
+        """Stops watching."""
         self._done.set()
 
     def render(
@@ -69,7 +69,7 @@ class ChatTemplate:
         ask: bool = False,
         go_on: bool = False,
     ) -> str:
-        """The text of a conversation.
+        """Renders a conversation.
 
         Args:
           messages: with role and content; a content of None reaches the template.
@@ -81,7 +81,7 @@ class ChatTemplate:
           ValueError: if the template refuses it, fails, runs too long or asks for too much memory.
         """
         if any(message["content"] is None for message in messages):
-            # `apply_chat_template` would leave the key out, which is not none to a template.
+            # `apply_chat_template` would omit the key, which a template does not see as none.
             return self._render(self._source(tools), messages, tools, ask=ask)[0][0]
         apply: Any = self._tokenizer.apply_chat_template
         return self._limited(
@@ -99,10 +99,10 @@ class ChatTemplate:
     def render_marked(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> Rendered:
-        """The text, and what the template itself marks as the assistant's.
+        """Renders a conversation with the template's own marks of the assistant's text.
 
         Raises:
-          ValueError: likewise.
+          ValueError: as `render`.
         """
         template = self._source(tools)
         if not _GENERATION.search(template):
@@ -147,7 +147,7 @@ class ChatTemplate:
                     self._set(None)
         except _OverdueError:
             raise OverdueTemplateError(
-                f"the chat template has not ended after {_SECONDS:g} seconds: mend the template, "
+                f"the chat template did not finish in {_SECONDS:g} seconds: repair the template, "
                 "or leave the conversation out."
             ) from None
         except MemoryError:
@@ -160,7 +160,7 @@ class ChatTemplate:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(
-                f"the chat template fails ({reason:.200}): mend the template, or leave the "
+                f"the chat template fails ({reason:.200}): repair the template, or leave the "
                 "conversation out."
             ) from None
 
@@ -178,11 +178,11 @@ class ChatTemplate:
 
 
 class _OverdueError(Exception):
-    """Raised within a template that takes too long."""
+    """Raised inside a template that takes too long."""
 
 
 def _raise_in(thread: int) -> None:
-    """Python has no other way to end a loop of somebody else's that works in every thread."""
+    """Raises in another thread: Python's only way to end a foreign loop in any thread."""
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread), ctypes.py_object(_OverdueError)
     )

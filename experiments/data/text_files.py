@@ -1,4 +1,4 @@
-"""Opening text files: byte-order marks, gzip and Zstandard, and errors that name a line."""
+"""Opens text files: byte-order marks, gzip and Zstandard, and errors that name a line."""
 
 import codecs
 import gzip
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 COMPRESSIONS = (".gz", ".zst")
-"""Extensions that may follow another one."""
+"""Extensions of compressed files."""
 
 # The marks of UTF-32 begin with those of UTF-16.
 _MARKS = {
@@ -32,16 +32,16 @@ def text_suffix(path: Path) -> str:
 
 @contextmanager
 def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
-    """Opens a file of UTF-8 text, or of what its byte-order mark names; .gz and .zst too.
+    """Opens a text file in UTF-8, or in the encoding of its byte-order mark; .gz and .zst too.
 
-    Errors that come while it is read become one line as well.
+    Errors during reading also become one line.
 
     Args:
       path: of the file.
       newline: as `open` takes it.
 
     Raises:
-      ValueError: if it is not such text, naming the line, or damaged.
+      ValueError: if it is damaged or not such text; the message names the line.
     """
     try:
         with (
@@ -72,7 +72,7 @@ class _DamagedError(Exception):
 
 
 def _open_bytes(path: Path) -> Any:
-    """A buffered stream of the bytes that a file holds, decompressed."""
+    """A buffered stream of a file's decompressed bytes."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return io.BufferedReader(gzip.open(path))  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def _open_bytes(path: Path) -> Any:
 
 
 class _ZstdFile(io.RawIOBase):
-    """What pyarrow, or else the package zstandard, decompresses."""
+    """A stream that pyarrow, or else the package zstandard, decompresses."""
 
     def __init__(self, path: Path) -> None:
         self._stream: Any = _zstd_stream(path)
@@ -93,7 +93,7 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._stream.read(len(buffer))
-        except Exception as error:  # of a library's own kind
+        except Exception as error:  # of the library's own class
             raise _DamagedError(str(error)) from None
         buffer[: len(data)] = data
         return len(data)
@@ -114,8 +114,8 @@ def _zstd_stream(path: Path) -> Any:
 
         return zstandard.open(path, "rb")
     raise ValueError(
-        f"{path} needs a library that reads Zstandard and none is installed: pip install "
-        "zstandard, or decompress the file."
+        f"{path} needs a library for Zstandard, and none is installed: pip install zstandard, or "
+        "decompress the file."
     )
 
 
@@ -126,7 +126,7 @@ def _encoding(stream: io.BufferedReader, path: Path) -> str:
             return encoding
     if b"\0" in head[:2]:
         raise ValueError(
-            f"{path} is not UTF-8 text: it holds bytes of 0, as binary files do and UTF-16 without "
+            f"{path} is not UTF-8 text: it holds zero bytes, like binary files and UTF-16 without "
             "a byte-order mark; convert it to UTF-8."
         )
     return "utf-8"

@@ -1,4 +1,4 @@
-"""Tasks that say how good a model is, and whether its memory is worth having.
+"""Evaluation tasks: how good a model is, and what its memory contributes.
 
-Nothing is offered here: `experiments.evaluate` puts the tasks together, a module each.
+Nothing is offered here: `experiments.evaluate` imports the tasks, one module each.
 """

@@ -1,4 +1,4 @@
-"""What each part of a Titan is worth: perplexity with one part at a time switched off."""
+"""The contribution of each part of a Titan: perplexity with one part at a time switched off."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ PARTS: dict[str, str] = {
     "gate": "each head's share is constant, its mean",
     "deltas": "queries, keys and values without the memory's own low-rank changes",
 }
-# Tokens that a head's mean share is taken over.
+# Tokens over which a head's mean share is computed.
 _GATE_TOKENS = 2048
 
 
@@ -48,7 +48,7 @@ class Ablation:
 
     data: DataConfig
     tokens: int
-    """At most so many count."""
+    """Most tokens to score."""
     name: str = "ablate"
     columns: tuple[Column, ...] = (MEMORY,)
 
@@ -100,7 +100,7 @@ class Ablation:
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
     ) -> None:
-        """What each part is worth, a panel for each model."""
+        """Draws the cost of switching off each part, a panel for each model."""
         figure, axes = new_figure(len(results), height=3.5)
         for axis, (label, columns) in zip(axes, results.items(), strict=True):
             found = _found(rows[label], columns)
@@ -120,7 +120,7 @@ def without_part(model: CausalLM, part: str, tokens: np.ndarray) -> CausalLM | N
     Args:
       model: a Titan.
       part: a key of `PARTS`, or `AS_IT_IS`.
-      tokens: of a text, over which the mean share of each head is taken [T].
+      tokens: of a text, for the mean share of each head [T].
     """
     liza = model.liza
     assert liza is not None, "only a Titan has parts"
@@ -145,7 +145,7 @@ def _with_constant_share(model: CausalLM, tokens: np.ndarray) -> CausalLM | None
         return None
     if len(tokens) <= liza.softmax_window + liza.softmax_sinks:
         raise ValueError(
-            f"ablate: the text has {len(tokens)} tokens, none of which leaves the window of "
+            f"ablate: the text has {len(tokens)} tokens, and none of them leaves the window of "
             f"{liza.softmax_window}: give a longer text, or more --tokens."
         )
     shares = _mean_shares(model, jnp.asarray(tokens)[None])
@@ -159,7 +159,7 @@ def _with_constant_share(model: CausalLM, tokens: np.ndarray) -> CausalLM | None
 
 @nnx.jit
 def _mean_shares(model: CausalLM, tokens: Tokens) -> list[Float[Array, "M H"] | None]:
-    """Of the queries that have lost something; one entry for each stack."""
+    """Mean shares over queries after the first eviction; one entry for each stack."""
 
     def visit(attention: LizaAttention, view: LayerView) -> Array:
         assert isinstance(attention.mag, MassGate)
@@ -172,6 +172,6 @@ def _mean_shares(model: CausalLM, tokens: Tokens) -> list[Float[Array, "M H"] | 
 
 
 def _found(rows: Sequence[Row], results: Results) -> dict[str, Blocks]:
-    """Sums of blocks by what is switched off."""
+    """Sums of blocks, by the part that is switched off."""
     pairs = zip(rows, results.get(MEMORY, ()), strict=False)
     return {row.about["off"]: Blocks.of([result]) for row, result in pairs if result}

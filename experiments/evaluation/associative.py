@@ -1,8 +1,8 @@
-"""Multi-query associative recall (MQAR, arXiv:2312.04927), in words: pairs, then every key again.
+"""Multi-query associative recall (MQAR, arXiv:2312.04927), in words: pairs, then their keys again.
 
-A row is filled with pairs of words and a number; at its end keys are asked for one after the other,
-the right answer of each before the next key. All answers come from one forward pass: an answer is
-right if each of its tokens is the likeliest.
+A row is filled with pairs of words and a number. Keys at its end ask for their numbers; the right
+answer follows each key. All answers come from one forward pass: an answer is right if each of its
+tokens is the most likely one.
 """
 
 import functools
@@ -40,7 +40,7 @@ _LONGEST_ANSWER = 6
 
 @dataclass(frozen=True)
 class AssociativeRecall:
-    """Rows of `lengths` tokens, as full of pairs as they can be."""
+    """Rows of `lengths` tokens, with as many pairs as fit."""
 
     lengths: tuple[int, ...]
     samples: int
@@ -77,8 +77,8 @@ class AssociativeRecall:
             used += size
         if len(pairs) < _QUERIES:
             raise ValueError(
-                f"recall: {length} tokens hold {len(pairs)} pairs, fewer than the {_QUERIES} that "
-                "are asked for: give longer --lengths."
+                f"recall: {length} tokens hold {len(pairs)} pairs, fewer than the {_QUERIES} "
+                "queries: give longer --lengths."
             )
         asked = rng.choice(len(pairs), _QUERIES, replace=False)
         tokens, places = [start], []
@@ -101,18 +101,18 @@ class AssociativeRecall:
         *,
         use_memory: bool,
     ) -> Result:
-        """The share of questions that were answered rightly."""
+        """The share of right answers."""
         del tokenizer
         tokens, count, places = row.data
         valid = (np.arange(len(tokens)) < count).astype(np.int32)
         asked = [range(start, end) for start, end in places]
-        # Rows differ in how long their answers are; one program does for all.
+        # Answers differ in length; padding lets one program serve all rows.
         flat = np.zeros(_QUERIES * _LONGEST_ANSWER, np.int32)
-        wanted = np.concatenate(asked)
-        flat[: len(wanted)] = wanted
+        indices = np.concatenate(asked)
+        flat[: len(indices)] = indices
         arrays = jax.device_put((tokens[None], valid[None], flat))
         likeliest = _likeliest(model, *arrays, use_memory=use_memory)
-        is_right = dict(zip(wanted.tolist(), np.asarray(likeliest) == tokens[flat], strict=False))
+        is_right = dict(zip(indices.tolist(), np.asarray(likeliest) == tokens[flat], strict=False))
         right = [all(is_right[place] for place in places) for places in asked]
         return {"right": float(np.mean(right))}
 
@@ -156,6 +156,6 @@ class AssociativeRecall:
 def _likeliest(
     model: CausalLM, tokens: Array, valid: Array, places: Array, *, use_memory: bool
 ) -> Array:
-    """The likeliest tokens at some places of a row [N], each predicted from the place before."""
+    """The most likely tokens at some places of a row [N], each predicted from the place before."""
     hidden, _, _ = model.forward_hidden(tokens, valid, use_memory=use_memory)
     return jnp.argmax(model.project_logits(hidden[:, places - 1]), axis=-1)[0]

@@ -1,4 +1,4 @@
-"""Pictures of metrics as bars, a colour for each way of running a model."""
+"""Bar charts of metrics, with a colour for each way of running a model."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ def plot_bars(png: Path, panels: Sequence[Sequence[tuple[str, Bars]]], unit: str
 
     Args:
       png: the picture; an earlier one is replaced.
-      panels: lines of titles and bars.
+      panels: rows of panels, each a title and its bars.
       unit: of the values.
     """
     from matplotlib.figure import Figure

@@ -10,19 +10,19 @@ from jaxtyping import Float
 
 from experiments.evaluation.store import Result
 
-# Tokens whose losses are summed before they are kept; errors are those of such blocks.
+# Tokens of a block: losses are summed over blocks, and errors are those of blocks.
 BLOCK = 64
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error, NaN where there is too little to tell."""
+    """A number and its standard error, NaN if there are too few samples."""
 
     value: float
     error: float
 
     @classmethod
     def of(cls, samples: Sequence[float] | Float[np.ndarray, " N"]) -> Self:
-        """Mean of independent numbers, of which there is at least one."""
+        """Mean of at least one independent sample."""
         error = math.nan
         if len(samples) > 1:
             error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
@@ -30,7 +30,7 @@ class Estimate(NamedTuple):
 
     @property
     def report(self) -> dict[str, float | None]:
-        """For results.json, which has no NaN."""
+        """The value for results.json, which has no NaN."""
         error = None if math.isnan(self.error) else self.error
         return {"value": self.value, "standard_error": error}
 
@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, results: Sequence[Result]) -> "Blocks":
-        """Of what `block_sums` gave for each row."""
+        """Stacks the results of `block_sums`."""
         width = max(len(result["nats"]) for result in results)
 
         def stack(name: str) -> np.ndarray:
@@ -57,12 +57,12 @@ class Blocks(NamedTuple):
         return self.nats.shape[1]
 
     def between(self, first: int, end: int | None) -> "Blocks":
-        """Those of the positions from `first` to `end`, which blocks begin at."""
+        """The blocks of positions `first` to `end`, both multiples of the block length."""
         places = slice(first // BLOCK, None if end is None else -(-end // BLOCK))
         return Blocks(self.nats[:, places], self.counts[:, places])
 
     def perplexity(self, first: int, end: int | None) -> Estimate:
-        """With the standard error of the mean of its blocks, which counts them as independent."""
+        """Perplexity and its standard error, which treats blocks as independent."""
         nats, counts = self.between(first, end)
         total = counts.sum()
         if not total:
@@ -81,21 +81,21 @@ class Blocks(NamedTuple):
 
 
 def block_sums(nats: Float[np.ndarray, " T"], counts: Float[np.ndarray, " T"]) -> Result:
-    """What is kept of a row: summed losses and counted tokens of every block of positions."""
+    """The stored result of a row: summed losses and counted tokens of every block."""
     starts = np.arange(0, len(nats), BLOCK)
     sums = (np.add.reduceat(x.astype(np.float64), starts).tolist() for x in (nats, counts))
     return dict(zip(("nats", "counts"), sums, strict=True))
 
 
 def text_sums(losses: Float[np.ndarray, " T"]) -> Result:
-    """The same for a text, whose first token is predicted by nothing."""
+    """The same for a text, whose first token has no prediction."""
     return block_sums(np.pad(losses, (1, 0)), np.pad(np.ones(len(losses)), (1, 0)))
 
 
 def recovered_gap(full: Blocks, alone: Blocks, this: Blocks) -> Estimate | None:
     """(window - this) / (window - full) in nats, with the error of paired blocks.
 
-    None where they were not measured on the same rows, or the window has lost nothing.
+    None if they were measured on different rows, or the window loses nothing.
     """
     if not full.nats.shape == alone.nats.shape == this.nats.shape:
         return None
@@ -115,7 +115,7 @@ def difference(this: Blocks, other: Blocks) -> Estimate:
 
 
 def standard_error(residuals: np.ndarray, total: float) -> float:
-    """Of a quotient by `total`, from what each block differs from the mean."""
+    """Standard error of a quotient by `total`, from the residuals of the blocks."""
     used = np.count_nonzero(residuals)
     return float(np.sqrt((residuals**2).sum()) / total) if used > 1 else math.nan
 

@@ -1,4 +1,4 @@
-"""Exact match of a generated answer, in the three strictnesses of LightEval that TPTT reports.
+"""Exact match of a generated answer, in the three variants of LightEval that TPTT reports.
 
 github.com/huggingface/lighteval: `exact_match`, `prefix_exact_match`, `prefix_quasi_exact_match`.
 """
@@ -10,19 +10,19 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def exact_match(answer: str, gold: str) -> bool:
-    """EM: both are the same but for space around them; an empty answer is never right."""
+    """EM: both are equal up to surrounding space; an empty answer is never right."""
     return bool(answer) and answer.strip() == gold.strip()
 
 
 def prefix_exact_match(answer: str, gold: str) -> bool:
-    """PEM: the answer begins with what is right."""
+    """PEM: the answer begins with the gold text."""
     return bool(answer) and answer.strip().startswith(gold.strip())
 
 
 def prefix_quasi_exact_match(answer: str, gold: str) -> bool:
-    """PQEM: the answer begins with what is right once both are normalized.
+    """PQEM: the answer begins with the gold text after both are normalized.
 
-    Articles are removed. Of the letter A nothing is left, so where it is right every answer is.
+    Articles are removed, so the gold letter A becomes empty and every answer matches it.
     """
     return bool(answer) and normalize_answer(answer).startswith(normalize_answer(gold))
 

@@ -1,6 +1,6 @@
-"""Any task of EleutherAI's lm-evaluation-harness (lm-eval), by its name.
+"""Tasks of EleutherAI's lm-evaluation-harness (lm-eval), by name.
 
-A task of lm-eval is a row: what was measured before a stop is not measured again.
+A task of lm-eval is a row, so a resumed evaluation repeats no finished task.
 """
 
 import contextlib
@@ -35,25 +35,25 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 
 class Score(Estimate):
-    """What lm-eval says of a task or group, in its own unit, with its own standard error.
+    """A score of lm-eval for a task or group, in its own unit, with its own standard error.
 
-    Accuracies are from 0 to 1, perplexities as they are; the error is NaN where it gives none.
+    Accuracies lie between 0 and 1; the error is NaN if lm-eval gives none.
     """
 
     def __str__(self) -> str:
-        """For tables."""
+        """The text for tables."""
         return f"{self.value:.4f}" + ("" if math.isnan(self.error) else f" ± {self.error:.4f}")
 
 
 @dataclass(frozen=True)
 class Harness:
-    """The tasks that a configuration names."""
+    """The lm-eval tasks of a configuration."""
 
     config: HarnessConfig
     name: str = "harness"
 
     def __post_init__(self) -> None:
-        """Raises ValueError if there is nothing to run, or nothing to run it with."""
+        """Raises ValueError if no task is given, or lm-eval is not installed."""
         check_installed()
         if not self.config.tasks:
             raise ValueError("--task harness needs --harness.tasks NAME [NAME ...].")
@@ -161,7 +161,7 @@ class Harness:
 
 
 def _scores(metrics: Mapping[str, Any]) -> dict[str, Score]:
-    """Of entries such as "acc,none" and "acc_stderr,none"; the filter is named if there is one."""
+    """Scores from entries such as "acc,none" and "acc_stderr,none"; names include the filter."""
     found = {}
     for key, value in metrics.items():
         metric, comma, chosen = key.partition(",")
@@ -179,12 +179,12 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _as_lm_eval_runs() -> Iterator[None]:
-    """Seeds as lm-eval's own command does; prints nothing where the results are to go."""
+    """Seeds as lm-eval's own command does, and keeps its output off stdout."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
-    # Otherwise standard errors come from forks of this process, in which JAX has threads.
+    # Otherwise lm-eval forks this process for standard errors, and JAX has threads in it.
     before = os.environ.get("DISABLE_MULTIPROC")
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:

@@ -1,4 +1,4 @@
-"""A model of ours as EleutherAI's lm-evaluation-harness (lm-eval) wants to see it."""
+"""Adapts a model of ours to EleutherAI's lm-evaluation-harness (lm-eval)."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class _Generation(NamedTuple):
-    """How the answers of some requests are generated."""
+    """Generation settings of some requests."""
 
     until: list[str]
     max_new_tokens: int
@@ -57,14 +57,14 @@ class HarnessModel(TemplateLM):
 
         Args:
           model: a base model or a Titan.
-          tokenizer: that belongs to it.
+          tokenizer: of the model.
           use_memory: False leaves the memory out.
-          batch_size: rows at a time, at most.
-          max_length: tokens that the model reads of a text; None: all positions of its
+          batch_size: most rows at a time.
+          max_length: most tokens of a text that the model reads; None: all positions of its
             configuration.
 
         Raises:
-          ValueError: if the tokenizer has no token that a text can begin with.
+          ValueError: if the tokenizer has neither a beginning- nor an end-of-sequence token.
         """
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
@@ -81,17 +81,17 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What ends a text."""
+        """The end-of-text token."""
         return self._end
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context begins with."""
+        """The first token of a text without a context."""
         return self._first
 
     @property
     def tokenizer_name(self) -> str:
-        """For lm-eval's cache of requests."""
+        """The key for lm-eval's cache of requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(
@@ -115,7 +115,7 @@ class HarnessModel(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is what greedy decoding gives) of each continuation."""
+        """(log-likelihood, whether greedy decoding gives it) of each continuation."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def _loglikelihood_tokens(
@@ -153,7 +153,7 @@ class HarnessModel(TemplateLM):
         return map(make_disjoint_window, pairs)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """What the model says after each context, up to the first string that ends it."""
+        """Generates after each context, up to the first stop string."""
         del disable_tqdm
         groups: defaultdict[str, list[int]] = defaultdict(list)
         asked = [cast("tuple[str, dict[str, Any]]", request.args) for request in requests]
@@ -190,8 +190,8 @@ class HarnessModel(TemplateLM):
             )
         if max_new_tokens >= self.max_length:
             raise ValueError(
-                f"{max_new_tokens} new tokens leave no room for a context within "
-                f"{self.max_length}: raise --harness.max-length."
+                f"{max_new_tokens} new tokens leave no room for a context in {self.max_length} "
+                "tokens: raise --harness.max-length."
             )
         return _Generation([stop for stop in until if stop], max_new_tokens, settings)
 

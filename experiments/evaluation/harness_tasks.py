@@ -1,4 +1,4 @@
-"""Which tasks of lm-eval are run, and how they are loaded."""
+"""Selects and loads tasks of lm-eval."""
 
 import contextlib
 import functools
@@ -30,18 +30,18 @@ class HarnessConfig:
     include_path: Path | None = None
     """Directory with YAML files of more tasks."""
     num_fewshot: int | None = None
-    """Examples before each question; None: what each task says."""
+    """Examples before each question; None: each task's own number."""
     limit: float | None = None
-    """So many questions of each task; below 1, that share of them. None: all."""
+    """Number of questions of each task, or their share if below 1. None: all."""
     batch_size: int = 8
-    """Rows at a time, at most."""
+    """Most rows at a time."""
     max_length: int | None = None
-    """Tokens that a model reads of a text; None: all positions of its configuration."""
+    """Most tokens of a text that a model reads; None: all positions of its configuration."""
     chat_template: bool = False
-    """Ask in the tokenizer's chat format."""
+    """Asks questions in the tokenizer's chat format."""
 
     def __post_init__(self) -> None:
-        """Rejects what nothing can be measured with."""
+        """Rejects invalid values."""
         for name, least in {"num_fewshot": 0, "batch_size": 1, "max_length": 2}.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -58,12 +58,12 @@ class LoadedTasks(NamedTuple):
 
 
 def check_installed() -> None:
-    """Raises ValueError if lm-eval is not there."""
+    """Raises ValueError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--task harness needs lm-eval: pip install 'tptt-jax[harness]'.")
 
 
-# Every model asks the same, and loading may take minutes.
+# All models share the tasks, and loading may take minutes.
 @functools.lru_cache(maxsize=1)
 def load_tasks(config: HarnessConfig) -> LoadedTasks:
     """Loads the tasks and their data.
@@ -75,11 +75,11 @@ def load_tasks(config: HarnessConfig) -> LoadedTasks:
     try:
         loaded = manager.load(names)
     except ImportError as error:
-        raise ValueError(f"a task of lm-eval needs a package that is not here: {error}") from error
+        raise ValueError(f"a task of lm-eval needs a missing package: {error}") from error
     except KeyError as error:
         raise ValueError(f"lm-eval cannot load {', '.join(names)}: {error}") from error
     for task in loaded["tasks"].values():
-        # As lm-eval does: a task that says 0 means it.
+        # As lm-eval does: a task's own 0 takes precedence.
         given = task.get_config("num_fewshot")
         if given is None or (given != 0 and config.num_fewshot is not None):
             task.set_config("num_fewshot", config.num_fewshot or 0)
@@ -87,13 +87,13 @@ def load_tasks(config: HarnessConfig) -> LoadedTasks:
 
 
 def _find_tasks(config: HarnessConfig) -> "tuple[list[str], TaskManager]":
-    """Names without patterns, and something that knows them all."""
+    """Names without patterns, and the task manager that has them."""
     from lm_eval.tasks import TaskManager
 
     path = None if config.include_path is None else config.include_path.expanduser()
     if path is not None and not path.is_dir():
-        raise FileNotFoundError(f"There is no directory {path}: check --harness.include-path.")
-    # The list of lm-eval's own tasks takes half a minute to read; local ones may be enough.
+        raise FileNotFoundError(f"no such directory: {path}; check --harness.include-path.")
+    # Reading lm-eval's own tasks takes half a minute; local ones may be enough.
     for with_defaults in (False, True):
         manager = TaskManager(include_path=path, include_defaults=with_defaults)
         found = {name: _matching(manager, name) for name in config.tasks}
@@ -115,10 +115,10 @@ def _matching(manager: "TaskManager", name: str) -> list[str]:
 
 
 def hash_requests(config: HarnessConfig, task: "LmEvalTask") -> str:
-    """Changes whenever a task asks something else, or counts other answers as right."""
+    """A hash of a task's questions and of the answers that count as right."""
     from lm_eval.evaluator_utils import get_sample_size
 
-    # Progress of something that takes a moment.
+    # Hides a progress bar.
     with contextlib.redirect_stderr(io.StringIO()):
         seed_examples(task)
         task.build_all_requests(limit=get_sample_size(task, config.limit))

@@ -1,4 +1,4 @@
-"""A report of an evaluation as one HTML file that needs nothing else, not even a network."""
+"""Reports of evaluations as self-contained HTML files."""
 
 import base64
 import html
@@ -29,12 +29,12 @@ img {{ max-width: 100%; }}
 
 
 class Section(NamedTuple):
-    """What a report shows of one task.
+    """The part of a report about one task.
 
     Attributes:
       title: its name.
       tables: one for each model.
-      samples: for people to read, empty ones left out.
+      samples: readable examples; empty ones are left out.
       png: the picture.
     """
 
@@ -47,7 +47,7 @@ class Section(NamedTuple):
 def write_report(
     path: Path, title: str, sections: Sequence[Section], about: Mapping[str, str]
 ) -> None:
-    """Writes the file, in one piece.
+    """Writes the file atomically.
 
     Args:
       path: of the file.
@@ -81,7 +81,7 @@ def _table(table: Table) -> str:
 
 
 def _plain(cell: object) -> str:
-    """What rich would print of a cell, as HTML."""
+    """A cell of a rich table as HTML."""
     console = Console(width=10_000, color_system=None, force_terminal=False, quiet=False)
     with console.capture() as captured:
         console.print(cell, end="")

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, many at a time, in few shapes."""
+"""Log-likelihoods of continuations, in batches of a few shapes."""
 
 import functools
 from collections import defaultdict
@@ -16,25 +16,25 @@ from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME
 
 _SHORTEST = 64
-# Tokens of one call, so that activations of long texts fit in memory.
+# Most tokens of one call, so that activations of long texts fit in memory.
 _CALL_TOKENS = 8192
 # Tokens of a continuation that are scored, rounded up.
 _PLACES = (16, 128, 1024)
 
 
 class Continuation(NamedTuple):
-    """Tokens to score, and the tokens before them, of which there is at least one."""
+    """Tokens to score, and at least one token before them."""
 
     context: Sequence[int]
     tokens: Sequence[int]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation.
+    """Log-likelihood of a continuation.
 
     Attributes:
       nats: its log-probability.
-      is_greedy: whether each of its tokens is the likeliest.
+      is_greedy: whether each of its tokens is the most likely one.
     """
 
     nats: float
@@ -58,10 +58,10 @@ def score_continuations(
     Args:
       model: a base model or a Titan.
       continuations: in any order.
-      batch_size: rows at a time, at most.
-      max_length: tokens that the model reads of a row; a context loses its first ones.
+      batch_size: most rows at a time.
+      max_length: most tokens of a row that the model reads; longer contexts lose their beginning.
       use_memory: False leaves the memory out.
-      report: called with the number of continuations that were scored since the last call.
+      report: called with the number of continuations scored since the last call.
 
     Raises:
       ValueError: if a continuation is longer than `max_length`.
@@ -70,8 +70,8 @@ def score_continuations(
     for index, each in enumerate(continuations):
         if len(each.tokens) > max_length:
             raise ValueError(
-                f"a continuation has {len(each.tokens)} tokens, more than the {max_length} that "
-                "are read at a time: raise the longest length."
+                f"a continuation has {len(each.tokens)} tokens, more than the maximum length of "
+                f"{max_length}: raise it."
             )
         rows[_inputs(each, max_length)].append(index)
     scores = [Likelihood(0.0, is_greedy=True)] * len(continuations)
@@ -92,9 +92,9 @@ def score_continuations(
 def pad_prompts(
     prompts: Sequence[Sequence[int]], size: int
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B T"]]:
-    """Prompts as the rows of one array, and where they are: 1 on their tokens, 0 on padding.
+    """Prompts as the rows of one array, and segment ids: 1 on their tokens, 0 on padding.
 
-    The last prompt is repeated up to `size` rows: fewer than usual would compile anew.
+    The last prompt is repeated up to `size` rows: another number of rows would recompile.
     """
     tokens, valid = np.zeros((2, size, max(map(len, prompts))), np.int32)
     for row in range(size):
@@ -114,7 +114,7 @@ def padded_length(count: int) -> int:
 
 
 def _inputs(continuation: Continuation, max_length: int) -> tuple[int, ...]:
-    """What the model reads: everything but the last token, without what is too long ago."""
+    """The model's input: all but the last token, at most the last `max_length`."""
     return (*continuation.context, *continuation.tokens)[-max_length - 1 : -1]
 
 
@@ -163,14 +163,15 @@ def _score(
     """Scores of the last `places` tokens of each row, and of all that may follow it.
 
     Returns:
-      Log-probabilities of those tokens [B, N], whether each is the likeliest [B, N], and
-      log-probabilities of the next token [B, V]. Float32; before a row begins they mean nothing.
+      Log-probabilities of those tokens [B, N], whether each is the most likely one [B, N], and
+      log-probabilities of the next token [B, V]. Float32; values before a row's start are
+      meaningless.
     """
-    # What is after a row's end changes nothing before it.
+    # Tokens after a row's end do not affect earlier ones.
     hidden, _, _ = model.forward_hidden(tokens, use_memory=use_memory)
     ends = lengths[:, None] - 1
-    wanted = jnp.maximum(ends - places + jnp.arange(places), 0)
-    targets = jnp.take_along_axis(tokens, wanted + 1, axis=1, mode="clip")
+    indices = jnp.maximum(ends - places + jnp.arange(places), 0)
+    targets = jnp.take_along_axis(tokens, indices + 1, axis=1, mode="clip")
 
     def score_token(some: tuple[Array, Array]) -> tuple[Array, Array]:
         logits = model.project_logits(some[0]).astype(jnp.float32)
@@ -182,7 +183,7 @@ def _score(
 
     nats, is_likeliest = lax.map(
         score_token,
-        (take(wanted).reshape(-1, hidden.shape[-1]), targets.reshape(-1)),
+        (take(indices).reshape(-1, hidden.shape[-1]), targets.reshape(-1)),
         batch_size=max(1, LOGITS_AT_A_TIME // model.config.vocab_size),
     )
     last = model.project_logits(take(ends))[:, 0].astype(jnp.float32)

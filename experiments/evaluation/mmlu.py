@@ -2,7 +2,7 @@
 
 An answer is generated greedily and compared with the right letter, exactly (EM), as a prefix (PEM)
 and as a prefix once both are normalized (PQEM). Accuracy is the share of questions whose right
-letter is the likeliest of the letters.
+letter is the most likely of the letters.
 """
 
 import math
@@ -57,7 +57,7 @@ class Mmlu:
 
     @property
     def rows_at_once(self) -> int:
-        """Questions that are answered at a time."""
+        """Questions answered at a time."""
         return self.config.batch_size
 
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
@@ -79,7 +79,7 @@ class Mmlu:
         *,
         use_memory: bool,
     ) -> Result:
-        """The answer to one question, and what it is worth."""
+        """The answer to one question, and its scores."""
         return self.measure_rows(model, tokenizer, [row], use_memory=use_memory)[0]
 
     def measure_rows(
@@ -90,7 +90,7 @@ class Mmlu:
         *,
         use_memory: bool,
     ) -> list[Result]:
-        """The answers to some questions, and what each is worth."""
+        """The answers to some questions, and their scores."""
         most = model.config.max_positions - _NEW_TOKENS
         prompts = [tokenizer.encode(row.about["prompt"])[-most:] for row in rows]
         tokens, valid = pad_prompts(prompts, self.config.batch_size)
@@ -164,7 +164,7 @@ class Mmlu:
 def _answers(
     model: CausalLM, tokenizer: "PreTrainedTokenizerFast", state: ReadState, *, use_memory: bool
 ) -> list[str]:
-    """What the model says next, up to the end of the line."""
+    """Greedy continuations, up to the end of the line."""
     result = generate(
         *(model, np.zeros((state.batch_size, 0), np.int32), _NEW_TOKENS),
         state=state,
@@ -200,7 +200,7 @@ def _letters(tokenizer: "PreTrainedTokenizerFast", row: Row) -> list[list[int]]:
 def _score_letters(
     model: CausalLM, prompt: list[int], letters: Sequence[list[int]], *, use_memory: bool
 ) -> list[float]:
-    """Log-likelihoods of letters that a tokenizer writes with more than one token."""
+    """Log-likelihoods of letters that take more than one token."""
     scores = score_continuations(
         model,
         [Continuation(prompt, tokens) for tokens in letters],

@@ -21,12 +21,12 @@ class MmluConfig:
     """"cais/mmlu" from the Hugging Face Hub, a directory, or files of JSON Lines with the fields
     subject, question, choices and answer (an index). Names of files end with "test" or "dev"."""
     limit: int | None = None
-    """So many questions, evenly over the subjects; None: all."""
+    """Number of questions, evenly over the subjects; None: all."""
     batch_size: int = 8
     """Questions at a time."""
 
     def __post_init__(self) -> None:
-        """Rejects what nothing can be measured with."""
+        """Rejects invalid values."""
         if not self.data:
             raise ValueError("mmlu.data must name a directory, files, or cais/mmlu.")
         for name in ("limit", "batch_size"):
@@ -41,7 +41,7 @@ class Question(NamedTuple):
     Attributes:
       subject: e.g. "high_school_physics".
       question: its text.
-      choices: possible answers; letters from A on name them.
+      choices: possible answers, named by letters from A on.
       answer: index of the right one.
     """
 
@@ -52,19 +52,19 @@ class Question(NamedTuple):
 
     @property
     def letter(self) -> str:
-        """Of the right answer."""
+        """The letter of the right answer."""
         return string.ascii_uppercase[self.answer]
 
     @property
     def text(self) -> str:
-        """The question with its choices, up to where the answer's letter goes."""
+        """The question with its choices, up to the answer's letter."""
         letters = zip(string.ascii_uppercase, self.choices, strict=False)
         choices = (f"{letter}. {choice}" for letter, choice in letters)
         return "\n".join([f"Question: {self.question}", *choices, "Answer:"])
 
 
 def one_shot_prompt(question: Question, example: Question) -> str:
-    """A question after another of its subject with its answer, as LightEval writes them."""
+    """A question after an answered one of its subject, in LightEval's format."""
     return (
         "The following are multiple choice questions (with answers) about "
         f"{question.subject.replace('_', ' ')}.\n\n"
@@ -76,11 +76,11 @@ def load_questions(data: Sequence[str]) -> tuple[list[Question], dict[str, Quest
     """Reads the questions, and for each subject the first of its examples.
 
     Args:
-      data: what `MmluConfig.data` says.
+      data: see `MmluConfig.data`.
 
     Raises:
-      FileNotFoundError: if a file, a directory or the Hub's data set is not there.
-      ValueError: if a row is no question, or a subject has no example.
+      FileNotFoundError: if a file, a directory or the Hub's data set does not exist.
+      ValueError: if a row is not a question, or a subject has no example.
     """
     read: dict[str, list[Question]] = {split: [] for split in _SPLITS}
     for path in data:
@@ -98,7 +98,7 @@ def load_questions(data: Sequence[str]) -> tuple[list[Question], dict[str, Quest
     lacking = sorted({question.subject for question in read["test"]} - examples.keys())
     if lacking:
         raise ValueError(
-            f"no dev question is about {', '.join(lacking)}: each subject needs one as its example."
+            f"no dev question is about {', '.join(lacking)}: each subject needs one as an example."
         )
     return read["test"], examples
 
@@ -114,17 +114,17 @@ def choose_evenly(questions: Sequence[Question], limit: int | None) -> list[Ques
 
 
 def _read(path: str) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """Split, name and rows of every file that a path names."""
+    """Split, name and rows of every file of a path."""
     if path == HUB_NAME:
         return [(split, path, _read_hub(split)) for split in _SPLITS]
     place = Path(path).expanduser()
     if not place.exists():
-        raise FileNotFoundError(f"There is no file or directory {path}: check --mmlu.data.")
+        raise FileNotFoundError(f"no such file or directory: {path}; check --mmlu.data.")
     files = [place] if place.is_file() else sorted(place.glob("*.jsonl"))
     splits = {file: next((s for s in _SPLITS if file.stem.endswith(s)), None) for file in files}
     if place.is_file() and splits[place] is None:
         raise ValueError(
-            f"{path} may be examples or questions: give it a name that ends with dev or test."
+            f"{path} may hold examples or questions: give it a name that ends with dev or test."
         )
     return [
         (split, str(file), load_rows(str(file)).rows)
@@ -142,15 +142,15 @@ def _read_hub(split: str) -> list[dict[str, Any]]:
     except (DatasetNotFoundError, ConnectionError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
-            f"the Hugging Face Hub does not give {HUB_NAME} ({reason}): name local files with "
-            "--mmlu.data."
+            f"{HUB_NAME} could not be fetched from the Hugging Face Hub ({reason}): give local "
+            "files with --mmlu.data."
         ) from error
 
 
 def _question(row: dict[str, Any], place: str) -> Question:
     missing = [name for name in _FIELDS if row.get(name) is None]
     if missing:
-        raise ValueError(f"{place} has no {', '.join(missing)}: needed are {', '.join(_FIELDS)}.")
+        raise ValueError(f"{place} lacks {', '.join(missing)}: it needs {', '.join(_FIELDS)}.")
     subject, question, choices, answer = (row[name] for name in _FIELDS)
     letters = len(string.ascii_uppercase)
     if not isinstance(choices, list) or not 2 <= len(choices) <= letters:

@@ -1,4 +1,4 @@
-"""Things hidden in a long text and asked for at its end, by length and depth.
+"""Sentences hidden in a long text and a question about them at its end, by length and depth.
 
 "passkey" is Mohtashami and Jaggi's task (arXiv:2305.16300); the needles and variable tracking are
 synthetic tasks as RULER describes them (arXiv:2404.06654), in words of our own. Answers are
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _Hidden = tuple[Probe, tuple[str, ...]]
-"""What is hidden, and everything that a right answer names."""
+"""The probe, and everything that a right answer contains."""
 
 
 def _passkey(rng: np.random.Generator) -> _Hidden:
@@ -42,7 +42,7 @@ def _passkey(rng: np.random.Generator) -> _Hidden:
 
 
 def _needle(count: int, asked: int) -> Callable[[np.random.Generator], _Hidden]:
-    """`count` sentences of the form of the first, `asked` of which share the key asked for."""
+    """`count` similar sentences, `asked` of which have the key of the question."""
 
     def make(rng: np.random.Generator) -> _Hidden:
         words = rng.choice(WORDS, count - asked + 1, replace=False).tolist()
@@ -64,7 +64,7 @@ def _needle(count: int, asked: int) -> Callable[[np.random.Generator], _Hidden]:
 
 
 def _variables(rng: np.random.Generator) -> _Hidden:
-    """A chain of assignments: all variables that have a value are asked for."""
+    """A chain of assignments; the question asks for all variables with a value."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     names: list[str] = []
     while len(names) < 5:
@@ -85,7 +85,7 @@ _KINDS: dict[str, tuple[Callable[[np.random.Generator], _Hidden], int, bool]] = 
     "needle-multivalue": (_needle(4, 4), 48, False),
     "variable-tracking": (_variables, 32, True),
 }
-"""How each task hides something, tokens of an answer, and whether the order of hiding matters."""
+"""For each task: its probe, tokens of an answer, and whether the order of sentences matters."""
 
 NEEDLES = tuple(_KINDS)
 
@@ -97,9 +97,9 @@ class Needles:
     name: str
     data: DataConfig
     lengths: tuple[int, ...]
-    """Tokens of the prompts."""
+    """Prompt lengths in tokens."""
     depths: tuple[float, ...]
-    """Where the first sentence is, from 0, the beginning, to 1, before the question."""
+    """Places of the first sentence, from 0, the beginning, to 1, before the question."""
     samples: int
     """Prompts for each length and depth."""
     seed: int = 0
@@ -107,7 +107,7 @@ class Needles:
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
         """A prompt for each length, depth and sample."""
         text = haystack_tokens(self.data, tokenizer)
-        # Every prompt has a beginning of its own.
+        # Every prompt adds its own beginning-of-sequence token.
         text = text[len(begin_tokens(tokenizer)) :]
         return [
             self._row(tokenizer, text, length, depth, sample)
@@ -125,7 +125,7 @@ class Needles:
         sample: int,
     ) -> Row:
         where = round(depth * 1000)
-        # Streams of five numbers: no training row comes from one.
+        # Seeds of five numbers: no training row uses such a seed.
         rng = np.random.default_rng([self.seed, length, where, sample, NEEDLES.index(self.name)])
         make, _, is_ordered = _KINDS[self.name]
         probe, right = make(rng)
@@ -153,7 +153,7 @@ class Needles:
         *,
         use_memory: bool,
     ) -> Result:
-        """What was answered, and the share of what was asked for that it names."""
+        """The answer, and the share of expected items that it contains."""
         prompt, _, right = row.data
         result = generate(model, prompt[None], _KINDS[self.name][1], use_memory=use_memory)
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
@@ -188,7 +188,7 @@ class Needles:
     def plot(
         self, png: Path, rows: Mapping[str, Sequence[Row]], results: Mapping[str, Results]
     ) -> None:
-        """A map of depth by length for every model and column."""
+        """Draws a map of depth by length for every model and column."""
         from matplotlib.figure import Figure
 
         columns = [n for n in COLUMNS if any(found.get(n) for found in results.values())]
@@ -219,7 +219,7 @@ class Needles:
         save_figure(figure, png)
 
     def _map(self, rows: Sequence[Row], results: Sequence[Result]) -> np.ndarray:
-        """Percent right [depths, lengths]; NaN where nothing was measured."""
+        """Percent of right answers [depths, lengths]; NaN where nothing was measured."""
         return np.array(
             [
                 [

@@ -1,4 +1,4 @@
-"""The picture that matters: perplexity and recall against the length of the context."""
+"""The overview picture: perplexity and recall against the length of the context."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,17 +22,17 @@ def plot_overview(
     rows: Mapping[str, Sequence[Row]],
     results: Mapping[str, Results],
 ) -> bool:
-    """Draws perplexity by position beside the share of hidden things that are found.
+    """Draws perplexity by position beside the share of hidden text that is found.
 
     Args:
       png: the picture; an earlier one is replaced.
       title: the model.
-      tasks: those that were run.
+      tasks: the tasks of the run.
       rows: of each task, by its name.
-      results: likewise.
+      results: of each task, by its name.
 
     Returns:
-      Whether there was anything to draw: it takes perplexity and a task that hides something.
+      Whether there was anything to draw: perplexity and a retrieval task are needed.
     """
     perplexity = next((task for task in tasks if isinstance(task, Perplexity)), None)
     hidden = [task for task in tasks if isinstance(task, Needles)]
@@ -43,7 +43,7 @@ def plot_overview(
         left.plot(*curve, label=name, **LINES[name])
     scale_tokens(left, "tokens of context")
     scale_perplexity(left)
-    # The plainest of them stands for all: lines of several would be hard to tell apart.
+    # Only the simplest task is drawn: lines of several would be hard to tell apart.
     chosen = min(hidden, key=lambda task: NEEDLES.index(task.name))
     found = results[chosen.name]
     for name in measured_columns(found):

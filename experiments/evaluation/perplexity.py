@@ -1,4 +1,4 @@
-"""Perplexity by position, and how much of what the window has lost the memory gives back."""
+"""Perplexity by position, and the share of the window's loss that the memory recovers."""
 
 import dataclasses
 import math
@@ -46,11 +46,11 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Of one long text, read from its beginning, or of the held-out rows of a table."""
+    """Perplexity of one long text, read from its beginning, or of the held-out rows of a table."""
 
     data: DataConfig
     tokens: int
-    """At most so many count."""
+    """Most tokens to score."""
     seed: int = 0
     name: str = "perplexity"
 
@@ -61,7 +61,7 @@ class Perplexity:
             return [Row(about, scored_tokens(self.data, tokenizer, self.tokens))]
         held_out = load_token_data(self.data, tokenizer, self.seed).eval
         if held_out is None:
-            raise ValueError(f"nothing of {self.data.shown} is held out: raise --data.eval-rows.")
+            raise ValueError(f"no rows of {self.data.shown} are held out: raise --data.eval-rows.")
         about |= {"seed": self.seed, "config": dataclasses.asdict(self.data)}
         rows = [Row(about | {"row": i}, batch) for i, batch in enumerate(held_out.batches(1))]
         counts = np.cumsum([np.count_nonzero(row.data.segment_ids) for row in rows])
@@ -84,7 +84,7 @@ class Perplexity:
         return block_sums(nats, counts)
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
-        """Perplexity by position and in all, and the recovered gap."""
+        """Perplexity by position and in total, and the recovered gap."""
         del rows
         sums = {name: Blocks.of(found) for name, found in results.items() if found}
         names = measured_columns(results)
@@ -116,7 +116,7 @@ class Perplexity:
         return Summary(table, report)
 
     def curves(self, results: Results) -> dict[str, tuple[list[float], list[float]]]:
-        """Positions and the perplexity there, by column."""
+        """Positions and their perplexities, by column."""
         return {name: Blocks.of(results[name]).curve() for name in measured_columns(results)}
 
     def plot(
@@ -138,10 +138,10 @@ class Perplexity:
 def scored_tokens(
     data: DataConfig, tokenizer: "PreTrainedTokenizerFast", most: int
 ) -> Int[np.ndarray, " L"]:
-    """`haystack_tokens` of a text that is predicted.
+    """`haystack_tokens` of a text to score.
 
     Raises:
-      ValueError: likewise, or if there is nothing to predict.
+      ValueError: as `haystack_tokens`, or if there is nothing to predict.
     """
     tokens = haystack_tokens(data, tokenizer, most)
     if len(tokens) < 2:
@@ -157,7 +157,7 @@ def score_text(model: CausalLM, tokens: Int[np.ndarray, " L"], *, use_memory: bo
 def haystack_tokens(
     data: DataConfig, tokenizer: "PreTrainedTokenizerFast", most: int = 1 << 20
 ) -> Int[np.ndarray, " L"]:
-    """The first tokens of a text, after the one that begins a text if there is one.
+    """The first tokens of a text, after the beginning-of-sequence token if there is one.
 
     Raises:
       FileNotFoundError: if there is no such file.
@@ -169,7 +169,7 @@ def haystack_tokens(
         return np.asarray(tokens[:most], np.int32)
     if not isinstance(data.path, str) or not is_text_file(data.path):
         if isinstance(data.path, str) and not Path(data.path).expanduser().exists():
-            raise FileNotFoundError(f"There is no file {data.path}: check the path given as data.")
+            raise FileNotFoundError(f"no such file: {data.path}; check the path given as data.")
         raise ValueError(f"{data.shown} is a table: this task needs a text file.")
     parts, count = [np.zeros(0, np.int32)], 0
     for piece in document_tokens(tokenizer, Path(data.path).expanduser()):

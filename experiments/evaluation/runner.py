@@ -1,4 +1,4 @@
-"""Runs tasks on models, column by column and row by row, and goes on where it was stopped."""
+"""Runs tasks on models, column by column and row by row, and resumes after an interruption."""
 
 import itertools
 import time
@@ -27,7 +27,7 @@ _KeyedRow = tuple[Task, Row, str]
 
 @dataclass
 class Findings:
-    """Everything that was measured of one model."""
+    """All measurements of one model."""
 
     label: str
     variants: list[Variant] = field(default_factory=list)
@@ -39,17 +39,17 @@ class Findings:
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """What all models are measured with."""
+    """The tasks and settings that all models share."""
 
     tasks: Sequence[Task]
     store: RowStore
     console: Console
     dtype: jnp.dtype
     window: int | None
-    """None: what a model was trained with."""
+    """None: as a model was trained."""
     sinks: int | None
     columns: Sequence[str]
-    """Which to measure; none: all that apply."""
+    """Columns to measure; none: all that apply."""
 
     def run(self, source: Source) -> Findings:
         """Measures one model."""
@@ -76,11 +76,11 @@ class Runner:
                 if self.store.get(key) is None
             ]
             if missing:
-                wanted = model
+                loaded = model
                 if variant.window != own:
                     full = variant.window is None
-                    wanted = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
-                self._measure(f"{found.label}, {variant.name}", wanted, tokenizer, variant, missing)
+                    loaded = source.load(variant.window, self.sinks, self.dtype, is_full=full).model
+                self._measure(f"{found.label}, {variant.name}", loaded, tokenizer, variant, missing)
             for task in self.tasks:
                 if not applies(task, variant.name):
                     continue
@@ -120,7 +120,7 @@ class Runner:
         variant: Variant,
         rows: Sequence[_KeyedRow],
     ) -> None:
-        # Both markup and str.format read what stands in the column.
+        # The column's text is parsed as markup and by str.format.
         shown_title = escape(title).replace("{", "{{").replace("}", "}}")
         bar = Progress(
             TextColumn(f"{shown_title}  {{task.completed:.0f}}/{{task.total:.0f}}"),
@@ -147,7 +147,7 @@ class Runner:
 
 
 def _batches(rows: Sequence[_KeyedRow]) -> Iterator[Sequence[_KeyedRow]]:
-    """Rows of one task after the other, as many as it measures at once."""
+    """Rows task by task, in groups that are measured together."""
     for task, of_task in itertools.groupby(rows, key=lambda row: row[0]):
         left = list(of_task)
         while left:

@@ -11,11 +11,11 @@ from experiments.evaluation.task import Results, Row, measured_columns
 
 
 def right_shares(rows: Sequence[Row], results: Sequence[Result], **about: float) -> list[float]:
-    """What rows with these properties were answered, each from 0 to 1.
+    """Shares of right answers, from 0 to 1, of the rows with these properties.
 
     Args:
       rows: all rows of a task.
-      results: of the first of them.
+      results: of the first rows; later ones may be missing.
       about: e.g. length=512.
     """
     return [
@@ -28,7 +28,7 @@ def right_shares(rows: Sequence[Row], results: Sequence[Result], **about: float)
 def shares_at(
     rows: Sequence[Row], results: Results, length: int
 ) -> tuple[list[str], dict[str, float]]:
-    """What rows of one length come to: a cell and a mean for each measured column."""
+    """Results for rows of one length: a cell and a mean for each measured column."""
     shares = {
         name: right_shares(rows, results[name], length=length) for name in measured_columns(results)
     }

@@ -1,4 +1,4 @@
-"""What every task is: rows, a measurement of one row, and what the rows come to."""
+"""The protocol of tasks: rows, a measurement of one row, and a summary of all."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ Results = Mapping[str, Sequence[Result]]
 
 
 class Row(NamedTuple):
-    """Something to measure a model on.
+    """One item to measure a model on.
 
     Attributes:
-      about: what decides it, as JSON.
-      data: what the model gets.
+      about: its properties, as JSON.
+      data: the input of the model.
     """
 
     about: dict[str, Any]
@@ -36,7 +36,7 @@ def applies(task: "Task", column: Column) -> bool:
 
 
 def rows_at_once(task: "Task") -> int:
-    """How many rows of a task are measured together."""
+    """Number of rows that a task measures together."""
     return getattr(task, "rows_at_once", 1)
 
 
@@ -47,30 +47,30 @@ def measured_columns(results: Results) -> list[Column]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a task has found about one model."""
+    """The results of a task for one model."""
 
     table: Table
     """With units and standard errors."""
     report: dict[str, Any]
     """The same for --json."""
     sample: str = ""
-    """Something that a person can read, e.g. a question and its answers."""
+    """A readable example, e.g. a question and its answers."""
 
 
 class Task(Protocol):
-    """A way of finding out how good a model is.
+    """An evaluation of a model.
 
-    A task that applies to some columns only has an attribute `columns`. One that measures rows
-    faster together has `rows_at_once`, and `measure_rows`, which takes and returns several.
+    A task that applies to some columns only has an attribute `columns`. A task that measures rows
+    in batches has `rows_at_once`, and `measure_rows`, which takes and returns several.
     """
 
     @property
     def name(self) -> str:
-        """As --task names it."""
+        """The name for --task."""
         ...
 
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
-        """What is measured, in order."""
+        """The rows to measure, in order."""
         ...
 
     def measure(
@@ -85,7 +85,7 @@ class Task(Protocol):
         ...
 
     def summarize(self, label: str, rows: Sequence[Row], results: Results) -> Summary:
-        """A table of all rows; columns may still lack some of them."""
+        """A table of all rows; columns may lack results of some."""
         ...
 
     def plot(

@@ -1,4 +1,4 @@
-"""One model in several ways: full softmax, its window alone, a wider window, and the memory on."""
+"""Variants of one model: full softmax, its window alone, a wider window, and the memory on."""
 
 import functools
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ class Variant:
 
     name: Column
     window: int | None
-    """Tokens that softmax attention sees; None: all, or what the base model has itself."""
+    """Tokens that softmax attention sees; None: all, or the base model's own windows."""
     use_memory: bool
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that a command names: `--models`, or `--model` and `--adapter`."""
+    """A model given by `--models`, or by `--model` and `--adapter`."""
 
     model: str | None
     adapter: Path | None = None
@@ -48,12 +48,12 @@ class Source:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name in reports."""
         return str(self.adapter or self.model or DEFAULT_MODEL)
 
     @functools.cached_property
     def stamp(self) -> str:
-        """Changes when the model is written anew, so that old results are not taken for new."""
+        """A stamp that changes when the model is rewritten, so that old results are not reused."""
         name = self.adapter or self.model
         path = None if name is None else Path(name).expanduser()
         if path is None or not path.exists():
@@ -64,13 +64,13 @@ class Source:
     def load(
         self, window: int | None, sinks: int | None, dtype: jnp.dtype, *, is_full: bool = False
     ) -> Loaded:
-        """The model behind a window.
+        """Loads the model with a window.
 
         Args:
-          window: None: the one it was trained with, or with `is_full` none at all.
-          sinks: None: those it was trained with.
+          window: in tokens; None: as it was trained, or no window with `is_full`.
+          sinks: None: as it was trained.
           dtype: of the weights.
-          is_full: without its window.
+          is_full: whether to remove its window.
         """
         return load_model(
             *(self.model, self.adapter),
@@ -83,12 +83,12 @@ class Source:
 
 
 def variants_of(config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype) -> list[Variant]:
-    """The ways in which a model can be run, the plainest first.
+    """The variants of a model, the simplest first.
 
     Args:
       config: of the base model.
       liza: its memory and window; None: a base model.
-      dtype: of keys and values in the cache, which decides how wide the window of equal bytes is.
+      dtype: of keys and values in the cache, which determines the window of equal bytes.
     """
     if liza is None:
         return [Variant(FULL, None, use_memory=False)]

@@ -1,4 +1,4 @@
-"""Models that commands run: loaded, fine-tuned or not; what they can read; how they write.
+"""The models of commands: loading, fine-tuned or not; limits of their input; generation.
 
 Offered: loading one with its tokenizer, telling whether a source was tuned, and the option
 --revision.

@@ -1,4 +1,4 @@
-"""What a model can read: token ids inside its embedding, rows within its learned positions."""
+"""Limits of a model's input: token ids in its embedding, rows within its learned positions."""
 
 import functools
 from typing import TYPE_CHECKING
@@ -18,15 +18,15 @@ def check_tokens(
     vocab_size: int,
     tokenizer: "PreTrainedTokenizerFast | None" = None,
 ) -> None:
-    """Refuses ids that the embedding has no row for; looking them up would take another row.
+    """Refuses ids without a row in the embedding; a look-up would return another row.
 
     Args:
       tokens: int32 ids of any shape.
       vocab_size: rows of the embedding.
-      tokenizer: names the tokens; None: their ids alone are named.
+      tokenizer: for the names of tokens; None: only ids are named.
 
     Raises:
-      ValueError: if an id lies outside of 0 to vocab_size - 1.
+      ValueError: if an id lies outside 0 to vocab_size - 1.
     """
     check_token_ids(tokens, vocab_size, functools.partial(_name, tokenizer))
 
@@ -39,12 +39,12 @@ def _name(tokenizer: "PreTrainedTokenizerFast | None", token: int) -> str:
 def check_lengths(
     segment_ids: Int[np.ndarray, "n T"] | Array, config: ModelConfig, option: str
 ) -> None:
-    """Refuses documents longer than the positions that a model has learned.
+    """Refuses documents longer than the learned positions of a model.
 
     Args:
       segment_ids: of the rows; 0 is padding. Positions count from the start of each segment.
-      config: of the model; one with rotary embeddings takes any length.
-      option: what shortens the rows.
+      config: of the model; with rotary embeddings any length is allowed.
+      option: the option that shortens the rows.
 
     Raises:
       ValueError: if a segment is longer than `config.max_positions`.
@@ -55,8 +55,8 @@ def check_lengths(
     longest = int(_run_lengths(ids).max(initial=0))
     if longest > config.max_positions:
         raise ValueError(
-            f"Rows of {longest} tokens are more than the {config.max_positions} positions that "
-            f"this model has learned: lower {option} to {config.max_positions}."
+            f"Rows have {longest} tokens, but this model has only {config.max_positions} learned "
+            f"positions: lower {option} to {config.max_positions}."
         )
 
 

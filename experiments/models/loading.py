@@ -1,4 +1,4 @@
-"""Loading the model that a command is asked to run, fine-tuned or not, with another window."""
+"""Loads the model of a command, fine-tuned or not, with any window."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Loaded(NamedTuple):
-    """What a command works with.
+    """A loaded model with its tokenizer.
 
     Attributes:
       model: with its adapter and memory.
@@ -40,7 +40,7 @@ def load_model(
     context: int | None = None,
     dtype: jnp.dtype,
 ) -> Loaded:
-    """Loads a model and its tokenizer, which takes about as long, at the same time.
+    """Loads a model and its tokenizer in parallel; both take about as long.
 
     Args:
       model: what `load_pretrained` takes; None: what the adapter was trained on, or
@@ -62,7 +62,7 @@ def load_model(
     if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
         raise ValueError(
             f"--adapter {adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a directory of PEFT's or tptt's."
+            "(checkpoint.json) nor a PEFT or tptt directory."
         )
     tuned = None if adapter is None or has_base(adapter) else read_description(adapter)
     if tuned is not None:
@@ -88,10 +88,10 @@ def load_model(
 def windowed(
     liza: LizaConfig | None, window: int | None, sinks: int | None = None
 ) -> LizaConfig | None:
-    """A memory behind another window; None: its own. A base model gets a window alone."""
+    """A memory with another window; None: its own. A base model gets a window alone."""
     if window is None:
         return liza
-    # A base model behind a window has no memory: nobody has fitted one.
+    # A base model with a window has no memory, as none is fitted.
     liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
     return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
 
@@ -107,7 +107,7 @@ def _load_weights(
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
         if has_base(adapter or Path(source).expanduser()):
-            # A directory of tptt's says what memory it has once it is loaded.
+            # The memory of a tptt directory is known only after loading.
             loaded = load_pretrained(source, dtype=dtype, adapter=adapter)
             if changed(loaded.liza) == loaded.liza:
                 return loaded

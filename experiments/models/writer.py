@@ -1,4 +1,4 @@
-"""A model that reads and writes for one person: what generate's modes share."""
+"""Reads prompts and writes continuations: the part that all modes of generate share."""
 
 import dataclasses
 import sys
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What reading a prompt took."""
+    """Statistics of reading a prompt."""
 
     prompt_tokens: int
-    """Read by this process, not what a loaded state held already."""
+    """Tokens read by this process, without those of a loaded state."""
     prefill_s: float
     """Compilation included."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """What one model wrote."""
+    """The continuation of one model."""
 
     text: str
     new_tokens: int
     tokens_per_s: float | None
-    """Without prefill and compilation; None: too short to tell."""
+    """Excludes prefill and compilation; None: too short to measure."""
     context_tokens: int
-    """That the model holds at the end."""
+    """Tokens in the state at the end."""
     state_bytes: int
-    """Of everything it keeps of them."""
+    """Size of the state in bytes."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class Writer:
     max_new_tokens: int
     use_memory: bool
     show: bool
-    """Print text as it comes, not at the end."""
+    """Print text as it is generated, not at the end."""
     key: jax.Array
     state: ReadState | None = None
 
@@ -76,7 +76,7 @@ class Writer:
         if count and self.state is not None:
             print(
                 f"[read {count:,} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s; "
-                f"state {self.state.num_bytes:,} bytes]",
+                f"state {self.state.num_bytes / 1e6:,.2f} MB]",
                 file=sys.stderr,
             )
         return Reading(prompt_tokens=count, prefill_s=seconds)
@@ -101,7 +101,8 @@ class Writer:
         speed = _speed(marks)
         shown = "" if speed is None else f", {speed:.1f} tokens/s"
         print(
-            f"[{len(tokens)} tokens{shown}; state {self.state.num_bytes:,} bytes]", file=sys.stderr
+            f"[{len(tokens)} tokens{shown}; state {self.state.num_bytes / 1e6:,.2f} MB]",
+            file=sys.stderr,
         )
         written = Continuation(
             text=text,
@@ -135,7 +136,7 @@ class Writer:
 
 
 def report(reading: Reading, written: Continuation | None) -> dict[str, object]:
-    """What --json prints of one reading and one writing."""
+    """The --json report of one reading and one continuation."""
     return dataclasses.asdict(reading) | ({} if written is None else dataclasses.asdict(written))
 
 

@@ -1,4 +1,4 @@
-"""What commands do to and ask of their process: pages, garbage, signals, memory, output folders.
+"""The process of a command: huge pages, garbage collection, signals, memory, output folders.
 
 Nothing is offered here: some modules are imported before jax is, others import it.
 """

@@ -1,4 +1,4 @@
-"""What every command does to its process before it computes anything."""
+"""The compilation cache, which every command sets up before it computes."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 def prepare_process() -> None:
     """Keeps compiled programs on disk, so that a second run starts at once.
 
-    JAX_COMPILATION_CACHE_DIR moves the cache; set to an empty string it turns it off.
+    JAX_COMPILATION_CACHE_DIR moves the cache; an empty string disables it.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a loop honours between two steps."""
+"""Turns Ctrl-C and SIGTERM into a request to stop between two steps."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def exit_on_interrupt() -> None:
-    """Until a command has imported what it needs, Ctrl-C ends the process without a traceback."""
+    """Makes Ctrl-C end the process without a traceback while a command imports its modules."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _exit_while_importing)
 
@@ -24,21 +24,21 @@ def _exit_while_importing(number: int, frame: FrameType | None) -> None:
 
 
 class StopRequest:
-    """While the context is open, the first signal only asks; a second one interrupts at once."""
+    """Inside the context the first signal requests a stop; a second one interrupts at once."""
 
     def __init__(self) -> None:
-        """Nothing is asked yet."""
+        """Starts without a request."""
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        """Takes the signals over."""
+        """Installs the signal handlers."""
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -1,4 +1,4 @@
-"""How much memory the work holds: the accelerator's, or on a CPU the process's."""
+"""Memory in use: the accelerator's, or on a CPU the process's."""
 
 import resource
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 
 def resident_gb() -> float:
-    """Memory held now, in GB of 1e9 bytes: the device's arrays, on a CPU the resident memory."""
+    """Memory in use now, in GB of 1e9 bytes: the device's arrays, on a CPU the resident memory."""
     if (stats := jax.devices()[0].memory_stats()) is not None:
         return stats["bytes_in_use"] / 1e9
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -15,16 +15,16 @@ def resident_gb() -> float:
 
 
 def peak_gb() -> float:
-    """The most memory that was held since the process started, likewise."""
+    """Peak memory since the process started, in GB of 1e9 bytes."""
     if (stats := jax.devices()[0].memory_stats()) is not None:
         return stats["peak_bytes_in_use"] / 1e9
     return host_peak_gb()
 
 
 def host_peak_gb() -> float:
-    """The largest resident memory of the process.
+    """Peak resident memory of the process, in GB of 1e9 bytes.
 
-    From its own status: what getrusage says is inherited from the process that started it.
+    From its own status: the value of getrusage is inherited from the parent process.
     """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

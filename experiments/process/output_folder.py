@@ -1,4 +1,4 @@
-"""An output directory: one that can be written to, for one process at a time."""
+"""Output directories: checks that they are writable, and locks for one process at a time."""
 
 import contextlib
 import errno
@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LOCK = "run.lock"
-# Names of checkpoints, weights and temporary files below it.
+# Longest path of checkpoints, weights and temporary files inside it.
 _LONGEST_BELOW = 160
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 @contextlib.contextmanager
 def locked_output(output: Path) -> Iterator[None]:
-    """Makes a directory and keeps other processes of ours out of it inside the block.
+    """Makes a directory and locks it against other processes of ours inside the block.
 
-    The lock is one of the system (flock), so that it ends with the process however that ends. What
-    was made is removed again where the block has left nothing in it.
+    The lock is the system's (flock), so it ends with the process in any case. New directories are
+    removed again if the block leaves them empty.
 
     Args:
       output: what --output names.
@@ -41,25 +41,25 @@ def locked_output(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # While it is locked: whoever has opened it meanwhile looks again.
+            # Remove it while locked: another process that opened it checks again.
             with contextlib.suppress(OSError):
                 file.unlink()
             os.close(descriptor)
     finally:
         for folder in made:
-            # What holds something stays.
+            # Directories that are not empty stay.
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 def check_output_file(file: Path, option: str) -> None:
-    """Raises ValueError if a file cannot be written, before anything is computed for it."""
+    """Raises ValueError if a file cannot be written; call it before computing the content."""
     try:
         if file.is_dir():
             raise ValueError(f"{option} {file} is a directory: name a file.")
         if file.is_symlink() and not file.exists():
             target = os.readlink(file)
-            raise ValueError(f"{option} {file} is a link to {target}, which is not there.")
+            raise ValueError(f"{option} {file} is a link to {target}, which is missing.")
         existing = next(each for each in file.absolute().parents if each.exists())
         is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     except OSError as error:
@@ -69,7 +69,7 @@ def check_output_file(file: Path, option: str) -> None:
 
 
 def check_path(output: Path) -> None:
-    """Raises ValueError if --output is something else than a directory, or none yet."""
+    """Raises ValueError if --output exists and is not a directory, or cannot become one."""
     try:
         _check_path(output)
     except OSError as error:
@@ -80,7 +80,7 @@ def _check_path(output: Path) -> None:
     for each in (output, *output.absolute().parents):
         if each.is_symlink() and not each.exists():
             raise ValueError(
-                f"--output {output}: {each} is a link to {os.readlink(each)}, which is not there: "
+                f"--output {output}: {each} is a link to {os.readlink(each)}, which is missing: "
                 "remove the link, or make that directory."
             )
         if each.exists() and not each.is_dir():
@@ -89,20 +89,20 @@ def _check_path(output: Path) -> None:
     longest = os.pathconf("/", "PC_PATH_MAX") - _LONGEST_BELOW
     if len(os.fsencode(output.absolute())) > longest:
         raise ValueError(
-            f"--output has {len(os.fsencode(output.absolute()))} bytes, at most {longest} leave "
-            "room for the names below it: name a shorter path."
+            f"--output has {len(os.fsencode(output.absolute()))} bytes, at most {longest} are "
+            "allowed: choose a shorter path."
         )
 
 
 def _make(output: Path) -> list[Path]:
-    """Makes the directory; returns what was not there before, the innermost first."""
+    """Makes the directory; returns the new directories, innermost first."""
     missing = [each for each in (output, *output.absolute().parents) if not each.exists()]
     output.mkdir(parents=True, exist_ok=True)
     return missing
 
 
 def _acquire(file: Path, output: Path) -> int:
-    """An open, locked file that says who works here."""
+    """Opens and locks the file that names the process at work."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -114,7 +114,7 @@ def _acquire(file: Path, output: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        # The process before has removed it between our opening and locking it.
+        # The previous process removed it between our opening and locking.
         os.close(descriptor)
 
 
@@ -124,10 +124,10 @@ def _lock(descriptor: int, output: Path) -> None:
     except BlockingIOError:
         holder = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
         raise ValueError(
-            f"--output {output} is in use by {holder}: wait for it, or name another --output."
+            f"--output {output} is in use by {holder}: wait for it, or choose another --output."
         ) from None
     except OSError as error:
-        # Some network file systems have no locks; a run there goes on without one.
+        # Some network file systems have no locks; a run there proceeds without one.
         if error.errno not in _NO_LOCKS:
             raise
 
@@ -141,6 +141,6 @@ def _is_same(descriptor: int, file: Path) -> bool:
 
 def _complaint(output: Path, error: OSError) -> str:
     return (
-        f"--output {str(output)[:300]} cannot be written ({error.strerror}): name a directory that "
-        "can be made and written to."
+        f"--output {str(output)[:300]} cannot be written ({error.strerror}): choose a writable "
+        "directory."
     )

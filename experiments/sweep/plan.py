@@ -1,4 +1,4 @@
-"""A grid's YAML file, and the runs it stands for."""
+"""A grid's YAML file, and its runs."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from experiments.training import FinetuneConfig
 Settings = dict[str, Any]
 
 _BLOCKS = ("base", "variants", "grid")
-# Of the command, not of a variant.
+# Options of the command, not of a variant.
 _OWN = ("config", "output")
 
 
@@ -26,11 +26,11 @@ class Variant:
 
     name: str
     settings: Settings
-    """What its YAML file says, in blocks."""
+    """Content of its YAML file, in blocks."""
 
     @property
     def folder(self) -> str:
-        """The name, as a directory may be called."""
+        """The name, made valid for a directory."""
         return re.sub(r"[^\w.=-]+", "-", self.name).strip("-.")
 
 
@@ -42,8 +42,8 @@ def read_plan(path: Path) -> list[Variant]:
     values for each. Every variant comes with every combination of the grid.
 
     Raises:
-      FileNotFoundError: if the file is not there.
-      ValueError: if it is wrong, in one sentence.
+      FileNotFoundError: if the file does not exist.
+      ValueError: if it is invalid, in one sentence.
     """
     content = read_yaml(path)
     _check_unique(path)
@@ -76,7 +76,7 @@ def nested(values: Mapping[str, Any], *, where: str) -> Settings:
     if isinstance(path := values.get("data"), str):
         values = {**values, "data": {"path": path}}  # "data: x.jsonl", as --data x.jsonl
     result: Settings = {}
-    for name, value in _leaves(values):
+    for name, value in leaves(values):
         *blocks, last = name.split(".")
         place: Any = result
         for block in blocks:
@@ -98,11 +98,11 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
     return result
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of all settings."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 
@@ -117,8 +117,8 @@ def _named(path: Path, variants: Mapping[str, Any]) -> Iterator[tuple[str, Setti
 
 
 def _points(path: Path, grid: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
-    """Every combination of the grid's values, and what it is called."""
-    axes = dict(_leaves(nested(grid, where=f"{path}: grid")))
+    """Every combination of the grid's values, and its name."""
+    axes = dict(leaves(nested(grid, where=f"{path}: grid")))
     for name, values in axes.items():
         if not isinstance(values, list) or not values:
             raise ValueError(f"{path}: grid: {name} must be a list of values, got {values!r}.")
@@ -129,7 +129,7 @@ def _points(path: Path, grid: Mapping[str, Any]) -> Iterator[tuple[str, Settings
 
 
 def _check_unique(path: Path) -> None:
-    """Raises if a block has a name twice, of which YAML would take the last."""
+    """Raises if a block has a name twice; YAML would silently use the last."""
     pending = [yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
     while pending:
         node = pending.pop()
@@ -141,7 +141,7 @@ def _check_unique(path: Path) -> None:
         for key, value in node.value:
             if key.value in seen:
                 line = key.start_mark.line + 1
-                raise ValueError(f"{path}, line {line}: {key.value!r} is there twice: rename one.")
+                raise ValueError(f"{path}, line {line}: {key.value!r} occurs twice: rename one.")
             seen.add(key.value)
             pending.append(value)
 
@@ -150,7 +150,7 @@ def _check_folders(path: Path, variants: list[Variant]) -> None:
     seen: dict[str, str] = {}
     for variant in variants:
         if not variant.folder:
-            raise ValueError(f"{path}: {variant.name!r} makes no directory's name: use letters.")
+            raise ValueError(f"{path}: {variant.name!r} gives no directory name: use letters.")
         other = seen.setdefault(variant.folder.casefold(), variant.name)
         if other is not variant.name:
             raise ValueError(
@@ -174,7 +174,7 @@ def _check_settings(path: Path, variant: Variant) -> None:
 
 
 def _validated(config: Any) -> Any:
-    """The same configuration, made the way that checks it."""
+    """The same configuration, validated."""
     if not dataclasses.is_dataclass(config):
         return config
     names = [field.name for field in dataclasses.fields(config)]

@@ -1,4 +1,4 @@
-"""Runs variants, each in a process of its own, so that a crash of one does not end the others."""
+"""Runs each variant in its own process, so that a crash does not end the others."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from experiments.process.interrupts import StopRequest
-from experiments.sweep.plan import Variant
+from experiments.sweep.plan import Variant, leaves
 from tptt_jax.durable import atomic_file
 
 _FINETUNE = "experiments.finetune"
@@ -22,30 +22,41 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a variant has come to."""
+    """The result of a variant."""
 
     name: str
     report: dict[str, Any] | None
-    """What finetune's --json printed; None: it failed."""
+    """The --json report of finetune; None: it failed."""
     seconds: float
     error: str = ""
     is_new: bool = True
-    """Whether this call has run it."""
+    """Whether this call ran it."""
 
 
 def check_folders(output: Path, variants: list[Variant]) -> None:
-    """Raises if a variant's directory holds a run with other settings."""
+    """Raises ValueError if a variant's directory holds a run with other settings."""
     for variant in variants:
         file = output / variant.folder / "variant.yaml"
         if file.is_file() and file.read_text(encoding="utf-8") != _yaml(variant):
             raise ValueError(
-                f"{file.parent} holds a run with other settings: use another --output, rename "
-                f"the variant {variant.name!r}, or remove the directory."
+                f"{file.parent} holds another run ({_differences(file, variant)}): use another "
+                f"--output, rename the variant {variant.name!r}, or remove the directory."
             )
 
 
+def _differences(file: Path, variant: Variant) -> str:
+    """Settings that differ between an earlier variant's file and a variant."""
+    try:
+        old = dict(leaves(yaml.safe_load(file.read_text(encoding="utf-8"))))
+    except (yaml.YAMLError, AttributeError):
+        return f"{file.name} is damaged"
+    new = dict(leaves(variant.settings))
+    pairs = {name: (old.get(name, "default"), new.get(name, "default")) for name in old | new}
+    return "; ".join(f"{name}: {a} in the run, {b} now" for name, (a, b) in pairs.items() if a != b)
+
+
 def run_variant(output: Path, variant: Variant) -> Outcome:
-    """Runs a variant, goes on with it, or returns what an earlier call has found.
+    """Runs or resumes a variant, or returns the result of an earlier call.
 
     Ctrl-C is passed on to finetune, which leaves a checkpoint.
 
@@ -71,7 +82,7 @@ def run_variant(output: Path, variant: Variant) -> Outcome:
 
 
 def _run(folder: Path) -> int:
-    """Finetune's exit status; what it prints goes into two files."""
+    """Runs finetune with its output in two files; returns the exit status."""
     flags = ["-P"] if sys.flags.safe_path else []
     command = [sys.executable, *flags, "-m", _FINETUNE, "--config", str(folder / "variant.yaml")]
     command += ["--output", str(folder), "--json"]
@@ -80,7 +91,7 @@ def _run(folder: Path) -> int:
         (folder / "stdout.txt").open("wb") as stdout,
         (folder / "stderr.txt").open("wb") as stderr,
         stop,
-        # A terminal's Ctrl-C would reach finetune a second time, which ends it at once.
+        # Otherwise finetune would receive a terminal's Ctrl-C twice, and end at once.
         subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True) as process,
     ):
         try:

@@ -12,12 +12,12 @@ from experiments.training.metrics import read_metrics
 
 Report = dict[str, Any]
 
-# Last steps of attention transfer that the gap left is a mean of.
+# Last steps of attention transfer over which the gap left is averaged.
 _GAP_STEPS = 10
 
 
 def gap_left(folder: Path) -> float | None:
-    """Mean over the layers and the last steps of attention transfer; None: there was none."""
+    """Mean over the layers and the last steps of attention transfer; None: no transfer."""
     file = folder / "transfer" / "metrics.jsonl"
     if not file.is_file():
         return None
@@ -47,7 +47,7 @@ _COLUMNS: dict[str, Callable[[Report], str]] = {
 
 
 def table_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
-    """The head and a row for each variant; what no variant has is left out."""
+    """The header and a row for each variant; empty columns are left out."""
     columns = {
         title: [cell(outcome.report or {}) for outcome in outcomes]
         for title, cell in _COLUMNS.items()
@@ -61,7 +61,7 @@ def table_rows(outcomes: Sequence[Outcome]) -> list[list[str]]:
 
 
 def rich_table(rows: Sequence[Sequence[str]]) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     table = Table(title="Perplexity of held-out text", title_justify="left")
     for i, title in enumerate(rows[0]):
         table.add_column(title, justify="right" if i else "left")
@@ -71,7 +71,7 @@ def rich_table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """For a page."""
+    """The table for a Markdown page."""
     lines = [[cell.replace("|", r"\|") for cell in row] for row in rows]
     lines.insert(1, ["---", *(["---:"] * (len(rows[0]) - 1))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""State tracking: can a linear memory follow the state of a group?
+"""State tracking: can a linear memory track the state of a group?
 
 Nothing is offered here: `experiments.state_tracking` imports the modules.
 """

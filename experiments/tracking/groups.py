@@ -1,4 +1,4 @@
-"""Word problems of groups: what is the product of all elements so far?"""
+"""Word problems of groups: the product of all elements so far."""
 
 import itertools
 from typing import Literal, NamedTuple
@@ -19,8 +19,8 @@ class Words(NamedTuple):
     """Sequences of elements, and the product of each with all before it.
 
     Attributes:
-      elements: [B, T], numbers from 0 to the group's size.
-      products: [B, T], likewise.
+      elements: [B, T], numbers below the group's size.
+      products: [B, T], numbers below the group's size.
     """
 
     elements: Int[Array, "B T"]
@@ -28,7 +28,7 @@ class Words(NamedTuple):
 
 
 def multiplication_table(name: GroupName) -> Int[np.ndarray, "G G"]:
-    """The product of element i, and after it element j; element 0 changes nothing."""
+    """The product of element i and then element j; element 0 is the identity."""
     elements = list(itertools.permutations(range(_LETTERS[name])))
     number = {element: i for i, element in enumerate(elements)}
     return np.array(
@@ -37,7 +37,7 @@ def multiplication_table(name: GroupName) -> Int[np.ndarray, "G G"]:
 
 
 def draw_words(key: Array, table: Int[Array, "G G"], *, batch_size: int, length: int) -> Words:
-    """Random words, each element as likely as any other.
+    """Random words of uniformly distributed elements.
 
     Args:
       key: of the random numbers.

@@ -21,13 +21,13 @@ class Variant:
     beta_max: float
     """Write gates lie between 0 and this."""
     keys: Keys
-    """Where the steps' keys and values come from. "own": a learned embedding of the element for
-    each step, as in DeltaProduct: the element enters the layer once per step. Else the `trick` with
-    which the layer makes the steps of one key and one value, as in TPTT."""
+    """Source of the steps' keys and values. "own": a learned embedding of the element for each
+    step, as in DeltaProduct: the element enters the layer once per step. Else the `trick` by which
+    the layer derives the steps from one key and one value, as in TPTT."""
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name in reports."""
         trick = "" if self.num_householder == 1 or self.keys == "own" else f", {self.keys} keys"
         return f"N = {self.num_householder}, beta up to {self.beta_max:g}{trick}"
 
@@ -38,7 +38,7 @@ class Variant:
 
     @property
     def liza(self) -> LizaConfig:
-        """The layer's memory: nothing is forgotten, and gates see one element only."""
+        """The layer's memory: no decay, and gates see one element only."""
         trick: dict[str, Any] = {} if self.keys == "own" else {"trick": self.keys}
         steps = self.num_householder // self.places
         return LizaConfig(

@@ -1,4 +1,4 @@
-"""What the trials have come to: accuracies by distance, a table, a picture."""
+"""Results of the trials: accuracies by distance, a table, a picture."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,18 +22,18 @@ _COLORS = ("#1a1a1a", "#d94801", "#31a354", "#08519c", "#807dba", "#e7298a", "0.
 
 
 class Mean(NamedTuple):
-    """A mean over seeds, and its standard error; None: there is one seed only."""
+    """A mean over seeds, and its standard error; None: only one seed."""
 
     value: float
     error: float | None
 
     def __str__(self) -> str:
-        """As a table has it."""
+        """The text for tables."""
         return f"{self.value:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
 
 
 def spans(length: int, test_length: int) -> list[tuple[int, int]]:
-    """Positions 0 to `length`, and from there on each time twice as far."""
+    """Positions 0 to `length`, then spans that each end twice as far as the one before."""
     edges = [0, length]
     while edges[-1] < test_length:
         edges.append(min(2 * edges[-1], test_length))
@@ -41,7 +41,7 @@ def spans(length: int, test_length: int) -> list[tuple[int, int]]:
 
 
 def chance(group: GroupName) -> float:
-    """The accuracy of guessing."""
+    """The accuracy of random guesses."""
     return 1 / len(multiplication_table(group))
 
 
@@ -95,7 +95,7 @@ def plot_accuracy(png: Path, curves: Curves, *, length: int) -> None:
     Args:
       png: the picture; an earlier one is replaced.
       curves: of all trials.
-      length: trained up to this position; a dashed line stands there.
+      length: last position of training, marked by a dashed line.
     """
     figure, axes = new_figure(len(curves), height=4.2)
     for axis, (group, variants) in zip(axes, curves.items(), strict=True):
@@ -114,7 +114,7 @@ def plot_accuracy(png: Path, curves: Curves, *, length: int) -> None:
 
 
 def _add_legend(axes: Sequence[Any]) -> None:
-    """One for all panels, below them."""
+    """Adds one legend for all panels, below them."""
     handles, labels = axes[0].get_legend_handles_labels()
     columns = min(3, len(labels))
     axes[0].figure.legend(

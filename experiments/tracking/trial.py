@@ -17,7 +17,7 @@ from tptt_jax.array_typing import Array, Float
 
 Step = Callable[[Any, Any, Words], tuple[Any, Any]]
 
-# Of the words that a trial is tested on, the same for all.
+# Seed of the test words, the same for all trials.
 _TEST_SEED = 1 << 30
 _TEST_BATCH = 32
 _SIZES = ("batch_size", "length")
@@ -25,33 +25,33 @@ _SIZES = ("batch_size", "length")
 
 @dataclass(frozen=True)
 class Trial:
-    """What is trained."""
+    """One training run: group, update rule and seed."""
 
     group: GroupName
     variant: Variant
     seed: int
-    """Of the initial values and of the words."""
+    """Seed of the initial values and of the words."""
 
     @property
     def label(self) -> str:
-        """For people."""
+        """The name in reports."""
         return f"{self.group}, {self.variant.label}, seed {self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What all trials have in common."""
+    """The settings of all trials."""
 
     length: int
     """Elements of a word in training."""
     short_length: int
-    """The same in the first half of the steps, in which the group is found out."""
+    """The same in the first half of the steps, in which the group is learned."""
     test_length: int
     test_words: int
     steps: int
     batch_size: int
     learning_rate: float
-    """Of Adam, at its highest."""
+    """Peak learning rate of Adam."""
     dim: int
     heads: int
 

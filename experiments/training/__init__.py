@@ -1,6 +1,6 @@
-"""What `experiments.finetune` is made of: its stages, their loop, and what people see of them.
+"""The parts of `experiments.finetune`: its stages, their loop, progress and plots.
 
-Offered: `FinetuneConfig`. Modules that need orbax or plot are imported where they are used.
+Offered: `FinetuneConfig`. Modules that need orbax or matplotlib are imported where they are used.
 """
 
 from experiments.training.config import FinetuneConfig

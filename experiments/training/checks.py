@@ -1,4 +1,4 @@
-"""What is checked of a run before anything is loaded or written."""
+"""Checks of a run before anything is loaded or written."""
 
 import dataclasses
 from pathlib import Path
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def describe_run(config: FinetuneConfig) -> Description:
-    """What a checkpoint of this run needs besides its arrays."""
+    """The description of a checkpoint of this run, beside its arrays."""
     source = config.model
-    # A relative path means another place from another folder.
+    # A relative path would change its meaning in another folder.
     if source not in PACKAGED_SOURCES and Path(source).expanduser().exists():
         source = str(Path(source).expanduser().resolve())
     return Description(
@@ -35,28 +35,28 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
     output = config.output
     check_path(output)
     if output.resolve() == Path(description.source):
-        raise ValueError(f"--output {output} is the model itself: name another directory.")
+        raise ValueError(f"--output {output} is the model itself: choose another directory.")
     for needed in needed_paths(description.source):
         if output.resolve() == needed:
             raise ValueError(
-                f"--output {output} is needed by {config.model}, which was trained on it: name "
+                f"--output {output} is needed by {config.model}, which was trained on it: choose "
                 "another directory."
             )
     for stage in STAGES:
         folder = output / stage / "checkpoints"
         if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder} is a file, where checkpoints belong: remove it.")
+            raise ValueError(f"{folder} is a file, but must be a directory: remove it.")
     if is_checkpoint(output) and config.resume:
         differences = _differences(read_description(output), description)
         if differences:
             raise ValueError(
-                f"{output} holds a run with another model or other settings "
-                f"({'; '.join(differences)}): use another --output, or --no-resume to start again."
+                f"{output} holds another run ({'; '.join(differences)}): use another --output, or "
+                "--no-resume to start again."
             )
 
 
 def _differences(before: Description, now: Description) -> list[str]:
-    """What a run was begun with, and what is asked, by the names of the settings."""
+    """Settings that differ between a run and the current call."""
     names = ("source", "train", "dtype")
     pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
     for name in ("liza", "lora"):
@@ -68,7 +68,7 @@ def _differences(before: Description, now: Description) -> list[str]:
         else:
             values = dataclasses.asdict(old)
             pairs += [(f"{name}.{k}", values.get(k), v) for k, v in dataclasses.asdict(new).items()]
-    return [f"{name}: {a} in the run, {b} asked" for name, a, b in pairs if a != b]
+    return [f"{name}: {a} in the run, {b} now" for name, a, b in pairs if a != b]
 
 
 def check_rows(batch_size: int, mesh: "Mesh | None") -> None:

@@ -1,4 +1,4 @@
-"""Everything that decides a fine-tuning run."""
+"""The configuration of a fine-tuning run."""
 
 import math
 from dataclasses import dataclass, field
@@ -25,7 +25,7 @@ DEMO_STEPS = 20
 class FinetuneConfig:
     """Gives a pretrained model a memory, fits it to the model, and trains it on text.
 
-    Without --model, --data and --config this is the demo: SmolLM2 135M behind a window of 32
+    Without --model, --data and --config this runs the demo: SmolLM2 135M with a window of 32
     tokens, on the Python language reference. Both come with the installation, so it needs no
     network.
     """
@@ -43,50 +43,50 @@ class FinetuneConfig:
     data: DataConfig = field(default_factory=DataConfig)
     liza: LizaConfig = field(default_factory=LizaConfig)
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Leave the memory out and train the plain model, behind --liza.softmax-window if it is set."""
+    """Leaves the memory out and trains the plain model, with --liza.softmax-window if set."""
     fit: FitConfig = field(default_factory=FitConfig)
     window_range: tuple[int, int] | None = None
     """Smallest and largest softmax window: each step of fitting and training draws one, so that one
-    Titan serves several. None: always --liza.softmax-window."""
+    Titan works with several. None: always --liza.softmax-window."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainMode = "lora"
-    """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
-    memory's own parameters are trained in any case; "memory": they alone."""
+    """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights; "memory":
+    only the memory's own parameters, which the others train too."""
     distill: float = 0.0
-    """Share of the training loss, 0 to 1, that is the divergence from the base model's own
-    predictions; the rest is the likelihood of the text."""
+    """Weight in the training loss, 0 to 1, of the divergence from the base model's predictions; the
+    rest is the likelihood of the text."""
     steps: int | None = None
-    """Training steps; None: what epochs says, or 20. With epochs: at most so many. 0: only fit."""
+    """Training steps; None: by epochs, or 20. With epochs: the maximum. 0: only fit."""
     epochs: float | None = None
-    """Passes over the data; None: what steps says."""
+    """Passes over the data; None: by steps."""
     batch_size: int = 2
     """Rows at a time, over all devices."""
     accumulate: int = 1
     """Batches whose gradients make one step, weighted by their counted tokens: the step is that of
     batch_size * accumulate rows, in the memory of batch_size rows."""
     learning_rate: float = 1e-3
-    """Of adapters or weights, at its highest."""
+    """Peak learning rate of adapters or weights."""
     mag_learning_rate: float | None = None
-    """Of what decides the memory's share. None: learning_rate for mass gates, 100 times that for
-    single logits (--liza.mag learned), which need long steps."""
+    """Peak learning rate of the memory's share. None: learning_rate for mass gates, 100 times that
+    for single logits (--liza.mag learned), which need larger steps."""
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How both rates fall after the warm-up, to a tenth."""
+    """Decay of both rates after the warm-up, to a tenth."""
     warmup_steps: int = 2
     """Steps over which both rates rise."""
     warmup_ratio: float | None = None
     """Share of all steps over which both rates rise, 0 to 1; None: warmup_steps."""
     weight_decay: float = 0.0
-    """Of AdamW, on matrices."""
+    """Weight decay of AdamW, on matrices."""
     grad_clip: float = 1.0
-    """Largest global norm of the gradients."""
+    """Maximum global norm of the gradients."""
     mag_schedule: Literal["constant", "gradual", "cyclic", "switch"] = "constant"
     """With --liza.mag scheduled, the memory's share: "constant": mag_start; "gradual": from
-    mag_start to mag_end over mag_steps; "cyclic": one of mag_values after the other; "switch":
-    0 and mag_end in turn."""
+    mag_start to mag_end over mag_steps; "cyclic": mag_values in turn; "switch": 0 and mag_end in
+    turn."""
     mag_start: float | None = None
-    """None: --liza.mag-init."""
+    """First share; None: --liza.mag-init."""
     mag_end: float = 0.5
-    """Last share of "gradual", and the one that "switch" turns on."""
+    """Last share of "gradual", and the share of "switch" when on."""
     mag_steps: int = 100
     """Steps from mag_start to mag_end."""
     mag_values: tuple[float, ...] = (0.01, 0.5)
@@ -94,16 +94,16 @@ class FinetuneConfig:
     mag_period: int = 1
     """Steps for which "switch" stays off, then on."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the base weights and the activations; what is trained stays float32."""
+    """Dtype of the base weights and the activations; trained parameters stay float32."""
     remat: Remat = "none"
-    """What the backward pass computes again. "none": only what takes longer to keep; "dots": all
-    but products with weights; "full": whole layers: a third slower, a quarter of the memory."""
+    """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
+    products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
     seed: int = 0
-    """Of new parameters, dropout, the order of the rows and the rows held out."""
+    """Seed of new parameters, dropout, the order of rows and the held-out rows."""
     checkpoint_every: int = 20
-    """Steps between checkpoints; the last step always leaves one."""
+    """Steps between checkpoints; the last step always saves one."""
     eval_every: int = 0
     """Steps between evaluations on the held-out part; 0: only before and after."""
     early_stop: int | None = None
@@ -113,20 +113,20 @@ class FinetuneConfig:
     """Also keep the weights with the lowest held-out loss, in the folder best of output, which is
     loaded like a run. Needs --eval-every."""
     sample_prompt: str = "The with statement is used to"
-    """Continued before and after training."""
+    """Prompt to continue before and after training."""
     sample_tokens: int = 32
     """Length of that continuation; 0: none."""
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load everything and compile a step, say what would be trained and how much memory it takes,
     and end; nothing is written."""
     resume: bool = True
-    """Go on from the last checkpoint in output; False: start again."""
+    """Resume from the last checkpoint in output; False: start again."""
     resume_allow: tuple[str, ...] = ()
-    """Settings that may be others than in the run that goes on, such as learning_rate, seed or
-    data; config.yaml says from which step on they were. More --steps need no permission."""
+    """Settings that may differ from the resumed run, such as learning_rate, seed or data;
+    config.yaml records the step of each change. More --steps need no permission."""
 
     def __post_init__(self) -> None:
-        """Rejects values that no run can have."""
+        """Rejects invalid values."""
         check_literals(self)
         apply_revision(self)
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
@@ -146,22 +146,22 @@ class FinetuneConfig:
             raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
         if self.distill and self.train in ("projections", "full"):
             raise ValueError(
-                "--distill needs the base model's weights as they are: use --train lora or "
-                f"memory, not {self.train}."
+                "--distill needs unchanged weights of the base model: use --train lora or memory, "
+                f"not {self.train}."
             )
         if self.mag_schedule != "constant" and self.liza.mag != "scheduled":
             raise ValueError(
-                f"mag_schedule = {self.mag_schedule!r} needs a share that is not learned: add "
+                f"mag_schedule = {self.mag_schedule!r} needs a scheduled share: add "
                 "--liza.mag scheduled."
             )
         window = None if self.memory is None else self.memory.softmax_window
         WindowRange.checked(self.window_range, window)
-        # They check the numbers they are made of.
+        # Building them validates their fields.
         _ = self.optimizer, self.mag
 
     @property
     def memory(self) -> LizaConfig | None:
-        """`liza`, without its memory or None if that is not wanted."""
+        """`liza`; with no_liza its window alone, or None."""
         if not self.no_liza:
             return self.liza
         if self.liza.softmax_window is None:
@@ -199,7 +199,7 @@ class FinetuneConfig:
 
     @property
     def mag(self) -> MagSchedule | None:
-        """How a scheduled share moves; None where there is none to move."""
+        """The schedule of the memory's share; None if it is not scheduled."""
         if self.no_liza or self.liza.mag != "scheduled":
             return None
         start = self.liza.mag_init if self.mag_start is None else self.mag_start

@@ -1,4 +1,4 @@
-"""How well a model predicts what was held out, by the position of the tokens."""
+"""Evaluates a model on the held-out rows, by the position of the tokens."""
 
 import functools
 import math
@@ -18,16 +18,16 @@ from tptt_jax.ops.cross_entropy import token_cross_entropy
 from tptt_jax.training.loss import next_token_targets
 from tptt_jax.training.train_step import Batch
 
-# Points of a curve that stand for fewer tokens would only show noise.
+# Fewest tokens of a point in a curve; fewer would only show noise.
 _LEAST_TOKENS = 50
 
 
 class HeldOut(NamedTuple):
-    """Losses of held-out tokens, by the place of their row.
+    """Losses of held-out tokens, by their place in the row.
 
     Attributes:
       nats: summed over rows [T], float64.
-      counts: how many tokens that is [T].
+      counts: number of tokens [T].
     """
 
     nats: Float[np.ndarray, " T"]
@@ -44,12 +44,12 @@ class HeldOut(NamedTuple):
         return math.exp(min(self.loss, 700.0))
 
     def loss_between(self, first: int, end: int) -> float:
-        """Mean nats of the tokens at places first to end - 1; NaN if there is none."""
+        """Mean nats of the tokens at places first to end - 1; NaN if there are none."""
         count = self.counts[first:end].sum()
         return float(self.nats[first:end].sum() / count) if count else math.nan
 
     def curve(self, bins: int = 12) -> tuple[list[float], list[float]]:
-        """Middles of bins of places, each longer than the one before, and their perplexities."""
+        """Centers of bins of places, with growing widths, and their perplexities."""
         last = int(np.flatnonzero(self.counts)[-1]) + 1
         edges = np.unique(np.geomspace(min(8, last), last, bins + 1).round().astype(int))
         least = min(_LEAST_TOKENS, self.counts.sum())
@@ -92,7 +92,7 @@ def evaluate_held_out(
 
 
 def recovered_gap(full: float, window: float, titan: float) -> float | None:
-    """(window - Titan) / (window - full), in nats; None where the window has lost nothing."""
+    """(window - Titan) / (window - full), in nats; None if the window loses nothing."""
     gap = window - full
     return (window - titan) / gap if gap > 1e-6 else None
 
@@ -106,7 +106,7 @@ def losses_by_place(model: CausalLM, batch: Batch, *, use_memory: bool) -> tuple
       use_memory: False leaves the memory out.
 
     Raises:
-      ValueError: if a token or a row is one that the model cannot read.
+      ValueError: if the model cannot read a token or a row.
     """
     check_tokens(np.asarray(batch.tokens), model.config.vocab_size)
     check_lengths(batch.segment_ids, model.config, "--data.eval-length")

@@ -1,4 +1,4 @@
-"""What a run was made from, in a few hashes: its data files, its rows, its base weights."""
+"""Fingerprints of a run: hashes of its data files, its rows and its base weights."""
 
 import hashlib
 from pathlib import Path
@@ -12,9 +12,9 @@ from experiments.data.data_files import FoundData
 from tptt_jax import CausalLM
 from tptt_jax.training.partition import dotted, is_base_weight
 
-# Any training changes nearly all values; so many of each tensor are enough to see it.
+# Training changes nearly all values; this many samples of each tensor show it.
 _SAMPLES = 4096
-# Of a data file: a quarter of a gigabyte.
+# Hashed bytes of a data file: a quarter of a gigabyte.
 _BLOCK, _BLOCKS = 2**20, 256
 
 
@@ -41,7 +41,7 @@ def of_data(found: FoundData | None) -> dict[str, Any] | None:
 
 
 def of_rows(rows: TokenBatchSource | None) -> str | None:
-    """A hash of rows of tokens and of what counts in them; None: there are none."""
+    """A hash of rows of tokens and their loss masks; None: no rows."""
     if rows is None:
         return None
     digest = hashlib.sha256()
@@ -52,11 +52,11 @@ def of_rows(rows: TokenBatchSource | None) -> str | None:
 
 
 def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
-    """Shapes and a hash of some values of the tensors that were loaded, by dotted path.
+    """Shapes and hashes of sampled values of the loaded tensors, by dotted path.
 
     Args:
-      model: as it was loaded.
-      adapters: whether its adapters come from the source too; else they are new.
+      model: as loaded.
+      adapters: whether its adapters are loaded too; else they are new.
     """
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
@@ -64,9 +64,9 @@ def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
         if is_base_weight(name) or (adapters and ".lora." in name):
             value = variable.get_value()
             if next(iter(value.devices())).platform == "cpu":
-                value = np.asarray(value)  # no copy, and nothing to compile for each shape
+                value = np.asarray(value)  # no copy, and no compilation for each shape
             flat = value.reshape(-1)
-            # Of an accelerator's, only these come to the host.
+            # From an accelerator, only the samples are copied to the host.
             some = np.ascontiguousarray(flat[:: max(1, flat.size // _SAMPLES)])
             content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
             found[name] = f"{list(value.shape)} {content}"
@@ -74,7 +74,7 @@ def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
 
 
 def _file_digest(file: Path) -> str:
-    """Of all bytes, or of evenly spread blocks where that would take seconds."""
+    """A hash of all bytes, or of evenly spaced blocks of a large file."""
     size, digest = file.stat().st_size, hashlib.sha256()
     starts = range(0, size, _BLOCK)
     with file.open("rb") as stream:
@@ -85,7 +85,7 @@ def _file_digest(file: Path) -> str:
 
 
 def is_same_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
-    """Whether two data sets hold the same; without hashes, whether they have the same name."""
+    """Whether two data sets are equal by their hashes, or without hashes by their names."""
     if before is None or now is None:
         return before == now
     keys = ("bytes", "sha256") if "sha256" in before and "sha256" in now else ("name",)
@@ -93,7 +93,7 @@ def is_same_data(before: dict[str, Any] | None, now: dict[str, Any] | None) -> b
 
 
 def describe_data(data: dict[str, Any] | None) -> str:
-    """For people: the name, and of a file its size and the beginning of its hash."""
+    """The name for messages; for files with their size and the start of the hash."""
     if data is None:
         return "the training data"
     if "sha256" not in data:

@@ -1,4 +1,4 @@
-"""How the memory is fitted to the base model before anything is trained on text."""
+"""Options for fitting the memory to the base model, before training on text."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -14,26 +14,26 @@ def _flag(name: str) -> Any:
 class FitConfig:
     """Fits the memory to the base model: its own attention, then its own predictions.
 
-    Base weights stay as they are, and the text only provides contexts: nothing is learned from
-    what comes next in it.
+    Base weights stay fixed, and the text only provides contexts: its next tokens are not targets.
     """
 
     steps: Annotated[int | None, _flag("steps")] = None
-    """Steps of attention transfer: every layer's output towards that of full softmax attention,
-    with gradients inside the layer only. None: 30 where the memory has a window to work behind,
-    else 0."""
+    """Steps of attention transfer, which moves every layer's output towards that of full softmax
+    attention, with gradients inside the layer only. None: 30 if the memory has a window, else
+    0."""
     distill_steps: Annotated[int | None, tyro.conf.arg(name="distill-steps", prefix_name=False)] = (
         None
     )
-    """Steps of distillation after them: the memory alone towards the base model's predictions,
-    through all layers. None: as many as --fit-steps, or 150 if that is left open too."""
+    """Steps of distillation after the transfer, which trains the memory alone towards the base
+    model's predictions, through all layers. None: as many as --fit-steps, or 150 if that is not
+    given either."""
     data: Annotated[str | tuple[str, ...] | None, _flag("data")] = None
-    """Text to fit on, as --data; None: the training data. Of other data the split "train" is read
-    whole, with the columns that its format has: --data.split, --data.format, --data.columns and
-    their like hold for --data only."""
+    """Text to fit on, as --data; None: the training data. Other data is read from its split
+    "train", with the default columns of its format: --data.split, --data.format, --data.columns
+    and the like apply to --data only."""
     length: Annotated[int | None, _flag("length")] = None
-    """Tokens per row; None: eight windows, but 256 at least and 2,048 at most, or the training
-    data's own length if that is more."""
+    """Tokens per row; None: eight windows, at least 256 and at most 2,048, or the row length of the
+    training data if that is longer."""
     batch_size: Annotated[int, _flag("batch-size")] = 2
     """Rows per step of attention transfer, over all devices."""
     distill_batch_size: Annotated[
@@ -41,14 +41,14 @@ class FitConfig:
     ] = 1
     """Rows per step of distillation."""
     learning_rate: Annotated[float, _flag("learning-rate")] = 5e-3
-    """Of attention transfer, at its highest."""
+    """Peak learning rate of attention transfer."""
     distill_learning_rate: Annotated[
         float, tyro.conf.arg(name="distill-learning-rate", prefix_name=False)
     ] = 3e-3
-    """Of distillation, at its highest."""
+    """Peak learning rate of distillation."""
 
     def __post_init__(self) -> None:
-        """Rejects what no fit can have."""
+        """Rejects invalid values."""
         if self.data is not None and not isinstance(self.data, str) and len(self.data) < 2:
             if not self.data:
                 raise ValueError("fit: data must name a file, a folder or a dataset, got nothing.")
@@ -70,13 +70,13 @@ class FitConfig:
           trained: tokens of a row of the training data.
 
         Raises:
-          ValueError: if nothing would ever leave the window.
+          ValueError: if rows are too short for anything to leave the window.
         """
         if self.length is not None:
             if self.length <= window:
                 raise ValueError(
-                    f"fit: length must be above --liza.softmax-window {window}, so that the memory "
-                    f"has something to hold, got {self.length}."
+                    f"fit: length must be above --liza.softmax-window {window}, so that tokens "
+                    f"leave the window, got {self.length}."
                 )
             return self.length
         return max(trained, min(max(8 * window, 256), 2048))

@@ -1,4 +1,4 @@
-"""The stages that come before training on text: attention transfer and distillation."""
+"""The stages before training on text: attention transfer and distillation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ from tptt_jax.training.train_step import (
 Put = Callable[[TokenBatch], Batch]
 
 _GATE_BATCHES = 2
-# Together about a quarter of an hour of two CPU cores for 135 million parameters (docs/memory.md).
+# Both take about 15 minutes on two CPU cores for 135 million parameters (docs/memory.md).
 _TRANSFER_STEPS = 30
 _DISTILL_STEPS = 150
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """The memory's parameters, and how they are fitted to the base model."""
+    """Fits the memory's parameters to the base model."""
 
     config: FitConfig
     folder: Path
@@ -52,7 +52,7 @@ class Fitting:
 
     @classmethod
     def of(cls, model: CausalLM, config: FitConfig, **options: Any) -> "Fitting":
-        """Takes the memory's parameters out of a model."""
+        """Collects the memory's parameters of a model."""
         partition, trainable, _ = split_trainable(model, "memory")
         return cls(config=config, partition=partition, initial=trainable, **options)
 
@@ -70,7 +70,7 @@ class Fitting:
         return _DISTILL_STEPS if self.config.steps is None else self.config.steps
 
     def transfer(self) -> Stage:
-        """Every layer's attention towards the base model's own."""
+        """The stage that fits every layer's attention to the base model's."""
         optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
         step = make_fit_step(self.partition, optimizer)
         size = self.config.batch_size
@@ -81,7 +81,7 @@ class Fitting:
         return self._stage("transfer", "attention transfer", self.transfer_steps, size, run)
 
     def distillation(self) -> Stage:
-        """The memory alone towards the base model's predictions."""
+        """The stage that fits the memory alone to the base model's predictions."""
         rate, steps = self.config.distill_learning_rate, self.distill_steps
         optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
         step = make_train_step(self.partition, optimizer, dropout=False, distill=1.0)
@@ -95,7 +95,7 @@ class Fitting:
     def start_transfer(self) -> TrainState:
         """The state before attention transfer: gates and sizes in closed form.
 
-        A memory that was fitted before keeps its own.
+        A memory that is fitted already keeps its own.
         """
         optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
         rows = [self._batch_at("gates", i, self.config.batch_size) for i in range(_GATE_BATCHES)]
@@ -139,18 +139,18 @@ class Fitting:
         return self.rows.batch_at(number, size, self._seed_of(name))
 
     def _seed_of(self, name: str) -> int:
-        """Stages read the rows in orders of their own."""
+        """A separate seed, and thus order of rows, for each stage."""
         return int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
 
 
 def _is_fitted(trainable: Trainable) -> bool:
-    """Whether any mass gate has seen a fit: before that their weights are zero."""
+    """Whether any mass gate is fitted: before a fit their weights are zero."""
     weights = [value for name, value in trainable.items() if name.endswith(".mag.weight")]
     return any(bool(jnp.any(value != 0)) for value in weights)
 
 
 def _with_limits(trainable: Trainable, solved: Trainable) -> Trainable:
-    """Fitted parameters that may count as many tokens as the longest rows of both fits had."""
+    """Fitted parameters that count as many tokens as the longest rows of both fits."""
     limits = {
         name: jnp.maximum(value, solved[name])
         for name, value in trainable.items()

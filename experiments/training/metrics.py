@@ -16,9 +16,9 @@ class StepRecord:
     """One training step in numbers."""
 
     step: int
-    """Steps done, this one included: the first step is 1."""
+    """Number of the step, from 1."""
     loss: float
-    """Mean over the step's targets, in nats per token; of attention transfer the mean gap left."""
+    """Mean over the step's targets, in nats per token; in attention transfer the mean gap left."""
     tokens_per_s: float
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -32,19 +32,19 @@ class StepRecord:
     eval_loss: float | None = None
     """Held-out loss after this step, where it was measured."""
     gap_left: list[float] | None = None
-    """Of attention transfer, for every layer with a memory: squared error of its output over that
+    """In attention transfer, for every layer with a memory: squared error of its output over that
     of its window alone."""
 
 
 class MetricsWriter:
     """Appends one JSON line per step to a file, each step exactly once.
 
-    A run that goes on from step s drops what an earlier process wrote about later steps, and a
-    last line that it did not finish. Numbers that are not finite become null.
+    A run that resumes from step s drops an earlier process's lines about later steps, and an
+    incomplete last line. Numbers that are not finite become null.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        """Opens `path`, keeping of an earlier run the steps up to `resume_step`; 0: none."""
+        """Opens `path`, and keeps the steps of an earlier run up to `resume_step`; 0: none."""
         earlier = read_metrics(path) if resume_step and path.exists() else []
         kept = [record for record in earlier if record.step <= resume_step]
         with atomic_file(path) as temporary:
@@ -52,7 +52,7 @@ class MetricsWriter:
         self._stream: IO[str] = path.open("a", encoding="utf-8")
 
     def write(self, record: StepRecord) -> None:
-        """Appends a step; it survives the process from then on."""
+        """Appends a step; it is on disk when this returns."""
         self._stream.write(_line(record))
         self._stream.flush()
 
@@ -82,10 +82,10 @@ def _line(record: StepRecord) -> str:
 
 
 def read_metrics(path: Path) -> list[StepRecord]:
-    """The steps that a `MetricsWriter` wrote; null is read as NaN, but for the optional fields.
+    """The steps of a file by `MetricsWriter`; null becomes NaN, except in optional fields.
 
     Raises:
-      ValueError: if a line other than an unfinished last one is damaged.
+      ValueError: if a line other than an incomplete last one is damaged.
     """
     optional = {f.name for f in dataclasses.fields(StepRecord) if f.default is None}
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""What a run has come to: perplexities with and without window and memory, a table, pictures."""
+"""Results of a run: perplexities with and without window and memory, a table, pictures."""
 
 import json
 import math
@@ -33,10 +33,10 @@ class _Measured(NamedTuple):
 
 
 class Outcome:
-    """Measurements of a run, kept in `evaluation.json` so that a resumed run repeats none."""
+    """Measurements of a run, stored in `evaluation.json` so that a resumed run repeats none."""
 
     def __init__(self, run: Run) -> None:
-        """Reads what earlier calls have measured."""
+        """Reads the measurements of earlier calls."""
         self._run = run
         self._questions = run.questions()
         self._file = run.config.output / "evaluation.json"
@@ -47,13 +47,13 @@ class Outcome:
             self._found = {name: _from_json(part) for name, part in saved.items()}
         ended = self._found.keys() & {"after", "memory_off"}
         if ended and not run.was_complete:
-            # The run goes on, so that its end is another one; in the file too, as it may be killed
-            # after its last step.
+            # The run continues, so measurements of its end are outdated; in the file too, as it may
+            # be killed after its last step.
             self._found = {name: part for name, part in self._found.items() if name not in ended}
             self._save()
 
     def measure(self, state: State, model: CausalLM, *, use_memory: bool = True) -> None:
-        """Measures a model on what is held out, unless an earlier call has done it."""
+        """Measures a model on the held-out rows, unless an earlier call did so."""
         if state in self._found:
             return
         held_out = self._run.held_out(model, use_memory=use_memory)
@@ -79,7 +79,7 @@ class Outcome:
         return ("before", "window", "fitted")
 
     def report(self) -> dict[str, Any]:
-        """What --json prints of it: perplexities, and shares of the window's loss recovered."""
+        """The --json report: perplexities, and recovered shares of the window's loss."""
         names: dict[State, str] = {"before": "perplexity_before", "after": "perplexity_after"}
         result: dict[str, Any] = {
             names.get(state, f"perplexity_{state}"): found.held_out.perplexity
@@ -96,10 +96,10 @@ class Outcome:
         return result
 
     def print(self, console: Console) -> None:
-        """Shows the table, and the commands that go on from here."""
+        """Prints the table, and commands for the next steps."""
         if self._found:
             console.print(self._table())
-        # A run that once asked may go on without questions.
+        # A resumed run may have no questions although an earlier call did.
         asked = any(found.answers is not None for found in self._found.values())
         if self._questions is not None and asked:
             console.print(self._answers_table())
@@ -112,7 +112,7 @@ class Outcome:
         )
 
     def plot(self) -> None:
-        """Draws the stages of the run, and perplexity by position, unless nothing is new."""
+        """Draws the stages of the run and perplexity by position, if there is anything new."""
         config = self._run.config
         first = "loss.png" if self._run.steps else "fit.png"
         if not self._is_new and (config.output / first).is_file():

@@ -1,4 +1,4 @@
-"""Pictures of a run: what its stages did, and what the memory is worth by position."""
+"""Pictures of a run: its stages, and the memory's contribution by position."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,12 +53,12 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
     Args:
       png: the picture; an earlier one is replaced.
       lines: positions and perplexities by label.
-      window: tokens that softmax attention sees; to its right the lines part.
+      window: tokens that softmax attention sees; beyond it the lines separate.
       title: of the picture.
     """
     figure, (axis,) = new_figure(1, height=5.2)
     for (label, (places, values)), style in zip(lines.items(), _STYLES, strict=False):
-        # Shortly before the window's end, where all lines are one, and after it.
+        # From shortly before the window's end, where all lines coincide.
         first = next((i for i, place in enumerate(places) if place >= window / 2), 0)
         axis.plot(places[first:], values[first:], label=label, **style)
     axis.axvline(window, color="0.5", linestyle=":", linewidth=1.5)
@@ -76,14 +76,14 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
 
 
 def scale_tokens(axis: "Axes", label: str) -> None:
-    """Numbers of tokens, each twice the one before, from left to right."""
+    """Scales the x axis to numbers of tokens, in powers of two."""
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     axis.set_xlabel(label)
 
 
 def scale_perplexity(axis: "Axes") -> None:
-    """Perplexities from bottom to top, in plain numbers."""
+    """Scales the y axis to perplexities, in plain numbers."""
     axis.set_yscale("log")
     for which in ("major", "minor"):
         getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
@@ -122,11 +122,11 @@ def _draw_divergence(axis: "Axes", records: list[StepRecord]) -> None:
 
 
 def new_figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure of the house's style and its axes, side by side."""
+    """A figure in the house style and its axes, side by side."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
-    # Titles are paths: a "$" is no formula.
+    # Titles may be paths: a "$" does not start a formula.
     rcParams["text.parse_math"] = False
     figure = Figure(figsize=(9, height), dpi=150, layout="constrained")
     axes = list(figure.subplots(1, columns, squeeze=False)[0])
@@ -138,6 +138,6 @@ def new_figure(columns: int, *, height: float) -> "tuple[Figure, list[Axes]]":
 
 
 def save_figure(figure: "Figure", png: Path) -> None:
-    """Writes a picture, in one piece."""
+    """Writes a picture atomically."""
     with atomic_file(png) as temporary:
         figure.savefig(temporary, format="png")

@@ -1,4 +1,4 @@
-"""Questions about what stands beyond the window, asked with the memory on and off."""
+"""Questions about text beyond the window, asked with the memory on and off."""
 
 import re
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,11 +18,11 @@ _ANSWER_TOKENS = 8
 
 
 class Answers(NamedTuple):
-    """What a model has answered to the questions of a run.
+    """A model's answers to the questions of a run.
 
     Attributes:
-      texts: one for each question, without blanks around it.
-      right: how many of them begin with what was asked for.
+      texts: one for each question, stripped of blanks.
+      right: how many of them begin with the expected key.
     """
 
     texts: list[str]
@@ -30,7 +30,7 @@ class Answers(NamedTuple):
 
 
 class Questions:
-    """Pass keys hidden in held-out text, further back than the window reaches."""
+    """Pass keys hidden in held-out text, beyond the window."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Questions:
         window: int,
         seed: int,
     ) -> None:
-        """Hides a key in each of eight texts of `length` tokens out of `haystack`."""
+        """Hides a key in each of eight texts of `length` tokens from `haystack`."""
         self._tokenizer = tokenizer
         self.asked: list[Question] = passkey_questions(
             *(tokenizer, haystack, _COUNT),

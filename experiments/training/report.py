@@ -1,4 +1,4 @@
-"""What people see of a run: its progress and a plot."""
+"""Progress and plots of a run."""
 
 import datetime
 import math
@@ -25,9 +25,9 @@ _LEGEND: dict[str, Any] = {"fontsize": 9, "framealpha": 0.9, "edgecolor": "none"
 
 
 class TrainingProgress:
-    """Shows a run's steps: a bar on a terminal, else a line now and then.
+    """Shows a run's steps: a bar on a terminal, else occasional lines.
 
-    Use it as a context manager, so that the terminal is left in order.
+    Use it as a context manager, so that the terminal is restored.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TrainingProgress:
         console: Console | None = None,
         title: str = "step",
     ) -> None:
-        """Prepares for the steps after `first_step`, up to `total_steps`, of what `title` says."""
+        """Prepares for the steps after `first_step`, up to `total_steps`, under a title."""
         self._total = total_steps
         self._title = title
         self._first = first_step
@@ -60,12 +60,12 @@ class TrainingProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leaves the bar as it is and gives the cursor back."""
+        """Stops the bar and restores the cursor."""
         self._bar.stop()
 
     def update(self, record: StepRecord) -> None:
-        """Shows a step that was done."""
-        if record.step > self._first + 1:  # the first one compiles and says nothing of the rest
+        """Shows a finished step."""
+        if record.step > self._first + 1:  # the first one compiles, so its time is not typical
             self._recent.append(record.seconds)
         text = self._describe(record)
         if self._console.is_terminal:
@@ -78,7 +78,7 @@ class TrainingProgress:
             self.note(f"{self._title} {record.step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints a separate line."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _describe(self, record: StepRecord) -> str:
@@ -105,7 +105,7 @@ def plot_run(
     """Draws loss and memory share over the steps of a run.
 
     Args:
-      metrics_path: what a `MetricsWriter` wrote.
+      metrics_path: a file by `MetricsWriter`.
       png_path: the picture; an earlier one is replaced.
       title: of the picture.
       eval_before: held-out loss before training, in nats per token.
@@ -118,7 +118,7 @@ def plot_run(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Titles are paths: a "$" is no formula.
+    # Titles may be paths: a "$" does not start a formula.
     rcParams["text.parse_math"] = False
 
     steps = read_metrics(metrics_path)
@@ -177,7 +177,7 @@ def _draw_share(axis: "Axes", steps: Sequence[StepRecord]) -> None:
 
 
 def _smooth(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Mean over a tenth of the steps around each; steps that are not finite do not count."""
+    """Moving average over a tenth of the steps; values that are not finite are ignored."""
     reach = max(1, len(values) // 20)
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])

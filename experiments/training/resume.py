@@ -1,7 +1,7 @@
 """Resuming a run: which settings may differ, and what is recorded.
 
-`run.json` in a run's directory holds fingerprints of what the run was made from, the seed that
-chose its rows, and the changes that --resume-allow let pass.
+`run.json` in a run's directory holds fingerprints of the run's inputs, the seed that chose its
+rows, and the changes that --resume-allow permitted.
 """
 
 import dataclasses
@@ -34,32 +34,32 @@ _FREE = (
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
-# Compared by what they hold, not by their names.
+# Compared by content, not by name.
 _DATA = ("data.path", "fit.data")
 _OTHERS = ("data", "fit", "base", "held_out")
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is another one than in the calls before."""
+    """A setting that differs from earlier calls."""
 
     name: str
     before: str
     now: str
     remedy: str
-    """How to have what it was before."""
+    """How to restore the earlier value."""
 
     def __str__(self) -> str:
         """One part of a sentence."""
-        return f"{self.name}: {self.before} in the run, {self.now} asked"
+        return f"{self.name}: {self.before} in the run, {self.now} now"
 
 
 @dataclass(kw_only=True)
 class Record:
-    """What `run.json` holds."""
+    """The content of `run.json`."""
 
     seed: int
-    """That chose the rows held out and the rows of questions; it stays."""
+    """Seed that chose the held-out rows and the rows of questions; it never changes."""
     data: dict[str, Any] | None = None
     fit_data: dict[str, Any] | None = None
     rows: str | None = None
@@ -70,7 +70,7 @@ class Record:
 
     @classmethod
     def read(cls, output: Path) -> Self | None:
-        """What a directory holds; None: nothing, or it is from before there were records.
+        """Reads a directory's record; None: there is none, as in older runs.
 
         Raises:
           ValueError: if the file is damaged.
@@ -85,7 +85,7 @@ class Record:
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{file} is damaged ({error}): remove it, and nothing is compared with it."
+                f"{file} is damaged ({error}): remove it to resume without comparison."
             ) from None
 
     def write(self, output: Path) -> None:
@@ -96,10 +96,10 @@ class Record:
 
 
 class Resumption:
-    """Compares a call with what earlier calls have left in its output directory."""
+    """Compares a call with earlier calls in its output directory."""
 
     def __init__(self, config: FinetuneConfig) -> None:
-        """Reads what is there, and compares the settings and the data files.
+        """Reads the record, and compares the settings and the data files.
 
         Raises:
           ValueError: if one differs that --resume-allow does not name.
@@ -108,7 +108,7 @@ class Resumption:
         output = config.output
         steps = [latest_step(output / name) for name in STAGES] if config.resume else []
         self.is_started = any(step is not None for step in steps)
-        """Whether earlier calls have left a checkpoint to go on from."""
+        """Whether there is a checkpoint to resume from."""
         self.step = latest_sound_step(output) if self.is_started else None
         """Of training; None: it has not begun."""
         self._earlier = Record.read(output) if self.is_started else None
@@ -133,12 +133,12 @@ class Resumption:
             self._refuse(_changed_settings(saved, config) + self._changed_files())
 
     def check_loaded(self, model: CausalLM, data: Any, fit_rows: Any) -> None:
-        """Compares what was loaded.
+        """Compares the loaded model and data.
 
         Args:
           model: the base model with a new memory and new adapters.
           data: `TokenData`.
-          fit_rows: what the memory is fitted on; None: it is not fitted.
+          fit_rows: rows to fit the memory on; None: no fit.
 
         Raises:
           ValueError: if something differs that --resume-allow does not name.
@@ -149,7 +149,7 @@ class Resumption:
         record.fit_rows = fingerprints.of_rows(fit_rows)
         if earlier is None:
             return
-        # A run that is not fitted any more has none.
+        # A resumed run after its fit has no such rows.
         record.fit_rows = record.fit_rows or earlier.fit_rows
         record.changes = list(earlier.changes)
         found = []
@@ -163,8 +163,8 @@ class Resumption:
         if record.held_out != earlier.held_out:
             a, b = _short(earlier.held_out), _short(record.held_out)
             what = (
-                "the held-out rows differ, so the measurements made so far are no longer "
-                f"comparable: add held_out to --resume-allow and they are made again, or {remedy}"
+                "the held-out rows differ, so earlier measurements are not comparable: add "
+                f"held_out to --resume-allow to repeat them, or {remedy}"
             )
             found.append(Change("held_out", a, b, what))
         if not self._changes:
@@ -178,12 +178,12 @@ class Resumption:
 
     @property
     def remeasures(self) -> bool:
-        """Whether what was measured before no longer belongs to this run."""
+        """Whether earlier measurements no longer apply."""
         earlier = self._earlier
         return earlier is not None and earlier.held_out != self.record.held_out
 
     def write(self) -> None:
-        """Writes the record, and config.yaml with the changes that were allowed."""
+        """Writes the record, and config.yaml with the permitted changes."""
         output = self._config.output
         for change in self._changes:
             entry = {"step": self.step or 0, "name": change.name}
@@ -209,7 +209,7 @@ class Resumption:
         ):
             if not fingerprints.is_same_data(before, now):
                 a, b = map(fingerprints.describe_data, (before, now))
-                found.append(Change(name, a, b, f"restore what {flag} named"))
+                found.append(Change(name, a, b, f"restore the data of {flag}"))
         return found
 
     def _refuse(self, changes: list[Change]) -> None:
@@ -240,7 +240,7 @@ def _check_names(config: FinetuneConfig) -> None:
         name = given.replace("-", "_")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"give some of {', '.join(known)}."
+            remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(known)}."
             raise ValueError(f"--resume-allow has no setting {given!r}: {remedy}")
 
 
@@ -273,20 +273,20 @@ def flag_of(name: str) -> str:
 
 
 def restoring(name: str, value: Any) -> str:
-    """What to type for a setting to have a value again."""
+    """The instruction that gives a setting this value again."""
     given = flag_with_value(name, value)
     return f"leave {flag_of(name)} out" if given is None else f"give {given}"
 
 
 def flag_with_value(name: str, value: Any) -> str | None:
-    """A setting as a shell takes it: ("data.packing", False) -> "--data.no-packing".
+    """A setting as a flag for the shell: ("data.packing", False) -> "--data.no-packing".
 
     Args:
       name: dotted.
-      value: of YAML; a list becomes several words.
+      value: from YAML; a list becomes several words.
 
     Returns:
-      None for an empty list, which no flag can give.
+      The flag; None for an empty list, which no flag can express.
     """
     flag = flag_of(name)
     if value is False:

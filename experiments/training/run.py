@@ -1,4 +1,4 @@
-"""A fine-tuning run: what stays the same, and its stages one after the other."""
+"""A fine-tuning run: its shared parts, and its stages in order."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
     from transformers import PreTrainedTokenizerFast
 
-# Samples are not greedy: that sends small models round in circles.
+# Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
 _IDLE = (
@@ -57,14 +57,14 @@ _IDLE = (
 
 @dataclass(kw_only=True)
 class Run:
-    """A model on its way through the stages of a run; `model` is what the last one has made."""
+    """A fine-tuning run; `model` is the result of its latest stage."""
 
     config: FinetuneConfig
     console: Console
     tokenizer: "PreTrainedTokenizerFast"
     data: TokenData
     fit_rows: TokenBatchSource | None
-    """What the memory is fitted on; None: it is not fitted."""
+    """Rows to fit the memory on; None: no fit."""
     model: CausalLM
     mesh: "Mesh | None"
     resumption: Resumption
@@ -120,12 +120,12 @@ class Run:
     def _claim_output(self, description: Any) -> None:
         output = self.config.output
         if self.was_complete:
-            done = f"{self.resumption.step}; {self.steps} asked"
+            done = f"{self.resumption.step}; --steps {self.steps}"
             early = self.resumption.step < self.steps
             why = f"stopped early ({done})" if early else f"has done all its steps ({done})"
             self.console.print(
                 f"the run in {output} {why}: nothing is trained; raise "
-                f"{'--early-stop' if early else '--steps'} to go on",
+                f"{'--early-stop' if early else '--steps'} to continue",
                 markup=False,
             )
             return
@@ -150,19 +150,19 @@ class Run:
 
     @property
     def window(self) -> int | None:
-        """Tokens that softmax attention sees; None: all, or there is no softmax."""
+        """Tokens that softmax attention sees; None: all, or no softmax attention."""
         liza = self.model.liza
         return liza.softmax_window if liza is not None and liza.softmax else None
 
     @property
     def has_memory(self) -> bool:
-        """Whether there is a memory that could be switched off."""
+        """Whether the model has a memory that can be switched off."""
         liza = self.model.liza
         return liza is not None and liza.softmax and runs_memory(self.model.config, liza)
 
     @property
     def is_training(self) -> bool:
-        """Whether an earlier call has begun to train, after whatever had to be fitted."""
+        """Whether an earlier call began training, after fitting."""
         return Stage.is_started_in(self.config.output)
 
     def fit(self) -> float:
@@ -185,7 +185,7 @@ class Run:
         """Trains on text.
 
         Returns:
-          The last state, the seconds spent in steps, and how many were done by earlier calls.
+          The last state, the seconds spent in steps, and the number of steps of earlier calls.
         """
         partition, first, compiled = self.training_parts()
         count = sum(value.size for value in first.trainable.values())
@@ -264,7 +264,7 @@ class Run:
         return self.config.total_steps(self.data.train.num_rows)
 
     def held_out(self, model: CausalLM, *, use_memory: bool = True) -> HeldOut | None:
-        """Losses on what is held out; None if nothing is."""
+        """Losses on the held-out rows; None: there are none."""
         source = self.data.eval
         if source is None:
             return None
@@ -273,7 +273,7 @@ class Run:
         return evaluate_held_out(model, source, self.put, batch_size=size, use_memory=use_memory)
 
     def show_sample(self, when: str, model: CausalLM) -> None:
-        """Prints how the model continues the sample prompt."""
+        """Prints the model's continuation of the sample prompt."""
         if not self.config.sample_tokens:
             return
         prompt = self.config.sample_prompt
@@ -285,7 +285,7 @@ class Run:
         self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)
 
     def questions(self) -> Questions | None:
-        """Questions about what stands beyond the window; None where nothing teaches to answer."""
+        """Questions about text beyond the window; None without recall rows."""
         source, window = self.data.eval, self.window
         if not self.config.data.recall or source is None or window is None:
             return None
@@ -343,7 +343,7 @@ def _fit_rows(
     tokenizer: "PreTrainedTokenizerFast",
     resumption: Resumption,
 ) -> TokenBatchSource | None:
-    """The rows that the memory is fitted on."""
+    """The rows to fit the memory on."""
     liza = config.memory
     if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
         return None
@@ -353,7 +353,7 @@ def _fit_rows(
     length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
     changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
     if config.fit.data is not None:
-        # What --data.* says of the training data says nothing of other data.
+        # Other data does not share the --data.* options of the training data.
         changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
         changes |= {"text_column": "text", "split": "train", "max_rows": None}
     data = dataclasses.replace(config.data, **changes)

@@ -1,4 +1,4 @@
-"""One stage of a run: a loop of compiled steps that can be stopped, killed and resumed."""
+"""One stage of a run: a loop of compiled steps that can be interrupted, killed and resumed."""
 
 import time
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
 STAGES = ("transfer", "distill", ".")
-"""Folders of checkpoints below a run's directory."""
+"""Folders of checkpoints in a run's directory."""
 
 Step = Callable[..., tuple[TrainState, Any]]
 """(state, *what `Stage.batch_at` gave) -> (state, metrics)."""
@@ -25,21 +25,21 @@ Step = Callable[..., tuple[TrainState, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What is done step after step, and where its progress is kept."""
+    """A step function, its inputs, and the folder of its checkpoints."""
 
     title: str
-    """What people read before the step's number."""
+    """Text before the step's number in messages."""
     folder: Path
     """Directory of `checkpoints` and `metrics.jsonl`."""
     steps: int
-    """How many there are in all."""
+    """Total number of steps."""
     checkpoint_every: int
-    """Steps between checkpoints; the last step always leaves one."""
+    """Steps between checkpoints; the last step always saves one."""
     step: Step
     batch_at: Callable[[int], tuple[tuple[Any, ...], int]]
-    """Arguments of a step, by its number from 0, on their way to the device; and their tokens."""
+    """Arguments of a step, by its number from 0, in transfer to the device; and their tokens."""
     to_record: Callable[[int, Any, float, int], StepRecord]
-    """Steps done, metrics, seconds and tokens of the last one -> what is written down."""
+    """Steps done, metrics, seconds and tokens of the last one -> its record."""
     rows_at: Callable[[int], np.ndarray] = lambda number: np.zeros(0, np.int64)
     """Numbers of the rows in the batch of a step, by its number from 0."""
     rate: tuple[str, str, float] = ("--learning-rate", "learning_rate", 1e-3)
@@ -51,20 +51,20 @@ class Stage:
     sound_step: int | None = None
     """A step whose files this call has compared with what was written."""
     is_last: bool = False
-    """Whether nothing follows: only then is a stop after the last step no interruption."""
+    """Whether this is the last stage: a stop after its last step is not an interruption."""
 
     @property
     def is_started(self) -> bool:
-        """Whether an earlier call has left a checkpoint."""
+        """Whether an earlier call saved a checkpoint."""
         return self.is_started_in(self.folder)
 
     @staticmethod
     def is_started_in(folder: Path) -> bool:
-        """Whether a stage in this folder has left a checkpoint."""
+        """Whether a stage in this folder saved a checkpoint."""
         return latest_step(folder) is not None
 
     def run(self, initial: TrainState, console: Console) -> tuple[TrainState, float, int]:
-        """Runs to the last step, from where an earlier call has stopped.
+        """Runs to the last step, from the last checkpoint if there is one.
 
         Args:
           initial: the state before the first step.
@@ -74,7 +74,7 @@ class Stage:
           The last state, the seconds spent in steps now, and the steps of earlier calls.
 
         Raises:
-          KeyboardInterrupt: after saving, if the run was asked to stop.
+          KeyboardInterrupt: after saving, if a stop was requested.
           ValueError: if a step is not finite; the state before it is saved.
           OSError: if a checkpoint cannot be written.
         """
@@ -102,8 +102,8 @@ class Stage:
             for number in range(first, self.steps):
                 start = time.perf_counter()
                 state, metrics = self.step(state, *batch)
-                # The call has only started the device, which works while the next batch is made.
-                # What that takes beyond the step counts as part of it.
+                # The call is asynchronous: the device works while the next batch is prepared.
+                # Time that this takes beyond the step counts as part of it.
                 counted, last = tokens, number + 1 == self.steps
                 if not last:
                     batch, tokens = self.batch_at(number + 1)
@@ -122,7 +122,7 @@ class Stage:
                 checkpoints.check()
                 if stop.requested and not (last and self.is_last):
                     checkpoints.wait()
-                    progress.note(f"stopped after step {number + 1}: the same command goes on")
+                    progress.note(f"stopped after step {number + 1}: the same command resumes")
                     raise KeyboardInterrupt
                 if last:
                     break
@@ -131,7 +131,7 @@ class Stage:
     def _not_finite(
         self, record: StepRecord, state: TrainState, checkpoints: RunCheckpoints
     ) -> ValueError:
-        """Saves the state before a step that is not finite; the error that says so."""
+        """Saves the state before a step that is not finite, and returns the error."""
         kept = int(state.step)
         if kept:
             checkpoints.save(state)
@@ -139,7 +139,7 @@ class Stage:
         rows = ", ".join(map(str, self.rows_at(record.step - 1)))
         norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
         option, setting, rate = self.rate
-        remedy = f"go on with {option} below {rate:g}"
+        remedy = f"resume with {option} below {rate:g}"
         where = "nothing was trained yet"
         if kept:
             remedy += f" and --resume-allow {setting}"

@@ -1,4 +1,4 @@
-"""Windows that are drawn anew for every step, so that one Titan serves several."""
+"""Random windows for every step, so that one Titan works with several."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True)
 class WindowRange:
-    """Softmax windows between two bounds, evenly spread over their logarithms."""
+    """Softmax windows between two bounds, log-uniformly distributed."""
 
     least: int
     most: int
 
     @classmethod
     def checked(cls, bounds: tuple[int, int] | None, window: int | None) -> "WindowRange | None":
-        """The range that --window-range names, None if it names none.
+        """The range of --window-range; None: no range.
 
         Args:
           bounds: smallest and largest window.

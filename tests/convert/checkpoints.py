@@ -1,4 +1,4 @@
-"""Tiny checkpoints written by hand: key names and shapes are spelled out, not taken from ours."""
+"""Tiny checkpoints with key names and shapes written by hand, independent of our tables."""
 
 import json
 from pathlib import Path

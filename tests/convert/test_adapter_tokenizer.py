@@ -1,4 +1,4 @@
-"""The tokenizer that an adapter's directory brings, against the one of its base model."""
+"""The tokenizer of an adapter's directory, against the one of its base model."""
 
 import json
 

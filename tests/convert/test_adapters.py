@@ -295,7 +295,7 @@ def test_a_directory_that_is_no_adapter(tmp_path, llama, adapter):
         load_pretrained(adapter, adapter=adapter)
     description = Description(source=str(llama), liza=None, lora=LoraConfig(), train="lora")
     write_description(tmp_path / "run", description)
-    with pytest.raises(ConversionError, match="takes no PEFT adapter"):
+    with pytest.raises(ConversionError, match="does not take a PEFT adapter"):
         load_pretrained(tmp_path / "run", adapter=adapter)
 
 
@@ -305,12 +305,12 @@ def test_a_directory_that_is_no_adapter(tmp_path, llama, adapter):
         (None, "does not name its base model"),
         ("", "does not name its base model"),
         ("/nowhere/model", "'/nowhere/model' as its base model, which does not exist here"),
-        ("./model", "relative to a folder"),
-        ("a/b/c", "relative to a folder"),
-        ("local", "relative to a folder"),
+        ("./model", "relative to an unknown folder"),
+        ("a/b/c", "relative to an unknown folder"),
+        ("local", "relative to an unknown folder"),
         ("/nul\0l", "does not exist here"),
         ("/" + "a" * 5000, "does not exist here"),
-        ("a" * 5000, "relative to a folder"),
+        ("a" * 5000, "relative to an unknown folder"),
         ("someone/some-model", "could not be fetched from the Hugging Face hub"),
     ],
     ids=lambda x: str(x)[:20].replace("\0", ""),
@@ -456,7 +456,7 @@ def test_export_replaces_an_earlier_adapter_only(tmp_path, adapter):
         export_pretrained(model, tmp_path / "b", "peft")
     export_pretrained(model, tmp_path / "b", "peft", overwrite=True)
     (tmp_path / "b/adapter_config.json").unlink()
-    with pytest.raises(ConversionError, match="other things than a model"):
+    with pytest.raises(ConversionError, match="is not a model directory"):
         export_pretrained(model, tmp_path / "b", "peft", overwrite=True)
 
 

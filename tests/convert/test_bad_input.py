@@ -1,4 +1,4 @@
-"""Bad input to the commands: exit status 2, one line that says what is wrong, nothing left."""
+"""Bad input to the commands: exit status 2, one line with the problem, no files left."""
 
 import contextlib
 import json
@@ -78,10 +78,10 @@ DAMAGES = {
     "pickles": (only_pickle, "save_pretrained(OTHER_DIR)"),
     "index outside": (index(x="../a.safetensors"), "not a file name inside"),
     "index to nothing": (index(x="b.safetensors"), "lacks the shards b.safetensors"),
-    "no config": (lambda path: (path / "config.json").unlink(), "does not exist"),
+    "no config": (lambda path: (path / "config.json").unlink(), "no such file"),
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "not valid JSON"),
     "duplicate key": (twice, "names model_type more than once"),
-    "unknown family": (edit_config(model_type="mamba"), "'mamba' is not supported; known are"),
+    "unknown family": (edit_config(model_type="mamba"), "'mamba' is not supported; supported:"),
     "unknown rope": (edit_config(rope_scaling={"rope_type": "spiral"}), "rope type 'spiral'"),
     "a million layers": (edit_config(num_hidden_layers=10**6), "at most 10000"),
     "a trillion tokens": (edit_config(vocab_size=10**12), "vocab_size"),

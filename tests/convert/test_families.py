@@ -232,7 +232,7 @@ def test_a_config_outside_its_family_is_refused(changes, field):
 
 
 WRONG = {
-    "unknown family": (LLAMA | {"model_type": "mamba"}, "'mamba' is not supported; known are"),
+    "unknown family": (LLAMA | {"model_type": "mamba"}, "'mamba' is not supported; supported:"),
     "no family": (without(LLAMA, "model_type"), "lacks model_type"),
     "family is a number": (LLAMA | {"model_type": 3}, "must be a string"),
     "multimodal": ({"model_type": "gemma3", "text_config": GEMMA}, "multimodal wrapper"),
@@ -243,7 +243,7 @@ WRONG = {
     "no heads": (LLAMA | {"num_attention_heads": 0}, "num_heads must be at least 1"),
     "heads do not divide": (LLAMA | {"num_key_value_heads": 3}, "must be a multiple"),
     "rope is a list": (LLAMA | {"rope_scaling": []}, "must be an object"),
-    "unknown rope": (LLAMA | {"rope_scaling": {"rope_type": "ntk"}}, "'ntk'.*known are"),
+    "unknown rope": (LLAMA | {"rope_scaling": {"rope_type": "ntk"}}, "'ntk'.*supported:"),
     "unknown new rope": (LLAMA | {"rope_parameters": {"rope_type": "su"}}, "'su'"),
     "rope by layer": (
         LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
@@ -281,12 +281,12 @@ def test_bad_json(tmp_path, text):
 
 
 def test_no_config(tmp_path):
-    with pytest.raises(ConversionError, match=r"config\.json does not exist"):
+    with pytest.raises(ConversionError, match=r"no such file: .*config\.json"):
         read_config(tmp_path)
 
 
 def test_unknown_gguf_architecture():
-    with pytest.raises(ConversionError, match="'rwkv7' is not supported; known are gemma3, llama"):
+    with pytest.raises(ConversionError, match="'rwkv7' is not supported; supported: gemma3, llama"):
         family_of_architecture("rwkv7")
 
 

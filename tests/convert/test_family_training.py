@@ -1,4 +1,4 @@
-"""Every family takes a memory and adapters, learns, and goes back without them."""
+"""Every family trains with a memory and adapters, and exports without them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Damaged and lying inputs: whatever they say, a reader answers with one sentence, and soon.
+"""Damaged and malicious inputs: readers refuse them quickly, in one sentence.
 
 Anything but ValueError and OSError is a bug: the commands turn those two into one line.
 """

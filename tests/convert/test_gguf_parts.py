@@ -70,7 +70,7 @@ def test_a_directory_with_two_models_is_refused(parts, whole):
 def test_a_missing_part_is_named(parts, gone):
     parts[gone].unlink()
     for source in (parts[gone - 1], parts[0].parent):
-        with pytest.raises(ConversionError, match=rf"one of 3 parts; {parts[gone].name} must lie"):
+        with pytest.raises(ConversionError, match=rf"one of 3 parts; {parts[gone].name} must be"):
             load_pretrained(source)
 
 
@@ -94,7 +94,7 @@ def test_parts_of_another_model_are_refused(parts):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ConversionError, match=r"attn_q\.weight, which another part has"):
+    with pytest.raises(ConversionError, match=r"attn_q\.weight, which another part also has"):
         GgufFile(parts[0])
 
 
@@ -104,5 +104,5 @@ def test_a_wrong_total_is_refused(parts):
     place = content.index(key) + len(key) + 4
     content[place] += 1
     parts[0].write_bytes(content)
-    with pytest.raises(ConversionError, match=rf"have {len(TENSORS)} tensors, not"):
+    with pytest.raises(ConversionError, match=rf"have {len(TENSORS)} tensors, but declare"):
         GgufFile(parts[0])

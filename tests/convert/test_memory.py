@@ -1,4 +1,4 @@
-"""Importing takes the model in the dtype asked for and its largest tensor, nothing more."""
+"""Importing needs memory for the model in its dtype and its largest tensor only."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""README.md of an export: what it says of the model, and what evaluate has measured of it."""
+"""README.md of an export: description of the model, and results of evaluate."""
 
 import json
 

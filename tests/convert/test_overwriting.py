@@ -1,4 +1,4 @@
-"""--overwrite leaves what a model is loaded from, and what is not ours."""
+"""--overwrite never replaces a model's own source or unrelated files."""
 
 import json
 

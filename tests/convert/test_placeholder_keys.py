@@ -1,4 +1,4 @@
-"""Keys of config.json that are there and say nothing: null, or -1 for "none"."""
+"""Keys of config.json without a value: null, or -1 for "none"."""
 
 import json
 

@@ -93,5 +93,5 @@ def test_names():
     assert with_revision("a/b@x", "x") == "a/b@x"
     with pytest.raises(ConversionError, match="another revision"):
         with_revision("a/b@x", "y")
-    with pytest.raises(ConversionError, match="but smollm2-135m is none"):
+    with pytest.raises(ConversionError, match="but smollm2-135m is not a hub id"):
         with_revision("smollm2-135m", "y")

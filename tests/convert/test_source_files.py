@@ -1,4 +1,4 @@
-"""What an export takes from the directory that the model came from."""
+"""Files that an export copies from the model's directory."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_a_fixed_list_of_names_and_no_code(source, tmp_path, capsys, format):
     assert "name" not in (tmp_path / "a" / "README.md").read_text().split('"')
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert said.startswith("left out of the export")
+    assert said.startswith("exports copy only tokenizer files; left out: ")
     for name in (*STRANGERS, "onnx/"):
         assert name in said
     assert "tokenizer.json" not in said
@@ -66,7 +66,7 @@ def test_links_out_of_the_folder_are_not_followed(source, tmp_path, capsys):
     assert b"secret" not in content
     assert not (tmp_path / "a" / "chat_template.json").exists()
     links, others = capsys.readouterr().err.splitlines()
-    assert links.startswith("not copied, as they are links out of the model's folder: ")
+    assert links.startswith("links out of the model's folder are not copied: ")
     for name in ("chat_template.json", "generation_config.json", "chat_templates/x.jinja"):
         assert name in links
         assert name not in others
@@ -132,7 +132,7 @@ def test_special_files_are_not_copied(tmp_path):
 def test_settings_that_are_no_json(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConversionError, match="Correct the tokenizer of the source"):
+    with pytest.raises(ConversionError, match="Repair the tokenizer of the source"):
         copy_tokenizer_files(tmp_path, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""Pipes, devices and directories in the place of files: one line, and nobody waits."""
+"""Pipes, devices and directories in the place of files: one line, without blocking."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Directories whose tokenizer.json is of another kind than the class that their label names."""
+"""Directories whose tokenizer.json does not fit the class that they name."""
 
 import json
 

@@ -304,7 +304,7 @@ INEXPRESSIBLE = {
     "no memory": (None, "this model has no memory"),
     "another operator": (
         LizaConfig(writes="all"),
-        'is for operator "tptt_reference" only.*delta_product',
+        'needs operator "tptt_reference".*delta_product',
     ),
     "mixing": (
         LizaConfig(writes="all", operator="tptt_reference"),
@@ -325,7 +325,7 @@ def test_what_the_package_cannot_express(base, tmp_path, liza, message):
 
 def test_an_export_needs_a_base_model(tmp_path):
     model = CausalLM(ModelConfig.tiny(), REFERENCE, rngs=nnx.Rngs(0))
-    with pytest.raises(ConversionError, match="holds no base model: give what the model was"):
+    with pytest.raises(ConversionError, match="holds no base model: give the source"):
         export_pretrained(model, tmp_path / "a", "tptt")
 
 

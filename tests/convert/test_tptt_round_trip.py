@@ -1,4 +1,4 @@
-"""What `format="tptt"` writes and reads again, tensor by tensor, for every family."""
+"""Round trips of `format="tptt"`, tensor by tensor, for every family."""
 
 import json
 

@@ -1,7 +1,10 @@
 """A mistake in the arguments is answered with the name that was meant."""
 
+from pathlib import Path
+
 import pytest
 
+from convert.__main__ import export_model, import_model
 from convert.command_line import run_command
 from experiments.bench import COMMANDS
 from experiments.command_line import parse_arguments
@@ -41,12 +44,56 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
             ["op", "--heads", "x"],
             "--heads expects a whole number, got 'x'; --help lists the options.",
         ),
-        (["op", "--precision", "x"], "invalid choice 'x' for argument '--precision'."),
+        (["op", "--precision", "x"], "--precision expects one of auto, "),
+        (
+            ["op", "--precision", "higest"],
+            "--precision expects one of auto, highest, high, default, got 'higest': "
+            "did you mean highest? --help lists the options.",
+        ),
+        ([], "name a command: op, train, decode, attention, context; --help"),
+        (["op", "--heads"], "--heads needs a value; --help"),
     ],
-    ids=["command", "no such command", "no such option", "option", "type", "choice"],
+    ids=[
+        "command",
+        "no such command",
+        "no such option",
+        "option",
+        "type",
+        "choice",
+        "close choice",
+        "no command",
+        "no value",
+    ],
 )
 def test_one_line_for_commands_of_functions(arguments, message, capsys):
     assert run_command(COMMANDS, arguments, prog="bench") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # tyro would say what is missing, and not what is wrong.
+        (["--formt", "peft"], "there is no option --formt: did you mean --format? --help"),
+        (["x"], "python -m convert export needs --output PATH (the directory to write); --help"),
+        (["x", "--no-overwrite"], "python -m convert export needs --output PATH"),
+        ([], "python -m convert export needs STR ("),
+    ],
+    ids=["unknown option", "required option", "known option", "required argument"],
+)
+def test_missing_arguments(arguments, message, capsys):
+    commands = {"export": export_model, "import": import_model}
+    assert run_command(commands, ["export", *arguments], prog="python -m convert") == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_a_missing_file_has_no_error_number(tmp_path, capsys):
+    def read(path: str) -> None:
+        Path(path).read_text()
+
+    assert run_command(read, ["--path", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err == f"error: no such file: {tmp_path / 'x'}\n"
+    assert run_command(read, ["--path", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"

@@ -1,4 +1,4 @@
-"""Checkpoints whose names bear the marks of compilation, sharded training or a vision model."""
+"""Checkpoints with names of compiled, sharded or multimodal models."""
 
 import json
 import shutil

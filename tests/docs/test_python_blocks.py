@@ -1,4 +1,4 @@
-"""The Python of every page runs as it stands; blocks of a page share their names.
+"""Python blocks of every page run unchanged; blocks of a page share their names.
 
 A block marked "python notest" is not run. A page that goes on from a model of the reader's own is
 given a tiny one.

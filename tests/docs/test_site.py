@@ -1,4 +1,4 @@
-"""The site has every page and public name, and its links lead somewhere."""
+"""The site has every page and public name, and its links are valid."""
 
 import importlib
 import json

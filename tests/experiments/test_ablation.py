@@ -1,4 +1,4 @@
-"""What is left of a Titan without one of its parts, and what evaluate says of it."""
+"""A Titan without one of its parts, and its report by evaluate."""
 
 import json
 
@@ -149,7 +149,7 @@ def test_a_text_within_the_window_says_so(text):
     model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), liza, rngs=nnx.Rngs(0))
     task = Ablation(DataConfig(path=str(text)), WINDOW)
     row = next(row for row in task.rows(tokenizer) if row.about["off"] == "gate")
-    with pytest.raises(ValueError, match="none of which leaves the window of 16"):
+    with pytest.raises(ValueError, match="and none of them leaves the window of 16"):
         task.measure(model, tokenizer, row, use_memory=True)
 
 

@@ -200,12 +200,12 @@ def test_templates_have_a_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(templates, "_SECONDS", 0.4)
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     tokenizer = make_tokenizer(begin=False, template=loop)
-    with pytest.raises(ValueError, match=r"row 1: the chat template has not ended after 0\.4 s"):
+    with pytest.raises(ValueError, match=r"row 1: the chat template did not finish in 0\.4 s"):
         targets(tokenizer, tmp_path, {"messages": CHAT})
     # No template that wants a whole conversation, but one that is slow on some.
     tokenizer.chat_template = f"{{% if messages | length < 4 %}}{loop}{{% endif %}}{CHATML}"
     began = time.monotonic()
-    with pytest.raises(ValueError, match=r"row 1: the chat template has not ended after 0\.4 s"):
+    with pytest.raises(ValueError, match=r"row 1: the chat template did not finish in 0\.4 s"):
         targets(tokenizer, tmp_path, {"messages": CHAT})
     assert time.monotonic() - began < 1.5
     tokenizer.chat_template = CHATML

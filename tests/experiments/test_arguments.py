@@ -119,12 +119,12 @@ def test_help_shows_every_default(capsys, monkeypatch):
     ("argv", "message"),
     [
         (["--stepz", "3"], "there is no option --stepz: did you mean --steps?"),
-        (["extra"], "these arguments belong to no option: extra"),
-        (["--steps"], "Missing value for argument '--steps'"),
-        (["--steps", "many"], r"--steps expects \{None\}\|INT, got 'many'"),
+        (["extra"], "no option takes these arguments: extra"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "many"], "--steps expects a whole number, got 'many'"),
         (["--steps", "-1"], "steps must be at least 0, got -1"),
         (["--epochs", "0"], "epochs must be above 0"),
-        (["--liza.operator", "rwkv"], "invalid choice 'rwkv' for argument '--liza.operator'"),
+        (["--liza.operator", "rwkv"], "--liza.operator expects one of None, delta_product,"),
         (["--liza.mag-init", "2"], "mag_init must lie between 0 and 1, got 2"),
         (["--lora.rank", "0"], "rank must be at least 1, got 0"),
         (["--data.eval-rows", "1.5"], "eval_rows must be a share"),
@@ -139,9 +139,9 @@ def test_help_shows_every_default(capsys, monkeypatch):
         (["--fit-learning-rate", "0"], "fit: learning_rate must be above 0, got 0"),
         (["--distill-learning-rate", "nan"], "fit: distill_learning_rate must be above 0, got nan"),
         (["--distill", "2"], "distill must lie between 0 and 1, got 2"),
-        (["--distill", "1", "--train", "full"], "--distill needs the base model's weights"),
+        (["--distill", "1", "--train", "full"], "--distill needs unchanged weights"),
         (["--data.recall", "1"], r"recall must lie in \[0, 1\), got 1"),
-        (["--window-range", "4"], r"--window-range expects .*, got '4'"),
+        (["--window-range", "4"], "--window-range expects 2 whole numbers, got '4'"),
         (["--window-range", "9", "4"], "--window-range expects 1 <= smallest <= largest, got 9 4"),
         (["--window-range", "2", "4"], "--window-range reaches 4, but --liza.softmax-window is No"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config must be given once"),
@@ -213,11 +213,8 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "stepz: 3",
-            r"there is no option stepz; the options here are model, revision, output, data,",
-        ),
-        ("liza: {operatr: x}", r"no option liza\.operatr; the options here are writes, operator,"),
+        ("stepz: 3", r"there is no option stepz: did you mean steps\?"),
+        ("liza: {operatr: x}", r"no option liza\.operatr: did you mean liza\.operator\?"),
         ("steps: many", "steps must be a whole number, got 'many'"),
         ("steps: 2.5", "steps must be a whole number, got 2.5"),
         ("batch_size: true", "batch_size must be a whole number, got True"),
@@ -232,6 +229,7 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
         ("- 1", "must hold names and values, got list"),
         ("model: [a", "line 2, is not valid YAML"),
         ("config: other.yaml", "there is no option config"),
+        ("xyzzy: 1", "no option xyzzy; the options here are model, output, data,"),
     ],
     ids=lambda value: value[:20],
 )
@@ -242,7 +240,7 @@ def test_wrong_yaml_is_one_sentence(yaml_file, text, message):
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no configuration file"):
+    with pytest.raises(FileNotFoundError, match="no such file: "):
         parse("--config", str(tmp_path / "run.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""The benchmark commands: what results mean, traces, baselines, what an interrupt leaves."""
+"""The benchmark commands: results, traces, baselines, interrupts."""
 
 import gzip
 import inspect
@@ -189,12 +189,12 @@ def test_ratios_above_one_are_better():
 BAD_BASELINES = {
     "other size": (
         {"workload": {"tokens": 99}},
-        "workload: tokens is 99 there and 40 here",
+        "workload: tokens: 99 in the file, 40 now",
     ),
     "other bench": ({"bench": "train"}, "measured by bench train, not by bench op"),
-    "no median": ({"median_s": None}, "must hold what an earlier run wrote"),
-    "zero": ({"peak_gb": 0}, "must hold what an earlier run wrote"),
-    "no workload": ({"workload": None}, "must hold what an earlier run wrote"),
+    "no median": ({"median_s": None}, "must hold the result of an earlier run"),
+    "zero": ({"peak_gb": 0}, "must hold the result of an earlier run"),
+    "no workload": ({"workload": None}, "must hold the result of an earlier run"),
 }
 
 
@@ -214,7 +214,7 @@ def test_files_that_are_no_baselines(content, tmp_path, capsys):
     path = tmp_path / "bad.json"
     path.write_text(content, encoding="latin-1")
     line = refusal(f"{OP} --compare {path}", capsys)
-    assert line.startswith(f"error: {path} must hold what an earlier run wrote")
+    assert line.startswith(f"error: {path} must hold the result of an earlier run")
 
 
 REFUSED = {
@@ -222,7 +222,7 @@ REFUSED = {
     "no runs": ("op --repeats 0", "repeats must be at least 1, got 0"),
     "no tokens": ("train --tokens 0", "tokens must be at least 1, got 0"),
     "two models": (f"decode --model demo {TINY}", "not both"),
-    "no such shape": ("decode --random-weights huge", "invalid choice"),
+    "no such shape": ("decode --random-weights huge", "--random-weights expects one of"),
     "heads": ("op --heads 3 --kv-heads 2 --tokens 8", "multiple"),
     "context, no tokenizer": (f"context --data {__file__} --random-weights tiny", "tokenizer"),
     "context, peer": (f"context --peer-json {__file__}", "must hold"),
@@ -343,11 +343,11 @@ def test_parts_are_processes_and_may_fail(tmp_path, monkeypatch):
     part = bench_gpu._run_part([sys.executable, "-c", warns], 60, os.environ)
     assert part == {"warnings": ["<string>:1: UserWarning: kernels fail"]}
     endless = [sys.executable, "-c", "import time; time.sleep(600)"]
-    assert "did not end" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
+    assert "did not finish" in bench_gpu._run_part(endless, 0.1, os.environ)["failed"]
     lines = '{"a": 1}\n{"a": 2}\n{"a'
     reports = f"import time; print({lines!r}, end='', flush=True); time.sleep(99)"
     part = bench_gpu._run_part([sys.executable, "-c", reports], 2, os.environ)
-    assert part == {"a": 2, "stopped": "did not end in 2 s"}
+    assert part == {"a": 2, "stopped": "did not finish in 2 s"}
     with pytest.raises(ValueError, match="there is no part op-n3; there are op-n1, "):
         bench_gpu.bench_gpu(tmp_path, only=("op-n3",))
 

@@ -81,7 +81,7 @@ def test_a_run_ends_early_and_goes_on_when_asked(config):
     assert measured == [2, 4, 6]
 
     before = (output / "metrics.jsonl").read_bytes()
-    assert "stopped early (6; 9 asked): nothing is trained; raise --early-stop" in printed(config)
+    assert "stopped early (6; --steps 9): nothing is trained; raise --early-stop" in printed(config)
     assert (output / "metrics.jsonl").read_bytes() == before
 
     # The last step is evaluated too, as it could be the best one.

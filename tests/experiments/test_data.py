@@ -130,7 +130,7 @@ def test_long_examples_are_cut_off_and_counted(tokenizer, tmp_path):
     assert (data.num_truncated, data.num_without_targets) == (2, 1)
     assert [len(tokens) for tokens, _ in segments(data.train)][1] == 128
     assert data.train.num_rows == 2
-    assert "2 examples cut off, 1 left out" in data.describe()
+    assert "2 examples truncated, 1 left out" in data.describe()
 
 
 def test_answers_that_are_all_cut_off_are_an_error(tokenizer, tmp_path):
@@ -211,7 +211,7 @@ def test_a_template_that_writes_other_answers_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (None, CHAT, "need a tokenizer with a chat template"),
+        (None, CHAT, "holds conversations, but the tokenizer of this model has no chat"),
         ("{{ raise_exception('roles must alternate') }}", CHAT, r"row 1: roles must alternate"),
         (CHATML, [], "messages must be a list"),
         (CHATML, [{"role": "user"}], "every message needs role and content"),

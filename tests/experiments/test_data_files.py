@@ -1,4 +1,4 @@
-"""What a path may name: files of any size and compression, folders, patterns, and nothing else."""
+"""Data paths: files of any size and compression, folders, patterns; others are refused."""
 
 import csv
 import gzip
@@ -76,7 +76,7 @@ def test_csv_that_would_lose_quotes_or_columns_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"t\.csv, line 2, is not valid CSV"):
         load_rows(str(path))
     path.write_text("text,text\na,b\n")
-    with pytest.raises(ValueError, match="several columns called 'text'"):
+    with pytest.raises(ValueError, match="several columns named 'text'"):
         load_rows(str(path))
 
 
@@ -130,7 +130,7 @@ def test_a_folder_of_zst_files_has_splits(tmp_path):
     assert texts(str(tmp_path), split="test") == ["b"]
     assert texts(str(tmp_path), split="train[1:]+test") == ["late", "b"]
     (tmp_path / "deep" / "test.jsonl").write_bytes(lines(C))
-    with pytest.raises(ValueError, match=r"test\.jsonl and .*test\.jsonl\.zst have one name"):
+    with pytest.raises(ValueError, match=r"test\.jsonl and .*test\.jsonl\.zst have the same name"):
         load_rows(str(tmp_path))
 
 
@@ -149,7 +149,9 @@ def test_what_lies_below_the_run_is_no_data(tmp_path):
 def test_one_text_has_no_rows_to_slice(tmp_path):
     (tmp_path / "a.txt").write_text("one")
     for path in (str(tmp_path / "a.txt"), str(tmp_path), "python-docs"):
-        with pytest.raises(ValueError, match=r"is one text, .*--data\.split train\[:1\]\): lower"):
+        with pytest.raises(
+            ValueError, match=r"is one text and .*--data\.split train\[:1\]\): lower"
+        ):
             load_rows(path, split="train[:1]")
     with pytest.raises(ValueError, match=r"^python-docs must be given alone\.$"):
         load_rows(["python-docs", str(tmp_path / "a.txt")])
@@ -198,7 +200,7 @@ def test_a_revision_is_of_the_hub(tmp_path, monkeypatch):
     import datasets
 
     path = write_table(tmp_path / "a.jsonl", [A])
-    with pytest.raises(ValueError, match=r"--data\.revision v1 is of a dataset on the Hugging"):
+    with pytest.raises(ValueError, match=r"--data\.revision v1 is for datasets on the Hugging"):
         load_rows(str(path), revision="v1")
     asked = {}
 
@@ -303,7 +305,7 @@ def test_special_files_are_refused_at_once(tmp_path, monkeypatch):
         paths = ["/dev/zero", "/dev/null", *map(str, tmp_path.iterdir())]
         paths += [str(tmp_path), f"{tmp_path}/*.jsonl"]
         for path in paths:
-            with pytest.raises(ValueError, match="no regular file but a device, a pipe") as caught:
+            with pytest.raises(ValueError, match="is a device, a pipe or a socket") as caught:
                 load_rows(path)
             assert "\n" not in str(caught.value)
 

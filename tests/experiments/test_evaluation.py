@@ -373,7 +373,7 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
         (["--task", "passkey", "--lengths", "20"], "raise --lengths to"),
         (["--task", "recall", "--lengths", "50"], "give longer --lengths"),
         (["--data", "missing.txt"], "missing.txt"),
-        (["--task", "passkey", "--data", "missing.txt"], "There is no file missing.txt"),
+        (["--task", "passkey", "--data", "missing.txt"], "no such file: missing.txt"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, tiny_model_dir, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The main job as users run it: a process of its own, killed, interrupted, resumed."""
+"""Fine-tuning as a separate process: killed, interrupted, resumed."""
 
 import json
 import signal
@@ -145,7 +145,7 @@ def test_a_run_killed_while_fitting_and_stopped_while_training_resumes_where_it_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--model", "/nowhere/at/all"], "does not exist"),
+        (["--model", "/nowhere/at/all"], "no such file or directory"),
         (["--data", "/nowhere/data.jsonl"], "/nowhere/data.jsonl"),
         (["--mesh", "data=3"], "devices"),
         (["--lora.targets", "q_prog"], "matches no projection"),

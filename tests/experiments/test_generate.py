@@ -160,7 +160,7 @@ def test_stop_strings_and_late_printing_cut_exactly(tiny_model_dir, capsys):
     [
         (("--max-new-tokens", 0), "--save-state"),
         (("--prompt-file", "/nowhere"), "/nowhere"),
-        (("--load-state", "/nowhere"), "/nowhere does not exist"),
+        (("--load-state", "/nowhere"), "no such file: /nowhere"),
         (("--min-p", 2), "min_p"),
         (("--load-state", "x", "--compare"), "--compare"),
         (("--window", 0), "softmax_window"),

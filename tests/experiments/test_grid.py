@@ -77,13 +77,13 @@ BAD = {
     "one value": ("grid: {seed: 3}", "grid: seed must be a list of values, got 3"),
     "no block": ("variants: [a]", "variants must be a block of names"),
     "no settings": ("variants: {a: 3}", "variant 'a' must be a block of settings, got 3"),
-    "a name twice": ("variants:\n  a: {}\n  a: {seed: 1}", "line 3: 'a' is there twice"),
+    "a name twice": ("variants:\n  a: {}\n  a: {seed: 1}", "line 3: 'a' occurs twice"),
     "a directory twice": ("variants: {a b: {}, a-b: {}}", "would share the directory a-b"),
     "a value twice": ("grid: {seed: [0, 0]}", "'seed=0' and 'seed=0' would share"),
     "a setting twice": ("variants: {a: {liza.mag: mass, liza: {mag: mass}}}", "liza.mag is given"),
     "a setting in a value": ("variants: {a: {steps: 3, steps.x: 1}}", "steps.x is given twice"),
     "output": ("base: {output: x}\nvariants: {a: {}}", "leave output out"),
-    "no name": ("variants: {'-': {}}", "makes no directory's name"),
+    "no name": ("variants: {'-': {}}", "gives no directory name"),
     "no YAML": ("variants: {a: ", "is not valid YAML"),
 }
 
@@ -104,7 +104,7 @@ def test_bad_input_is_one_line_and_status_2_before_anything_runs(
 
 def test_a_file_that_is_not_there(tmp_path, capsys):
     assert run_command(run_grid, ["--config", str(tmp_path / "no.yaml")]) == 2
-    assert "There is no configuration file" in capsys.readouterr().err
+    assert "no such file" in capsys.readouterr().err
 
 
 # --- runs ------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def test_a_grid_runs_what_is_missing_and_outlives_what_fails(base, write, tmp_pa
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("plain: done in ")
     assert lines[2].startswith("broken: failed after ")
-    assert "/nowhere does not exist" in lines[2]
+    assert "no such file or directory: /nowhere" in lines[2]
     result = json.loads(lines[-1])
     assert result == json.loads((output / "results.json").read_text())
     report = result["variants"]["plain"]["report"]
@@ -147,12 +147,14 @@ def test_a_grid_runs_what_is_missing_and_outlives_what_fails(base, write, tmp_pa
     variants = {"plain": {}, "broken": {"liza.mag": "learned"}}
     path.write_text(yaml.safe_dump({"base": base, "variants": variants}, sort_keys=False))
     assert run_command(run_grid, arguments, readable=False) == 2
-    assert f"{output}/broken holds a run with other settings" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{output}/broken holds another run (" in error
+    assert "liza.mag: default in the run, learned now" in error
 
     path.write_text(yaml.safe_dump({"base": base, "variants": {"plain": {}}}, sort_keys=False))
     assert run_command(run_grid, arguments, readable=False) == 0
     again = capsys.readouterr().out.splitlines()
-    assert again[1].startswith("plain: was finished, perplexity fitted")
+    assert again[1].startswith("plain: already finished, perplexity fitted")
     assert json.loads(again[-1])["variants"]["plain"]["report"] == report
 
 

@@ -1,4 +1,4 @@
-"""Commands start again with huge pages where that helps, and seldom look for garbage."""
+"""Commands restart with huge pages where that helps, and collect garbage seldom."""
 
 import gc
 import os

@@ -1,4 +1,4 @@
-"""A process that is killed while it saves, again and again, ends where an undisturbed one does."""
+"""A process that is killed repeatedly during saves gives the result of an undisturbed one."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""Peak memory is that of the process itself, whatever was there before it."""
+"""Peak memory is that of the process itself, not of its parent."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Rows that are hostile or merely odd: one line of refusal, or the very text that they hold."""
+"""Hostile and odd rows: refused in one line, or read exactly."""
 
 import json
 from pathlib import Path

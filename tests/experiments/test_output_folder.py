@@ -49,10 +49,10 @@ def test_what_was_made_for_nothing_is_removed(tmp_path):
     [
         ("file", "is a file: name a directory"),
         ("below a file", "lies below .*, which is a file"),
-        ("dangling link", "is a link to .*, which is not there"),
-        ("below a dangling link", "is a link to .*, which is not there"),
+        ("dangling link", "is a link to .*, which is missing"),
+        ("below a dangling link", "is a link to .*, which is missing"),
         ("long name", "cannot be written .File name too long"),
-        ("long path", "name a shorter path"),
+        ("long path", "choose a shorter path"),
         ("no place for files", "cannot be written"),
     ],
 )

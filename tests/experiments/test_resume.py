@@ -1,4 +1,4 @@
-"""Going on with a run: what may change, what is refused by name, and what is left alone."""
+"""Resuming a run: permitted changes, refusals by name, and files that stay."""
 
 import contextlib
 import io
@@ -98,21 +98,21 @@ def test_a_complete_run_says_so_and_changes_nothing(started, monkeypatch):
     printed = run(started)
     # Every file of the checkpoint once, although it is looked for before it is read.
     assert len(hashed) == len(set(hashed)) > 0
-    assert f"the run in {started.output} has done all its steps (2; 2 asked)" in printed
+    assert f"the run in {started.output} has done all its steps (2; --steps 2)" in printed
     assert contents(started.output) == before
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.01}, r"learning_rate: 0.001 in the run, 0.01 asked: give "),
+        ({"learning_rate": 0.01}, r"learning_rate: 0.001 in the run, 0.01 now: give "),
         ({"learning_rate": 0.01}, r"give --learning-rate 0.001, allow it with --resume-allow lear"),
-        ({"lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear asked"),
-        ({"seed": 1, "batch_size": 3}, r"batch_size: 2 in .*; seed: 0 in the run, 1 asked"),
+        ({"lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear now"),
+        ({"seed": 1, "batch_size": 3}, r"batch_size: 2 in .*; seed: 0 in the run, 1 now"),
         ({"data.sequence_length": 16}, r"data.sequence_length: 32 in .*--data.sequence-length 32"),
-        ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs a"),
-        ({"lora": LoraConfig(rank=3)}, r"\(lora.rank: 2 in the run, 3 asked\): use another --outp"),
-        ({"resume_allow": ("rate",)}, r"--resume-allow has no setting 'rate': give some of .*seed"),
+        ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs n"),
+        ({"lora": LoraConfig(rank=3)}, r"\(lora.rank: 2 in the run, 3 now\): use another --outp"),
+        ({"resume_allow": ("rate",)}, r"--resume-allow has no setting 'rate': choose from .*seed"),
         ({"resume_allow": ("learning-rat",)}, r"'learning-rat': did you mean learning_rate\?"),
         ({"data.packing": True}, r"give --data.no-packing, allow"),
         ({"data.columns": ("text=a b",)}, r"leave --data.columns out, allow"),
@@ -137,7 +137,7 @@ def test_a_changed_data_file_is_refused_until_it_is_allowed(started):
         with pytest.raises(ValueError, match=r"data.path: .* bytes, sha256 .* in the run"):
             run(replace(started, steps=4))
         # Another table has other rows held out, which is a name of its own.
-        expected = r"held_out: rows \w+ in the run, rows \w+ asked: .*add held_out to --resume-all"
+        expected = r"held_out: rows \w+ in the run, rows \w+ now: .*add held_out to --resume-all"
         with pytest.raises(ValueError, match=expected):
             run(replace(started, steps=4, resume_allow=("data",)))
     finally:
@@ -181,9 +181,9 @@ def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(start
         "# after step 2, by --resume-allow: seed 0 -> 5",
     ]
     # From then on it is the run's own.
-    with pytest.raises(ValueError, match=r"learning_rate: 0.01 in the run, 0.001 asked"):
+    with pytest.raises(ValueError, match=r"learning_rate: 0.01 in the run, 0.001 now"):
         run(started)
-    assert "has done all its steps (3; 3 asked): nothing is trained" in run(changed)
+    assert "has done all its steps (3; --steps 3): nothing is trained" in run(changed)
 
 
 def test_what_was_measured_at_an_earlier_end_is_gone_before_the_run_goes_on(started, tmp_path):
@@ -225,7 +225,7 @@ def test_what_a_run_needs_is_not_its_output(started, tmp_path):
     fresh = replace(started, output=tmp_path / "new")
     (fresh.output / "distill").mkdir(parents=True)
     (fresh.output / "distill" / "checkpoints").write_text("mine")
-    with pytest.raises(ValueError, match="checkpoints is a file, where checkpoints belong"):
+    with pytest.raises(ValueError, match="checkpoints is a file, but must be a directory"):
         check_output(fresh, describe_run(fresh))
 
 

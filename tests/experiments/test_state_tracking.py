@@ -1,4 +1,4 @@
-"""State tracking: groups, update rules, small trials that fail and succeed where they should."""
+"""State tracking: groups, update rules, small trials with the expected successes and failures."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""How far our models are from those of transformers, as numbers."""
+"""Errors of our models against those of transformers."""
 
 from pathlib import Path
 from typing import Any

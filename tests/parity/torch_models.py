@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, and what is compared with them."""
+"""Tiny random models of transformers, and comparisons with them."""
 
 import copy
 from pathlib import Path

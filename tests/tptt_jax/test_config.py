@@ -1,4 +1,4 @@
-"""What the configurations of models and adapters accept, resolve and refuse."""
+"""Configurations of models and adapters: valid, resolved and refused values."""
 
 import dataclasses
 

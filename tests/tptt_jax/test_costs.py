@@ -1,4 +1,4 @@
-"""Guards against slower programs that no clock is needed for: XLA's counts, within a band.
+"""Guards against slower programs without a clock: XLA's counts, within a band.
 
 Counted is what is compiled, with a loop's body once. A change for the better moves the numbers
 too: then write the new ones down.

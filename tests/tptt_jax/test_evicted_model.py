@@ -1,4 +1,4 @@
-"""Models whose memory holds what the window has lost: streaming, traced windows, gradients."""
+"""Models with a memory of evicted tokens: streaming, traced windows, gradients."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What the memory's configuration accepts, resolves and refuses."""
+"""The memory's configuration: valid, resolved and refused values."""
 
 import copy
 import dataclasses

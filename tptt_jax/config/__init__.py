@@ -1,4 +1,4 @@
-"""What a model, its memory and its adapters are: frozen, validated, without input or output."""
+"""Configurations of a model, its memory and its adapters: frozen, validated, without I/O."""
 
 from tptt_jax.config.adapters import LoraConfig
 from tptt_jax.config.memory import (

@@ -1,4 +1,4 @@
-"""What LoRA adapters are and where they sit."""
+"""The configuration of LoRA adapters and their places."""
 
 import math
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What a Titan's memory is: what it writes, how it forgets, how it is mixed with the softmax."""
+"""The configuration of a Titan's memory: writes, gates, and mixing with softmax attention."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Mag = Literal["mass", "learned", "scheduled"]
 LinearScale = Literal["learned", "match", "unit", "projected"]
 Precision = Literal["auto", "highest", "high", "default"]
 
-# What each of the paper's operators sets, unless the caller says otherwise.
+# Fields that each of the paper's operators sets, unless the caller gives them.
 OPERATORS: dict[str, dict[str, Any]] = {
     "delta_rule": {"num_householder": 1},
     "delta_rule_v": {"num_householder": 1, "beta_gate": "v"},
@@ -45,7 +45,7 @@ _OPERATOR_DEFAULTS: dict[str, Any] = {
     "alpha_gate": "constant",
     "state_activation": "none",
 }
-# What `writes` sets, unless the caller says otherwise.
+# Fields that `writes` sets, unless the caller gives them.
 _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
     "evicted": {
         **{"operator": "gated_delta_rule", "mag": "mass", "linear_scale": "learned"},
@@ -63,7 +63,7 @@ _WRITES_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 class _ImpliedText(str):
-    """A choice that follows from another setting: `dataclasses.replace` lets it follow again."""
+    """A choice implied by another setting; `dataclasses.replace` resolves it again."""
 
     __slots__ = ()
 
@@ -73,7 +73,7 @@ class _ImpliedText(str):
 
 
 class _ImpliedCount(int):
-    """A number that follows from another setting, likewise."""
+    """A number implied by another setting; see `_ImpliedText`."""
 
     __slots__ = ()
 
@@ -88,7 +88,7 @@ def _imply(value: str | int) -> str | int:
 
 @dataclass(frozen=True, kw_only=True)
 class Recurrence:
-    """A resolved update rule: what an operator's name stands for."""
+    """A resolved update rule: the settings behind an operator's name."""
 
     num_householder: int
     trick: Trick
@@ -101,11 +101,11 @@ class Recurrence:
 class LizaConfig:
     """The linear-attention memory of a model's layers, and how it is mixed in.
 
-    By default the memory holds what softmax attention with a window has lost (docs/memory.md):
-    set `softmax_window`. ``LizaConfig(writes="all")`` is a memory beside the softmax, as TPTT has
-    it; `paper` gives the paper's own setting.
+    By default the memory holds the tokens that leave the window of softmax attention
+    (docs/memory.md): set `softmax_window`. ``LizaConfig(writes="all")`` is a memory beside the
+    softmax, as in TPTT; `paper` gives the paper's own setting.
 
-    Fields that are None take what `writes` and `operator` say:
+    Fields that are None are set by `writes` and `operator`:
     ``LizaConfig(operator="delta_rule")`` has one Householder step and
     ``LizaConfig(operator="delta_rule", num_householder=3)`` has three. After construction they
     hold the resolved values. `dataclasses.replace(config, operator=...)` resets the fields that
@@ -126,26 +126,26 @@ class LizaConfig:
     trick: Trick | None = None
     """How a token becomes num_householder virtual tokens; delta_product: derivative."""
     beta_gate: Gate | None = None
-    """What the write gate is computed from. "projected": a learned linear map of the token's keys
+    """Input of the write gate. "projected": a learned linear map of the token's keys
     and values, the default with writes="evicted"; "k", "v", "kv": TPTT's causal means; "constant":
     0.5."""
     alpha_gate: Gate | None = None
-    """What the forget gate is computed from, likewise; "constant": nothing is forgotten."""
+    """Input of the forget gate, with the same choices; "constant": no decay."""
     state_activation: Literal["none", "gelu"] | None = None
     """Non-linearity on the state after every chunk_size tokens (paper eq. 8); the only option
     whose result depends on chunk_size; delta_product: none."""
     vector_beta: bool = False
     """One write gate per channel (paper eq. 3) instead of one per head."""
     expand_gates: bool = False
-    """Expand the write gate into virtual tokens like k and v, as the paper's text has it; a
-    differenced gate turns negative and lets the state grow."""
+    """Expand the write gate into virtual tokens like k and v, as in the paper's text; a differenced
+    gate turns negative and lets the state grow."""
     mag: Mag | None = None
-    """How large the memory's share of the output is. "mass": the estimated softmax mass of the
+    """The memory's share of the output. "mass": the estimated softmax mass of the
     evicted tokens over all mass, per head and token; the default with writes="evicted".
     "learned": one logit per head, the default with writes="all"; "scheduled": one value for the
     model, set from outside."""
     mag_init: float = 0.05
-    """Share at the start, in (0, 1), for "learned"; in [0, 1] for "scheduled"."""
+    """Initial share, in (0, 1) for "learned", in [0, 1] for "scheduled"."""
     linear_scale: LinearScale | None = None
     """Size of the memory's output. "learned": a factor per head and query; the default with
     writes="evicted". "match": each head gets the RMS of its softmax output; the default with
@@ -160,28 +160,28 @@ class LizaConfig:
     """Tokens that softmax attention sees, the current one included; None: all, and a memory of
     evicted tokens is idle."""
     softmax_sinks: int = 4
-    """First tokens of a document that a windowed layer goes on seeing (arXiv:2309.17453)."""
+    """First tokens of a document that stay visible beside a window (arXiv:2309.17453)."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; the result does not depend on it."""
     precision: Precision = "auto"
-    """Of the matrix products that read and write the memory of a row: "highest" is float32
-    on every backend; "high" and "default" are what a GPU or TPU does faster, with fewer bits (a CPU
-    does the same in all three). "auto" is "highest" in a float32 model and "default" in one of
-    half precision. The state, the inverse of each chunk's system and single tokens stay exact."""
+    """Precision of the matrix products that read and write the memory of a row: "highest" is
+    float32 on every backend; "high" and "default" are faster on a GPU or TPU, with fewer bits (on a
+    CPU all three are equal). "auto" is "highest" in a float32 model and "default" in half
+    precision. The state, the inverse of each chunk's system and single tokens stay exact."""
     memory_rank: int | None = None
     """Rank of the memory's own low-rank deltas on queries, keys and values; 0: none. None: 16 with
     writes="evicted", else 0."""
     memory_alpha: float = 16.0
-    """Those deltas are scaled by memory_alpha / memory_rank."""
+    """The deltas are scaled by memory_alpha / memory_rank."""
     dropout: float = 0.0
     """Dropout on the memory's output while training."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Itself: nothing in it changes, and a copy would forget which values were implied."""
+        """Returns itself: it is immutable, and a copy would lose which values were implied."""
         return self
 
     def __post_init__(self) -> None:
-        """Resolves what is None and rejects impossible combinations."""
+        """Resolves fields that are None and rejects impossible combinations."""
         check_choice("writes", self.writes, Writes)
         self._fill(_WRITES_DEFAULTS[self.writes])
         check_choice("operator", self.operator, Operator)
@@ -264,15 +264,15 @@ class LizaConfig:
 
     @property
     def recurrence(self) -> Recurrence:
-        """What `operator` and the five fields below it come to."""
+        """The update rule that `operator` and the five fields below it give."""
         return Recurrence(**{name: getattr(self, name) for name in _OPERATOR_DEFAULTS})
 
     def has_memory(self, kind: LayerKind) -> bool:
-        """Whether layers of this kind have a memory; what the base model windows loses nothing."""
+        """Whether layers of this kind have a memory; the base model's own windows have none."""
         return self.writes == "all" or (self.writes == "evicted" and kind == "full")
 
     def runs_memory(self, kind: LayerKind) -> bool:
-        """Whether that memory ever has something to hold."""
+        """Whether that memory ever holds tokens."""
         is_idle = self.writes == "evicted" and self.softmax_window is None
         return self.has_memory(kind) and not is_idle
 
@@ -306,7 +306,7 @@ class LizaConfig:
         and `linear_scale="projected"` (base_scale_attn) here.
 
         Raises:
-          ValueError: if there is no such mode.
+          ValueError: if the mode is unknown.
         """
         if mode not in OPERATORS:
             raise ValueError(f"mode must be one of {', '.join(OPERATORS)}, got {mode!r}.")
@@ -323,5 +323,5 @@ def memory_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ..
 
 
 def runs_memory(config: ModelConfig, liza: LizaConfig | None) -> bool:
-    """Whether any layer's memory ever has something to hold."""
+    """Whether any layer's memory ever holds tokens."""
     return liza is not None and any(map(liza.runs_memory, set(config.layer_kinds)))

@@ -1,4 +1,4 @@
-"""What a pretrained decoder is: sizes, norms, positions, attention."""
+"""The configuration of a pretrained decoder: sizes, norms, positions, attention."""
 
 import dataclasses
 import math
@@ -15,8 +15,8 @@ QkNorm = Literal["head", "full"]
 PositionEmbedding = Literal["rotary", "learned"]
 Activation = Literal["silu", "gelu_tanh"]
 Remat = Literal["none", "dots", "full"]
-"""What the backward pass computes again: "none": only what takes longer to keep; "dots": all but
-products with weights; "full": whole layers, of which only the input is kept."""
+"""What the backward pass recomputes: "none": only cheap intermediates; "dots": everything but
+products with weights; "full": whole layers, from their inputs."""
 
 MAX_LAYERS = 10_000
 """Upper bound; rejects corrupt configurations before anything is allocated."""
@@ -38,19 +38,19 @@ class ModelConfig:
     head_dim: int
     mlp_dim: int
     num_heads_per_layer: tuple[int, ...] = ()
-    """Query heads of each layer where layers differ, else empty; `num_heads` is then the most."""
+    """Query heads of each layer if layers differ, else empty; `num_heads` is then the maximum."""
     num_kv_heads_per_layer: tuple[int, ...] = ()
-    """Key/value heads likewise."""
+    """Key/value heads of each layer, as `num_heads_per_layer`."""
     mlp_dim_per_layer: tuple[int, ...] = ()
-    """Width of the MLP likewise."""
+    """Width of the MLP of each layer, as `num_heads_per_layer`."""
     activation: Activation = "silu"
-    """Of the MLP; of its gate if it has one."""
+    """Activation of the MLP, or of its gate if it has one."""
     gated_mlp: bool = True
     """down(activation(gate(x)) * up(x)); False: down(activation(up(x)))."""
     num_experts: int = 0
-    """Experts of the MLP, of which a router chooses some for every token; 0: one plain MLP."""
+    """Experts of the MLP; a router chooses some for every token; 0: one plain MLP."""
     experts_per_token: int = 0
-    """Experts that are chosen."""
+    """Experts chosen for every token."""
     normalize_expert_weights: bool = False
     """The chosen experts' weights are divided by their sum."""
     norm: Norm = "rms"
@@ -59,7 +59,7 @@ class ModelConfig:
     norm_weight: bool = True
     """Norms of the residual stream have a learned weight."""
     norm_bias: bool = False
-    """And a learned bias."""
+    """Norms of the residual stream have a learned bias."""
     norm_offset: bool = False
     """Norms multiply by 1 + weight, in float32."""
     norm_float32: bool = False
@@ -190,7 +190,7 @@ class ModelConfig:
         return heads, kv_heads, mlp_dim
 
     def of_layer(self, layer: int) -> Self:
-        """This configuration with the sizes that one layer has."""
+        """This configuration with the sizes of one layer."""
         heads, kv_heads, mlp_dim = self.layer_sizes(layer)
         return dataclasses.replace(
             self,
@@ -223,7 +223,7 @@ class ModelConfig:
         return min(ends, default=None)
 
     def at_length(self, tokens: int) -> Self:
-        """This model with the rotary frequencies that texts of so many tokens have."""
+        """This model with the rotary frequencies of texts of this length."""
         sliding = self.sliding_rope
         return dataclasses.replace(
             self,

@@ -1,4 +1,4 @@
-"""Regular expressions that come from files: they may be wrong, and may not run for ever."""
+"""Regular expressions from files: invalid ones are refused, and matching has a time limit."""
 
 import functools
 import re
@@ -26,7 +26,7 @@ def matches_whole(pattern: str, text: str) -> bool:
 
     Args:
       pattern: a regular expression of Python's `re`.
-      text: what it is matched against.
+      text: the text.
 
     Raises:
       ValueError: if its matches take seconds, as nested quantifiers may.
@@ -45,7 +45,7 @@ class _Bounded:
         try:
             self._pattern = regex.compile(_as_re_reads_it(pattern))
         except (regex.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{pattern!r:.200} is no valid regular expression: {error}.") from None
+            raise ValueError(f"{pattern!r:.200} is not a regular expression: {error}.") from None
         self._seconds = _SECONDS
 
     def matches(self, text: str) -> bool:

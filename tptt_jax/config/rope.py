@@ -1,4 +1,4 @@
-"""Rotary position embedding: the base, and how it was stretched for longer contexts."""
+"""The configuration of rotary position embeddings: the base, and scaling for longer contexts."""
 
 import dataclasses
 import math
@@ -25,14 +25,14 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     """"llama3": wavelengths above original_max_positions / this are stretched fully."""
     high_freq_factor: float = 4.0
-    """"llama3": wavelengths below original_max_positions / this are left alone."""
+    """"llama3": wavelengths below original_max_positions / this are unchanged."""
     original_max_positions: int = 8192
     """All but "none" and "linear": the context length before stretching, in tokens."""
     attention_factor: float | None = None
     """"yarn" and "longrope": factor on cosine and sine, so that logits have its square; None: what
     the paper recommends for `factor`."""
     beta_fast: float = 32.0
-    """"yarn": channels that turn more often than this in the original context are left alone."""
+    """"yarn": channels that turn more often than this in the original context are unchanged."""
     beta_slow: float = 1.0
     """"yarn": channels that turn less often than this are stretched fully."""
     mscale: float | None = None
@@ -42,7 +42,7 @@ class RopeConfig:
     truncate: bool = True
     """"yarn": the range of channels between beta_fast and beta_slow is rounded outwards."""
     short_factor: tuple[float, ...] = ()
-    """"longrope": what divides each frequency in texts up to original_max_positions tokens."""
+    """"longrope": divisor of each frequency in texts up to original_max_positions tokens."""
     long_factor: tuple[float, ...] = ()
     """"longrope": the same in longer texts."""
 
@@ -100,7 +100,7 @@ class RopeConfig:
             raise ValueError("the factors of longrope scaling must be positive numbers.")
 
     def check_head_dim(self, head_dim: int) -> None:
-        """Raises ValueError if heads of this width cannot be rotated so."""
+        """Raises ValueError if heads of this width do not fit the scaling."""
         if self.scaling == "dynamic" and head_dim < 4:
             raise ValueError(f"dynamic rope scaling needs head_dim of at least 4, got {head_dim}.")
         if self.scaling == "longrope" and len(self.short_factor) != head_dim // 2:
@@ -135,7 +135,7 @@ class RopeConfig:
         return self.scaling == "dynamic"
 
     def at_length(self, tokens: int, head_dim: int) -> Self:
-        """The embedding that texts of so many tokens have, as one whose frequencies are fixed."""
+        """The embedding of texts of this length, with fixed frequencies."""
         if not self.depends_on_length:
             return self
         if self.scaling == "longrope":

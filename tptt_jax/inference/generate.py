@@ -1,4 +1,4 @@
-"""Generation: a prompt is read once, then tokens come in blocks from one compiled loop."""
+"""Generation: reads a prompt once, then decodes in blocks with one compiled loop."""
 
 import functools
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ from tptt_jax.inference.text import Decode, TextStream, check_stop_strings
 from tptt_jax.inference.unstack import unstack_layers
 from tptt_jax.model import CausalLM
 
-# Steps between two looks of the host: it sees whether rows are done and makes room in caches.
+# Steps between two checks of the host: whether rows are done, and whether caches must grow.
 LONGEST_BLOCK = 64
 STREAM_BLOCK = 16
-# Room that caches without a window have for new tokens from the start.
+# Initial room for new tokens in caches without a window.
 _ROOM = 512
 _STOPS_AT_A_TIME = 8
 
 
 class GenerateResult(NamedTuple):
-    """What was generated.
+    """Generated tokens and the final state.
 
     Attributes:
       tokens: [B, max_new_tokens] int32; after a row's end, padding.
       lengths: tokens of each row, the one that ended it included [B].
-      state: after the new tokens, to go on from. A row that a stop string has ended may
+      state: after the new tokens, for continuation. A row that ended by a stop string may
         have read up to 63 tokens more.
     """
 
@@ -48,7 +48,7 @@ class GenerateResult(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Stops:
-    """What ends a row before `max_new_tokens`."""
+    """Conditions that end a row before `max_new_tokens`."""
 
     tokens: tuple[int, ...] | None = None
     """None: the model's end-of-text tokens."""
@@ -57,14 +57,14 @@ class Stops:
     """From tokens to text; needed with `strings`."""
 
     def __post_init__(self) -> None:
-        """Rejects strings that nothing can be compared with."""
+        """Rejects stop strings without `decode`."""
         check_stop_strings(self.strings)
         if self.strings and self.decode is None:
             raise ValueError("stop_strings need decode, e.g. decode=tokenizer.decode.")
 
 
 class _Decoding(NamedTuple):
-    """What decoding carries from token to token."""
+    """The state of decoding from token to token."""
 
     state: ReadState
     done: Array  # [B]: whether the row has ended
@@ -103,14 +103,14 @@ def generate(
       top_k: only the k most likely tokens; 0: all.
       top_p: only the most likely tokens that together have this probability; 1: all.
       min_p: only tokens with at least min_p times the highest probability; 0: all.
-      repetition_penalty: what logits of tokens already seen are divided (above zero) or
-        multiplied by (below); 1: nothing.
+      repetition_penalty: logits of tokens already seen are divided (above zero) or multiplied
+        (below) by it; 1: no penalty.
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
       stop_tokens: end a row; None: the model's end-of-text tokens.
       stop_strings: end a row with the token that completes one of them.
       decode: from tokens to text, e.g. tokenizer.decode; needed with stop_strings.
-      state: what the rows hold before these tokens, from `read`, `load_state` or an earlier
-        result; it stays as it is.
+      state: of the rows before these tokens, from `read`, `load_state` or an earlier result; not
+        changed.
       use_memory: False leaves the memory out.
 
     Returns:
@@ -159,10 +159,10 @@ def stream(
       tokens: prompts [B, T] int32; with a `state` they may be empty.
       max_new_tokens: how many to add at most.
       key: randomness, or one key for each row; None: jax.random.key(0).
-      sampling: how tokens are drawn; None: the most likely ones.
-      stops: what ends a row; None: the model's end-of-text tokens.
+      sampling: sampling settings; None: greedy.
+      stops: conditions that end a row; None: the model's end-of-text tokens.
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
-      state: what the rows hold before these tokens; it stays as it is.
+      state: of the rows before these tokens; not changed.
       use_memory: False leaves the memory out.
       block: tokens at a time, 1 to 64; the first token comes alone if that is not 64.
     """
@@ -209,7 +209,7 @@ class TokenStream:
     ) -> None:
         """See `stream`."""
         self._model = model
-        # A few tokens are not worth a longer compilation.
+        # For a few tokens a longer compilation does not pay.
         long = max_new_tokens >= LONGEST_BLOCK
         self._split = nnx.split(unstack_layers(model) if long else model)
         self._decoding, self._sampling = decoding, sampling
@@ -265,7 +265,7 @@ class TokenStream:
         return block
 
     def _end_row(self, row: int, new: list[int]) -> int:
-        """How many of its new tokens a row keeps."""
+        """The number of new tokens that a row keeps."""
         kept = next((i + 1 for i, token in enumerate(new) if token in self._stops), len(new))
         self._done[row] = len(new) > 0 and new[kept - 1] in self._stops
         if self._texts:

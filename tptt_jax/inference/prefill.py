@@ -15,8 +15,8 @@ from tptt_jax.inference.state_checks import check_state
 from tptt_jax.model import CausalLM, check_context
 from tptt_jax.token_ids import check_token_ids, token_rows
 
-# A prompt is read in long segments, CALL_TOKENS in one call of the device, and what is left of
-# it in short ones, so that a few words do not cost a whole segment.
+# A prompt is read in long segments, CALL_TOKENS in one call of the device, and its remainder in
+# short ones, so that a few words do not cost a whole segment.
 SEGMENT_TOKENS = 1024
 TAIL_TOKENS = 64
 CALL_TOKENS = 32 * SEGMENT_TOKENS
@@ -42,15 +42,15 @@ def read(
     state: ReadState | None = None,
     use_memory: bool = True,
 ) -> ReadState:
-    """Reads prompts; what it returns can be generated from, forked, saved and read on.
+    """Reads prompts into a state, which can be generated from, forked, saved and extended.
 
-    Device memory does not depend on the length where every layer has a window.
+    Device memory does not depend on the length if every layer has a window.
 
     Args:
       model: a base model or a Titan.
       tokens: the next tokens of each row [B, T].
       segment_ids: 0 marks padding, anywhere in a row [B, T]; None: none.
-      state: of the tokens before these; it stays as it is. None: there are none.
+      state: of the tokens before these; not changed. None: there are none.
       use_memory: False leaves the memory out; with a state it must be as before.
 
     Returns:
@@ -64,7 +64,7 @@ def read(
         state = init_state(model, len(prompts.counts), use_memory=use_memory)
     else:
         check_state(model, state, len(prompts.counts), use_memory=use_memory)
-        # What reading starts from is given to XLA to write into.
+        # The initial state is donated to XLA.
         state = fork_state(state)
     return extend_state(model, prompts, state)
 
@@ -78,7 +78,7 @@ def align_prompts(
     """Moves padding to the end of its row.
 
     Raises:
-      ValueError: if shapes are wrong, or a prompt is empty that must not be.
+      ValueError: if shapes are wrong, or a prompt is empty without a state.
     """
     tokens = token_rows(given)
     valid = np.ones(tokens.shape, bool) if segment_ids is None else np.asarray(segment_ids) != 0
@@ -94,7 +94,7 @@ def align_prompts(
 
 
 def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadState:
-    """`read` for prompts in order; the arrays of `state` are used up."""
+    """`read` for aligned prompts; the arrays of `state` are donated."""
     seen = int(np.max(state.cache.length, initial=0))
     valid = np.arange(prompts.tokens.shape[1]) < prompts.counts[:, None]
     check_token_ids(prompts.tokens[valid], model.config.vocab_size)
@@ -116,7 +116,7 @@ def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadSta
 
 
 def check_positions(model: CausalLM, tokens: int) -> None:
-    """Raises ValueError if the model cannot take this many tokens with a cache."""
+    """Raises ValueError if the model cannot read this many tokens with a cache."""
     config = model.config
     check_context(config, tokens)
     if config.position_embedding == "learned" and tokens > config.max_positions:
@@ -137,8 +137,8 @@ def _read(
 ) -> ReadState:
     """Reads the first `counts` of `tokens` [B, T] in segments of `size`, which divides T.
 
-    `lax.scan` fixes the number of segments when it is compiled; a loop that is told the
-    number when it runs is the same with one program for every length.
+    `lax.scan` would fix the number of segments at compilation; a loop with a dynamic number needs
+    one program for all lengths.
     """
     model: CausalLM = nnx.merge(graphdef, weights)
 

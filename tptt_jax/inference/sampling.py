@@ -9,7 +9,7 @@ from tptt_jax.array_typing import Array, Bool, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; traced, so that changing it does not recompile.
+    """Sampling settings; traced, so that changing them does not recompile.
 
     Attributes:
       temperature: 0 is greedy, 1 the model's own distribution.
@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
     repetition_penalty: Float[Array, ""] | float = 1.0
 
     def check(self) -> None:
-        """Raises ValueError for values that no distribution has."""
+        """Raises ValueError for values out of range."""
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
         if self.top_k < 0:
@@ -49,14 +49,14 @@ def sample(
     keys: Key[Array, "B"],
     seen: Bool[Array, "B V"] | None = None,
 ) -> Int[Array, "B"]:
-    """Draws one token a row.
+    """Draws one token for each row.
 
     Args:
       logits: [B, V].
-      sampling: how.
-      keys: randomness of each row, so that a row draws what it would draw alone; not used
+      sampling: sampling settings.
+      keys: randomness of each row, so that a row's tokens do not depend on other rows; not used
         when greedy.
-      seen: tokens that the repetition penalty is for; None: none.
+      seen: tokens that the repetition penalty applies to; None: none.
 
     Returns:
       int32 [B].
@@ -81,7 +81,7 @@ def penalize_repetition(
 
 
 def distribution_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """What tokens are drawn from: temperature, then top_k, top_p and min_p; -inf is left out."""
+    """Logits to sample from: temperature, then top_k, top_p and min_p; excluded tokens are -inf."""
     scaled = logits / jnp.maximum(sampling.temperature, 1e-6)
     restricted = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     return jax.lax.cond(
@@ -90,10 +90,10 @@ def distribution_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Floa
 
 
 def _restrict(logits: Array, sampling: Sampling) -> Array:
-    """Masks out what top_k, top_p and min_p leave no room for; the most likely always stays.
+    """Masks out tokens that top_k, top_p and min_p exclude; the most likely one always stays.
 
-    The kept tokens are those from some logit upwards, so values are sorted and nothing is
-    sorted back; tokens exactly as likely as the last one kept stay too.
+    The kept tokens are those above some logit, so a sort of the values is enough; tokens exactly as
+    likely as the last kept one stay too.
     """
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])

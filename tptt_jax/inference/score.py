@@ -1,4 +1,4 @@
-"""How well a model predicts a text of any length, token by token, in bounded memory."""
+"""Token losses of texts of any length, in bounded memory."""
 
 import functools
 from collections.abc import Iterable, Iterator
@@ -20,8 +20,8 @@ def token_losses(
 ) -> Iterator[Float[np.ndarray, " L"]]:
     """Negative log-likelihood of every token after the first, given all before it.
 
-    Texts are scored in segments of one length, padded at the end, so that one program does for
-    all lengths; where layers have no window, one more whenever their cache doubles.
+    Texts are scored in segments of one length, padded at the end, so that one program serves all
+    lengths; if layers have no window, one more is compiled whenever their cache doubles.
 
     Args:
       model: a base model or a Titan.
@@ -29,10 +29,10 @@ def token_losses(
       use_memory: False leaves the memory out.
 
     Yields:
-      Nats, float32, as many as the text has tokens, less one; a segment at a time.
+      Nats, float32, one for each token after the first; a segment at a time.
 
     Raises:
-      ValueError: if the text is longer than learned positions can number.
+      ValueError: if the text is longer than the learned positions.
     """
     split = nnx.split(model)
     state = init_state(model, 1, use_memory=use_memory)

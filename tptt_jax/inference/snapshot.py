@@ -1,4 +1,4 @@
-"""Keeping what was read: a state as a file, bound to the model that read it."""
+"""States as files, bound to the model that read them."""
 
 import dataclasses
 import hashlib
@@ -26,10 +26,10 @@ _SHOWN = 3
 
 
 def model_fingerprint(model: CausalLM) -> str:
-    """SHA-256 of everything that decides what a model computes.
+    """SHA-256 of everything that determines what a model computes.
 
-    That is the values, shapes and dtypes of all weights, adapters and shares, and the
-    configurations. It reads a gigabyte in about a second.
+    It covers the values, shapes and dtypes of all weights, adapters and shares, and the
+    configurations, and reads a gigabyte in about a second.
 
     Args:
       model: any model; its weights may be sharded.
@@ -60,7 +60,7 @@ def model_fingerprint(model: CausalLM) -> str:
 
 
 def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
-    """What was configured, as JSON has it."""
+    """The configurations as JSON values."""
     return {
         name: None if config is None else dataclasses.asdict(config)
         for name, config in (("model", model.config), ("liza", model.liza), ("lora", model.lora))
@@ -68,14 +68,14 @@ def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
 
 
 def _drop_later_options(liza: dict[str, Any]) -> None:
-    """States from before there was a choice are as good as those that name it."""
+    """Drops later options at their defaults, so that older states stay valid."""
     if liza.get("precision") in ("auto", "highest"):
         del liza["precision"]
     if liza.get("writes") == "all":
         del liza["writes"]
 
 
-# What a rotary embedding consisted of when the first states were saved.
+# Fields of a rotary embedding when the first states were saved.
 _FIRST_ROPE = (
     *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
     "original_max_positions",
@@ -83,11 +83,11 @@ _FIRST_ROPE = (
 
 
 def _drop_later_scalings(rope: dict[str, Any] | None) -> None:
-    """Settings of scalings that came later count where they are set."""
+    """Drops settings of later scalings unless they are set."""
     if rope is None:
         return
     for name, plain in dataclasses.asdict(RopeConfig()).items():
-        # In files tuples are lists.
+        # JSON has lists instead of tuples.
         plains = (plain, list(plain)) if isinstance(plain, tuple) else (plain,)
         if name not in _FIRST_ROPE and name in rope and rope[name] in plains:
             del rope[name]
@@ -116,12 +116,12 @@ def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) 
         with atomic_file(target) as temporary:
             save_file(arrays, temporary, metadata=metadata)
     except SafetensorError as error:
-        # What the writer calls a full disk.
+        # safetensors raises its own exception for a full disk.
         raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def _flat_settings(model: CausalLM) -> dict[str, Any]:
-    """Every setting by its name, for the error that says which one differs."""
+    """Every setting by its name, for errors that name the difference."""
     flat: dict[str, Any] = {"dtype": str(jnp.dtype(model.dtype))}
     for name, config in _settings(model).items():
         flat |= {f"{name}.{key}": value for key, value in (config or {name: None}).items()}
@@ -139,7 +139,7 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
 
 
 def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
-    """Reads a state that the same model has left, here or elsewhere.
+    """Reads a state that the same model saved, here or elsewhere.
 
     Args:
       path: a file from `save_state`.
@@ -149,11 +149,11 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
       The state, on the default device.
 
     Raises:
-      ValueError: if the file is no complete state, or another model has read it.
+      ValueError: if the file is not a complete state, or belongs to another model.
       OSError: if the file cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a file that save_state has written.")
+        raise FileNotFoundError(f"no such file: {path}; give a file that save_state has written.")
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -163,7 +163,7 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
             if metadata.get("model") != model_fingerprint(model):
                 raise ValueError(_describe_difference(metadata, model))
             arrays = {name: file.get_tensor(name) for name in names}
-        # Files from before there was one have no checksum.
+        # Older files have no checksum.
         checksum = metadata.get("checksum")
         if checksum is not None and checksum != _checksum(arrays):
             raise ValueError("its content has changed since it was saved: copy it again")
@@ -176,7 +176,7 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
 
 
 def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
-    """Which settings a state was read with that the model does not have."""
+    """The settings that differ between the state's model and this one."""
     saved = json.loads(metadata.get("settings", "{}"))
     saved = _counted(saved) if isinstance(saved, dict) else {}
     ours = _counted(_flat_settings(model)) if saved else {}
@@ -200,7 +200,7 @@ def _difference(name: str, saved: Any, own: Any) -> str:
 
 
 def _counted(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the fingerprint counts, one value each by its whole name."""
+    """The settings in the fingerprint, by dotted name."""
     configs: dict[str, dict[str, Any]] = {}
     for name, value in settings.items():
         config, _, field = name.partition(".")
@@ -221,34 +221,34 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
-    """Puts arrays where an empty state of the same sizes has them, and checks every one."""
+    """Builds a state from arrays, and checks each against an empty state."""
     if "hidden" not in arrays:
         raise ValueError("it lacks hidden")
     if arrays["hidden"].ndim != 2:
         raise ValueError(f"hidden must be [B, E], got shape {arrays['hidden'].shape}")
     rows = len(arrays["hidden"])
     use_memory = any("memory" in name for name in arrays)
-    wanted = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
+    empty = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
     leaves = []
-    for name, leaf in _named_leaves(wanted):
+    for name, leaf in _named_leaves(empty):
         if name not in arrays:
             raise ValueError(f"it lacks {name}")
         value = arrays.pop(name)
-        # Rings are checked together, as their slots are those of the window or of the text.
+        # Slots of rings are checked later, as they depend on the window or the text.
         is_ring = "softmax" in name and value.ndim == len(leaf.shape)
         shape = (*leaf.shape[:2], value.shape[2], *leaf.shape[3:]) if is_ring else leaf.shape
         if value.shape != shape or value.dtype != _bits_dtype(leaf.dtype):
             raise ValueError(f"{name} is {value.dtype} {value.shape}, expected {shape}")
         leaves.append(_checked(name, value, leaf.dtype))
     if arrays:
-        raise ValueError(f"it holds {sorted(arrays)[0]}, which this model has no use for")
-    state = jax.tree.unflatten(jax.tree.structure(wanted), leaves)
+        raise ValueError(f"it holds {sorted(arrays)[0]}, which this model does not have")
+    state = jax.tree.unflatten(jax.tree.structure(empty), leaves)
     check_state(model, state, rows, use_memory=use_memory)
     return jax.device_put(state)
 
 
 def _checked(name: str, value: np.ndarray, dtype: Any) -> np.ndarray:
-    """The array as a model has it, if all its values are possible."""
+    """The array in the model's dtype; refuses impossible values."""
     if jnp.issubdtype(dtype, jnp.bool_) and value.view(np.uint8).max(initial=0) > 1:
         raise ValueError(f"{name} holds bytes that are neither true nor false")
     value = value.view(dtype)
@@ -265,7 +265,7 @@ def _named_leaves(state: ReadState) -> list[tuple[str, Any]]:
 
 
 def _bits_dtype(dtype: Any) -> np.dtype:
-    """What an array is stored as: safetensors knows no bfloat16 in numpy."""
+    """The stored dtype of an array: safetensors has no bfloat16 for NumPy."""
     dtype = np.dtype(dtype)
     return np.dtype(np.uint16) if dtype == jnp.bfloat16 else dtype
 

@@ -1,4 +1,4 @@
-"""What a model knows after reading: fixed in size where every layer has a window."""
+"""The state of a model after reading; of fixed size if every layer has a window."""
 
 import functools
 from typing import NamedTuple
@@ -17,7 +17,7 @@ _SMALLEST_CACHE = 512
 
 
 class ReadState(NamedTuple):
-    """Everything that generation needs of the tokens before it.
+    """Everything that generation needs of the previous tokens.
 
     Attributes:
       cache: of all layers. Its memories are None if it was read without them.
@@ -53,8 +53,8 @@ def init_state(
     Args:
       model: whose layers it is for.
       batch_size: rows B.
-      max_tokens: what layers without a window have room for to begin with; `read` and
-        `generate` give them more when they need it.
+      max_tokens: initial room in layers without a window; `read` and `generate` enlarge it as
+        needed.
       use_memory: False leaves the memory out.
     """
     with_memory = use_memory and runs_memory(model.config, model.liza)
@@ -70,13 +70,13 @@ def state_bytes(
     max_tokens: int = 0,
     dtype: DTypeLike = jnp.float32,
 ) -> int:
-    """Exact bytes of the state after `max_tokens` tokens, without making it.
+    """Exact bytes of the state after `max_tokens` tokens, without allocating it.
 
     Args:
       config: of the model.
       liza: of its memory; None: the plain base model.
       batch_size: rows.
-      max_tokens: longest context; it counts only where a layer has no window.
+      max_tokens: longest context; matters only for layers without a window.
       dtype: of keys, values and raw tokens.
     """
     capacity = cache_capacity(config, liza, max_tokens)
@@ -88,7 +88,7 @@ def state_bytes(
 def cache_capacity(config: ModelConfig, liza: LizaConfig | None, max_tokens: int) -> int:
     """Slots to ask `init_cache` for: a power of two, so that few programs are compiled.
 
-    Where every layer has a window it is the widest, whatever `max_tokens`.
+    If every layer has a window, it is the widest, whatever `max_tokens`.
     """
     windows = [softmax_window(config, liza, kind) for kind in _kinds(config)]
     known = [window for window in windows if window is not None]
@@ -105,16 +105,16 @@ def grow_state(model: CausalLM, state: ReadState, max_tokens: int) -> ReadState:
 
     Args:
       model: whose state it is.
-      state: it is returned as it is if it has the room.
+      state: returned unchanged if it has the room.
       max_tokens: of the longest row.
     """
     capacity = cache_capacity(model.config, model.liza, max_tokens)
 
     def grow(kind: LayerKind, cache: KeyValueCache) -> KeyValueCache:
         window = softmax_window(model.config, model.liza, kind)
-        wanted = capacity if window is None else window
+        slots = capacity if window is None else window
         # Tokens lie in the order of their positions: a ring that must grow has not turned.
-        missing = ((0, 0), (0, 0), (0, max(wanted - cache.keys.shape[2], 0)), (0, 0), (0, 0))
+        missing = ((0, 0), (0, 0), (0, max(slots - cache.keys.shape[2], 0)), (0, 0), (0, 0))
         if not missing[2][1]:
             return cache
         return cache._replace(
@@ -135,7 +135,7 @@ def fork_state(state: ReadState, copies: int = 1) -> ReadState:
     """Copies of every row one after the other, e.g. for several questions about one document.
 
     Args:
-      state: it stays as it is.
+      state: not changed.
       copies: rows for each row of `state`.
     """
     if copies < 1:

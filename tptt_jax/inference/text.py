@@ -1,14 +1,14 @@
-"""Turning new tokens into text as they come."""
+"""Incremental decoding of tokens to text."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# Any, because a tokenizer's own decode claims to give lists of texts as well.
+# Any, because the declared result of a tokenizer's decode also includes lists of texts.
 Decode = Callable[[list[int]], Any]
 
 
 def check_stop_strings(strings: Sequence[str]) -> None:
-    """Raises ValueError if one of them is empty, or they are one string and not several."""
+    """Raises ValueError if one of them is empty, or they are a single string."""
     if isinstance(strings, str) or not all(strings):
         raise ValueError(f"stop_strings must be non-empty strings, got {strings!r}.")
 
@@ -17,7 +17,7 @@ class TextStream:
     """The text of one row, cut exactly before the first stop string.
 
     Tokens are decoded a few at a time, each together with those before it, so that
-    characters and spaces that span tokens come out whole.
+    characters and spaces that span tokens stay whole.
 
     Example:
       >>> text = TextStream(lambda tokens: "".join(map(chr, tokens)), ("END",))
@@ -38,7 +38,7 @@ class TextStream:
         check_stop_strings(stop_strings)
         self._decode, self._stops = decode, tuple(stop_strings)
         self._tokens: list[int] = []
-        # Text is decoded from `_first` on; that of the tokens before `_next` is out already.
+        # Text is decoded from `_first` on; the text of tokens before `_next` is already returned.
         self._first = self._next = 0
         self._held = ""
         self.text = ""
@@ -51,7 +51,7 @@ class TextStream:
         return len(self._tokens)
 
     def push(self, tokens: Sequence[int]) -> str:
-        """Takes new tokens; returns the text that is certain to stay."""
+        """Adds tokens; returns the text that later tokens cannot change."""
         before = len(self.text)
         for token in tokens:
             if self.stopped:
@@ -61,7 +61,7 @@ class TextStream:
         return self.text[before:]
 
     def finish(self) -> str:
-        """What was held back because a character or a stop string might have gone on."""
+        """The text held back for an incomplete character or a possible stop string."""
         before = len(self.text)
         if not self.stopped:
             self._take(final=True)
@@ -73,7 +73,7 @@ class TextStream:
         known = str(self._decode(self._tokens[self._first : self._next]))
         longer = str(self._decode(self._tokens[self._first :]))
         if not final and (longer.endswith("\ufffd") or len(longer) <= len(known)):
-            return  # the rest of a character is still to come
+            return  # the last character is incomplete
         self._held += longer[len(known) :]
         self._first, self._next = self._next, len(self._tokens)
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]

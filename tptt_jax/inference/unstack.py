@@ -17,12 +17,11 @@ _WORTHWHILE_BYTES = 1 << 25
 
 
 def unstack_layers(model: CausalLM) -> CausalLM:
-    """The same model with its layers apart, sharing its arrays; for single tokens on CPU.
+    """The same model with separate layers, sharing its arrays; for single tokens on CPU.
 
-    A scan copies each layer's weights out of the stack before it multiplies by them. For
-    a row of tokens that is nothing; for one token it is three times the traffic, and
-    decoding is nothing but traffic. On a CPU a layer of a stack can be handed to XLA
-    where it lies, so the copy costs no memory either.
+    A scan copies each layer's weights out of the stack before it multiplies by them. For a row of
+    tokens that is negligible; for one token it triples the memory traffic, which limits decoding.
+    On a CPU XLA can use a layer of a stack in place, so separate layers cost no memory.
 
     Args:
       model: any model; it is not changed.
@@ -37,19 +36,19 @@ def unstack_layers(model: CausalLM) -> CausalLM:
     if sum(leaf.nbytes for leaf in leaves) < _WORTHWHILE_BYTES:
         return model
     apart = nnx.merge(*nnx.split(model))
-    remembering = memory_layers(model.config, model.liza)
+    with_memory = memory_layers(model.config, model.liza)
     stacks = [
-        nnx.List(_layers(stack, [layer in remembering for layer in layers]))
+        nnx.List(_layers(stack, [layer in with_memory for layer in layers]))
         for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
     ]
     apart.stacks = cast("nnx.List[DecoderLayer]", nnx.List(stacks))
     return apart
 
 
-def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer]:
-    """The layers of a stack; parameters of the memory are for those that have one."""
+def _layers(stack: DecoderLayer, flags: Sequence[bool]) -> list[DecoderLayer]:
+    """The layers of a stack; those whose flag is set have a memory."""
     graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
-    memories = iter(_apart(of_memory, sum(remembers)))
+    memories = iter(_apart(of_memory, sum(flags)))
     bare = nnx.merge(*nnx.split(stack))
     bare.self_attn.memory = bare.self_attn.mag = nnx.data(None)
     bare_graphdef = nnx.graphdef(bare)
@@ -57,7 +56,7 @@ def _layers(stack: DecoderLayer, remembers: Sequence[bool]) -> list[DecoderLayer
         nnx.merge(graphdef, next(memories), layer)
         if has_memory
         else nnx.merge(bare_graphdef, layer)
-        for layer, has_memory in zip(_apart(others, len(remembers)), remembers, strict=True)
+        for layer, has_memory in zip(_apart(others, len(flags)), flags, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""What a layer carries from one call to the next."""
+"""The state of a layer between calls."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class TokenHistory(NamedTuple):
 
 
 class MemoryState(NamedTuple):
-    """What the linear-attention branch carries.
+    """The state of the linear-attention branch.
 
     Attributes:
       state: delta-product state [B, K, D, D], float32.
@@ -37,7 +37,7 @@ class MemoryState(NamedTuple):
 
 
 class KeyValueCache(NamedTuple):
-    """What the softmax branch carries: a ring of S slots, and the sinks beside it.
+    """The state of the softmax branch: a ring of S slots, and the sinks.
 
     Attributes:
       keys: rotated; the token at position p lies in slot p modulo S [B, S, K, D].
@@ -63,7 +63,7 @@ def softmax_window(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind
 
 
 def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int:
-    """First tokens a windowed layer goes on seeing; only windows that Liza adds have them."""
+    """First tokens that stay visible in a windowed layer; only windows that Liza adds have them."""
     if kind == "sliding" or softmax_window(config, liza, kind) is None or liza is None:
         return 0
     return liza.softmax_sinks
@@ -178,6 +178,6 @@ def extend_history(
     ones = jnp.ones((valid.shape[0], size), bool)
     counts = jnp.concatenate([ones, valid], axis=1)
     from_end = jnp.cumsum(counts[:, ::-1], axis=1)[:, ::-1]
-    wanted = jnp.arange(size, 0, -1)[None, :, None]
-    picked = (counts[:, None] & (from_end[:, None] == wanted)).astype(history.dtype)
+    distances = jnp.arange(size, 0, -1)[None, :, None]
+    picked = (counts[:, None] & (from_end[:, None] == distances)).astype(history.dtype)
     return jnp.einsum("bht,bt...->bh...", picked, seen, precision="highest")

@@ -1,9 +1,17 @@
-"""Whether a cache is one that a layer made: its ring must have the slots of the layer's window."""
+"""Checks that a cache or state fits a model: the ring must have the slots of the layer's window."""
+
+from typing import Any
 
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
 from tptt_jax.layers.cache import KeyValueCache, num_sinks, softmax_window
 
-ANOTHER_SHAPE = "the state comes from a model of another shape: read the document again."
+
+def check_equal(name: str, found: Any, expected: Any) -> None:
+    """Raises ValueError if a property of a state differs from the model's."""
+    if found != expected:
+        raise ValueError(
+            f"{name}: {found} in the state, {expected} in the model: read the document again."
+        )
 
 
 def check_ring(
@@ -17,10 +25,14 @@ def check_ring(
       config: sizes of the layers.
       liza: None for the plain base model.
       kind: of the layers.
-      cache: theirs; its arrays have a leading axis of layers.
+      cache: of the layers; its arrays have a leading axis of layers.
     """
     if any(x.ndim != 5 for x in cache):
-        raise ValueError(ANOTHER_SHAPE)
+        shapes = [list(x.shape) for x in cache]
+        raise ValueError(
+            "the arrays of a cache must have 5 axes ([layers, B, S, K, D]), got shapes "
+            f"{shapes}: read the document again."
+        )
     slots, value_slots = cache.keys.shape[2], cache.values.shape[2]
     sinks = {x.shape[2] for x in (cache.sink_keys, cache.sink_values)}
     if slots != value_slots or len(sinks) != 1:
@@ -28,15 +40,15 @@ def check_ring(
             f"the state has {slots} slots for keys but {value_slots} for values: read the document "
             "again."
         )
-    window, wanted_sinks = softmax_window(config, liza, kind), num_sinks(config, liza, kind)
+    window, expected_sinks = softmax_window(config, liza, kind), num_sinks(config, liza, kind)
     # Only a window that a memory adds keeps sinks.
     if slots != window if window is not None else sinks != {0}:
         raise ValueError(
-            f"window: {slots} in the state, {window or 'none'} in the model; take the window that "
-            "it was read with, or read the document again."
+            f"window: {slots} in the state, {window or 'none'} in the model; use the window of "
+            "its reading, or read the document again."
         )
-    if sinks != {wanted_sinks}:
+    if sinks != {expected_sinks}:
         raise ValueError(
-            f"softmax_sinks: {min(sinks)} in the state, {wanted_sinks} in the model; take what it "
-            "was read with, or read the document again."
+            f"softmax_sinks: {min(sinks)} in the state, {expected_sinks} in the model; use the "
+            "number of its reading, or read the document again."
         )

@@ -1,4 +1,4 @@
-"""When dropout is on: as in Flax's own layers, `train()` and `rngs` decide, or a key does."""
+"""Decides when dropout is on: by `train()` and `rngs` as in Flax's layers, or by a key."""
 
 from flax import nnx
 
@@ -8,7 +8,7 @@ from tptt_jax.array_typing import Array
 def choose_dropout_key(
     key: Array | None, rngs: nnx.Rngs | None, *, deterministic: bool, rates: tuple[float, ...]
 ) -> Array | None:
-    """The key that dropout uses in one call, None if nothing is dropped.
+    """The dropout key of one call; None: no dropout.
 
     Args:
       key: turns dropout on by itself.
@@ -17,7 +17,7 @@ def choose_dropout_key(
       rates: of all dropout in the module.
 
     Raises:
-      ValueError: if the module is in training mode and drops something, but no `rngs` came.
+      ValueError: if the module is in training mode and has dropout, but `rngs` is missing.
     """
     if key is not None or deterministic or not any(rates):
         return key

@@ -1,4 +1,4 @@
-"""The tokens that leave a layer's window while those of a call enter it."""
+"""The tokens that leave a layer's window during a call."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from tptt_jax.ops.eviction import delay_tokens, evicted_ids
 
 
 class Evicted(NamedTuple):
-    """What the window has lost at each place of a call.
+    """The evicted tokens at each place of a call.
 
     Attributes:
       tokens: the token that leaves at each place; sinks leave, but are not written.
@@ -71,7 +71,7 @@ def _from_cache(
     k: Float[Array, "B T K D"],
     v: Float[Array, "B T K D"],
 ) -> tuple[Array, Array]:
-    """Keys, rotated back, and values of the tokens at positions `left`; below 0 anything."""
+    """Keys, rotated back, and values of the tokens at positions `left`; arbitrary below 0."""
     assert context.length is not None
     rows = jnp.arange(k.shape[0])[:, None]
     slot = left % cache.keys.shape[1]

@@ -1,4 +1,4 @@
-"""Learned gates of the memory: what a token writes and forgets, what a query reads of it."""
+"""Learned gates of the memory: write and forget gates of tokens, read-out of queries."""
 
 from typing import NamedTuple
 
@@ -59,7 +59,7 @@ class WriteGates(nnx.Module):
 
 
 class Affine(nnx.Module):
-    """x W + b in float32, a small map of the memory's own."""
+    """x W + b in float32."""
 
     def __init__(self, width: int, bias: Float[Array, "O"]) -> None:
         """Creates a kernel of zeros [width, O] and this bias."""
@@ -75,7 +75,7 @@ class Affine(nnx.Module):
 class ReadScale(nnx.Module):
     """exp(u_h . q + c_h): what a head's read-out is multiplied by.
 
-    The memory reads with queries of unit norm; how large the answer should be depends on the query.
+    The memory reads with queries of unit norm; this factor restores a query-dependent size.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -94,9 +94,8 @@ class MassGate(nnx.Module):
 
     Full softmax attention is Z_in o_in + Z_out o_out over their sum, where "in" is what the window
     and the sinks hold. Z_in is known; the gate predicts the other from the query and the number
-    of evicted tokens n, log Z_out = w_h . q + a_h log n + b_h. No more tokens count than the rows
-    had that the gate was fitted on: the state forgets the oldest, and beyond them a share that went
-    on growing would be a guess.
+    of evicted tokens n, log Z_out = w_h . q + a_h log n + b_h. n is capped at the length of the
+    rows of the fit: the state forgets the oldest tokens, and a growing share would be extrapolated.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -121,7 +120,7 @@ class MassGate(nnx.Module):
           evicted: n, the tokens that the memory holds [B, T].
         """
         log_n = jnp.log(jnp.maximum(evicted, 1).astype(jnp.float32))[..., None]
-        # Says what was seen, and is not trained.
+        # The cap is a measurement, not a trained value.
         log_n = jnp.minimum(log_n, jax.lax.stop_gradient(self.limit[...]))
         log_out = per_head(q, self.weight[...]) + self.slope[...] * log_n + self.bias[...]
         share = jax.nn.sigmoid(log_out - log_mass)
@@ -144,8 +143,8 @@ class MemoryGate(nnx.Module):
 def per_head(q: Float[Array, "B T H D"], weight: Float[Array, "H D"]) -> Float[Array, "B T H"]:
     """q_h . weight_h of every head, in float32.
 
-    As one product with a block-diagonal matrix [H D, H]: a product for each head makes XLA turn
-    the queries around first, which on CPU takes longer than the zeros do.
+    Computed as one product with a block-diagonal matrix [H D, H]: for a product per head XLA first
+    transposes the queries, which on CPU takes longer than the zeros do.
     """
     heads, dim = weight.shape
     wide = q.astype(jnp.promote_types(q.dtype, jnp.float32))

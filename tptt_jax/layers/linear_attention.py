@@ -1,4 +1,4 @@
-"""The linear memory as an attention layer of its own, for any NNX model."""
+"""The linear memory as a separate attention layer, for any NNX model."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 
 
 class LinearAttention(nnx.Module):
-    """DeltaProduct attention with projections of its own, for any NNX model.
+    """DeltaProduct attention with its own projections, for any NNX model.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,8 +54,8 @@ class LinearAttention(nnx.Module):
           rngs: for the initial values.
 
         Raises:
-          ValueError: if the heads do not divide as needed, the config evicts tokens, or there is
-            no such range.
+          ValueError: if the head counts do not divide, the config evicts tokens, or beta_max is out
+            of range.
         """
         config = LizaConfig(writes="all") if config is None else config
         if config.writes != "all":
@@ -113,7 +113,7 @@ class LinearAttention(nnx.Module):
           x: [B, T, E].
           segment_ids: [B, T], 0 = padding; None: every row is one document.
           rngs: after `train()` its stream "dropout" turns the dropout of `config` on.
-          dropout_key: turns it on in any mode.
+          dropout_key: turns dropout on in any mode.
 
         Returns:
           [B, T, E] in x's dtype; before the output bias, padding is zero.

@@ -69,13 +69,13 @@ class LayerTokens(NamedTuple):
 
 
 class LizaOutput(NamedTuple):
-    """What an attention layer gives.
+    """The result of an attention layer.
 
     Attributes:
       out: [B, T, E].
       keys: rotated keys of these tokens, for a cache [B, T, K, D]; None without softmax.
       values: likewise.
-      memory: what the memory carries on; None without a state or a memory.
+      memory: the new memory state; None without a state or a memory.
       branches: softmax and memory before they were mixed.
     """
 
@@ -130,9 +130,9 @@ class LizaAttention(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
-        """Creates the projections, the q/k norms, and what the memory needs of its own.
+        """Creates the projections, the q/k norms, and the memory's own parameters.
 
-        `with_memory` is False in layers that have none though `liza` describes the model's.
+        `with_memory` is False in layers without a memory although `liza` is given.
         """
         self.config, self.liza = config, liza
         self.head_dim = config.head_dim
@@ -182,19 +182,19 @@ class LizaAttention(nnx.Module):
         use_memory: bool = True,
         dropout_key: Array | None = None,
     ) -> LizaOutput:
-        """Attends, remembers, mixes, projects.
+        """Runs attention and the memory, mixes both, and projects the result.
 
         Args:
           x: [B, T, E], normalised.
-          tokens: where they stand, what is cached of those before, the scheduled share.
-          memory_state: what the memory carries; None attends within the rows alone.
+          tokens: positions, caches and the scheduled share.
+          memory_state: state of the memory; None attends within the rows only.
           use_memory: False leaves the memory out: the base model's attention.
           dropout_key: turns dropout on.
         """
         made = self.project(x, dropout_key)
-        remembers = self.memory is not None and use_memory
-        if not remembers or (self.liza is not None and self.liza.writes == "all"):
-            return self._run_beside(made, tokens, memory_state, remembers, dropout_key)
+        runs_memory = self.memory is not None and use_memory
+        if not runs_memory or (self.liza is not None and self.liza.writes == "all"):
+            return self._run_beside(made, tokens, memory_state, runs_memory, dropout_key)
         mixed = self._run_evicted(made, tokens, memory_state, dropout_key)
         return LizaOutput(
             self.project_out(mixed.out, dropout_key),
@@ -209,14 +209,14 @@ class LizaAttention(nnx.Module):
         made: Projected,
         tokens: LayerTokens,
         memory_state: MemoryState | None,
-        remembers: bool,
+        runs_memory: bool,
         dropout_key: Array | None,
     ) -> LizaOutput:
         """Softmax attention, and a memory of all tokens beside it."""
         soft = linear = keys = values = None
-        # The memory first: its loops then run beside attention's gradient on CPU, where XLA takes
-        # what is ready in the order of the program.
-        if self.memory is not None and remembers:
+        # The memory first: its loops then run in parallel with attention's gradient on CPU, where
+        # XLA schedules ready operations in program order.
+        if self.memory is not None and runs_memory:
             written = MemoryTokens(made.k, made.v, tokens.any_context.segment_ids)
             linear, memory_state = self.memory(
                 *(made.x, made.q, written),
@@ -250,7 +250,7 @@ class LizaAttention(nnx.Module):
         memory_state: MemoryState | None,
         dropout_key: Array | None,
     ) -> _Mixed:
-        """Softmax attention, and behind its window a memory of what that has lost."""
+        """Softmax attention with a window, and a memory of evicted tokens."""
 
         def run(kind: LayerKind, made: Projected, state: MemoryState | None) -> _Mixed:
             return self._mix_evicted(kind, tokens, made, state, dropout_key)
@@ -289,7 +289,7 @@ class LizaAttention(nnx.Module):
         state: MemoryState | None = None,
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "B T H D"], MemoryState | None]:
-        """Writes what the window has lost into the memory, and reads it at each place."""
+        """Writes evicted tokens into the memory, and reads it at each place."""
         assert self.memory is not None
         # Before the first place with a token to write there is nothing to read.
         inputs = jax.tree.map(lambda x: x[:, lost.first :], (made.x, made.soft_q, lost.tokens))

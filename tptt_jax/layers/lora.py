@@ -1,4 +1,4 @@
-"""Projections, and the low-rank adapters that may sit on them."""
+"""Projections with optional low-rank adapters."""
 
 import zlib
 
@@ -48,7 +48,7 @@ class LowRank(nnx.Module):
         return ((flat @ self.a[...]) @ (self.b[...] * self.scale)).reshape(*x.shape[:-1], -1)
 
     def delta(self) -> Float[Array, "I O"]:
-        """What the adapter adds to the kernel, float32."""
+        """The adapter's addition to the kernel, float32."""
         return jnp.matmul(self.a[...], self.b[...], precision="highest") * self.scale
 
 

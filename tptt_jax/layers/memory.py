@@ -1,4 +1,4 @@
-"""The linear-attention memory: what tokens write, the recurrence, and what queries read."""
+"""The linear-attention memory: writing tokens, the recurrence, and reading with queries."""
 
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
 
 
 class MemoryTokens(NamedTuple):
-    """The tokens that go into the memory, place by place beside the queries that read it.
+    """The tokens to write into the memory, aligned with the queries that read it.
 
     With writes="all" a place writes its own token, with writes="evicted" the one that leaves the
     window there.
@@ -61,7 +61,7 @@ class MemoryTokens(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What the operator takes of tokens.
+    """The operator's inputs from tokens.
 
     Attributes:
       keys: virtual keys, unit norm [B, T, N, K, D].
@@ -77,7 +77,7 @@ class Written(NamedTuple):
 
 
 class DeltaMemory(nnx.Module):
-    """The memory on queries, keys and values that somebody else made."""
+    """The memory on given queries, keys and values."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class DeltaMemory(nnx.Module):
         bidirectional: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        """Creates what `config` asks for: low-rank deltas, gates, the size of the output.
+        """Creates the parts that `config` requires: low-rank deltas, gates, the output's scale.
 
         With writes="evicted" everything about a written token is computed from its key and value,
-        which the window's cache gives back when the token leaves it; nothing else has to be kept.
+        which the window's cache still holds when the token leaves; nothing else is stored.
 
         Write gates lie between 0 and `beta_max`.
 
@@ -180,7 +180,7 @@ class DeltaMemory(nnx.Module):
         return jnp.where(keep, out / (1 - rate), 0)
 
     def _add_deltas(self, x: Array, q: Array, tokens: MemoryTokens) -> tuple[Array, MemoryTokens]:
-        """Queries and tokens with what the memory itself makes of them."""
+        """Adds the memory's own low-rank deltas to queries and tokens."""
         joined = _joined(tokens)
         if self.gates is not None:
             tokens = tokens._replace(logits=self.gates(joined))
@@ -273,7 +273,7 @@ class DeltaMemory(nnx.Module):
         return out, MemoryState(new_state, history)
 
     def _written_after(self, tokens: MemoryTokens, history: TokenHistory, length: Array) -> Written:
-        """What tokens write whose gates and virtual tokens look back on earlier calls."""
+        """Written values of tokens whose gates and virtual tokens depend on earlier calls."""
         size = history_length(self.config)
         if not size:
             return self._written(tokens)

@@ -1,4 +1,4 @@
-"""Memory as Gate: how the softmax's output and the memory's become one (TPTT section 3.2)."""
+"""Memory as Gate: mixes the outputs of softmax and memory (TPTT section 3.2)."""
 
 import jax.numpy as jnp
 
@@ -15,7 +15,7 @@ def mix_heads(
 
 
 def mix_projected(soft: Hidden, linear: Hidden, share: Array, liza: LizaConfig) -> Hidden:
-    """How tptt 0.12.1 mixes: both branches with the output projection's bias [B, T, E]."""
+    """Mixes as tptt 0.12.1: both branches include the output projection's bias [B, T, E]."""
     if liza.linear_scale == "projected":
         linear = linear * root_mean_square(soft)
     soft, linear = (1 - share) * soft, share * linear

@@ -1,4 +1,4 @@
-"""A feed-forward sublayer of many experts, a few of which see each token."""
+"""A mixture-of-experts feed-forward sublayer."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
 
 
 class ExpertKernels(nnx.Module):
-    """The matrices that all experts have in one place, [X, I, O]."""
+    """The stacked matrices of all experts, [X, I, O]."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""RMS norm and LayerNorm as the pretrained families do them."""
+"""RMS norm and LayerNorm as in the pretrained families."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -36,7 +36,7 @@ class NormLayer(nnx.Module):
         float32: bool = False,
         dtype: jnp.dtype,
     ) -> None:
-        """Creates weight and bias [dim] in `dtype`, such that the norm starts without them."""
+        """Creates weight and bias [dim] in `dtype`, which initially have no effect."""
         self.eps = eps
         self.kind = kind
         self.offset = offset

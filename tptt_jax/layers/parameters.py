@@ -1,4 +1,4 @@
-"""What a parameter is: a weight of the pretrained model, an adapter, or part of the memory.
+"""Parameter types: weights of the pretrained model, adapters, and parts of the memory.
 
 The types are filters for `nnx.split`, `nnx.DiffState` and the `wrt` of `nnx.Optimizer`:
 `nnx.LoRAParam` means everything that was added to the pretrained model, `nnx.Param` everything.
@@ -12,7 +12,7 @@ class BaseParam(nnx.Param):
 
 
 class AddedParam(nnx.LoRAParam):
-    """A parameter that the pretrained model does not have."""
+    """A parameter that is added to the pretrained model."""
 
 
 class AdapterParam(AddedParam):
@@ -24,4 +24,4 @@ class MemoryParam(AddedParam):
 
 
 class MagParam(MemoryParam):
-    """A parameter that decides the memory's share; it has a learning rate of its own."""
+    """A parameter of the memory's share; it has a separate learning rate."""

@@ -39,14 +39,14 @@ _LOGITS_AT_A_TIME = 1 << 25
 
 
 class TokenContext(NamedTuple):
-    """What every layer of one kind needs to know about the tokens of a call.
+    """Per-call information about tokens for all layers of one kind.
 
     Attributes:
       positions: within the document [B, T].
       segment_ids: [B, T], 0 = padding; None: one document per row, no padding.
       length: tokens of each row before this call [B]; None without a cache.
       angles: rotation of every token; None: positions are in the embeddings.
-      sink_angles: rotation of queries that look at the sinks, likewise; None without sinks.
+      sink_angles: rotation of queries for the sinks; None without sinks.
       window: tokens that softmax attention sees, where a call chooses fewer than the layer's
         window; None: the layer's window.
       evicted_angles: rotation back of the token that leaves the window at each place, with a
@@ -62,7 +62,7 @@ class TokenContext(NamedTuple):
     evicted_angles: RotaryAngles | None = None
 
     def never_evicts(self, window: int | None) -> bool:
-        """Whether no token of these rows can leave a window: they are not longer."""
+        """Whether the rows are too short for any token to leave a window."""
         if window is None:
             return True
         is_narrowed = self.window is not None
@@ -89,7 +89,7 @@ class SoftmaxSettings(NamedTuple):
 def softmax_settings(
     config: ModelConfig, liza: LizaConfig | None, kind: LayerKind
 ) -> SoftmaxSettings:
-    """What `config` and `liza` say about layers of this kind."""
+    """The settings of layers of this kind from `config` and `liza`."""
     return SoftmaxSettings(
         softmax_window(config, liza, kind),
         num_sinks(config, liza, kind),
@@ -141,7 +141,7 @@ def token_context(
     seen = widest if window is None else window
     if seen is not None:
         if sinks := num_sinks(config, liza, kind):
-            # Farther than this no query is from a sink, whatever the length of the document.
+            # Largest distance of a query from a sink, for documents of any length.
             sink_angles = rotations(jnp.minimum(positions, seen + sinks))
         if length is not None and liza is not None and liza.writes == "evicted":
             evicted_angles = invert_rotation(rotations(jnp.maximum(positions - seen, 0)), rope)
@@ -165,7 +165,7 @@ def apply_softmax(
       q: queries [B, T, H, D], after any q norm, not rotated.
       k: keys [B, T, K, D], likewise.
       v: values [B, T, K, D].
-      cache: of the layer before this call; it is read only, see `extend_cache`.
+      cache: of the layer before this call; not changed, see `extend_cache`.
 
     Returns:
       Output [B, T, H, D] in q's dtype, zero on padding, and the log of the softmax's normaliser;
@@ -180,8 +180,8 @@ def apply_softmax(
     sinks = None
     if sink_queries is not None and not context.never_evicts(window):
         sinks = _row_sinks(context, sink_queries, keys, v, settings.sinks)
-    # JAX rounds the normaliser of cuDNN's attention to half precision, which is too coarse a
-    # measure of the memory's share.
+    # JAX rounds the normaliser of cuDNN's attention to half precision, which is too coarse for the
+    # memory's share.
     needs_mass = settings.needs_mass or context.window is not None
     if not needs_mass and can_fuse(q, segment_ids=ids, sinks=sinks, softcap=softcap):
         q = rotate(q, context.angles)
@@ -243,7 +243,7 @@ def _row_sinks(context: TokenContext, queries: Array, k: Array, v: Array, count:
 
 
 class _Queries(NamedTuple):
-    """What belongs to single queries, cut together when there are too many for one product."""
+    """Arrays with an axis of queries, cut together when there are too many for one product."""
 
     q: Array
     positions: Array

@@ -18,7 +18,7 @@ _MAX_TOKENS = 4096
 
 
 class _Plan(NamedTuple):
-    """How the work is cut."""
+    """Settings of the loss, and block sizes."""
 
     softcap: float | None
     vocab_axis: int
@@ -105,7 +105,7 @@ def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
 def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
     if head.perturbed:
         raise ValueError(
-            "this loss gives the LM head no gradient, and one is asked for: pass train_head=True "
+            "this loss gives the LM head no gradient, but one is requested: pass train_head=True "
             "to the loss, or differentiate other weights only."
         )
     hidden, head, tokens = hidden.value, head.value, tokens.value
@@ -145,14 +145,14 @@ def _each_slice(
 def _slice_losses(
     hidden: Array, tokens: Array, head: Array, plan: _Plan, with_gradient: bool
 ) -> tuple[Array, Array | None]:
-    """Of a few tokens of each row, block of the vocabulary after block."""
+    """Losses of a few tokens of each row, block by block of the vocabulary."""
     vocab = head.shape[plan.vocab_axis]
     start = jnp.full(tokens.shape, -jnp.inf)
     grown = jnp.zeros(hidden.shape, jnp.float32) if with_gradient else None
 
     def visit(number: Array, carry: tuple) -> tuple:
         top, total, gradient = carry
-        # The last block goes back over entries that have been counted already.
+        # The last block overlaps the one before; its repeated entries do not count.
         first = jnp.minimum(number * plan.vocab, vocab - plan.vocab)
         piece = _rows(lax.dynamic_slice_in_dim(head, first, plan.vocab, plan.vocab_axis), plan)
         logits = head_logits(hidden, piece, plan.softcap)

@@ -1,4 +1,4 @@
-"""Tokens on their way out of a window: a row of tokens, some places later."""
+"""Eviction of tokens from a window, within a row."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +10,7 @@ from tptt_jax.ops.token_shift import document_ordinals
 def delay_tokens(
     x: Shaped[Array, "B T ..."], steps: int | Int[Array, ""], most: int | None = None
 ) -> Shaped[Array, "B T ..."]:
-    """Gives place t what place t - steps holds, and zeros to the first `steps` places.
+    """Shifts values by `steps` places to the right; the first `steps` places become zero.
 
     Args:
       x: one value per token [B, T, ...].
@@ -34,8 +34,8 @@ def evicted_ids(
 ) -> Int[Array, "B T"]:
     """The document of the token that leaves the window at each place, 0 where none does.
 
-    The token at position p lets position p - window go. Documents are renumbered: one that fits the
-    window leaves no token behind to part two others that share an id.
+    The token at position p evicts position p - window. Documents are renumbered: one that fits the
+    window evicts nothing, and could not separate two others with the same id.
 
     Args:
       positions: within the document [B, T].

@@ -1,4 +1,4 @@
-"""Which GPU there is."""
+"""Properties of the GPU."""
 
 import re
 
@@ -6,7 +6,7 @@ import jax
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """That of the first NVIDIA GPU, such as (9, 0) for Hopper; None without one."""
+    """Compute capability of the first NVIDIA GPU, e.g. (9, 0) for Hopper; None without one."""
     if jax.default_backend() != "gpu":
         return None
     # Such as 9.0; AMD's have names such as gfx90a.

@@ -1,4 +1,4 @@
-"""Products of groups of rows with a matrix each: what a mixture of experts computes."""
+"""Products of groups of rows with one matrix each, for mixtures of experts."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ from tptt_jax.ops.residuals import save_product
 
 
 class Grouping(NamedTuple):
-    """How rows are laid out so that every block of rows belongs to one group.
+    """A layout of rows in which every block of rows belongs to one group.
 
     Attributes:
-      slots: where each row goes [M]; several slots of a block may stay empty.
+      slots: slot of each row [M]; some slots of a block may stay empty.
       groups: the group of each block [blocks].
       num_slots: blocks times rows per block.
     """

@@ -20,9 +20,9 @@ def varying_axes(*arrays: Array | None) -> frozenset[str]:
 
 
 def vary_along(tree: Any, axes: frozenset[str]) -> Any:
-    """The same arrays, which are said to vary along these mesh axes too.
+    """The same arrays, declared to vary along these mesh axes too.
 
-    Loops need it: what they begin with must have the type of what they carry on.
+    Loops need this: their initial values must have the type of their carry.
     """
 
     def cast(array: Array) -> Array:

@@ -1,4 +1,4 @@
-"""What the gradient of a layer keeps of the forward pass: marks, and policies that heed them."""
+"""Residuals of a layer's backward pass: marks for values to save, and checkpoint policies."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from tptt_jax.array_typing import Array
 _PRODUCT, _MIXED = "product", "mixed"
 _is_marked = jax.checkpoint_policies.save_only_these_names(_PRODUCT, _MIXED)
 
-# Policies of `jax.checkpoint`, which ask whether a primitive's result is kept.
+# Policies of `jax.checkpoint`, which decide whether a primitive's result is saved.
 saves_products = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
 
 
@@ -28,21 +28,21 @@ def save_product(x: Array) -> Array:
 
 
 def save_mixed(x: Array) -> Array:
-    """Marks what attention or the memory made, or a random mask; without a policy this is x."""
+    """Marks outputs of attention or memory, or a random mask; without a policy this is x."""
     return checkpoint_name(x, _MIXED)
 
 
 def scan_blocks(
     step: Callable[[Any, Any], tuple[Any, Any]], carry: Any, blocks: Any
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan` whose steps are made again for the gradient, one at a time.
+    """`jax.lax.scan` whose gradient recomputes the steps, one at a time.
 
-    What a step begins with is marked: otherwise the gradient of a layer would first run the
-    whole scan again for what lies between its steps. A single step begins with `carry`.
+    The carry of every step is marked: otherwise the gradient of a layer would first rerun the
+    whole scan for the carries. A single step starts with `carry`.
 
     Args:
       step: carry and one block to carry and output.
-      carry: what the first step begins with.
+      carry: of the first step.
       blocks: arrays with a leading axis of blocks.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Looking back over the valid tokens of a document."""
+"""Shifts over the valid tokens of a document."""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,8 @@ from tptt_jax.array_typing import Array, Bool, Int, SegmentIds, Shaped
 def document_ordinals(segment_ids: SegmentIds) -> Int[Array, "B T"]:
     """Numbers the documents of each row: 0, 1, 2, ...
 
-    A document goes on until a different non-zero id comes, so padding in its middle does not
-    end it, and an id that returns after another one starts a new document.
+    A document ends where a different non-zero id follows, so padding in its middle does not end
+    it, and an id that returns after another one starts a new document.
 
     Args:
       segment_ids: document ids [B, T], 0 for padding.

@@ -66,7 +66,7 @@ def attend_tptt_reference(
     segment_ids: SegmentIds | None = None,
     bidirectional: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """What `tptt.LinearAttention` computes between its projections and its RMS norm.
+    """Computes `tptt.LinearAttention` between its projections and its RMS norm.
 
     The chunk is the largest divisor of T up to chunk_size, as there: another T, another result
     (a prime T has chunks of one token). As there, padding is not inert: its values are zero, but
@@ -273,7 +273,7 @@ def _run(
 
 
 def _run_block(state: Array, block: tuple, *, activation: str) -> tuple[Array, Array]:
-    """Some chunks: first what does not need the state, then a scan over it, then the outputs."""
+    """Runs chunks: first everything independent of the state, then its scan, then the outputs."""
     tokens, own, before, is_complete = block
     w, u = _solve(tokens, own)
     continues = None if own is None else (own == before)[:, :, None, :, None]

@@ -1,4 +1,4 @@
-"""Turning one token into several Householder steps (TPTT, arXiv:2506.17671, eq. 13)."""
+"""Expands one token into several Householder steps (TPTT, arXiv:2506.17671, eq. 13)."""
 
 import math
 
@@ -16,7 +16,7 @@ def expand_virtual_tokens(
     trick: Trick,
     segment_ids: SegmentIds | None = None,
 ) -> Float[Array, "B T N K D"]:
-    """Makes `num_householder` virtual tokens of every token.
+    """Expands every token into `num_householder` virtual tokens.
 
     Virtual token m = 0 .. N-1 of token t is, by trick,
 
@@ -27,7 +27,7 @@ def expand_virtual_tokens(
       odd last channel stays;
     - "combined": the mean of both.
 
-    What padding is expanded to has no meaning.
+    Virtual tokens of padding are meaningless.
 
     Args:
       x: keys or values [B, T, K, D].

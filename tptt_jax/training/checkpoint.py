@@ -1,6 +1,6 @@
-"""Checkpoints: what was trained, never the frozen base, written so that a kill loses nothing.
+"""Checkpoints of trained parameters, without the frozen base; a kill loses nothing.
 
-A run's directory holds `checkpoint.json` (what to load the base from, and how) and
+A run's directory holds `checkpoint.json` (the source of the base and its settings) and
 `checkpoints/<step>/` (orbax; a step appears under its name only once it is complete and on disk).
 """
 
@@ -43,7 +43,7 @@ _LOG = logging.getLogger(__name__)
 def remove_checkpoints(path: str | os.PathLike[str]) -> None:
     """Removes the saved steps of an earlier run in this directory, if there are any.
 
-    Files that lie beside them stay.
+    Other files stay.
     """
     folder = _folder(path)
     # Leftovers first: one of them may be a step that gets its name back.
@@ -58,16 +58,16 @@ def remove_checkpoints_after(path: str | os.PathLike[str], step: int) -> None:
 
 
 def latest_step(path: str | os.PathLike[str]) -> int | None:
-    """The last complete step of a run, or None; whether its files are sound is not checked."""
+    """The last complete step of a run, or None; its files are not checked for damage."""
     steps = list_steps(_folder(path))
     return steps[-1] if steps else None
 
 
 def latest_sound_step(path: str | os.PathLike[str]) -> int | None:
-    """The last step whose files are as they were written, or None.
+    """The last undamaged step, or None.
 
     Raises:
-      OSError: if its files are there and cannot be read.
+      OSError: if its files exist but cannot be read.
     """
     folder = _folder(path)
     for step in reversed(list_steps(folder)):
@@ -78,10 +78,10 @@ def latest_sound_step(path: str | os.PathLike[str]) -> int | None:
 
 
 def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
-    """Puts the last readable checkpoint's trained values into a model, in place.
+    """Loads the trained values of the last readable checkpoint into a model, in place.
 
-    A checkpoint that is damaged, or holds values that are not finite, is passed over; a line in
-    the log (WARNING) says so.
+    Checkpoints that are damaged, or hold values that are not finite, are skipped with a warning in
+    the log.
 
     Args:
       path: a run's directory.
@@ -97,7 +97,7 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
     """
 
     def read(folder: Path) -> dict[str, Any]:
-        # Named shapes and shardings: the devices that saved it need not be here.
+        # Give shapes and shardings: the devices that saved it may be absent.
         saved = read_shapes(folder, "weights")
         shapes = {name: value.shape for name, value in saved["trainable"].items()}
         try:
@@ -120,7 +120,7 @@ def restore_trainable(path: str | os.PathLike[str], model: CausalLM) -> int:
 class RunCheckpoints:
     """Saves and resumes the whole state of a run; use as a context manager.
 
-    Leaving the context waits for the write that is under way.
+    Leaving the context waits for the pending write.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, keep: int = 2) -> None:
@@ -148,7 +148,7 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Waits for the write that is under way; its failure never hides another error."""
+        """Waits for the pending write; its failure never hides another error."""
         try:
             self.wait()
         except OSError as failure:
@@ -168,13 +168,13 @@ class RunCheckpoints:
         """Starts writing a state under its step; returns once its arrays are copied.
 
         Raises:
-          OSError: if the write before has failed.
+          OSError: if the previous write failed.
         """
         self.wait()
         step = int(state.step)
         if step == self._known:
             return
-        # The next step may take over the state's memory while it is being written.
+        # The next step may reuse the state's memory during the write.
         trees = dict(zip(PARTS, _items(state), strict=True))
         copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
         self._pending = self._writer.submit(self._write, step, copies)
@@ -186,7 +186,7 @@ class RunCheckpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk and was read back.
+        """Waits until the saved step is on disk and verified.
 
         Raises:
           OSError: if it could not be written.
@@ -203,7 +203,7 @@ class RunCheckpoints:
     def restore(self, like: TrainState, *, sound: int | None = None) -> TrainState:
         """The last readable state, with the shapes and shardings of `like`.
 
-        A damaged one is passed over; a line in the log (WARNING) says so.
+        Damaged ones are skipped with a warning in the log.
 
         Args:
           like: the state of a new run.
@@ -212,7 +212,7 @@ class RunCheckpoints:
         Raises:
           ValueError: if there is none, all are damaged, or it was saved by a run with other
             trainable parameters.
-          OSError: if a sound one cannot be read now.
+          OSError: if an undamaged one cannot be read now.
         """
         parts = dict(zip(PARTS, _items(like), strict=True))
         targets = jax.tree.map(ocp.utils.to_shape_dtype_struct, parts)
@@ -255,7 +255,7 @@ class RunCheckpoints:
             ) from error
         steps = list_steps(self._folder)
         old = [each for each in steps if each <= step][: -self._keep]
-        # Later ones belong to a course that is given up, but only damage is reason to remove them.
+        # Later steps belong to an abandoned course, but only damaged ones are removed.
         damaged = [each for each in steps if each > step and each in self._damaged]
         remove_steps(self._folder, [*old, *damaged])
 
@@ -271,12 +271,12 @@ def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _check_fits(saved: Any, target: Any) -> None:
     """Compares names and shapes before anything is read: orbax would stop half-way."""
-    have, want = flat_shapes(saved), flat_shapes(target)
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
+    found, expected = flat_shapes(saved), flat_shapes(target)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
             raise CheckpointMisfit(
-                f"`{name}` must have shape {want.get(name)}, the checkpoint has {have.get(name)}: "
-                "use another --output."
+                f"`{name}` must have shape {expected.get(name)}, the checkpoint has "
+                f"{found.get(name)}: use another --output."
             )
 
 

@@ -1,4 +1,4 @@
-"""What a run's directory says in `checkpoint.json`: what to load the base from, and how."""
+"""`checkpoint.json` of a run's directory: the source of the base model and its settings."""
 
 import dataclasses
 import json
@@ -15,16 +15,16 @@ from tptt_jax.training.partition import TrainMode
 
 _DESCRIPTION = "checkpoint.json"
 _FORMAT = "tptt_jax checkpoint 2"
-# Before there was a choice, a memory wrote every token.
+# Older descriptions have no choice of writes: their memory holds every token.
 _FIRST_FORMAT = "tptt_jax checkpoint 1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a checkpoint needs besides its arrays."""
+    """The description of a checkpoint, beside its arrays."""
 
     source: str
-    """Where the base model comes from, as given to `load_pretrained`."""
+    """Source of the base model, as given to `load_pretrained`."""
     liza: LizaConfig | None
     lora: LoraConfig | None
     train: TrainMode
@@ -42,7 +42,7 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
-    """Writes `checkpoint.json` into the directory, which is made if it is missing."""
+    """Writes `checkpoint.json` into the directory, which is created if missing."""
     target = Path(path) / _DESCRIPTION
     with atomic_file(target) as temporary:
         temporary.write_text(description.to_json())
@@ -80,7 +80,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
 
 
 def _check_types(kind: type, values: Mapping[str, Any]) -> None:
-    """Raises ValueError where JSON holds another type than the dataclass declares."""
+    """Raises ValueError if a JSON value has another type than the dataclass declares."""
     for name, hint in get_type_hints(kind).items():
         if name in values and not _fits(values[name], hint):
             raise ValueError(f"{name} cannot be {values[name]!r:.100}")

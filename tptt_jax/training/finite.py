@@ -1,4 +1,4 @@
-"""Steps that would bring in NaN or infinity are not taken."""
+"""Rejects steps that would introduce NaN or infinity."""
 
 from typing import TypeVar
 
@@ -11,18 +11,18 @@ Tree = TypeVar("Tree")
 
 
 def keep_finite(old: Tree, new: Tree, *measured: Array) -> tuple[Tree, Bool[Array, ""]]:
-    """What a step has made, or what was there before if that is not finite; for use under jit.
+    """The result of a step, or the previous state if the result is not finite; for use under jit.
 
-    Values that were not finite before may stay so: some optimizers begin with infinity.
+    Values that were not finite before may stay so: some optimizers start with infinity.
 
     Args:
       old: arrays before the step.
       new: the same after it, in a tree of the same structure.
-      measured: of the step, such as its loss and the norm of its gradient.
+      measured: metrics of the step, such as its loss and the norm of its gradient.
 
     Returns:
-      `new` if `measured` and all values that were finite before are finite, else `old`; and
-      which of both it is.
+      `new` if `measured` and all previously finite values are finite, else `old`; and whether it
+      is `new`.
     """
 
     def holds(before: Array, after: Array) -> Array:

@@ -1,8 +1,8 @@
 """Fitting the memory to the base model's own attention: no language-model loss, no base weights.
 
-Every layer's mixed output is drawn towards what full softmax attention gives there. The error is
-measured after the output projection, relative to the layer's gap, which is the error of the window
-alone: 1 is a memory that does nothing, 0 one that loses nothing.
+Every layer's mixed output is fitted to the output of full softmax attention. The error is measured
+after the output projection, relative to the layer's gap, which is the error of the window alone: 1
+means that the memory has no effect, 0 that nothing is lost.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from tptt_jax.training.transfer import LayerView, visit_layers
 
 
 class FitMetrics(NamedTuple):
-    """What a step measures before it changes anything.
+    """Metrics of a step, measured before its update.
 
     Attributes:
       gap_left: error over gap of every layer with a memory, in order [M], float32.
@@ -46,12 +46,12 @@ def make_fit_optimizer(learning_rate: float, steps: int) -> optax.GradientTransf
     """Adam with a warm-up over a tenth of the steps, then a cosine to a twentieth.
 
     Args:
-      learning_rate: at its highest.
+      learning_rate: peak rate.
       steps: of the whole fit.
     """
     warmup = min(max(steps // 10, 1), 100)
     rate = learning_rate_schedule("cosine", learning_rate, steps, warmup)
-    # Gradients of single steps differ much; a long memory of their squares would be slow to see it.
+    # Gradients vary much between steps; a long average of their squares would adapt too slowly.
     return optax.adam(rate, b1=0.9, b2=0.95)
 
 
@@ -91,7 +91,7 @@ def gap_gradients(
     segment_ids: SegmentIds | None = None,
     window: Int[Array, ""] | None = None,
 ) -> tuple[Float[Array, "M"], Trainable]:
-    """How much of its gap each layer leaves, and the gradient for its own memory.
+    """The remaining gap of each layer, and the gradient for its own memory.
 
     Args:
       model: a Titan whose memory runs.

@@ -18,9 +18,9 @@ from tptt_jax.training.transfer import LayerView, visit_layers
 
 Rows = tuple[Tokens, SegmentIds | None]
 
-# Of the mean diagonal of the normal equations.
+# Relative to the mean diagonal of the normal equations.
 _RIDGE = 1e-3
-# Shares near 0 and 1 say little, but something.
+# Shares near 0 and 1 carry little information, but some.
 _LEAST_WEIGHT = 1e-3
 _LEAST_SCALE = 0.02
 
@@ -30,10 +30,10 @@ class _Sums(NamedTuple):
 
     products: Array  # [H, F, F]
     targets: Array  # [H, F]
-    most: Array  # [H]: tokens that the memory held at most
+    most: Array  # [H]: most tokens that the memory held
 
     def plus(self, other: "_Sums") -> "_Sums":
-        """Of the tokens of both."""
+        """The sums over the tokens of both."""
         sums = jax.tree.map(np.add, self, other)
         return sums._replace(most=jax.tree.map(np.maximum, self.most, other.most))
 
@@ -41,7 +41,7 @@ class _Sums(NamedTuple):
 def fit_gates(
     partition: Partition, trainable: Trainable, frozen: nnx.State, rows: Iterable[Rows]
 ) -> Trainable:
-    """The memory's parameters with a mass gate and a read-out of the right size.
+    """Fits the mass gate and the scale of the read-out.
 
     log Z_out of the base model's own attention is regressed on [q, log n, 1], with weights
     share (1 - share), where the share is most sensitive to it; then each head's read-out is scaled
@@ -141,10 +141,10 @@ def _solve_gate(totals: list[_Sums | None]) -> Trainable:
 
 
 def _scale_sums(attention: LizaAttention, view: LayerView) -> _Sums:
-    """Of what one factor on a head's read-out would have to be: a regression on one feature."""
+    """Sums for the regression of one factor on a head's read-out."""
     linear, _ = attention.read_evicted(view.made, view.lost)
     shape = linear.shape
-    # The mixture is linear in the read-out: its part, and what is missing without it.
+    # The mixture is linear in the read-out: its part, and the residual without it.
     without = attention.mix_evicted(
         view.made, view.windowed, jnp.zeros(shape, linear.dtype), view.lost
     )

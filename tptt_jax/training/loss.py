@@ -20,11 +20,11 @@ from tptt_jax.ops.distillation import token_divergence
 
 
 class Targets(NamedTuple):
-    """What each place has to predict.
+    """The prediction targets.
 
     Attributes:
       tokens: the next token [B, T].
-      weights: how much it counts, 1 or 0 unless the caller says otherwise [B, T], float32.
+      weights: its weight, 1 or 0 unless the caller gives others [B, T], float32.
     """
 
     tokens: Int[Array, "B T"]
@@ -41,7 +41,7 @@ def next_token_targets(
     Args:
       tokens: [B, T].
       segment_ids: [B, T], 0 = padding; None: one document per row.
-      loss_mask: True on tokens whose prediction counts, or how much it does; None: all.
+      loss_mask: True on tokens whose prediction counts, or its weight; None: all.
     """
     following = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     counts = jnp.ones(tokens.shape, bool) if loss_mask is None else loss_mask
@@ -68,9 +68,9 @@ def chunked_cross_entropy(
     Args:
       hidden: [B, T, E].
       head: [V, E], or [E, V] with vocab_axis 1, in any float dtype.
-      targets: what to predict and what counts.
+      targets: tokens to predict and their weights.
       softcap: logits x become softcap * tanh(x / softcap).
-      train_head: also gives a gradient for `head`; logits are then made twice.
+      train_head: also gives a gradient for `head`; logits are then computed twice.
       vocab_axis: of the head.
       tokens_at_a_time: per row; None: as `token_cross_entropy` finds best.
       vocab_at_a_time: not with train_head; None: as `token_cross_entropy` finds best.
@@ -123,7 +123,7 @@ def causal_lm_loss(
     rngs: nnx.Rngs | None = None,
     dropout_key: Array | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Summed negative log-likelihood of the next tokens, and how many there are.
+    """Summed negative log-likelihood of the next tokens, and their number.
 
     Args:
       model: the model.
@@ -185,7 +185,7 @@ def distillation_loss(
       tokens: [B, T].
       segment_ids: packed documents, 0 = padding.
       loss_mask: True on tokens whose prediction counts; None: all.
-      share: of the divergence; what is left to 1 goes to the likelihood of the text.
+      share: weight of the divergence; the likelihood of the text has 1 - share.
       window: below the student's own, as a traced scalar; None: that.
       remat: what the backward pass computes again.
       dropout_key: turns dropout on, in the student.
@@ -193,14 +193,14 @@ def distillation_loss(
     Returns:
       (sum in nats, count), float32 scalars; the mean is their quotient.
     """
-    wanted = jax.lax.stop_gradient(teacher.forward_hidden(tokens, segment_ids)[0])
+    teacher_hidden = jax.lax.stop_gradient(teacher.forward_hidden(tokens, segment_ids)[0])
     hidden, _, _ = model.forward_hidden(
         tokens, segment_ids, window=window, remat=remat, dropout_key=dropout_key
     )
     targets = next_token_targets(tokens, segment_ids, loss_mask)
     head, vocab_axis = model.head_matrix()
     options: Any = {"softcap": model.config.final_softcap, "vocab_axis": vocab_axis}
-    divergence = token_divergence(hidden, wanted, head, **options)
+    divergence = token_divergence(hidden, teacher_hidden, head, **options)
     total = share * jnp.sum(divergence * targets.weights)
     if share < 1:
         total += (1 - share) * chunked_cross_entropy(hidden, head, targets, **options)

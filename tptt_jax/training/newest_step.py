@@ -1,4 +1,4 @@
-"""The newest checkpoint that is sound: damage is passed over, a passing failure is not."""
+"""Reads the newest undamaged checkpoint: damaged ones are skipped, temporary failures are not."""
 
 import logging
 from collections.abc import Callable
@@ -19,16 +19,16 @@ _Read = TypeVar("_Read")
 
 
 class CheckpointMisfit(ValueError):
-    """A checkpoint that can be read, but belongs to another model."""
+    """A readable checkpoint of another model."""
 
 
 class NewestStep(NamedTuple, Generic[_Read]):
-    """A step that was read, and those that were passed over."""
+    """The step that was read, and the skipped ones."""
 
     step: int
     content: _Read
     damaged: tuple[int, ...]
-    """Later steps that are surely damaged, the newest first."""
+    """Later steps that are certainly damaged, newest first."""
 
 
 def read_newest(
@@ -38,7 +38,7 @@ def read_newest(
     *,
     sound: int | None = None,
 ) -> NewestStep[_Read]:
-    """Reads the newest step that is not damaged; a line in the log names those passed over.
+    """Reads the newest undamaged step; a warning in the log names the skipped ones.
 
     Args:
       folder: holds the steps.
@@ -49,12 +49,12 @@ def read_newest(
     Raises:
       CheckpointMisfit: from `read`.
       ValueError: if all steps are damaged.
-      OSError: if a step's files are sound and cannot be read now. An older one is not taken then:
-        the run would lose what came after it.
+      OSError: if an undamaged step cannot be read now. An older one is not used then: the run would
+        lose its later steps.
     """
     passed: dict[int, str] = {}
     damaged: list[int] = []
-    # Listed again each time: a run that is going on may remove a step that is being read.
+    # Listed again each time: an active run may remove a step during the read.
     while remaining := [step for step in list_steps(folder) if step not in passed]:
         step, is_checked = remaining[-1], False
         try:
@@ -68,10 +68,10 @@ def read_newest(
             passed[step] = str(error)
             damaged.append(step)
             continue
-        # orbax lets pass what asyncio, tensorstore, json and the system raise.
+        # orbax passes on exceptions of asyncio, tensorstore, json and the system.
         except Exception as error:
             if not (folder / str(step)).exists():
-                passed[step] = "it is gone"
+                passed[step] = "it was removed"
                 continue
             if is_checked or (isinstance(error, OSError) and not is_lost(error)):
                 state = "is intact but" if is_checked else "is there but"
@@ -80,7 +80,7 @@ def read_newest(
                     f"({first_line(error, 200)}): free memory or check permissions, then run the "
                     "same command again."
                 ) from error
-            # From before there were manifests: little tells damage from failure.
+            # Without a manifest, damage and failure look alike.
             passed[step] = first_line(error, 200)
             continue
         _warn(folder, passed, step)

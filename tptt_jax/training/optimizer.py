@@ -15,10 +15,10 @@ class OptimizerConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = 5e-4
-    """Peak rate of everything but the learned shares."""
+    """Peak rate of all parameters but the learned shares."""
     mag_learning_rate: float = 5e-2
-    """Peak rate of what decides the memory's share; about 100x LoRA's moves single logits in time,
-    mass gates take LoRA's own."""
+    """Peak rate of the memory's share: about 100 times LoRA's for single logits, LoRA's own for
+    mass gates."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup_steps: int = 0
     warmup_ratio: float | None = None
@@ -31,7 +31,7 @@ class OptimizerConfig:
     beta2: float = 0.999
 
     def __post_init__(self) -> None:
-        """Rejects rates that are negative."""
+        """Rejects negative rates."""
         for name in ("learning_rate", "mag_learning_rate", "weight_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -52,7 +52,7 @@ class OptimizerConfig:
 
 
 def is_share(name: str) -> bool:
-    """Whether a dotted parameter path decides the memory's share: a logit, or a mass gate."""
+    """Whether a dotted path is a parameter of the memory's share: a logit, or a mass gate."""
     return ".mag." in name
 
 
@@ -63,7 +63,7 @@ def is_decayed(name: str) -> bool:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clips the global norm, then AdamW, with the shares on a rate of their own.
+    """Clips the global norm, then applies AdamW, with a separate rate for the shares.
 
     Args:
       config: rates.

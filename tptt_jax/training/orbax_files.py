@@ -1,4 +1,4 @@
-"""Trees of arrays in orbax's format: written, read, and kept quiet about."""
+"""Writes and reads trees of arrays in orbax's format, without its log output."""
 
 import contextlib
 import logging
@@ -13,34 +13,34 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 PARTS = ("weights", "progress")
-"""Of a checkpoint: what a model needs, and what training needs besides."""
+"""Parts of a checkpoint: weights for the model, and the rest for training."""
 _GLOB_CHARACTERS = "*?["
-# Above this, names, shapes and files are looked at, but not every value is read again.
+# Above this size only names, shapes and files are verified, not every value.
 _READ_AGAIN_BYTES = 64 * 2**20
 
 
 def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
-    """Writes trees of numpy arrays, and reads them back.
+    """Writes trees of NumPy arrays, and verifies them.
 
     Args:
-      folder: does not exist yet, its parent does.
+      folder: a new folder in an existing one.
       trees: by the name of their part: "weights" or "progress".
 
     Raises:
-      OSError: if it cannot be written, in one line, or what lies there is something else.
+      OSError: if it cannot be written, in one line, or the files differ from the trees.
     """
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         with _quiet(), _plain_path(folder) as place:
             _checkpointer().save(place, args=ocp.args.Composite(**arguments))
         _check_written(folder, trees)
-    # orbax lets pass what asyncio, tensorstore and the system raise.
+    # orbax passes on exceptions of asyncio, tensorstore and the system.
     except Exception as error:
         raise OSError(first_line(error, 300)) from error
 
 
 def read_shapes(folder: Path, part: str) -> Any:
-    """A tree of what a part holds, with `shape` and `dtype`."""
+    """The tree of a part, with `shape` and `dtype` for each array."""
     with _quiet(), _plain_path(folder) as place:
         found: Any = _checkpointer().metadata(place)
         return found.item_metadata[part]
@@ -50,8 +50,8 @@ def read_trees(folder: Path, targets: Mapping[str, Any]) -> Mapping[str, Any]:
     """Reads trees.
 
     Args:
-      folder: what `write_trees` wrote.
-      targets: by part, trees of `jax.ShapeDtypeStruct` or arrays to be like.
+      folder: a folder by `write_trees`.
+      targets: by part, trees of arrays or `jax.ShapeDtypeStruct` with shapes and shardings.
     """
     arguments: Any = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
     with _quiet(), _plain_path(folder) as place:
@@ -65,7 +65,7 @@ def flat_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_written(folder: Path, trees: Mapping[str, Any]) -> None:
-    """Raises OSError unless the files hold these trees: a disk that lies is found out at once."""
+    """Raises OSError unless the files hold these trees, so a faulty disk is detected at once."""
     for part, tree in trees.items():
         if flat_shapes(read_shapes(folder, part)) != flat_shapes(tree):
             raise OSError(f"{part} was not written as a whole")
@@ -79,7 +79,7 @@ def _check_written(folder: Path, trees: Mapping[str, Any]) -> None:
     for read, written in pairs:
         for a, b in zip(jax.tree.leaves(read), jax.tree.leaves(written), strict=True):
             if np.asarray(a).tobytes() != np.asarray(b).tobytes():
-                raise OSError("other values are read than were written")
+                raise OSError("the values read differ from those written")
 
 
 def _checkpointer() -> ocp.Checkpointer:
@@ -118,7 +118,7 @@ class _NotOrbax(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps orbax silent for one call: how others log is the caller's affair."""
+    """Silences orbax for one call, without changing other loggers."""
     logger, silence = logging.getLogger("absl"), _NotOrbax()
     logger.addFilter(silence)
     try:
@@ -128,7 +128,7 @@ def _quiet() -> Iterator[None]:
 
 
 def first_line(error: Exception, length: int) -> str:
-    """What an error says in one line of at most so many characters, or its name."""
+    """The first line of an error's text, up to `length` characters, or its class name."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # tensorstore adds the whole specification of what it tried.
+    # tensorstore appends the whole specification of the operation.
     return text.partition(" [tensorstore_spec")[0][:length]

@@ -44,12 +44,12 @@ def is_trainable(mode: TrainMode, path: Path, variable: nnx.Variable) -> bool:
 
 @dataclass(frozen=True)
 class Partition:
-    """A model taken apart.
+    """A model split into trainable and frozen parameters.
 
     Attributes:
       graphdef: its static side.
       template: abstract variables of the trainable side, by dotted name.
-      frozen: everything else but the scheduled share.
+      frozen: all other variables except the scheduled share.
       has_share: whether the model has a scheduled share.
     """
 
@@ -59,7 +59,7 @@ class Partition:
     has_share: bool
 
     def merge(self, trainable: Trainable, share: Array | None, frozen: nnx.State) -> CausalLM:
-        """The model again, with these values; may be called under jit."""
+        """Rebuilds the model with these values; may be called under jit."""
         flat = [
             (path, variable.replace(trainable[name]))
             for name, (path, variable) in self.template.items()
@@ -71,7 +71,7 @@ class Partition:
 
 
 def split_trainable(model: CausalLM, mode: TrainMode) -> tuple[Partition, Trainable, Array | None]:
-    """Takes a model apart.
+    """Splits a model into trainable and frozen parameters.
 
     Args:
       model: shares its arrays with the result.
@@ -105,7 +105,7 @@ def split_trainable(model: CausalLM, mode: TrainMode) -> tuple[Partition, Traina
 def restore_targets(
     model: CausalLM, shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Where saved values of these shapes belong: the model's dtypes and shardings.
+    """Restore targets for saved values of these shapes, with the model's dtypes and shardings.
 
     Args:
       model: has every parameter that `shapes` names.
@@ -116,17 +116,17 @@ def restore_targets(
     """
     flat = {dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
     for name, shape in shapes.items():
-        want = flat[name].shape if name in flat else None
-        if want != tuple(shape):
+        expected = flat[name].shape if name in flat else None
+        if expected != tuple(shape):
             raise ValueError(
-                f"the checkpoint's {name} has shape {tuple(shape)}, the model wants {want}: "
+                f"the checkpoint's {name} has shape {tuple(shape)}, the model expects {expected}: "
                 "load it with the model and the settings it was trained with."
             )
     return {name: _like(flat[name]) for name in shapes}
 
 
 def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> None:
-    """Puts trained values into a model, in place.
+    """Loads trained values into a model, in place.
 
     Args:
       model: has every parameter that `values` names.

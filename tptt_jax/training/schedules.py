@@ -11,7 +11,7 @@ from tptt_jax.array_typing import Array
 
 @dataclass(frozen=True, kw_only=True)
 class MagSchedule:
-    """How a scheduled share mu moves with the step (the reference's LiZACallback)."""
+    """The schedule of the share mu over steps (the reference's LiZACallback)."""
 
     kind: Literal["constant", "gradual", "cyclic", "switch"] = "gradual"
     """"constant": end; "gradual": linear from start to end; "cyclic": through values, one a
@@ -23,7 +23,7 @@ class MagSchedule:
     steps: int = 100
     """Length of the rise ("gradual"), in optimizer steps."""
     values: tuple[float, ...] = (0.01, 0.5)
-    """What "cyclic" goes through."""
+    """Values of "cyclic"."""
     period: int = 1
     """Steps that "switch" stays off, then on."""
 

@@ -1,7 +1,7 @@
-"""Folders of checkpoints on disk: a step is there whole, checked and synced, or not at all.
+"""Folders of checkpoints on disk: a step is complete, verified and synced, or absent.
 
 `checkpoints/<step>/` holds the files of one step and `manifest.json`, which lists them with their
-sizes and hashes. What is being written has a name that starts with a dot.
+sizes and hashes. Names of unfinished steps start with a dot.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from tptt_jax.durable import swap_directory, sync_path
 
 MANIFEST = "manifest.json"
 _FORMAT = "tptt_jax step 1"
-# What a disk says of bytes that it has lost. Everything else may be right again the next time.
+# Errors of lost data. All others may be temporary.
 _LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class DamagedStep(ValueError):
-    """A step's files are missing, or not what was written."""
+    """A step's files are missing or have changed."""
 
 
 def list_steps(folder: Path) -> list[int]:
-    """The steps in a folder, the oldest first; none if there is no such folder."""
+    """The steps in a folder, oldest first; none if the folder does not exist."""
     if not folder.is_dir():
         return []
     found = [each.name for each in folder.iterdir() if each.is_dir()]
@@ -33,12 +33,12 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
-    """Writes a step; under its name it appears complete, and on disk.
+    """Writes a step; it appears under its name once it is complete and on disk.
 
     Args:
-      folder: exists.
+      folder: an existing folder.
       step: its number; an earlier one is replaced.
-      fill: makes the folder that it is given and writes the files; what it raises passes through.
+      fill: creates the given folder and writes the files; its exceptions pass through.
     """
     partial, final = folder / f".{step}.partial", folder / str(step)
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,7 +51,7 @@ def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
         _put(partial, final)
         sync_path(folder)
     except BaseException:
-        # orbax adds an ending to the name while it writes.
+        # orbax appends a suffix to the name during the write.
         for left in folder.glob(f"{partial.name}*"):
             shutil.rmtree(left, ignore_errors=True)
         raise
@@ -65,9 +65,9 @@ def check_step(folder: Path, parts: Sequence[str]) -> None:
       parts: names of the subfolders that are needed.
 
     Raises:
-      DamagedStep: if a file is missing or was changed. A step from before there were manifests
-        passes if its subfolders are there.
-      OSError: if a file is there and cannot be read now.
+      DamagedStep: if a file is missing or was changed. An older step without a manifest passes if
+        its subfolders exist.
+      OSError: if a file exists but cannot be read now.
     """
     for part in parts:
         if not (folder / part).is_dir():
@@ -80,18 +80,18 @@ def check_step(folder: Path, parts: Sequence[str]) -> None:
 
 
 def is_lost(error: OSError) -> bool:
-    """Whether bytes are gone for good, and not just out of reach."""
+    """Whether data is lost permanently, and not just unavailable."""
     # orbax's own errors have no number.
     return error.errno in (None, *_LOST)
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether the bytes of a step can be checked; before there were manifests they could not."""
+    """Whether a step has a manifest, so that its bytes can be checked; older ones have none."""
     return (folder / MANIFEST).exists()
 
 
 def remove_steps(folder: Path, steps: Sequence[int]) -> None:
-    """Removes steps: first their names, so that no half of one is ever found."""
+    """Removes steps; it renames them first, so that no reader finds a part of one."""
     for step in steps:
         doomed = folder / f".{step}.removed"
         with contextlib.suppress(OSError):
@@ -100,9 +100,9 @@ def remove_steps(folder: Path, steps: Sequence[int]) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes have left half written or half removed.
+    """Removes partly written or removed steps of killed processes.
 
-    A step that was to be replaced gets its name back, unless the new one is there.
+    A step that was being replaced gets its name back, unless the new one exists.
     """
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
         step, _, rest = entry.name.removeprefix(".").partition(".")
@@ -153,7 +153,7 @@ def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
 
 def _put(partial: Path, final: Path) -> None:
     if final.exists():
-        # It may be sound: `remove_leftovers` brings it back if the new one does not come.
+        # It may be undamaged: `remove_leftovers` restores it if the new one never appears.
         old = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(old, ignore_errors=True)
         swap_directory(partial, final, old)

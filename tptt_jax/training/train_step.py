@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     Attributes:
       tokens: [B, T].
       segment_ids: [B, T], 0 = padding.
-      loss_mask: True on tokens whose prediction counts, or how much it does [B, T].
+      loss_mask: True on tokens whose prediction counts, or its weight [B, T].
     """
 
     tokens: Tokens
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, and all that a checkpoint holds.
+    """All state that changes from step to step: the content of a checkpoint.
 
     Attributes:
       trainable: parameters by dotted path, float32.
@@ -57,9 +57,9 @@ class StepMetrics(NamedTuple):
 
     Attributes:
       loss: mean nats per counted token.
-      tokens: how many tokens counted.
+      tokens: number of counted tokens.
       grad_norm: global norm before clipping.
-      mu_mean: mean share of the memory; NaN where there is no one share, see `share_range`.
+      mu_mean: mean share of the memory; NaN if shares differ by query, see `share_range`.
       mu_min: smallest share of any head.
       mu_max: largest share of any head.
       is_finite: whether loss, gradient and what the step made of the state are finite; if not,
@@ -85,7 +85,7 @@ def init_train_state(
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
 ) -> TrainState:
-    """The state before the first step; the optimizer's arrays lie where the parameters lie."""
+    """The state before the first step; the optimizer's arrays have the parameters' shardings."""
     # The step donates its state; copies keep the caller's model, its share and the key alive.
     trainable, share, key = jax.tree.map(jnp.copy, (trainable, share, key))
     opt_state = optimizer.init(trainable)
@@ -93,7 +93,7 @@ def init_train_state(
 
 
 def place_state(state: TrainState, mesh: Mesh) -> TrainState:
-    """Puts what does not lie on the mesh yet (counters, keys, shares) on all of its devices."""
+    """Replicates arrays that are not on the mesh yet (counters, keys, shares)."""
 
     def place(x: Array) -> Array:
         on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
@@ -124,8 +124,8 @@ def make_train_step(
     Args:
       partition: from `split_trainable`.
       optimizer: over dicts of parameters.
-      mag_schedule: for models with a scheduled share; None leaves it as it is.
-      remat: what the backward pass computes again.
+      mag_schedule: for models with a scheduled share; None keeps the share.
+      remat: what the backward pass recomputes.
       dropout: whether adapters drop inputs.
       distill: share of the loss that is the divergence from the base model's own predictions;
         adapters count as part of it unless they are trained.
@@ -139,8 +139,8 @@ def make_train_step(
     """
     if distill and any(is_base_weight(name) for name in partition.template):
         raise ValueError(
-            "distillation needs the base model's weights as they are: train adapters or the "
-            "memory, not the weights themselves."
+            "distillation needs unchanged weights of the base model: train adapters or the memory "
+            "instead."
         )
     train_adapters = any(".lora." in name for name in partition.template)
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
@@ -156,9 +156,9 @@ def make_train_step(
         model = partition.merge(trainable, share, frozen)
         options: Any = {"remat": remat, "window": window, "dropout_key": key if dropout else None}
         if distill:
-            # Adapters that are not trained are part of what the memory is fitted to.
+            # Frozen adapters are part of the teacher.
             teacher = base_model(model) if train_adapters else replace_memory(model, None)
-            # It drops nothing, whatever mode the student is in.
+            # The teacher has no dropout in any mode of the student.
             teacher.eval()
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
         else:
@@ -224,7 +224,7 @@ def _split_rows(batch: Batch, parts: int) -> Batch:
 def share_range(trainable: Trainable, share: Array | None) -> tuple[Array, Array, Array]:
     """Mean, least and largest share of the memory over all heads.
 
-    NaN where there is no memory, or its share differs from query to query.
+    NaN without a memory, or if its share differs by query.
     """
     logits = [value.ravel() for name, value in trainable.items() if name.endswith(".mag.logit")]
     if logits:

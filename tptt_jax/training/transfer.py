@@ -1,8 +1,8 @@
-"""A pass of the base model that shows every layer what its window has lost.
+"""A pass of the base model that gives every layer the tokens evicted from its window.
 
-The hidden states are the base model's own throughout: each layer sees what it saw in pretraining,
-and whatever is done with a layer's memory changes no other layer. So all memories can be fitted in
-one pass, with gradients inside each layer only.
+The hidden states are the base model's own throughout: each layer sees its inputs of pretraining,
+and its memory affects no other layer. So all memories can be fitted in one pass, with gradients
+inside each layer only.
 """
 
 import functools
@@ -34,7 +34,7 @@ Visit = Callable[[LizaAttention, "LayerView"], Any]
 
 
 class LayerView(NamedTuple):
-    """What one layer of the base model computes, and what it would with a window.
+    """One layer of the base model, with and without a window.
 
     Attributes:
       made: queries, keys and values.
@@ -67,7 +67,7 @@ def visit_layers(
       window: below the model's own, as a traced scalar; None: that.
 
     Returns:
-      What `visit` gave, for every stack of layers with a leading axis over its layers with a
+      Results of `visit`, for every stack of layers with a leading axis over its layers with a
       memory; None for a stack without any.
     """
     if segment_ids is not None:
@@ -137,7 +137,7 @@ def _visit_layer(
     made: Projected,
     visit: Visit,
 ) -> tuple[Array, Any]:
-    """The base model's attention [B, T, H, D], and what `visit` makes of the layer."""
+    """The base model's attention [B, T, H, D], and the result of `visit`."""
     full = _full_attention(attention, kind, whole, made)
     settings = softmax_settings(attention.config, attention.liza, kind)
     qkv = (made.soft_q, made.soft_k, made.soft_v)

@@ -1,4 +1,4 @@
-"""Reading, generating, saving and scoring with a memory of what the window has lost."""
+"""Reading, generating, saving and scoring with a memory of evicted tokens."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Saved states: whole or refused."""
+"""Saved states: complete or refused."""
 
 import dataclasses
 import json
@@ -141,7 +141,7 @@ def test_another_file_is_refused(tmp_path):
     save_file({"hidden": np.zeros((1, 32), np.float32)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match='its "format" is not'):
         load_state(tmp_path / "other.safetensors", make())
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         load_state(tmp_path / "none", make())
 
 
@@ -258,7 +258,7 @@ SPOILED = {
         "neither true nor false",
     ),
     "missing": (lambda x: {k: v for k, v in x.items() if k != KEYS}, "it lacks cache"),
-    "more": (lambda x: x | {"strange": np.zeros(2, np.float32)}, "no use for"),
+    "more": (lambda x: x | {"strange": np.zeros(2, np.float32)}, "this model does not have"),
 }
 
 

@@ -1,4 +1,4 @@
-"""States: their size, growing, forking, reading on."""
+"""States: size, growth, forks, continued reading."""
 
 import dataclasses
 
@@ -130,7 +130,9 @@ def test_a_state_that_does_not_fit_is_refused(options, message):
 
 def test_a_state_of_another_shape_is_refused():
     other = CausalLM(ModelConfig.tiny(embed_dim=16), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(
+        ValueError, match=r"hidden: float32\[2, 16\] in the state, float32\[2, 32\] in the model"
+    ):
         read(make(*CONFIGS["base"]), TOKENS, state=init_state(other, 2))
 
 

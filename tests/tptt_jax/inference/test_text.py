@@ -1,4 +1,4 @@
-"""Text that comes token by token, against decoding everything at once."""
+"""Incremental decoding of text, against decoding all tokens at once."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A layer whose memory holds what its window has lost, against formulas in float64 numpy."""
+"""A layer with a memory of evicted tokens, against formulas in float64 numpy."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The memory as a layer of its own, against numpy and in somebody else's model."""
+"""The memory as a separate layer, against numpy and in another NNX model."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""How softmax and a memory of every token are mixed, against formulas in float64 numpy."""
+"""Mixing of softmax and a memory of every token, against formulas in float64 numpy."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""The memory's learned gates: where they start, what bounds them."""
+"""The memory's learned gates: initial values and bounds."""
 
 import jax
 import jax.numpy as jnp

@@ -159,7 +159,7 @@ KERNELS = {
     "systems": 2,
     "states": 2,
     "outputs": 1,
-    "wanted": 1,
+    "grad_solution": 1,
     "states_back": 1,
     "reads_back": 1,
     "writes_back": 1,

@@ -1,4 +1,4 @@
-"""Tokens on their way out of a window, against loops over places."""
+"""Eviction of tokens from a window, against loops over places."""
 
 import functools
 

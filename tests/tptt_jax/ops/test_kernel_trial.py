@@ -1,4 +1,4 @@
-"""The kernels are tried against the recurrence before they are taken; interpreted here."""
+"""The trial of the kernels against the recurrence; interpreted here."""
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ def test_the_operator_takes_kernels_that_were_tried(on_hopper):
 
 def test_the_operator_leaves_kernels_that_fail(on_hopper, monkeypatch):
     break_kernels(monkeypatch, lambda q, k, v: (2 * q, k, v))
-    with pytest.warns(UserWarning, match="XLA's program is taken"):
+    with pytest.warns(UserWarning, match="XLA's program is used"):
         assert "pallas_call" not in traced(small_inputs())
     monkeypatch.setenv("TPTT_JAX_PALLAS", "1")
     assert "pallas_call" in traced(small_inputs())

@@ -1,4 +1,4 @@
-"""Looking back over documents, against loops over tokens."""
+"""Shifts within documents, against loops over tokens."""
 
 import hypothesis.strategies as st
 import jax

@@ -111,7 +111,7 @@ def test_scheduled_share_moves_without_recompiling_and_is_kept():
 def test_loading_into_another_model_is_an_error():
     source = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(rank=4), rngs=nnx.Rngs(0))
     target = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(rank=8), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"has shape .* the model wants"):
+    with pytest.raises(ValueError, match=r"has shape .* the model expects"):
         load_trainable(target, split_trainable(source, "lora")[1], None)
 
 

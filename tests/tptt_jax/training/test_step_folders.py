@@ -1,4 +1,4 @@
-"""Folders of checkpoints: wherever a process dies, what is found is whole."""
+"""Folders of checkpoints: wherever a process dies, only complete steps are found."""
 
 import contextlib
 import shutil

@@ -17,7 +17,7 @@ _MASKED = -1e30
 
 
 class KeyValues(NamedTuple):
-    """One part of what queries attend to.
+    """One part of the keys and values that queries attend to.
 
     Attributes:
       keys: rotated [B, S, K, D]; or keys of each query's own [B, T, S, K, D], S small.
@@ -33,7 +33,7 @@ class KeyValues(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What softmax attention gives.
+    """The result of softmax attention.
 
     Attributes:
       out: the weighted mean of the values [B, T, H, D], in the queries' dtype.
@@ -83,7 +83,7 @@ def _attend_forward(
     """Output and residuals of the backward pass, which recomputes the logits."""
     logits = [_masked_logits(_queries_of(q, part), part, scale, softcap) for part in parts]
     tops = [jnp.max(x, axis=-1, keepdims=True) for x in logits]
-    # Far above what is masked: where all is, every weight is 0.
+    # Far above masked logits: if all are masked, every weight is 0.
     top = jnp.maximum(functools.reduce(jnp.maximum, tops), _MASKED / 2)
     weights = [jnp.exp(x - top) for x in logits]
     total = jnp.maximum(sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights), 1e-30)
@@ -180,7 +180,7 @@ def _weigh_values(weights: Array, values: Array) -> Array:
 
 
 def _gather_tokens(x: Array, queries: Array, keys: Array) -> Array:
-    """[B, K, G, T, S] x [B, T, K, G, D] -> what `keys` look like, and in their dtype."""
+    """[B, K, G, T, S] x [B, T, K, G, D] -> the shape and dtype of `keys`."""
     if keys.ndim == 4:
         out = _batched(_by_head(queries), _all_queries(x), 2, 2)
         return jnp.transpose(out, (0, 3, 1, 2)).astype(keys.dtype)
@@ -191,8 +191,7 @@ def _gather_tokens(x: Array, queries: Array, keys: Array) -> Array:
 def _batched(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     """Matrix products over axes of [B, K, X, Y], as they lie in memory.
 
-    XLA multiplies matrices that lie either way, unless there are more axes: those it transposes
-    first.
+    XLA multiplies matrices in either layout without a copy, but transposes arrays with more axes.
     """
     return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((0, 1), (0, 1))))
 

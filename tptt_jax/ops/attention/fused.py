@@ -25,7 +25,7 @@ def can_fuse(
     sinks: KeyValues | None,
     softcap: float | None,
 ) -> bool:
-    """Whether `fused_attention` runs here and does what `attend_sequence` would.
+    """Whether `fused_attention` runs here and equals `attend_sequence`.
 
     It does on NVIDIA GPUs from Ampere on, in bfloat16 and float16, for heads of at most 128
     channels (a multiple of 8), without softcap and sinks; never on a CPU. cuDNN computes no
@@ -94,7 +94,7 @@ def fused_attention(
 
 
 def _pair_mask(segment_ids: Int[Array, "B T"], window: int | None) -> Bool[Array, "B 1 T T"]:
-    """Same document and inside the window; padding sees padding, as no row may see nothing."""
+    """Same document and inside the window; padding sees padding, as every row must see a key."""
     # Not only the same id: an id that comes back later is another document.
     starts = segment_starts(segment_ids)
     mask = starts[:, None, :, None] == starts[:, None, None, :]

@@ -32,8 +32,8 @@ def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """Angles per token of distance, in radians.
 
     Args:
-      config: base and scaling; where they depend on the length of the text, what
-        short texts have (see `RopeConfig.at_length`).
+      config: base and scaling; if they depend on the length of the text, those of short texts
+        (see `RopeConfig.at_length`).
       head_dim: even.
 
     Returns:
@@ -56,10 +56,10 @@ def rotary_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _yarn_ramp(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """How much each channel is stretched, 0 to 1 [head_dim / 2] (arXiv:2309.00071, eq. 18)."""
+    """Stretch of each channel, 0 to 1 [head_dim / 2] (arXiv:2309.00071, eq. 18)."""
 
     def channel(turns: float) -> float:
-        """The channel that turns so often in the original context."""
+        """The channel with this number of turns in the original context."""
         wavelength = config.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(config.theta))
 
@@ -138,7 +138,7 @@ def _long_angles(positions: Array, config: RopeConfig, head_dim: int, lengths: A
 
 
 def invert_rotation(angles: RotaryAngles, config: RopeConfig) -> RotaryAngles:
-    """The rotation back, which takes the attention factor out again."""
+    """The inverse rotation, which also removes the attention factor."""
     scale = np.float32(config.attention_scale**-2)
     return RotaryAngles(angles.cos * scale, angles.sin * -scale)
 
@@ -166,7 +166,7 @@ def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Arr
 
     Args:
       x: queries or keys [B, T, H, D].
-      angles: of the same tokens; None leaves x as it is.
+      angles: of the same tokens; None leaves x unchanged.
 
     Returns:
       [B, T, H, D] in x's dtype.
@@ -176,7 +176,7 @@ def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Arr
 
 @jax.custom_vjp
 def _rotate(x: Array, angles: RotaryAngles) -> Array:
-    """The gradient is the rotation back.
+    """Rotates x; its gradient is the inverse rotation.
 
     Autodiff would pad halves and add them. On CPU XLA fuses that with all that made the
     gradient, and the loop branches at every element.

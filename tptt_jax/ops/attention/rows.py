@@ -12,8 +12,8 @@ from tptt_jax.ops.attention.blocks import Attended, KeyValues, attend
 from tptt_jax.ops.attention.rope import RotaryAngles, rotate
 from tptt_jax.ops.residuals import scan_blocks
 
-# Rows are cut into this many pieces of at least so many queries, or groups of blocks; what lies
-# above the diagonal and outside them is never computed.
+# Number of pieces of a row, or groups of blocks, and least queries of a piece; products above the
+# diagonal and outside the pieces are never computed.
 _PIECES = 4
 _PIECE = 128
 
@@ -67,7 +67,7 @@ def attend_sequence(
     segment_ids = jnp.broadcast_to(segment_ids, q.shape[:2])
     num_sinks = 0 if sinks is None else sinks.mask.shape[-1]
     starts = segment_starts(segment_ids)
-    # What belongs to single queries is cut with them; keys of a whole row are not.
+    # Arrays with an axis of queries are cut with them; keys of a whole row are not.
     row_sinks, query_sinks = _split_sinks(sinks)
     in_pieces = tokens <= _PIECES * block
     if not in_pieces:
@@ -78,7 +78,7 @@ def attend_sequence(
     def attend_some(
         queries: tuple, seen: tuple, first: Array | int, first_key: Array | int
     ) -> Attended:
-        """Consecutive queries to consecutive keys, from these places in the row on."""
+        """Attention of consecutive queries to consecutive keys, from these places in the row."""
         (q, ids, starts, own), (keys, values, key_ids) = queries, seen
         mask = _sequence_mask(ids, key_ids, starts, first, first_key, seen_at_most, num_sinks)
         parts = [KeyValues(keys, values, mask)]
@@ -98,7 +98,7 @@ def _run_pieces(
     angles: RotaryAngles | None,
     window: int | None,
 ) -> Attended:
-    """A short row, piece by piece, each rotated by itself."""
+    """A short row, piece by piece, each rotated separately."""
     tokens = of_queries[0].shape[1]
     size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
     pieces = []

@@ -11,9 +11,9 @@ def apply_softcap(logits: Float[Array, "..."], cap: float | None) -> Float[Array
 
 
 def softcap_slope(capped: Float[Array, "..."], cap: float | None) -> Float[Array, "..."] | float:
-    """What the gradient of capped logits is multiplied by, from the capped logits themselves.
+    """The derivative of the soft cap, computed from the capped logits.
 
-    Where something was masked by a logit far below every cap, it is 0.
+    It is 0 where a logit far below every cap masks an entry.
     """
-    # Such a logit itself would make an infinity of its square.
+    # The square of such a logit would overflow.
     return 1.0 if cap is None else 1 - jnp.square(jnp.maximum(capped, -cap) / cap)

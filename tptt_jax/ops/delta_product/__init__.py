@@ -1,6 +1,6 @@
 """The DeltaProduct recurrence: parallel over chunks, one step, and token by token as the oracle.
 
-Behind them: what they check and share, how work is cut, and Pallas kernels with their trial.
+Behind them: input checks, block sizes, and Pallas kernels with their trial.
 """
 
 from tptt_jax.ops.delta_product.chunked import chunk_delta_product

@@ -1,4 +1,4 @@
-"""Which program computes the DeltaProduct operator."""
+"""Chooses the implementation of the DeltaProduct operator."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ from tptt_jax.ops.manual_axes import varying_axes
 
 # Architecture that the kernels were measured on.
 _HOPPER = 9
-# What the kernels have tiles for.
+# Largest sizes that the kernels support.
 _MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
 
 
@@ -27,11 +27,11 @@ def choose_implementation(
     segment_ids: SegmentIds | None,
     precision: jax.lax.PrecisionLike,
 ) -> Literal["xla", "pallas"]:
-    """The Pallas kernels where they were measured to be faster than XLA's program.
+    """Chooses the Pallas kernels where they were measured to be faster than XLA's program.
 
-    They are for bfloat16 inputs at the default precision on a Hopper GPU, where they are five to
-    eight times as fast. They are tried first, see `kernels_agree`; TPTT_JAX_PALLAS=0 turns them
-    off, 1 leaves out the trial.
+    That is for bfloat16 inputs at the default precision on a Hopper GPU, where they are five to
+    eight times as fast. A trial checks them first, see `kernels_agree`; TPTT_JAX_PALLAS=0 disables
+    the kernels, 1 skips the trial.
 
     Args:
       q: queries.
@@ -49,7 +49,7 @@ def choose_implementation(
     if setting == "0" or not is_default_precision(precision):
         return "xla"
     if varying_axes(q):
-        # Kernels do not say along which axes of a mesh their results vary.
+        # Kernels do not declare along which mesh axes their results vary.
         return "xla"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
         return "xla"
@@ -108,7 +108,7 @@ def check_kernels(
 
 
 def _has_compiler() -> bool:
-    """Whether this JAX compiles Pallas kernels with Triton; later releases are to drop it."""
+    """Whether this JAX compiles Pallas kernels with Triton; later releases will drop it."""
     return importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 
 

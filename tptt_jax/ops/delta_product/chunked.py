@@ -181,7 +181,7 @@ def _arrange_chunks(chunks: _Chunks, dtype) -> _Chunks:
 
 
 def _run_block(state, chunks: _Chunks, dtype, precision):
-    """Runs n chunks: all that does not need the state at once, then a scan over the state."""
+    """Runs n chunks: everything independent of the state at once, then a scan over the state."""
     matmul = functools.partial(jnp.matmul, precision=precision)
     batch, n, tokens, heads, _ = chunks.q.shape
     out_dtype = chunks.q.dtype
@@ -250,7 +250,7 @@ scale_rows.defvjp(_scale_forward, _scale_backward)
 
 
 def _decay_factors(decay, ordinals, tokens, dtype) -> tuple[Array, tuple[Array, Array] | None]:
-    """What decay and document starts multiply; all factors lie in [0, 1].
+    """Factors from decay and document starts, all in [0, 1].
 
     Only exponents <= 0 are exponentiated.
 

@@ -1,4 +1,4 @@
-"""What the chunkwise form and the token recurrence of DeltaProduct have in common."""
+"""Input checks and helpers that all forms of DeltaProduct share."""
 
 from typing import Literal, TypeVar
 
@@ -81,13 +81,13 @@ def check_inputs(
             )
 
 
-def _check_shape(name: str, x: Array, want: tuple[int, ...], axes: str) -> None:
-    if x.shape != want:
-        raise ValueError(f"{name} must have shape {want} ({axes}), got {x.shape}.")
+def _check_shape(name: str, x: Array, expected: tuple[int, ...], axes: str) -> None:
+    if x.shape != expected:
+        raise ValueError(f"{name} must have shape {expected} ({axes}), got {x.shape}.")
 
 
 def check_activation(state_activation: str) -> None:
-    """Raises ValueError if there is no such activation of the state."""
+    """Raises ValueError if the activation of the state is unknown."""
     if state_activation not in ("none", "gelu"):
         raise ValueError(f"state_activation must be one of none, gelu, got {state_activation!r}.")
 
@@ -100,7 +100,7 @@ def compute_dtype(*arrays: Array) -> jnp.dtype:
 def resolve_precision(
     precision: jax.lax.PrecisionLike | Literal["auto"], *arrays: Array
 ) -> jax.lax.PrecisionLike:
-    """What "auto" stands for: products as exact as what is multiplied.
+    """Resolves "auto": products as exact as their operands.
 
     Args:
       precision: "auto" becomes "default" if all arrays have half precision, else "highest".
@@ -113,7 +113,7 @@ def resolve_precision(
 
 
 def is_default_precision(precision: jax.lax.PrecisionLike) -> bool:
-    """Whether products may be as fast as the machine makes them.
+    """Whether products may have the machine's default precision.
 
     Args:
       precision: of products.
@@ -124,7 +124,7 @@ def is_default_precision(precision: jax.lax.PrecisionLike) -> bool:
 def silence_padding(valid: Bool[Array, "..."], arrays: _Tree) -> _Tree:
     """A tree of arrays, whose leading axes are those of `valid`, with zeros where it is False.
 
-    Whatever stood there is gone, NaN included.
+    Previous values there, NaN included, have no effect.
     """
 
     def silence(x):

@@ -15,9 +15,9 @@ from tptt_jax.ops.delta_product.kernels.tiles import Cut, Products
 from tptt_jax.ops.delta_product.plan import kernel_chunk_size, power_of_2
 from tptt_jax.ops.token_shift import document_ordinals
 
-# Fewer channels fill no matrix instruction.
+# Fewer channels do not fill a matrix instruction.
 _FEWEST_CHANNELS = 16
-# exp of what is smaller is 0 in float32, and 0 * -inf would be NaN.
+# exp of smaller numbers is 0 in float32, and 0 * -inf would be NaN.
 _LOWEST_DECAY = -1000
 
 
@@ -116,7 +116,7 @@ def _arrange(
     width, value_width = _channels(dim), _channels(value_dim)
     per_channel = beta.ndim == 5
     if per_channel:
-        # One width for what keys and values are multiplied with.
+        # One width for the channels of keys and values.
         width = value_width = max(width, value_width)
         beta = _pad(beta, {1: tokens, 2: cut.steps, 4: width})
         beta = beta.reshape(batch, tokens * cut.steps, kv_heads, width)

@@ -1,4 +1,4 @@
-"""How the DeltaProduct operator cuts its work, by backend; see docs/performance.md."""
+"""Chunk and block sizes of the DeltaProduct operator, by backend; see docs/performance.md."""
 
 from typing import NamedTuple
 
@@ -9,12 +9,12 @@ _KERNEL_WRITES = 64
 
 
 class ChunkPlan(NamedTuple):
-    """Measured, not derived.
+    """Chunks and blocks of a row; their sizes are measured, not derived.
 
     Attributes:
       chunk_size: tokens of a chunk.
-      blocks: into which the chunks of a row are put; a block's chunks exist at the same time,
-        and for the gradient a block is computed again.
+      blocks: number of blocks of chunks; a block's chunks are computed together, and its gradient
+        recomputes it.
       chunks: of a block.
     """
 
@@ -43,12 +43,12 @@ OTHERS = _Sizes(chunk_size=None, block=16, whole=16)
 
 
 def plan_chunks(length: int, chunk_size: int, *, exact: bool = False) -> ChunkPlan:
-    """How a row is cut.
+    """Plans the chunks and blocks of a row.
 
     Args:
       length: tokens of the row.
-      chunk_size: tokens of a chunk at most.
-      exact: whether the result depends on the chunk size, so that it must be this one.
+      chunk_size: most tokens of a chunk.
+      exact: whether exactly this chunk size is needed, because the result depends on it.
 
     Returns:
       Chunk size, blocks and chunks per block; together they hold at least the row.
@@ -78,5 +78,5 @@ def kernel_chunk_size(steps: int) -> int:
 
 
 def power_of_2(size: int) -> int:
-    """The smallest power of 2 that is not smaller."""
+    """The smallest power of 2 that is at least `size`."""
     return 1 << (size - 1).bit_length()

@@ -13,19 +13,19 @@ from tptt_jax.ops.manual_axes import vary_along, varying_axes
 
 
 class ChunkTerms(NamedTuple):
-    """What chunks do to a state and read from it; leading axes [n chunks, B, K] throughout.
+    """Terms by which chunks update and read a state; leading axes [n chunks, B, K] throughout.
 
     M virtual tokens write, R queries (all of a group) read.
 
     Attributes:
-      key_in: what the old state is multiplied with before writing [..., M, D].
-      query_in: and for reading [..., R, D].
-      key_out: along which is written [..., M, D].
-      scores: of what the chunk writes, in what it reads [..., R, M].
-      value: what is to be read at key_in afterwards [..., M, Dv].
+      key_in: keys that read the old state before writing [..., M, D].
+      query_in: queries that read the old state [..., R, D].
+      key_out: keys along which values are written [..., M, D].
+      scores: weights of the chunk's own writes in its reads [..., R, M].
+      value: target values at key_in [..., M, Dv].
       lower: L of the triangular system [..., M, M], strictly lower; receives its gradient.
       inverse: (I + L)^-1 [..., M, M]; receives none.
-      gate: factor on what is written [..., M]; None: it is in the other terms.
+      gate: factor on writes [..., M]; None: it is in the other terms.
       keep: factor on the old state [..., 1, 1]; None: 1.
       is_complete: whether the state is activated after the chunk [n]; None: never.
     """
@@ -47,9 +47,9 @@ def scan_chunks(
 ) -> tuple[Float[Array, "B K D Dv"], Float[Array, "N B K R Dv"]]:
     """Runs S <- keep S + key_out^T X, out = query_in S + scores X, X from key_in S.
 
-    X solves (I + L) X = gate (value - key_in S). The gradient runs the states again, then the
-    chunks backwards; in both loops is only what depends on the chunk before, everything else
-    is one product for all chunks.
+    X solves (I + L) X = gate (value - key_in S). The gradient recomputes the states, then runs the
+    chunks backwards; both loops contain only what depends on the neighbouring chunk, everything
+    else is one product for all chunks.
 
     Args:
       state: before the first chunk [B, K, D, Dv].
@@ -57,7 +57,7 @@ def scan_chunks(
       precision: of the products but for that with the inverse, which is exact.
 
     Returns:
-      The state after the last chunk; what was read [n, B, K, R, Dv].
+      The state after the last chunk; the reads [n, B, K, R, Dv].
     """
     return _scan(state, terms, precision)
 
@@ -97,11 +97,11 @@ def _scan_backward(
     matmul = functools.partial(jnp.matmul, precision=precision)
     key_in, query_in, key_out, scores, _, _, inverse, gate, keep, is_complete = terms
 
-    states, missing, solution = _run_again(first, terms, matmul)
+    states, missing, solution = _recompute_states(first, terms, matmul)
     from_scores = matmul(_transpose(scores), grad_out)
     from_queries = matmul(_transpose(query_in), grad_out)
 
-    def go_back(grad_after, chunk):
+    def run_backward(grad_after, chunk):
         key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest = chunk
         if is_complete is not None:
             state, solution = rest
@@ -114,7 +114,7 @@ def _scan_backward(
 
     rest = None if is_complete is None else (states, solution)
     xs = (key_in, key_out, inverse, gate, keep, is_complete, from_scores, from_queries, rest)
-    grad_first, (grad_after, grad_written) = jax.lax.scan(go_back, grad_last, xs, reverse=True)
+    grad_first, (grad_after, grad_written) = jax.lax.scan(run_backward, grad_last, xs, reverse=True)
 
     grad_value = _gated(grad_written, gate)
     # Again two products at a time.
@@ -140,10 +140,10 @@ def _scan_backward(
     return grad_first, grad_terms
 
 
-def _run_again(
+def _recompute_states(
     first: Array, terms: ChunkTerms, matmul: Callable[[Array, Array], Array]
 ) -> tuple[Array, Array, Array]:
-    """States before the chunks, what they read too little of, and what solves their systems."""
+    """States before the chunks, residuals of their reads, and solutions of their systems."""
 
     def carry(state, chunk):
         key_in, key_out, value, inverse, gate, keep, is_complete = chunk

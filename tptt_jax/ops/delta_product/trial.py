@@ -1,4 +1,4 @@
-"""Whether the Pallas kernels compute on this machine what the recurrence says."""
+"""A trial that compares the Pallas kernels with the recurrence on this machine."""
 
 import functools
 import warnings
@@ -57,8 +57,7 @@ def kernels_agree(kind: KernelKind) -> bool:
       False also if the kernels cannot be compiled or run.
 
     Raises:
-      RuntimeError: if they fail and there are other processes, which would go on with another
-        program.
+      RuntimeError: if they fail and there are other processes, which would run another program.
     """
     problem = _find_problem(kind)
     if problem is None:
@@ -70,8 +69,8 @@ def kernels_agree(kind: KernelKind) -> bool:
     if jax.process_count() > 1:
         raise RuntimeError(f"{text} Set TPTT_JAX_PALLAS=0 in all processes: XLA's program.")
     warnings.warn(
-        f"{text} XLA's program is taken, which computes the same in more time. TPTT_JAX_PALLAS=0 "
-        "takes it without a trial, TPTT_JAX_PALLAS=1 the kernels, even if they are wrong.",
+        f"{text} XLA's program is used, which computes the same in more time. TPTT_JAX_PALLAS=0 "
+        "uses it without a trial, TPTT_JAX_PALLAS=1 the kernels, even if they are wrong.",
         stacklevel=2,
     )
     return False
@@ -93,8 +92,8 @@ def _find_problem(kind: KernelKind) -> str | None:
 def _compare(kind: KernelKind) -> dict[str, float]:
     """Error of the kernels against the recurrence, by name of the result or gradient."""
     data = _random_inputs(kind)
-    # New threads know of no trace, mesh or precision that surrounds this call, and both compile
-    # at the same time.
+    # New threads do not inherit this call's trace, mesh and precision, and both compile in
+    # parallel.
     with ThreadPoolExecutor(2) as threads:
         by_kernels, by_recurrence = (
             threads.submit(_results, *data, use_kernels=each) for each in (True, False)
@@ -158,7 +157,7 @@ def _random_inputs(kind: KernelKind) -> tuple[dict[str, Any], Any, tuple[Any, An
         inputs["log_decay"] = np.log(sigmoid(draw(_ROWS, tokens, _KV_HEADS) + 3))
     segment_ids = None
     if kind.documents:
-        # A document that ends within a chunk, one that goes on to the end, padding.
+        # A document that ends within a chunk, one that extends to the end, padding.
         segment_ids = np.full((_ROWS, tokens), 2, np.int32)
         segment_ids[:, : tokens // 6], segment_ids[0, -tokens // 12 :] = 1, 0
     weights = (draw(_ROWS, tokens, heads, kind.value_dim), draw(*state))
@@ -166,7 +165,7 @@ def _random_inputs(kind: KernelKind) -> tuple[dict[str, Any], Any, tuple[Any, An
 
 
 def _largest_error(got: np.ndarray, expected: np.ndarray) -> float:
-    """Of a chunk of tokens or a row of states, against its norm or half of what is usual."""
+    """Largest error of a chunk or row of states, relative to its norm or half the usual norm."""
     axis, parts = (0, _ROWS) if expected.shape[:2] == (_ROWS, _KV_HEADS) else (1, _CHUNKS)
     usual = np.linalg.norm(expected) / np.sqrt(parts)
     pairs = zip(*(np.array_split(x, parts, axis) for x in (got, expected)), strict=True)

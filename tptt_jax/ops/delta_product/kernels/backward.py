@@ -1,7 +1,7 @@
-"""The kernels of the gradient; the forward pass up to the outputs is run again for it.
+"""The kernels of the gradient, which recompute the forward pass up to the outputs.
 
-What a product has made is never transposed for another, but made again transposed: Triton 3.4 to
-3.7.0 compiles that wrongly for Hopper (triton-lang/triton, seen by flash-linear-attention 640).
+The result of a product is never transposed for another product, but recomputed transposed: Triton
+3.4 to 3.7.0 miscompiles that for Hopper (triton-lang/triton, seen by flash-linear-attention 640).
 """
 
 import functools
@@ -24,19 +24,19 @@ from tptt_jax.ops.delta_product.kernels.factors import Factors, decay_gradient, 
 from tptt_jax.ops.delta_product.kernels.forward import (
     States,
     Systems,
-    left_below,
-    left_visible,
+    decay_below,
+    decay_visible,
+    read_operands,
     run_states,
     scale_by,
     solve_systems,
-    what_is_read,
-    what_is_written,
+    write_operands,
 )
 from tptt_jax.ops.delta_product.kernels.tiles import Cut, diagonal, scale
 
 
 class StateGradients(NamedTuple):
-    """Gradients of what went from chunk to chunk.
+    """Gradients of the states and of R.
 
     Attributes:
       after: of the states after the chunks [B, K, n, D, Dv].
@@ -59,10 +59,10 @@ def run_backward(
     factors = make_factors(inputs.log_decay, inputs.ordinals, inputs.k.shape[2], cut)
     systems = solve_systems(inputs, factors, cut, keep_inverse=True)
     states = run_states(inputs, factors, systems, cut)
-    wanted = _want_solution(inputs, factors, grad_out, cut)
-    grads = _run_states_back(inputs, factors, systems, wanted, (grad_out, grad_last), cut)
-    reads = _pull_reads(inputs, factors, states, grad_out, cut)
-    writes = _pull_writes(inputs, factors, systems, states, grads, reads.k, cut)
+    grad_solution = _run_grad_solution(inputs, factors, grad_out, cut)
+    grads = _run_states_back(inputs, factors, systems, grad_solution, (grad_out, grad_last), cut)
+    reads = _run_reads_back(inputs, factors, states, grad_out, cut)
+    writes = _run_writes_back(inputs, factors, systems, states, grads, reads.k, cut)
     log_decay = None
     if inputs.log_decay is not None:
         log_decay = decay_gradient(reads.until, writes.until, writes.end, cut)
@@ -77,36 +77,36 @@ def run_backward(
     )
 
 
-def _want_solution(
+def _run_grad_solution(
     inputs: KernelInputs, factors: Factors, grad_out: Array, cut: Cut
 ) -> Float[Array, "B K V Dv"]:
     """The gradient of R by the outputs of its own chunk."""
     layout = Layout(cut, inputs)
     made = run_kernel(
-        "wanted",
-        functools.partial(_want, cut, layout.group),
+        "grad_solution",
+        functools.partial(_grad_solution, cut, layout.group),
         layout,
-        {**what_is_read(inputs, factors, layout), "grad": layout.reads(grad_out)},
-        {"wanted": layout.made(layout.new_made(inputs.v.shape[-1]))},
+        {**read_operands(inputs, factors, layout), "grad": layout.reads(grad_out)},
+        {"grad_solution": layout.made(layout.new_made(inputs.v.shape[-1]))},
     )
-    return made.wanted
+    return made.grad_solution
 
 
-def _want(cut: Cut, group: int, x: Refs, y: Refs) -> None:
+def _grad_solution(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], left_visible(cut, x, transposed=True)
+    k, visible = x.k[...], decay_visible(cut, x, transposed=True)
     total = 0.0
     for g in range(group):
         scores = dot(k, x.q[:, g], "nt") * visible
         total += dot(scores, x.grad[:, g])
-    y.wanted[...] = jnp.asarray(total).astype(y.wanted.dtype)
+    y.grad_solution[...] = jnp.asarray(total).astype(y.grad_solution.dtype)
 
 
 def _run_states_back(
     inputs: KernelInputs,
     factors: Factors,
     systems: Systems,
-    wanted: Array,
+    grad_solution: Array,
     grads: tuple[Array, Array],
     cut: Cut,
 ) -> StateGradients:
@@ -114,13 +114,13 @@ def _run_states_back(
     grad_out, grad_last = grads
     made = run_kernel(
         "states_back",
-        functools.partial(_go_back, cut, layout.chunks, layout.group),
+        functools.partial(_states_back, cut, layout.chunks, layout.group),
         layout,
         {
             "q": layout.reads(inputs.q),
             "k": layout.writes(inputs.k),
             "reads": layout.made(systems.reads),
-            "wanted": layout.made(wanted, split=True),
+            "grad_solution": layout.made(grad_solution, split=True),
             "grad": layout.reads(grad_out, split=True),
             "into": layout.numbers(factors.into_reads, cut.tokens),
             "out": layout.numbers(factors.out_of_writes, cut.writes),
@@ -132,13 +132,14 @@ def _run_states_back(
             "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
             "first": layout.state(inputs.state),
         },
-        # The next chunk's queries wait in the shared memory: those of many heads do not fit.
+        # The next chunk's queries are prefetched to shared memory, where those of many heads do
+        # not fit.
         stages=2 if layout.group * cut.products.dtype.itemsize <= 4 else 1,
     )
     return StateGradients(made.after, made.solution, made.first)
 
 
-def _go_back(cut: Cut, count: int, group: int, x: Refs, y: Refs) -> None:
+def _states_back(cut: Cut, count: int, group: int, x: Refs, y: Refs) -> None:
     dot, dtype = cut.products.dot, cut.products.dtype
 
     def run_chunk(i: Array, grad: Array) -> Array:
@@ -146,7 +147,7 @@ def _go_back(cut: Cut, count: int, group: int, x: Refs, y: Refs) -> None:
         here, tokens = pl.ds(c * cut.writes, cut.writes), pl.ds(c * cut.tokens, cut.tokens)
         y.after[c] = grad.astype(dtype)
         key_out = scale_by(read_wide(x.k, here), x.out, here)
-        solution = dot(key_out, grad) + read_wide(x.wanted, here)
+        solution = dot(key_out, grad) + read_wide(x.grad_solution, here)
         y.solution[here] = solution.astype(dtype)
         grad = grad if x.through is None else grad * x.through[c]
         for g in range(group):
@@ -157,17 +158,17 @@ def _go_back(cut: Cut, count: int, group: int, x: Refs, y: Refs) -> None:
     y.first[...] = jax.lax.fori_loop(0, count, run_chunk, x.last[...])
 
 
-def _pull_reads(
+def _run_reads_back(
     inputs: KernelInputs, factors: Factors, states: States, grad_out: Array, cut: Cut
 ) -> Refs:
     """Gradients of the queries and, by what was read, of keys [B, K, V, D] and sums of decays."""
     layout = Layout(cut, inputs)
     return run_kernel(
         "reads_back",
-        functools.partial(_read_back, cut, layout.group),
+        functools.partial(_reads_back, cut, layout.group),
         layout,
         {
-            **what_is_read(inputs, factors, layout),
+            **read_operands(inputs, factors, layout),
             "states": layout.states(states.before),
             "solution": layout.made(states.solution),
             "grad": layout.reads(grad_out),
@@ -180,10 +181,10 @@ def _pull_reads(
     )
 
 
-def _read_back(cut: Cut, group: int, x: Refs, y: Refs) -> None:
+def _reads_back(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], left_visible(cut, x)
-    visible_transposed = left_visible(cut, x, transposed=True)
+    k, visible = x.k[...], decay_visible(cut, x)
+    visible_transposed = decay_visible(cut, x, transposed=True)
     grad_key = until = 0.0
     for g in range(group):
         q = x.q[:, g]
@@ -203,7 +204,7 @@ def _read_back(cut: Cut, group: int, x: Refs, y: Refs) -> None:
         y.until[...] = until
 
 
-def _pull_writes(
+def _run_writes_back(
     inputs: KernelInputs,
     factors: Factors,
     systems: Systems,
@@ -217,10 +218,10 @@ def _pull_writes(
     ends = None if inputs.log_decay is None else factors.through
     return run_kernel(
         "writes_back",
-        functools.partial(_write_back, cut),
+        functools.partial(_writes_back, cut),
         layout,
         {
-            **what_is_written(inputs, factors, layout),
+            **write_operands(inputs, factors, layout),
             "v": layout.writes(inputs.v),
             "into": layout.numbers(factors.into_writes, cut.writes),
             "out": layout.numbers(factors.out_of_writes, cut.writes),
@@ -228,7 +229,7 @@ def _pull_writes(
             "states": layout.states(states.before),
             "after": layout.states(grads.after),
             "solution": layout.made(states.solution),
-            "wanted": layout.made(grads.solution),
+            "grad_solution": layout.made(grads.solution),
             "inverse": layout.made(systems.inverse),
             "k_by_reads": layout.made(grad_key),
         },
@@ -242,17 +243,17 @@ def _pull_writes(
     )
 
 
-def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
+def _writes_back(cut: Cut, x: Refs, y: Refs) -> None:
     dot, dtype = cut.products.dot, cut.products.dtype
     beta = read_wide(x.beta)
     per_channel = beta.ndim == 2
-    value = dot(x.inverse[...], x.wanted[...], "tn")
+    value = dot(x.inverse[...], x.grad_solution[...], "tn")
     y.v[...] = scale(value, beta).astype(y.v.dtype)
     grad_beta = 0.0 if per_channel else jnp.sum(value * read_wide(x.v), axis=1)
     value = value.astype(dtype)
     solution = x.solution[...]
-    grad_lower = (-dot(value, solution, "nt") * left_below(cut, x)).astype(dtype)
-    transposed = -dot(solution, value, "nt") * left_below(cut, x, transposed=True)
+    grad_lower = (-dot(value, solution, "nt") * decay_below(cut, x)).astype(dtype)
+    transposed = -dot(solution, value, "nt") * decay_below(cut, x, transposed=True)
     transposed = transposed.astype(dtype)
     until = end = jnp.float32(0)
     for part in columns_of(x.k):
@@ -261,7 +262,7 @@ def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
         gated, state, after = scale(k, gate), x.states[part], x.after[part]
         grad_key = scale_by(dot(x.solution[...], after, "nt"), x.out)
         if y.end is not None:
-            # Tiles that are multiplied need not lie in registers.
+            # Operands of a product need not lie in registers.
             kept = jnp.sum(diagonal(dot(state, after, "nt")))
             end += kept * x.through[...] + jnp.sum(grad_key * k)
         grad_key += dot(transposed, gated) + read_wide(x.k_by_reads, slice(None), part)
@@ -270,8 +271,8 @@ def _write_back(cut: Cut, x: Refs, y: Refs) -> None:
             until += jnp.sum(grad_gated * gated - grad_key * k, axis=1)
         y.k[:, part] = (grad_key + scale(grad_gated, gate)).astype(y.k.dtype)
         if per_channel:
-            # Tiles cannot be cut: these columns of `value` once more.
-            of_value = dot(x.inverse[...], x.wanted[:, part], "tn")
+            # Tiles cannot be sliced: recompute these columns of `value`.
+            of_value = dot(x.inverse[...], x.grad_solution[:, part], "tn")
             of_gate = grad_gated * k + of_value * read_wide(x.v, slice(None), part)
             y.beta[:, part] = of_gate.astype(y.beta.dtype)
         else:

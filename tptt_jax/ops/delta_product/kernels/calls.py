@@ -1,4 +1,4 @@
-"""What the kernels work on, and how they are called."""
+"""Inputs and operands of the kernels, and how they are called."""
 
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
@@ -13,12 +13,12 @@ from tptt_jax.ops.delta_product.kernels.tiles import Cut
 
 try:
     from jax.experimental.pallas import triton
-except ImportError:  # Later releases of JAX are to drop it.
+except ImportError:  # Later releases of JAX will drop it.
     triton = None
 
-# Kernels see arrays by name; what is absent is None.
+# Kernels see arrays by name; absent ones are None.
 Refs = SimpleNamespace
-# Columns of a tile; wider ones are worked on in parts, or do not fit into registers.
+# Columns of a tile; wider arrays are processed in parts, as they do not fit into registers.
 COLUMNS = 64
 
 
@@ -49,7 +49,7 @@ class Operand(NamedTuple):
 
     Attributes:
       array: or its shape and dtype, of an output; None: it is absent.
-      block: that one program sees; axes that are None are gone.
+      block: block of one program; axes that are None are dropped.
       place: the block of program (x, KV head, row), in blocks along every axis.
     """
 
@@ -97,7 +97,7 @@ class Layout(NamedTuple):
         return self._rows(array, self.cut.writes, None, split)
 
     def made(self, array: Any, *, split: bool = False) -> Operand:
-        """[B, K, V, X], as kernels write what only they read."""
+        """[B, K, V, X], the layout of intermediate results."""
         if array is None:
             return Operand(None, (), lambda *_: ())
         size, width = self._size(self.cut.writes), array.shape[-1]
@@ -190,15 +190,15 @@ def run_kernel(
       The outputs by name.
     """
     given = {key: each for key, each in inputs.items() if each.array is not None}
-    wanted = {key: each for key, each in outputs.items() if each.array is not None}
+    present = {key: each for key, each in outputs.items() if each.array is not None}
     nothing = dict.fromkeys([*inputs, *outputs])
 
     def kernel(*refs: Any) -> None:
         sources = dict(zip(given, refs[: len(given)], strict=True))
-        targets = dict(zip(wanted, refs[len(given) :], strict=True))
+        targets = dict(zip(present, refs[len(given) :], strict=True))
         body(Refs(**nothing | sources), Refs(**nothing | targets))
 
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array, wanted.values())]
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in map(_array, present.values())]
     params = None
     if triton is not None:
         params = triton.CompilerParams(num_warps=warps, num_stages=stages)
@@ -206,13 +206,13 @@ def run_kernel(
         kernel,
         grid=layout.grid,
         in_specs=[pl.BlockSpec(each.block, each.place) for each in given.values()],
-        out_specs=[pl.BlockSpec(each.block, each.place) for each in wanted.values()],
+        out_specs=[pl.BlockSpec(each.block, each.place) for each in present.values()],
         out_shape=shapes,
         interpret=layout.cut.products.interpret,
         compiler_params=params,
         name=f"delta_product_{name}",
     )(*map(_array, given.values()))
-    return Refs(**nothing | dict(zip(wanted, made, strict=True)))
+    return Refs(**nothing | dict(zip(present, made, strict=True)))
 
 
 def _array(operand: Operand) -> Any:

@@ -1,4 +1,4 @@
-"""What decay and document starts multiply, between a chunk's tokens and its ends."""
+"""Decay factors between the tokens and the ends of a chunk, with document starts."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ class Factors(NamedTuple):
     """Per token [B, K, T] or virtual token [B, K, V]; a chunk has C tokens, M virtual ones.
 
     Attributes:
-      decay: logarithm of what each virtual token leaves of all that was written before it [V];
-        only of a token's first one it is not 0. None: nothing decays.
+      decay: logarithm of each virtual token's factor on everything written before it [V]; nonzero
+        only for a token's first one. None: no decay.
       until_reads: sum of decays from the chunk's start to token t [T], or None.
       until_writes: the same to virtual token i [V], or None.
-      into_reads: what token t finds of the state before its chunk [T].
-      into_writes: what virtual token i finds of it [V].
-      out_of_writes: what the state after the chunk holds of what virtual token i wrote [V].
-      through: what it holds of the state before [B, K, n].
+      into_reads: factor from the state before the chunk to token t [T].
+      into_writes: factor from that state to virtual token i [V].
+      out_of_writes: factor from virtual token i's write to the state after the chunk [V].
+      through: factor from the state before a chunk to the state after it [B, K, n].
       read_documents: documents of tokens [B, T]; None: a row is one document.
       documents: of virtual tokens [B, V], or None.
     """

@@ -29,10 +29,10 @@ from tptt_jax.ops.delta_product.kernels.tiles import (
 
 
 class Systems(NamedTuple):
-    """What chunks know before they know the state.
+    """Solutions of the chunks' systems, independent of the state.
 
     Attributes:
-      reads: W [B, K, V, D], what R lacks of U for a state.
+      reads: W [B, K, V, D] of R = U - W S.
       values: U [B, K, V, Dv].
       inverse: (I + L)^-1 [B, K, V, M] of every chunk.
     """
@@ -43,11 +43,11 @@ class Systems(NamedTuple):
 
 
 class States(NamedTuple):
-    """What went from chunk to chunk.
+    """The states between chunks, and R.
 
     Attributes:
-      before: states before the chunks [B, K, n, D, Dv], rounded to be multiplied.
-      solution: R [B, K, V, Dv], what is written along the keys.
+      before: states before the chunks [B, K, n, D, Dv], rounded for products.
+      solution: R [B, K, V, Dv], the values written along the keys.
       last: the state after the last chunk [B, K, D, Dv], float32.
     """
 
@@ -74,7 +74,7 @@ def solve_systems(
         functools.partial(_solve, cut),
         layout,
         {
-            **what_is_written(inputs, factors, layout),
+            **write_operands(inputs, factors, layout),
             "v": layout.writes(inputs.v),
             "into": layout.numbers(factors.into_writes, cut.writes),
         },
@@ -109,7 +109,7 @@ def run_states(inputs: KernelInputs, factors: Factors, systems: Systems, cut: Cu
             "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
             "last": layout.state(inputs.state),
         },
-        # Three chunks of float32 numbers do not fit into the shared memory.
+        # Three chunks of float32 numbers do not fit into shared memory.
         stages=3 if cut.products.dtype == jnp.bfloat16 else 2,
     )
     return States(made.before, made.solution, made.last)
@@ -127,7 +127,7 @@ def _read_outputs(
         functools.partial(_read, cut, layout.group),
         layout,
         {
-            **what_is_read(inputs, factors, layout),
+            **read_operands(inputs, factors, layout),
             "states": layout.states(states.before),
             "solution": layout.made(states.solution),
         },
@@ -136,7 +136,7 @@ def _read_outputs(
     return made.out
 
 
-def what_is_written(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+def write_operands(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
     """Operands of kernels that need L, of one chunk each."""
     writes = layout.cut.writes
     return {
@@ -148,7 +148,7 @@ def what_is_written(inputs: KernelInputs, factors: Factors, layout: Layout) -> d
     }
 
 
-def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
+def read_operands(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict[str, Operand]:
     """Operands of kernels that read, of one chunk each."""
     tokens, writes = layout.cut.tokens, layout.cut.writes
     return {
@@ -163,7 +163,7 @@ def what_is_read(inputs: KernelInputs, factors: Factors, layout: Layout) -> dict
     }
 
 
-def left_below(
+def decay_below(
     cut: Cut,
     x: Refs,
     rows: slice = slice(None),
@@ -171,7 +171,7 @@ def left_below(
     *,
     transposed: bool = False,
 ) -> Array:
-    """What virtual token i finds of what j wrote, a part of [M, M]; 0 if j is not before i."""
+    """Factor from virtual token j's write to token i, a part of [M, M]; 0 unless j is before i."""
     indices = cut.written(rows), cut.written(columns)
     row, column = cross(*indices, transposed)
     factor = (row > column).astype(jnp.float32)
@@ -183,8 +183,8 @@ def left_below(
     return factor
 
 
-def left_visible(cut: Cut, x: Refs, *, transposed: bool = False) -> Array:
-    """What token t finds of what virtual token j of its chunk wrote [C, M]; 0 if it is later."""
+def decay_visible(cut: Cut, x: Refs, *, transposed: bool = False) -> Array:
+    """Factor from virtual token j's write to token t of its chunk [C, M]; 0 if j is later."""
     indices = cut.read(), cut.written()
     row, column = cross(*indices, transposed)
     factor = (row >= column).astype(jnp.float32)
@@ -212,7 +212,7 @@ def _solve(cut: Cut, x: Refs, y: Refs) -> None:
     for i, rows in enumerate(parts):
         inverse[i, i] = invert_unit_lower_tile(cut.products, _lower(cut, x, rows, rows))
         for j in range(i):
-            # All of row i of L to the left, times the inverse above it.
+            # Row i of L left of the diagonal, times the inverse above it.
             left = [_lower(cut, x, rows, parts[m]) for m in range(j, i)]
             corner = sum(
                 cut.products.exact_dot(lower, inverse[m, j])
@@ -234,11 +234,11 @@ def _lower(cut: Cut, x: Refs, rows: slice, columns: slice) -> Array:
     """A part of L."""
     beta = read_wide(x.beta, rows)
     if beta.ndim == 1:
-        # Half precision keys are multiplied as they are, without rounding beta k.
+        # Half-precision keys are multiplied unchanged, which avoids rounding beta k.
         product = scale(cut.products.dot(x.k[rows], x.k[columns], "nt"), beta)
     else:
         product = cut.products.dot(scale(read_wide(x.k, rows), beta), x.k[columns], "nt")
-    return product * left_below(cut, x, rows, columns)
+    return product * decay_below(cut, x, rows, columns)
 
 
 def _write_solution(
@@ -277,7 +277,7 @@ def _run_states(cut: Cut, count: int, x: Refs, y: Refs) -> None:
 
 def _read(cut: Cut, group: int, x: Refs, y: Refs) -> None:
     dot = cut.products.dot
-    k, visible = x.k[...], left_visible(cut, x)
+    k, visible = x.k[...], decay_visible(cut, x)
     for g in range(group):
         q = x.q[:, g]
         query_in = scale_by(q.astype(jnp.float32), x.into)

@@ -1,4 +1,4 @@
-"""Dividing the kernels among devices: every device runs its rows and its KV heads."""
+"""Partitions the kernels over devices: every device runs its rows and its KV heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -51,14 +51,14 @@ def backward(inputs: KernelInputs, grad_out: Array, grad_last: Array, cut: Cut) 
 
 
 def _is_local() -> bool:
-    """Whether arrays are those of one device: there is one, or `jax.shard_map` has divided them."""
+    """Whether arrays are local: there is one device, or `jax.shard_map` has divided them."""
     mesh = jax.sharding.get_abstract_mesh()
     is_divided = not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names)
     return jax.device_count() == 1 or is_divided
 
 
 def _name_axes(inputs: KernelInputs) -> KernelInputs:
-    """The axes of every array that is there."""
+    """The axes of every present array."""
     names = _AXES | {"beta": _AXES["beta per channel" if inputs.beta.ndim == 4 else "beta"]}
     present: dict[str, Any] = {
         key: None if array is None else names[key] for key, array in inputs._asdict().items()
@@ -108,7 +108,7 @@ def _divide(run: Callable[..., Any], args: Any, results: Any, inputs: KernelInpu
 
 
 def _fold_vmapped(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
-    """The same under `jax.vmap`, whose axis becomes one of more rows: all arrays have rows first.
+    """The same under `jax.vmap`, whose axis is folded into the rows, the first axis of all arrays.
 
     Partitioned functions have no batching rule of their own.
     """
@@ -128,6 +128,6 @@ def _fold_vmapped(run: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[
 
 
 def _spec(shape: Any) -> tuple[Any, ...]:
-    """What divides each axis."""
+    """The mesh axes that divide each axis."""
     given = tuple(shape.sharding.spec)
     return given + (None,) * (len(shape.shape) - len(given))

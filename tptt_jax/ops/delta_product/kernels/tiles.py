@@ -1,4 +1,4 @@
-"""What the kernels do with the tiles of one chunk."""
+"""Operations of the kernels on the tiles of one chunk."""
 
 from typing import Literal, NamedTuple
 
@@ -11,17 +11,17 @@ _THREE_TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 _TF32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32
 _CONTRACTED = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}
 
-# Larger tiles cost more products of numbers that are zero, smaller ones more of few rows.
+# Larger tiles multiply more zeros, smaller ones have too few rows.
 _PART = 32
 
 Form = Literal["nn", "nt", "tn"]
 
 
 class Products(NamedTuple):
-    """How tiles are multiplied; every product is summed in float32.
+    """Precision of the products of tiles; every product is summed in float32.
 
     Attributes:
-      dtype: that numbers are rounded to before they are multiplied or written to memory.
+      dtype: to which numbers are rounded before products and writes.
       exact: whether float32 numbers keep all their bits (three TF32 products make one).
       interpret: whether JAX interprets the kernels, for tests on any machine; float32 products
         are then exact.
@@ -36,7 +36,7 @@ class Products(NamedTuple):
         return self._dot(a.astype(self.dtype), b.astype(self.dtype), form, self.exact)
 
     def exact_dot(self, a: Array, b: Array, form: Form = "nn") -> Array:
-        """The same with all bits of float32, whatever is asked of other products."""
+        """The same with all bits of float32, independent of `exact`."""
         return self._dot(a.astype(jnp.float32), b.astype(jnp.float32), form, True)
 
     def _dot(self, a: Array, b: Array, form: Form, exact: bool) -> Array:
@@ -50,7 +50,7 @@ class Products(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How a row is cut, and how its tiles are multiplied.
+    """Chunk sizes of a row, and the precision of its products.
 
     Attributes:
       tokens: C of a chunk, a power of 2.
@@ -111,12 +111,12 @@ def decay_between(
     *,
     transposed: bool = False,
 ) -> Float[Array, "R X"]:
-    """What a row finds of what virtual token j wrote, if it comes after it.
+    """Decay factor from virtual token j's write to a later row.
 
     Args:
-      products: how to multiply.
-      decay: logarithm of what each virtual token leaves of all that was written before it [M].
-      rows: the last virtual token that has decayed what a row finds.
+      products: precision.
+      decay: logarithm of each virtual token's factor on everything written before it [M].
+      rows: the last virtual token whose decay applies to a row.
       columns: virtual tokens.
       until: sums of decays from the chunk's start to rows and to columns.
       transposed: whether the result is [X, R].
@@ -124,7 +124,7 @@ def decay_between(
     if not products.exact:
         of_row, of_column = cross(*until, transposed)
         return jnp.exp(jnp.minimum(of_row - of_column, 0))
-    # Sums over what lies in between: a difference of running sums would lose the small decays
+    # Sums over the tokens in between: a difference of running sums would lose the small decays
     # after a large one.
     steps = _iota(decay.shape[0])
     row, step = cross(rows, steps, transposed)
