@@ -68,6 +68,10 @@ CASES = {
         },
         LizaConfig(softmax_window=5, softmax_sinks=1),
     ),
+    "kept layers": (
+        {"layer_kinds": ("sliding", "full", "full"), "sliding_window": 9},
+        LizaConfig(softmax_window=5, softmax_sinks=1, full_layers=(2,)),
+    ),
     "gpt2": (
         {
             "norm": "layer",
@@ -283,6 +287,8 @@ def test_the_reference_operator_is_refused(tmp_path):
     ("change", "match"),
     [
         ({"liza": {"chunks": 3}}, "does not know: chunks"),
+        ({"liza": {"full_layers": [3]}}, "impossible model: full_layers names layer 3, but the"),
+        ({"liza": {"full_layers": [0.5]}}, "full_layers in .* cannot be"),
         ({"liza": {"operator": "magic"}}, "impossible model: operator must be one of"),
         ({"rope": {"theta": -1.0}}, "impossible model: rope theta"),
         ({"hidden_size": None}, "hidden_size in .* cannot be None"),

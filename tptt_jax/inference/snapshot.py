@@ -73,6 +73,8 @@ def _drop_later_options(liza: dict[str, Any]) -> None:
         del liza["precision"]
     if liza.get("writes") == "all":
         del liza["writes"]
+    if not liza.get("full_layers", True):
+        del liza["full_layers"]
 
 
 # What a rotary embedding consisted of when the first states were saved.

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Int, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig
+from tptt_jax.config import LayerKind, LizaConfig, layer_kinds
 from tptt_jax.decoder import DecoderLayer, apply_norm, layer_stacks, spread_memory
 from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.liza import LizaAttention, Projected
@@ -75,7 +75,8 @@ def visit_layers(
         tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
     positions = count_positions(tokens.shape, segment_ids, None)
     place = (positions, segment_ids, None)
-    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(model.config.layer_kinds))
+    of_layers = layer_kinds(model.config, model.liza)
+    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(of_layers))
 
     def contexts(liza: LizaConfig | None, window: Array | None) -> dict[LayerKind, TokenContext]:
         return {kind: token_context(model.config, liza, kind, *place, window) for kind in kinds}
@@ -83,7 +84,7 @@ def visit_layers(
     whole, narrow = contexts(None, None), contexts(model.liza, window)
     x, found = model.embed(tokens, positions), []
     for number, layers in enumerate(layer_stacks(model.config)):
-        stack: tuple[LayerKind, ...] = tuple(model.config.layer_kinds[i] for i in layers)
+        stack: tuple[LayerKind, ...] = tuple(of_layers[i] for i in layers)
         x, seen = _visit_stack(model.stacks[number], stack, whole, narrow, x, visit)
         found.append(seen)
     return found

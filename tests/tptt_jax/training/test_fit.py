@@ -1,5 +1,7 @@
 """Fitting every layer's memory to the base model's own attention."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from tests.contracts import (
 )
 from tests.tptt_jax.evicted_oracle import run_layer, weights_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import layer_kinds, memory_layers
 from tptt_jax.decoder import is_memory, memory_location
 from tptt_jax.layers.liza import LayerTokens
 from tptt_jax.layers.parameters import MemoryParam
@@ -34,6 +37,7 @@ MIXED = ModelConfig.tiny(
     layer_kinds=("full", "sliding", "full"),
     sliding_window=4,
 )
+KEPT = dataclasses.replace(MIXED, num_layers=4, layer_kinds=("full", "sliding", "full", "full"))
 # Two stacks.
 UNEVEN = ModelConfig.tiny(
     num_layers=2, mlp_dim=16, num_heads_per_layer=(2, 4), num_kv_heads_per_layer=(1, 2)
@@ -118,7 +122,7 @@ def _plain_gaps(model, tokens, ids):
 
     x, gaps, titans = model.embed(tokens, positions), [], _layers(model)
     for layer, titan, kind in zip(
-        _layers(base_model(model)), titans, model.config.layer_kinds, strict=True
+        _layers(base_model(model)), titans, layer_kinds(model.config, model.liza), strict=True
     ):
         normed = layer.attn_norm(x)
         full = run(layer.self_attn, kind, normed)
@@ -136,6 +140,7 @@ def _plain_gaps(model, tokens, ids):
 GAPS = {
     "sliding and full": (MIXED, {}, None, None),
     "packed": (MIXED, {}, PACKED, None),
+    "kept, sliding and full": (KEPT, {"full_layers": (2,)}, None, None),
     "traced window, packed": (LLAMA, {}, PACKED, 4),
     "two stacks, learned share": (UNEVEN, {"mag": "learned", "linear_scale": "match"}, None, None),
 }
@@ -157,8 +162,7 @@ def test_gaps_and_gradients_are_those_of_whole_layers(config, options, ids, wind
     assert_close(left, [value for value, _ in want], 1e-5, "gap left")
     assert len(np.unique(left)) == len(left) == 2
     seen = set()
-    layers = [i for i, kind in enumerate(config.layer_kinds) if kind == "full"]
-    for layer, (_, of_layer) in zip(layers, want, strict=True):
+    for layer, (_, of_layer) in zip(memory_layers(config, model.liza), want, strict=True):
         number, index = memory_location(config, model.liza, layer)
         for path, variable in nnx.to_flat_state(of_layer):
             name = ".".join(map(str, ("stacks", number, "self_attn", *path)))
