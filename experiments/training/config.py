@@ -142,7 +142,8 @@ class FinetuneConfig:
             return self.liza
         if self.liza.softmax_window is None:
             return None
-        kept = {name: getattr(self.liza, name) for name in ("softmax_window", "softmax_sinks")}
+        names = ("softmax_window", "softmax_sinks", "full_layers")
+        kept = {name: getattr(self.liza, name) for name in names}
         return LizaConfig(writes="none", **kept)
 
     @property

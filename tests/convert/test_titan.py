@@ -69,8 +69,8 @@ CASES = {
         LizaConfig(softmax_window=5, softmax_sinks=1),
     ),
     "kept layers": (
-        {"layer_kinds": ("sliding", "full", "full"), "sliding_window": 9},
-        LizaConfig(softmax_window=5, softmax_sinks=1, full_layers=(2,)),
+        {},
+        LizaConfig(softmax_window=6, softmax_sinks=1, full_layers=(2,)),
     ),
     "gpt2": (
         {
@@ -213,7 +213,7 @@ def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
         np.testing.assert_array_equal(values[path], value)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "window", "base model"])
+@pytest.mark.parametrize("name", ["scheduled", "kept layers", "base model"])
 def test_verify_takes_the_memory_of_the_export(tmp_path, monkeypatch, capsys, name):
     export_pretrained(build(name), tmp_path / "t", "titan")
     arguments = ["convert", "verify", str(tmp_path / "t"), "--tokens", "12", "--json"]
