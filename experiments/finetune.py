@@ -12,6 +12,7 @@ from experiments.process.compilation_cache import prepare_process
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
+from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
@@ -23,6 +24,7 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs a fine-tuning run, or goes on with it, and returns what --json prints."""
     prepare_process()
+    config = with_written_layers(config)
     check_output(config, describe_run(config))
     with locked_output(config.output):
         return _finetune(config)

@@ -45,6 +45,9 @@ class FinetuneConfig:
     window_range: tuple[int, int] | None = None
     """Smallest and largest softmax window: each step of fitting and training draws one, so that one
     Titan serves several. None: always --liza.softmax-window."""
+    full_layers_auto: int = 0
+    """How many layers keep full attention: those whose output the window changes most, measured on
+    a few rows when a run begins, and written down as --liza.full-layers. 0: none but those."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainMode = "lora"
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights. The
@@ -111,7 +114,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Rejects values that no run can have."""
         check_literals(self)
-        minima = {"steps": 0, "batch_size": 1, "checkpoint_every": 1}
+        minima = {"steps": 0, "batch_size": 1, "checkpoint_every": 1, "full_layers_auto": 0}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -132,8 +135,20 @@ class FinetuneConfig:
             )
         window = None if self.memory is None else self.memory.softmax_window
         WindowRange.checked(self.window_range, window)
+        self._check_full_layers()
         # They check the numbers they are made of.
         _ = self.optimizer, self.mag
+
+    def _check_full_layers(self) -> None:
+        if self.full_layers_auto and self.liza.full_layers:
+            raise ValueError(
+                "--full-layers-auto chooses what --liza.full-layers names: give one of the two."
+            )
+        if self.full_layers_auto and self.liza.softmax_window is None:
+            raise ValueError(
+                "--full-layers-auto chooses by what a window loses, but there is none: give "
+                "--liza.softmax-window."
+            )
 
     @property
     def memory(self) -> LizaConfig | None:

@@ -18,7 +18,9 @@ from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.checks import check_output, check_rows, describe_run
 from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
+from experiments.training.fit_rows import fit_rows
 from experiments.training.fitting import Fitting
+from experiments.training.full_layers import with_chosen_layers
 from experiments.training.metrics import StepRecord
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
@@ -72,6 +74,7 @@ class Run:
         """Loads everything, and claims the output directory once all of it is right."""
         mesh = None if config.mesh is None else make_mesh(config.mesh)
         check_rows(config.batch_size, mesh)
+        config = with_chosen_layers(config, mesh, console)
         description = describe_run(config)
         check_output(config, description)
         resumption = Resumption(config)
@@ -102,7 +105,7 @@ class Run:
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=_fit_rows(config, model, tokenizer, seed),
+            fit_rows=fit_rows(config, model, tokenizer, seed),
             model=model,
             mesh=mesh,
             resumption=resumption,
@@ -296,31 +299,6 @@ class Run:
 
     def _place(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else place_state(state, self.mesh)
-
-
-def _fit_rows(
-    config: FinetuneConfig, model: CausalLM, tokenizer: "PreTrainedTokenizerFast", seed: int
-) -> TokenBatchSource | None:
-    """The rows that the memory is fitted on."""
-    liza = config.memory
-    if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
-        return None
-    if config.fit.steps == 0 and not config.fit.distill_steps:
-        return None
-    assert liza.softmax_window is not None
-    length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
-    if config.fit.data is not None:
-        # What --data.* says of the training data says nothing of other data.
-        changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
-        changes |= {"text_column": "text", "split": "train", "max_rows": None}
-    data = dataclasses.replace(config.data, **changes)
-    rows = load_token_data(
-        data, tokenizer, seed, window=liza.softmax_window, leave_out=config.output
-    ).train
-    check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
-    check_lengths(rows.segment_ids, model.config, "fit: length")
-    return rows
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:
