@@ -229,7 +229,7 @@ def init_stack_caches(
 
     stacks, of_layers = [], layer_kinds(config, liza)
     for layers in layer_stacks(config):
-        kinds = [of_layers[i] for i in layers]
+        kinds: list[LayerKind] = [of_layers[i] for i in layers]
         sizes = config.of_layer(layers[0])
         softmax = memory = None
         if liza is None or liza.softmax:

@@ -217,8 +217,8 @@ class LizaAttention(nnx.Module):
             return self._run_beside(made, tokens, memory_state, True, dropout_key)
 
         def run(kind: LayerKind, made: Projected, state: MemoryState | None) -> LizaOutput:
-            mine, remembers = tokens._replace(kinds=(kind,), kind=None), kind != "kept"
-            output = self._run_beside(made, mine, state, remembers, dropout_key)
+            mine = tokens._replace(kinds=(kind,), kind=None)
+            output = self._run_beside(made, mine, state, kind != "kept", dropout_key)
             soft, linear = output.branches
             if linear is None:
                 output = output._replace(branches=Branches(soft, jnp.zeros_like(made.q)))
