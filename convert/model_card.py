@@ -122,6 +122,9 @@ def _memory(model: CausalLM, liza: LizaConfig) -> str:
         "share of the memory": liza.mag,
         "layers with a memory": f"{count} of {every}",
     }
+    if liza.full_layers:
+        # Their cache grows with the text, which whoever serves the model has to know.
+        rows["layers that see all tokens"] = ", ".join(map(str, liza.full_layers))
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])
 

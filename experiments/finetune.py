@@ -13,6 +13,7 @@ from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
 from experiments.training.dry_run import dry_run
+from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
@@ -24,6 +25,7 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs or resumes a fine-tuning run; returns what --json prints."""
     prepare_process()
+    config = with_written_layers(config)
     check_output(config, describe_run(config))
     if config.dry_run:
         console = Console(soft_wrap=True, highlight=False)

@@ -1,6 +1,7 @@
 """A tiny model with a real tokenizer, as a Hugging Face directory."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -58,9 +59,9 @@ def write_tiny_model(directory: Path) -> Path:
     return directory
 
 
-def write_untrained_run(folder: Path, source: Path) -> Path:
+def write_untrained_run(folder: Path, source: Path, **memory: Any) -> Path:
     """A run of finetune that has trained nothing: a Titan behind a window of 16, with adapters."""
-    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2), LoraConfig(rank=2)
+    liza, lora = LizaConfig(softmax_window=16, softmax_sinks=2, **memory), LoraConfig(rank=2)
     described = Description(source=str(source), liza=liza, lora=lora, train="lora")
     write_description(folder, described)
     model = CausalLM(load_pretrained(source).config, liza, lora, rngs=nnx.Rngs(0))

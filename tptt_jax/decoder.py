@@ -20,6 +20,7 @@ from tptt_jax.config import (
     ModelConfig,
     NormPlacement,
     Remat,
+    layer_kinds,
     memory_layers,
 )
 from tptt_jax.layers.cache import (
@@ -69,7 +70,7 @@ class Cache(NamedTuple):
 def layer_stacks(config: ModelConfig) -> tuple[range, ...]:
     """Runs of consecutive layers of one shape; each is stacked, scanned and compiled once.
 
-    Layers of different kinds (sliding, full) have the same parameters and share a stack.
+    Layers of different kinds (sliding, full, kept) have the same parameters and share a stack.
     """
     runs = itertools.groupby(range(config.num_layers), key=config.layer_sizes)
     layers = [list(run) for _, run in runs]
@@ -226,9 +227,9 @@ def init_stack_caches(
     def stacked(layer: Any, count: int) -> Any:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), layer)
 
-    stacks = []
+    stacks, of_layers = [], layer_kinds(config, liza)
     for layers in layer_stacks(config):
-        kinds: list[LayerKind] = [config.layer_kinds[i] for i in layers]
+        kinds: list[LayerKind] = [of_layers[i] for i in layers]
         sizes = config.of_layer(layers[0])
         softmax = memory = None
         if liza is None or liza.softmax:
@@ -406,10 +407,10 @@ class StackRun:
 
 def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
     """Raises ValueError unless a cache fits these layers and their windows."""
-    stacks = layer_stacks(config)
+    stacks, of_layers = layer_stacks(config), layer_kinds(config, liza)
     check_equal("stacks of layers", len(cache.stacks), len(stacks))
     for layers, stack in zip(stacks, cache.stacks, strict=True):
-        kinds = {config.layer_kinds[i] for i in layers}
+        kinds = {of_layers[i] for i in layers}
         if stack.softmax is not None:
             check_equal("kinds of layers", sorted(stack.softmax), sorted(kinds))
         for kind, ring in (stack.softmax or {}).items():

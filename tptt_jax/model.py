@@ -8,7 +8,14 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
+from tptt_jax.config import (
+    LayerKind,
+    LizaConfig,
+    LoraConfig,
+    ModelConfig,
+    Remat,
+    layer_kinds,
+)
 from tptt_jax.decoder import (
     Cache,
     StackRun,
@@ -234,12 +241,13 @@ class CausalLM(nnx.Module):
         is_plain = positions is None and segment_ids is None and cache is None
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
+        kinds = layer_kinds(self.config, self.liza)
         contexts: dict[LayerKind, TokenContext] = {
             kind: token_context(
                 *(self.config, self.liza, kind, positions, segment_ids, length, window),
                 text_length=tokens.shape[1] if is_plain else None,
             )
-            for kind in dict.fromkeys(self.config.layer_kinds)
+            for kind in dict.fromkeys(kinds)
         }
         x = self.embed(tokens, positions)
         stack_caches, branches = [], []
@@ -247,7 +255,7 @@ class CausalLM(nnx.Module):
             run = StackRun(
                 config=self.config.of_layer(layers[0]),
                 liza=self.liza,
-                kinds=tuple(self.config.layer_kinds[i] for i in layers),
+                kinds=tuple(kinds[i] for i in layers),
                 contexts=contexts,
                 share=None if self.mag_share is None else self.mag_share[...],
                 use_memory=use_memory,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from tptt_jax.array_checks import check_axes
 from tptt_jax.array_typing import Int
@@ -80,7 +81,7 @@ def check_model_tokens(tokens: Any, segment_ids: Any, vocab_size: int) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be integers ([B, T]), got {tokens.dtype}.")
     known = [x for x in (tokens, segment_ids) if x is not None]
-    if any(isinstance(x, jax.core.Tracer) or not _is_here(x) for x in known):
+    if any(isinstance(x, Tracer) or not _is_here(x) for x in known):
         return
     found = np.asarray(tokens)
     check_token_ids(

@@ -16,7 +16,7 @@ from convert.families.family import Family
 from convert.families.fields import Fields
 from convert.rules import TRANSPOSE, Rule, linear
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import RopeConfig, layer_kinds
 
 MODEL_TYPE = "tptt_titan"
 ARCHITECTURE = "TitanForCausalLM"
@@ -66,11 +66,18 @@ def read_liza(fields: Fields) -> LizaConfig | None:
     """The memory in a "titan" config.json; None for a plain base model.
 
     Raises:
-      ConversionError: if the memory's settings are invalid.
+      ConversionError: if the memory's settings are invalid, or do not fit the model.
     """
     raw = fields.object("liza").raw
+    if not raw:
+        return None
     # Older exports have no choice: their memory holds every token.
-    return _build(LizaConfig, {"writes": "all", **raw}, fields.origin) if raw else None
+    liza = _build(LizaConfig, {"writes": "all", **_with_tuples(raw)}, fields.origin)
+    try:
+        layer_kinds(_read_config(fields), liza)
+    except ValueError as error:
+        raise ConversionError(f"{fields.origin} describes an impossible model: {error}") from None
+    return liza
 
 
 def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:

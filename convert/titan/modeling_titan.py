@@ -19,7 +19,8 @@ a constant, or ("mass") an estimate of how much of a full softmax the window has
 
     mu = sigmoid(w q + a log n + b - log Z),   Z = sum exp(scale q k^T) over window and first tokens
 
-The factor c is 1, or ("learned") exp(u q + c_0).
+The factor c is 1, or ("learned") exp(u q + c_0). Layers that `liza["full_layers"]` names have
+full softmax attention, without a window and a memory.
 
 Axes: B batch, T tokens of a call, S cached tokens, H query heads, K key/value heads, G = H / K,
 D head dimension, N virtual tokens of a token, C tokens of a chunk, M = C N, E embedding.
@@ -113,8 +114,8 @@ class TitanConfig(PreTrainedConfig):
         for name, value in given.items():
             setattr(self, name, value)
         if self.liza is not None:
-            # Files from before there was a choice write every token.
-            self.liza = {"writes": "all", **self.liza}
+            # Files from before there was a choice write every token and keep no layer as it was.
+            self.liza = {"writes": "all", "full_layers": [], **self.liza}
 
     def layer_size(self, layer: int) -> tuple[int, int, int]:
         """Query heads, key/value heads and MLP width of one layer."""
@@ -129,14 +130,16 @@ class TitanConfig(PreTrainedConfig):
         )
 
     def layer_kind(self, layer: int) -> str:
-        """Whether a layer is "full" or "sliding"."""
+        """Whether a layer is "full", "sliding", or "kept": full attention without a memory."""
+        if self.liza is not None and layer in self.liza["full_layers"]:
+            return "kept"
         return self.layer_kinds[layer] if self.layer_kinds else "full"
 
     def window(self, kind: str) -> int | None:
         """Tokens that softmax attention sees, the current one included; None: all."""
         if kind == "sliding":
             return self.sliding_window
-        return None if self.liza is None else self.liza["softmax_window"]
+        return None if self.liza is None or kind == "kept" else self.liza["softmax_window"]
 
     def num_sinks(self, kind: str) -> int:
         """First tokens that stay visible; "sliding" layers were trained without any."""
@@ -147,7 +150,7 @@ class TitanConfig(PreTrainedConfig):
     def has_memory(self, kind: str) -> bool:
         """Whether layers of this kind have a memory; what the base model windows loses nothing."""
         writes = "none" if self.liza is None else self.liza["writes"]
-        return writes == "all" or (writes == "evicted" and kind == "full")
+        return kind != "kept" and (writes == "all" or (writes == "evicted" and kind == "full"))
 
     def evicts(self, kind: str, tokens: int) -> bool:
         """Whether rows of so many tokens have lost some to a memory of evicted ones."""
@@ -435,7 +438,7 @@ class LayerContext(NamedTuple):
 
     @classmethod
     def of_kind(cls, config: TitanConfig, kind: str, rows: Rows) -> "LayerContext":
-        """Computes the rotations of "full" or "sliding" layers."""
+        """Computes the rotations of "full", "sliding" or "kept" layers."""
         window, sinks, positions = config.window(kind), config.num_sinks(kind), rows.positions()
         first = held = back = None
         if window is not None and config.evicts(kind, rows.longest):
@@ -1251,7 +1254,7 @@ class TitanForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + self.positions(rows.positions().clamp(max=self.positions.num_embeddings - 1))
         contexts = {
             kind: LayerContext.of_kind(self.config, kind, rows)
-            for kind in set(self.config.layer_kinds) or {"full"}
+            for kind in {self.config.layer_kind(layer) for layer in range(len(self.layers))}
         }
         for number, layer in enumerate(self.layers):
             held = None if cache is None else cache.layers[number]

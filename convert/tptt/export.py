@@ -106,6 +106,7 @@ def _memory_json(model: CausalLM) -> dict[str, Any]:
         'mag = "learned"': liza.softmax and liza.mag == "learned",
         'linear_scale = "match"': liza.linear_scale == "match",
         "memory_rank": bool(liza.memory_rank),
+        "full_layers": bool(liza.full_layers),
         "softmax_sinks with a softmax_window": liza.softmax_window and liza.softmax_sinks,
     }
     if found := [name for name, is_wrong in wrong.items() if is_wrong]:

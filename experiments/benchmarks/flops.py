@@ -8,7 +8,7 @@ the utilisation, and never above 1.
 """
 
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import memory_layers, runs_memory
+from tptt_jax.config import layer_kinds, memory_layers, runs_memory
 from tptt_jax.layers.cache import num_sinks, softmax_window
 from tptt_jax.ops.delta_product.plan import plan_chunks
 from tptt_jax.training.partition import TrainMode
@@ -142,7 +142,7 @@ def attention_flops(
     if liza is not None and not liza.softmax:
         return 0.0
     total = 0.0
-    for layer, kind in enumerate(config.layer_kinds):
+    for layer, kind in enumerate(layer_kinds(config, liza)):
         heads, _, _ = config.layer_sizes(layer)
         window, sinks = softmax_window(config, liza, kind), num_sinks(config, liza, kind)
         seen = _visible_pairs(first + tokens, window, sinks) - _visible_pairs(first, window, sinks)

@@ -63,7 +63,7 @@ def recall_examples(
     haystacks = _Haystacks.of(tokenizer, texts)
     encode = functools.partial(encode_text, tokenizer)
 
-    def example(rng: np.random.Generator, probe: Probe, size: int, share: float) -> Example:
+    def example(rng: np.random.Generator, probe: Probe, size: int, *, share: float) -> Example:
         answer = encode(probe.answer)
         sizes = {"length": size - len(answer), "window": window, "prefix": prefix}
         haystack = haystacks.draw(rng, size)
@@ -82,7 +82,7 @@ def recall_examples(
             return PROBES[kinds[number % len(kinds)]](rng)
 
         if not packing:
-            return [example(rng, draw(), length, 1.0)]
+            return [example(rng, draw(), length, share=1.0)]
         parts: list[tuple[Probe, int]] = []
         free = length
         while free:
@@ -95,7 +95,7 @@ def recall_examples(
             parts.append((probe, min(size, free)))
             free -= parts[-1][1]
         order = rng.permutation(len(parts))
-        return [example(rng, *parts[i], 1 / len(parts)) for i in order]
+        return [example(rng, *parts[i], share=1 / len(parts)) for i in order]
 
     return [row(number) for number in range(count)]
 
@@ -108,7 +108,8 @@ class _Haystacks(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[Example]) -> "_Haystacks":
-        tokens, targets = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+        tokens = np.concatenate([text.tokens for text in texts])
+        targets = np.concatenate([text.targets for text in texts])
         text = Example(tokens, targets.astype(np.float32))
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         plain = sorted(set(tokenizer.get_vocab().values()) - special)

@@ -108,14 +108,19 @@ def variants_of(config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype) 
 
 
 def equal_window(config: ModelConfig, liza: LizaConfig, dtype: jnp.dtype) -> int:
-    """The narrowest window whose cache takes at least the bytes of a window and its memory."""
+    """The narrowest window whose cache takes at least the bytes of a window and its memory.
+
+    Layers that keep full attention keep it, so theirs are the same bytes on both sides.
+    """
     assert liza.softmax_window is not None
 
     def size(setting: LizaConfig) -> int:
         return state_bytes(config, setting, batch_size=1, max_tokens=0, dtype=dtype)
 
+    kept = {name: getattr(liza, name) for name in ("softmax_sinks", "full_layers")}
+
     def alone(window: int) -> LizaConfig:
-        return LizaConfig(writes="none", softmax_window=window, softmax_sinks=liza.softmax_sinks)
+        return LizaConfig(writes="none", softmax_window=window, **kept)
 
     goal, low = size(liza), liza.softmax_window
     high = 2 * low

@@ -48,6 +48,9 @@ class FinetuneConfig:
     window_range: tuple[int, int] | None = None
     """Smallest and largest softmax window: each step of fitting and training draws one, so that one
     Titan works with several. None: always --liza.softmax-window."""
+    full_layers_auto: int = 0
+    """How many layers keep full attention: those whose output the window changes most, measured on
+    a few rows when a run begins, and written down as --liza.full-layers. 0: none but those."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainMode = "lora"
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights; "memory":
@@ -130,6 +133,7 @@ class FinetuneConfig:
         check_literals(self)
         apply_revision(self)
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
+        minima |= {"full_layers_auto": 0}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -156,8 +160,20 @@ class FinetuneConfig:
             )
         window = None if self.memory is None else self.memory.softmax_window
         WindowRange.checked(self.window_range, window)
+        self._check_full_layers()
         # Building them validates their fields.
         _ = self.optimizer, self.mag
+
+    def _check_full_layers(self) -> None:
+        if self.full_layers_auto and self.liza.full_layers:
+            raise ValueError(
+                "--full-layers-auto chooses what --liza.full-layers names: give one of the two."
+            )
+        if self.full_layers_auto and self.liza.softmax_window is None:
+            raise ValueError(
+                "--full-layers-auto chooses by what a window loses, but there is none: give "
+                "--liza.softmax-window."
+            )
 
     @property
     def memory(self) -> LizaConfig | None:
@@ -166,7 +182,8 @@ class FinetuneConfig:
             return self.liza
         if self.liza.softmax_window is None:
             return None
-        kept = {name: getattr(self.liza, name) for name in ("softmax_window", "softmax_sinks")}
+        names = ("softmax_window", "softmax_sinks", "full_layers")
+        kept = {name: getattr(self.liza, name) for name in names}
         return LizaConfig(writes="none", **kept)
 
     @property

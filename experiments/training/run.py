@@ -19,7 +19,9 @@ from experiments.training.best import BEST, BestState, has_stopped_early, record
 from experiments.training.checks import check_output, check_rows, describe_run
 from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
+from experiments.training.fit_rows import fit_rows
 from experiments.training.fitting import Fitting
+from experiments.training.full_layers import with_chosen_layers
 from experiments.training.metrics import StepRecord
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
@@ -77,6 +79,7 @@ class Run:
         """
         mesh = None if config.mesh is None else make_mesh(config.mesh)
         check_rows(config.batch_size, mesh)
+        config = with_chosen_layers(config, mesh, console)
         description = describe_run(config)
         check_output(config, description)
         resumption = Resumption(config)
@@ -107,7 +110,9 @@ class Run:
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=_fit_rows(config, model, tokenizer, resumption),
+            fit_rows=fit_rows(
+                *(config, model, tokenizer, seed), resumption.fit_files or resumption.files
+            ),
             model=model,
             mesh=mesh,
             resumption=resumption,
@@ -121,7 +126,7 @@ class Run:
         output = self.config.output
         if self.was_complete:
             done = f"{self.resumption.step}; --steps {self.steps}"
-            early = self.resumption.step < self.steps
+            early = self._stopped_early and self.resumption.step != self.steps
             why = f"stopped early ({done})" if early else f"has done all its steps ({done})"
             self.console.print(
                 f"the run in {output} {why}: nothing is trained; raise "
@@ -335,36 +340,6 @@ class Run:
 
     def _place(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else place_state(state, self.mesh)
-
-
-def _fit_rows(
-    config: FinetuneConfig,
-    model: CausalLM,
-    tokenizer: "PreTrainedTokenizerFast",
-    resumption: Resumption,
-) -> TokenBatchSource | None:
-    """The rows to fit the memory on."""
-    liza = config.memory
-    if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
-        return None
-    if config.fit.steps == 0 and not config.fit.distill_steps:
-        return None
-    assert liza.softmax_window is not None
-    length = config.fit.row_length(liza.softmax_window, config.data.sequence_length)
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
-    if config.fit.data is not None:
-        # Other data does not share the --data.* options of the training data.
-        changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
-        changes |= {"text_column": "text", "split": "train", "max_rows": None}
-    data = dataclasses.replace(config.data, **changes)
-    rows = load_token_data(
-        *(data, tokenizer, resumption.record.seed),
-        window=liza.softmax_window,
-        files=resumption.fit_files or resumption.files,
-    ).train
-    check_tokens(rows.tokens, model.config.vocab_size, tokenizer)
-    check_lengths(rows.segment_ids, model.config, "fit: length")
-    return rows
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

@@ -59,6 +59,15 @@ def test_a_titans_card(tmp_path, results):
     assert "8,191 tokens" in text
 
 
+def test_a_card_names_the_layers_whose_cache_grows(tmp_path):
+    liza = LizaConfig(softmax_window=8, full_layers=(0, 2))
+    model = CausalLM(ModelConfig.tiny(num_layers=3), liza, rngs=nnx.Rngs(0))
+    export_pretrained(model, tmp_path / "hybrid", "titan")
+    _, text = card_of(tmp_path / "hybrid")
+    assert "| layers that see all tokens | 0, 2 |" in text
+    assert "| layers with a memory | 1 of 3 |" in text
+
+
 def test_a_merged_card_has_no_memory(tmp_path):
     export_pretrained(titan(), tmp_path / "plain", "merged")
     head, text = card_of(tmp_path / "plain")

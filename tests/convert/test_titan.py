@@ -68,6 +68,10 @@ CASES = {
         },
         LizaConfig(softmax_window=5, softmax_sinks=1),
     ),
+    "kept layers": (
+        {},
+        LizaConfig(softmax_window=6, softmax_sinks=1, full_layers=(2,)),
+    ),
     "gpt2": (
         {
             "norm": "layer",
@@ -209,7 +213,7 @@ def test_a_plain_model_gets_a_memory_when_it_is_read(tmp_path):
         np.testing.assert_array_equal(values[path], value)
 
 
-@pytest.mark.parametrize("name", ["scheduled", "window", "base model"])
+@pytest.mark.parametrize("name", ["scheduled", "kept layers", "base model"])
 def test_verify_takes_the_memory_of_the_export(tmp_path, monkeypatch, capsys, name):
     export_pretrained(build(name), tmp_path / "t", "titan")
     arguments = ["convert", "verify", str(tmp_path / "t"), "--tokens", "12", "--json"]
@@ -283,6 +287,8 @@ def test_the_reference_operator_is_refused(tmp_path):
     ("change", "match"),
     [
         ({"liza": {"chunks": 3}}, "does not know: chunks"),
+        ({"liza": {"full_layers": [3]}}, "impossible model: full_layers names layer 3, but the"),
+        ({"liza": {"full_layers": [0.5]}}, "full_layers in .* cannot be"),
         ({"liza": {"operator": "magic"}}, "impossible model: operator must be one of"),
         ({"rope": {"theta": -1.0}}, "impossible model: rope theta"),
         ({"hidden_size": None}, "hidden_size in .* cannot be None"),

@@ -99,6 +99,8 @@ def test_memory_and_adapters_can_be_left_out():
     window = ("--liza.softmax-window", "5", "--liza.softmax-sinks", "2")
     alone = LizaConfig(writes="none", softmax_window=5, softmax_sinks=2)
     assert parse("--no-liza", *window, "--liza.mag", "learned").memory == alone
+    kept = parse("--no-liza", *window, "--liza.full-layers", "13", "4").memory
+    assert kept == replace(alone, full_layers=(4, 13))
     assert parse().adapters == LoraConfig()
     assert parse("--train", "projections").adapters is None
 

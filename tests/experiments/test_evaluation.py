@@ -1,5 +1,6 @@
 """Tasks of experiments.evaluate, the ways a model is run in, resuming, and the report."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -26,13 +27,15 @@ from experiments.evaluation.variants import (
     EQUAL,
     FULL,
     MEMORY,
+    Source,
     equal_window,
     variants_of,
 )
-from tests.contracts import random_tokens
+from tests.contracts import random_tokens, relative_error
 from tests.tiny import BOS, make_tokenizer, write_untrained_run
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, state_bytes
 from tptt_jax.inference.score import token_losses
+from tptt_jax.model import replace_memory
 
 TINY = ModelConfig.tiny(num_layers=2)
 F32 = jnp.dtype("float32")
@@ -83,6 +86,42 @@ def test_no_narrower_window_has_so_many_bytes(window):
     wider = equal_window(config, liza, F32)
     sizes = [size(LizaConfig(writes="none", softmax_window=wider - i)) for i in (0, 1)]
     assert sizes[1] < size(liza) <= sizes[0]
+
+
+def test_the_controls_of_a_hybrid_keep_its_full_layers(tiny_model_dir, tmp_path):
+    """Or else the memory would be given what the full layers do."""
+    run = write_untrained_run(tmp_path, tiny_model_dir, full_layers=(1,))
+    source, tokens = Source(None, run), random_tokens((1, 60), vocab_size=500)
+    hybrid = source.load(None, None, F32).model
+    kinds = {variant.name: variant for variant in variants_of(hybrid.config, hybrid.liza, F32)}
+    assert list(kinds) == [FULL, ALONE, EQUAL, MEMORY]
+
+    def logits(name):
+        variant = kinds[name]
+        full = variant.window is None
+        model = source.load(variant.window, None, F32, is_full=full).model
+        return model(tokens, use_memory=variant.use_memory).logits
+
+    def direct(window, layers):
+        liza = LizaConfig(writes="none", softmax_window=window, softmax_sinks=2, full_layers=layers)
+        return replace_memory(hybrid, liza)(tokens).logits
+
+    # In bytes of each layer with a window: 16 tokens, and a state of D x D for each KV head.
+    assert kinds[EQUAL].window == 16 + hybrid.config.head_dim // 2
+    for name in (ALONE, EQUAL):
+        want = direct(kinds[name].window, (1,))
+        np.testing.assert_array_equal(logits(name), want)
+        assert relative_error(direct(kinds[name].window, ()), want) > 1e-3
+    np.testing.assert_array_equal(logits(FULL), replace_memory(hybrid, None)(tokens).logits)
+    for length in (0, 5_000):
+        sizes = [
+            state_bytes(hybrid.config, liza, max_tokens=length, dtype=F32)
+            for liza in (
+                hybrid.liza,
+                dataclasses.replace(hybrid.liza, writes="none", softmax_window=kinds[EQUAL].window),
+            )
+        ]
+        assert sizes[0] == sizes[1]
 
 
 def test_a_store_keeps_whole_lines(tmp_path):

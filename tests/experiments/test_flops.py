@@ -165,6 +165,8 @@ def test_sliding_layers_keep_their_window():
     one_full = part(ModelConfig.tiny(num_layers=1), None)
     assert part(config, None) < 2.2 * one_full
     assert part(config, LizaConfig(softmax_window=16)) < 0.5 * one_full
+    kept = part(config, LizaConfig(softmax_window=16, full_layers=(2,)))
+    assert one_full < kept < 1.5 * one_full
 
 
 def test_decoding_adds_up():

@@ -84,6 +84,8 @@ CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
     "olmoe": (OLMOE, beside()),
     "olmoe, normalized": (OLMOE | {"normalize_expert_weights": True, "gated_mlp": False}, None),
     "only a window": ({}, LizaConfig(writes="none", **WINDOW)),
+    "a window, kept layers": ({}, LizaConfig(writes="none", full_layers=(0, 2), **WINDOW)),
+    "every token, kept layers": ({}, beside(full_layers=(1,), **WINDOW)),
     "evicted, no window": ({"attention_bias": True}, LizaConfig()),
     "evicted, long window": ({"rope": LLAMA3}, LizaConfig(softmax_window=60)),
 }
@@ -123,6 +125,10 @@ EVICTED: dict[str, tuple[dict[str, Any], LizaConfig]] = {
         LizaConfig(mag="scheduled", linear_scale="unit", mag_init=0.4, **WINDOW),
     ),
     "evicted, gemma": (GEMMA, LizaConfig(**WINDOW)),
+    "evicted, kept layers": (
+        GEMMA | {"layer_kinds": ("full", "full", "sliding")},
+        LizaConfig(full_layers=(1,), **WINDOW),
+    ),
     "evicted, gpt2": (GPT2, LizaConfig(**WINDOW)),
     "evicted, openelm": (OPENELM, LizaConfig(**WINDOW)),
     "evicted, olmo2": (OLMO2 | {"clip_qkv": 0.5}, LizaConfig(**WINDOW)),
@@ -264,6 +270,7 @@ def test_blocks_of_queries(pair, name, monkeypatch):
 GREEDY = (
     *("delta_rule_gelu", "gated, rank", "gemma", "gpt2", "only a window"),
     *("evicted", "evicted, k gates", "evicted, gemma", "evicted, gpt2"),
+    "evicted, kept layers",
 )
 
 
@@ -302,6 +309,7 @@ def test_sampling_and_several_sequences(pair, name):
 BOUNDED = {
     **{"window": True, "linear": True, "olmo": False},
     **{"evicted": True, "evicted, k gates": True, "evicted, no window": False},
+    "evicted, kept layers": False,
 }
 
 

@@ -23,7 +23,7 @@ from tests.contracts import (
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import RopeConfig
 from tptt_jax.decoder import memory_location
-from tptt_jax.model import init_cache
+from tptt_jax.model import base_model, init_cache
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 # Two full layers among sliding ones, all in one stack.
@@ -42,6 +42,7 @@ YARN = dataclasses.replace(
     ),
 )
 CLIPPED = dataclasses.replace(LLAMA, qk_norm="full", clip_qkv=2.0)
+KEPT = ModelConfig.tiny(mlp_dim=16, layer_kinds=("sliding", "full", "full"), sliding_window=5)
 SLIDING = dataclasses.replace(LLAMA, layer_kinds=("sliding",) * 2, sliding_window=5)
 # Calls of five tokens are longer than some of these windows and shorter than others.
 STREAMS = {
@@ -74,6 +75,7 @@ STREAMS = {
     ),
     "sliding and full layers": (GEMMA, {}),
     "layers of different sizes": (shapes.UNEVEN, {"softmax_window": 4}),
+    "kept, full and sliding layers": (KEPT, {"full_layers": (2,)}),
     "every token, projected gates": (
         LLAMA,
         {"writes": "all", "beta_gate": "projected", "alpha_gate": "projected"},
@@ -121,6 +123,40 @@ def test_an_id_that_comes_back_is_another_document():
         got = run(packed, np.array([ids])).logits
         assert_close(got[:, :12], want, 1e-5, "first document")
         assert_close(got[:, 15:], want, 1e-5, f"last document, id {ids[-1]}")
+
+
+def test_kept_layers_hold_every_token_and_have_no_memory():
+    model = _titan(KEPT, full_layers=(2,))
+    for path, variable in nnx.to_flat_state(nnx.state(model.stacks[0])):
+        is_memory = "memory" in path or "mag" in path
+        assert variable.get_value().shape[0] == (1 if is_memory else 3), path
+    assert [memory_location(KEPT, model.liza, layer) for layer in range(3)] == [None, (0, 0), None]
+    stack = init_cache(model, 2, 40).stacks[0]
+    assert {kind: cache.keys.shape[:3] for kind, cache in stack.softmax.items()} == {
+        "sliding": (1, 2, 5),
+        "full": (1, 2, 6),
+        "kept": (1, 2, 40),
+    }
+    assert stack.softmax["kept"].sink_keys.size == 0
+    assert stack.memory.state.shape[0] == 1
+
+
+@pytest.mark.parametrize("writes", ["evicted", "all", "none"])
+def test_kept_layers_compute_what_the_base_model_does(writes):
+    """The first two layers are kept, so the third one sees what it would in the base model."""
+    config, tokens = ModelConfig.tiny(mlp_dim=16), random_tokens((2, 18))
+    model = _titan(config, writes=writes, full_layers=(0, 1))
+    got, base = (_jitted(m, return_branches=True)(tokens) for m in (model, base_model(model)))
+    assert_close(got.branches[0].softmax[:2], base.branches[0].softmax[:2], 1e-6, "kept layers")
+    assert relative_error(got.branches[0].softmax[2], base.branches[0].softmax[2]) > 1e-2
+    if writes != "none":
+        linear = np.asarray(got.branches[0].linear)
+        assert [bool(layer.any()) for layer in linear] == [False, False, True]
+    run, cache = _jitted(model), init_cache(model, 2, 18)
+    for t in range(18):
+        output = run(tokens[:, t : t + 1], cache=cache)
+        cache = output.cache
+    assert_close(output.logits[:, 0], got.logits[:, -1], 1e-5, "token by token")
 
 
 def test_only_full_layers_have_parameters_and_states():

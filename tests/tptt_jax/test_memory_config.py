@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.config import OPERATORS, memory_layers, runs_memory
+from tptt_jax.config import OPERATORS, layer_kinds, memory_layers, runs_memory
 
 # (num_householder, trick, beta_gate, alpha_gate, state_activation), from the paper's table.
 PAPER = {
@@ -98,6 +98,13 @@ BAD_MEMORIES = {
         f"{name} with projected gates": ({name: True}, 'one gate per head and step.*beta_gate="k"')
         for name in ("vector_beta", "expand_gates")
     },
+    "a full layer below 0": ({"full_layers": (1, -1)}, "counted from 0, got -1"),
+    "a full layer that is no number": ({"full_layers": (True,)}, "counted from 0, got True"),
+    "a full layer twice": ({"full_layers": (3, 1, 3)}, "names layer 3 more than once: name it"),
+    "full layers of no softmax": (
+        {"writes": "all", "softmax": False, "full_layers": (0,)},
+        "leaves no softmax attention to keep in full_layers: use softmax=True",
+    ),
     "shares beyond 1": ({"mag_init": 1.5}, "between 0 and 1, got 1.5"),
 }
 
@@ -189,6 +196,37 @@ def test_layers_that_have_a_memory(liza, layers, runs):
         assert {kind for kind in kinds if liza.runs_memory(kind)} == (
             {kinds[i] for i in layers} if runs else set()
         )
+
+
+BASE = ModelConfig.tiny(
+    layer_kinds=("sliding", "full", "full", "full"), num_layers=4, sliding_window=4
+)
+
+
+@pytest.mark.parametrize(("writes", "layers"), [("evicted", (2,)), ("all", (0, 2)), ("none", ())])
+def test_full_layers_stay_what_they_are_in_the_base_model(writes, layers):
+    liza = LizaConfig(writes=writes, softmax_window=5, full_layers=[3, 1])
+    assert liza == LizaConfig(writes=writes, softmax_window=5, full_layers=(1, 3))
+    assert json.loads(json.dumps(dataclasses.asdict(liza)))["full_layers"] == [1, 3]
+    assert layer_kinds(BASE, liza) == ("sliding", "kept", "full", "kept")
+    assert memory_layers(BASE, liza) == layers
+    assert layer_kinds(BASE, LizaConfig()) == layer_kinds(BASE, None) == BASE.layer_kinds
+    with pytest.raises(ValueError, match="each of layer_kinds must be one of full, sliding"):
+        dataclasses.replace(BASE, layer_kinds=layer_kinds(BASE, liza))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((4,), "names layer 4, but the model has 4 layers, counted from 0"),
+        ((2, 0), "names layer 0, which the base model windows itself.* that have: 1, 2, 3"),
+        ((1, 2, 3), r"names every layer with full attention \(1, 2, 3\).*: name fewer"),
+    ],
+)
+@pytest.mark.parametrize("writes", ["evicted", "all", "none"])
+def test_full_layers_that_the_base_model_cannot_keep_are_refused(writes, layers, message):
+    with pytest.raises(ValueError, match=message):
+        layer_kinds(BASE, LizaConfig(writes=writes, full_layers=layers))
 
 
 def test_a_model_of_sliding_layers_has_nothing_to_remember():
@@ -284,9 +322,9 @@ def test_an_operator_resets_what_has_the_old_default():
 
 
 def test_files_and_copies_of_a_configuration():
-    config = LizaConfig()
+    config = LizaConfig(full_layers=(1,))
     values = dataclasses.asdict(config)
-    assert {type(value) for value in values.values()} == {str, int, float, bool, type(None)}
+    assert {type(x) for x in values.values()} == {str, int, float, bool, tuple, type(None)}
     assert LizaConfig(**yaml.safe_load(yaml.safe_dump(values))) == config
     other = dataclasses.replace(config, operator="delta_product")
     for copied in (copy.deepcopy(config), copy.copy(config), pickle.loads(pickle.dumps(config))):

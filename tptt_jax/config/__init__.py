@@ -12,11 +12,13 @@ from tptt_jax.config.memory import (
     Recurrence,
     Trick,
     Writes,
+    layer_kinds,
     memory_layers,
     runs_memory,
 )
 from tptt_jax.config.model import (
     MAX_LAYERS,
+    BaseLayerKind,
     LayerKind,
     ModelConfig,
     Norm,
@@ -28,6 +30,7 @@ from tptt_jax.config.rope import RopeConfig, RopeScaling
 __all__ = [
     "MAX_LAYERS",
     "OPERATORS",
+    "BaseLayerKind",
     "Gate",
     "LayerKind",
     "LinearScale",
@@ -45,6 +48,7 @@ __all__ = [
     "RopeScaling",
     "Trick",
     "Writes",
+    "layer_kinds",
     "memory_layers",
     "runs_memory",
 ]

@@ -4,7 +4,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from tptt_jax.config.checks import MAX_RANK, check_at_least, check_at_most, check_choice
+from tptt_jax.config.checks import (
+    MAX_RANK,
+    check_at_least,
+    check_at_most,
+    check_choice,
+    is_int32,
+)
 from tptt_jax.config.model import LayerKind, ModelConfig
 
 Writes = Literal["evicted", "all", "none"]
@@ -161,6 +167,9 @@ class LizaConfig:
     evicted tokens is idle."""
     softmax_sinks: int = 4
     """First tokens of a document that stay visible beside a window (arXiv:2309.17453)."""
+    full_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that keep the base model's full softmax attention: they have neither
+    a window nor a memory, and their cache holds every token. Sorted after construction."""
     chunk_size: int = 64
     """Tokens per chunk of the parallel form; the result does not depend on it."""
     precision: Precision = "auto"
@@ -198,9 +207,22 @@ class LizaConfig:
         check_at_most(self, MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+        self._check_full_layers()
         self._check_share()
         self._check_operator()
         self._check_writes()
+
+    def _check_full_layers(self) -> None:
+        layers = tuple(self.full_layers)
+        for layer in layers:
+            if not is_int32(layer) or layer < 0:
+                raise ValueError(
+                    f"full_layers must be numbers of layers, counted from 0, got {layer!r:.99}."
+                )
+        if len(set(layers)) < len(layers):
+            twice = min(layer for layer in layers if layers.count(layer) > 1)
+            raise ValueError(f"full_layers names layer {twice} more than once: name it once.")
+        object.__setattr__(self, "full_layers", tuple(sorted(layers)))
 
     def _fill(self, values: dict[str, Any]) -> None:
         """Sets what was left to `writes` or `operator`, or was set so by another one."""
@@ -246,6 +268,11 @@ class LizaConfig:
                     "softmax=False has no window from which tokens could be evicted: use "
                     'writes="all".'
                 )
+            if self.full_layers:
+                raise ValueError(
+                    "softmax=False leaves no softmax attention to keep in full_layers: use "
+                    "softmax=True, with softmax_window=1 for the least of it elsewhere."
+                )
             if self.cross_gate:
                 raise ValueError("softmax=False leaves nothing to mix with: use cross_gate=False.")
             object.__setattr__(self, "linear_scale", "unit")
@@ -269,7 +296,8 @@ class LizaConfig:
 
     def has_memory(self, kind: LayerKind) -> bool:
         """Whether layers of this kind have a memory; the base model's own windows have none."""
-        return self.writes == "all" or (self.writes == "evicted" and kind == "full")
+        by_kind = {"full": self.writes != "none", "sliding": self.writes == "all", "kept": False}
+        return by_kind[kind]
 
     def runs_memory(self, kind: LayerKind) -> bool:
         """Whether that memory ever holds tokens."""
@@ -315,13 +343,48 @@ class LizaConfig:
         return cls(**settings, operator="tptt_reference")
 
 
+def layer_kinds(config: ModelConfig, liza: LizaConfig | None) -> tuple[LayerKind, ...]:
+    """The kind of each layer of a Titan, in order: the base model's, and "kept" ones.
+
+    Raises:
+      ValueError: if `liza.full_layers` names a layer that the model lacks or windows itself, or
+        leaves no layer to give a window and a memory.
+    """
+    if liza is None or not liza.full_layers:
+        return config.layer_kinds
+    kinds: list[LayerKind] = list(config.layer_kinds)
+    for layer in liza.full_layers:
+        if layer >= config.num_layers:
+            raise ValueError(
+                f"full_layers names layer {layer}, but the model has {config.num_layers} layers, "
+                "counted from 0."
+            )
+        if kinds[layer] == "sliding":
+            raise ValueError(
+                f"full_layers names layer {layer}, which the base model windows itself, so it has "
+                f"no full attention to keep; layers that have: {_listed(config, 'full')}."
+            )
+        kinds[layer] = "kept"
+    if "full" not in kinds:
+        raise ValueError(
+            f"full_layers names every layer with full attention ({_listed(config, 'full')}), which "
+            "leaves none for the window and the memory: name fewer, or load the base model alone."
+        )
+    return tuple(kinds)
+
+
+def _listed(config: ModelConfig, kind: LayerKind) -> str:
+    found = [str(i) for i, each in enumerate(config.layer_kinds) if each == kind]
+    return ", ".join(found) or "none"
+
+
 def memory_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
     """The layers of a model that have a memory, in order."""
     if liza is None:
         return ()
-    return tuple(i for i, kind in enumerate(config.layer_kinds) if liza.has_memory(kind))
+    return tuple(i for i, kind in enumerate(layer_kinds(config, liza)) if liza.has_memory(kind))
 
 
 def runs_memory(config: ModelConfig, liza: LizaConfig | None) -> bool:
     """Whether any layer's memory ever holds tokens."""
-    return liza is not None and any(map(liza.runs_memory, set(config.layer_kinds)))
+    return liza is not None and any(map(liza.runs_memory, set(layer_kinds(config, liza))))

@@ -8,7 +8,11 @@ from typing import Any, Literal, Self
 from tptt_jax.config.checks import check_at_least, check_at_most, check_choice, is_int32
 from tptt_jax.config.rope import RopeConfig
 
-LayerKind = Literal["full", "sliding"]
+BaseLayerKind = Literal["full", "sliding"]
+"""What layers of a base model are."""
+LayerKind = Literal["full", "sliding", "kept"]
+"""What layers of a Titan are: "kept" ones are full in the base model and stay so, without a
+window and a memory (`LizaConfig.full_layers`)."""
 Norm = Literal["rms", "layer"]
 NormPlacement = Literal["before", "after", "both"]
 QkNorm = Literal["head", "full"]
@@ -85,7 +89,7 @@ class ModelConfig:
     scale_embeddings: bool = False
     """Embeddings are multiplied by sqrt(embed_dim), rounded to the weights' dtype."""
     tie_embeddings: bool = True
-    layer_kinds: tuple[LayerKind, ...] = ()
+    layer_kinds: tuple[BaseLayerKind, ...] = ()
     """One per layer; empty means every layer is "full"."""
     sliding_window: int | None = None
     """Tokens that a "sliding" layer sees, the current one included."""
@@ -148,7 +152,7 @@ class ModelConfig:
                 f"layer_kinds has {len(kinds)} entries for num_layers = {self.num_layers}."
             )
         for kind in kinds:
-            check_choice("each of layer_kinds", kind, LayerKind)
+            check_choice("each of layer_kinds", kind, BaseLayerKind)
         if "sliding" in kinds and self.sliding_window is None:
             raise ValueError(
                 'layer_kinds has "sliding" layers: sliding_window must say how wide they are.'

@@ -73,6 +73,8 @@ def _drop_later_options(liza: dict[str, Any]) -> None:
         del liza["precision"]
     if liza.get("writes") == "all":
         del liza["writes"]
+    if not liza.get("full_layers", True):
+        del liza["full_layers"]
 
 
 # Fields of a rotary embedding when the first states were saved.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Bool, Float
-from tptt_jax.config import LayerKind, LizaConfig, ModelConfig, runs_memory
+from tptt_jax.config import LayerKind, LizaConfig, ModelConfig, layer_kinds, runs_memory
 from tptt_jax.decoder import Cache, StackCache, init_stack_caches
 from tptt_jax.layers.cache import KeyValueCache, softmax_window
 from tptt_jax.model import CausalLM
@@ -90,7 +90,7 @@ def cache_capacity(config: ModelConfig, liza: LizaConfig | None, max_tokens: int
 
     If every layer has a window, it is the widest, whatever `max_tokens`.
     """
-    windows = [softmax_window(config, liza, kind) for kind in _kinds(config)]
+    windows = [softmax_window(config, liza, kind) for kind in set(layer_kinds(config, liza))]
     known = [window for window in windows if window is not None]
     if len(known) == len(windows) or (liza is not None and not liza.softmax):
         return max(known, default=1)
@@ -170,7 +170,3 @@ def _empty_state(
         jnp.zeros((batch_size, config.embed_dim), jnp.dtype(dtype)),
         jnp.zeros((batch_size, config.vocab_size), bool),
     )
-
-
-def _kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    return tuple(dict.fromkeys(config.layer_kinds))

@@ -55,11 +55,12 @@ class KeyValueCache(NamedTuple):
 def softmax_window(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int | None:
     """Tokens that a layer's softmax attention sees, None: all.
 
-    Sliding layers of the base model were trained with their window and keep it.
+    Sliding layers of the base model were trained with their window and keep it, kept ones have
+    none.
     """
     if kind == "sliding":
         return config.sliding_window
-    return None if liza is None else liza.softmax_window
+    return None if liza is None or kind == "kept" else liza.softmax_window
 
 
 def num_sinks(config: ModelConfig, liza: LizaConfig | None, kind: LayerKind) -> int:

@@ -192,9 +192,10 @@ class LizaAttention(nnx.Module):
           dropout_key: turns dropout on.
         """
         made = self.project(x, dropout_key)
-        runs_memory = self.memory is not None and use_memory
-        if not runs_memory or (self.liza is not None and self.liza.writes == "all"):
-            return self._run_beside(made, tokens, memory_state, runs_memory, dropout_key)
+        if self.memory is None or self.liza is None or not use_memory:
+            return self._run_beside(made, tokens, memory_state, False, dropout_key)
+        if self.liza.writes == "all":
+            return self._run_beside_kinds(made, tokens, memory_state, dropout_key)
         mixed = self._run_evicted(made, tokens, memory_state, dropout_key)
         return LizaOutput(
             self.project_out(mixed.out, dropout_key),
@@ -203,6 +204,28 @@ class LizaAttention(nnx.Module):
             mixed.memory,
             mixed.branches,
         )
+
+    def _run_beside_kinds(
+        self,
+        made: Projected,
+        tokens: LayerTokens,
+        memory_state: MemoryState | None,
+        dropout_key: Array | None,
+    ) -> LizaOutput:
+        """`_run_beside`, where some layers are kept as they were, without a memory."""
+        if "kept" not in tokens.kinds:
+            return self._run_beside(made, tokens, memory_state, True, dropout_key)
+
+        def run(kind: LayerKind, made: Projected, state: MemoryState | None) -> LizaOutput:
+            mine = tokens._replace(kinds=(kind,), kind=None)
+            output = self._run_beside(made, mine, state, kind != "kept", dropout_key)
+            soft, linear = output.branches
+            if linear is None:
+                output = output._replace(branches=Branches(soft, jnp.zeros_like(made.q)))
+            return output
+
+        options = [functools.partial(run, kind) for kind in tokens.kinds]
+        return _switch(tokens.kind, options, made, memory_state)
 
     def _run_beside(
         self,

@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from tptt_jax.array_typing import Array, Int, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig
+from tptt_jax.array_typing import Array, Hidden, Int, SegmentIds, Tokens
+from tptt_jax.config import LayerKind, LizaConfig, layer_kinds
 from tptt_jax.decoder import DecoderLayer, apply_norm, layer_stacks, spread_memory
 from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.liza import LizaAttention, Projected
+from tptt_jax.layers.norm import NormLayer
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
@@ -41,12 +42,16 @@ class LayerView(NamedTuple):
       full: the base model's own attention.
       windowed: attention to the window and the sinks alone.
       lost: the tokens that leave the window.
+      residual: what the layer reads, before its norm [B, T, E].
+      post_norm: of what the attention adds to that; None: it has none.
     """
 
     made: Projected
     full: Attended
     windowed: Attended
     lost: Evicted
+    residual: Hidden
+    post_norm: NormLayer | None
 
 
 def visit_layers(
@@ -57,10 +62,12 @@ def visit_layers(
     *,
     window: Int[Array, ""] | None = None,
 ) -> list[Any]:
-    """Runs the base model, and `visit` on every layer that has a memory of evicted tokens.
+    """Runs the base model, and `visit` on every layer whose attention a Titan's window narrows.
+
+    Those are the layers with a memory of evicted tokens, if there is one.
 
     Args:
-      model: a Titan whose memory runs (`runs_memory`).
+      model: a Titan behind a window, whose memory does not write every token.
       tokens: [B, T].
       segment_ids: packed documents, 0 = padding; None: one document per row.
       visit: attention module and view to arrays; it is traced once for each shape of layers.
@@ -68,14 +75,15 @@ def visit_layers(
 
     Returns:
       Results of `visit`, for every stack of layers with a leading axis over its layers with a
-      memory; None for a stack without any.
+      window; None for a stack without any.
     """
     if segment_ids is not None:
         order = order_padding(segment_ids)
         tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
     positions = count_positions(tokens.shape, segment_ids, None)
     place = (positions, segment_ids, None)
-    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(model.config.layer_kinds))
+    of_layers = layer_kinds(model.config, model.liza)
+    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(of_layers))
 
     def contexts(liza: LizaConfig | None, window: Array | None) -> dict[LayerKind, TokenContext]:
         return {kind: token_context(model.config, liza, kind, *place, window) for kind in kinds}
@@ -83,7 +91,7 @@ def visit_layers(
     whole, narrow = contexts(None, None), contexts(model.liza, window)
     x, found = model.embed(tokens, positions), []
     for number, layers in enumerate(layer_stacks(model.config)):
-        stack: tuple[LayerKind, ...] = tuple(model.config.layer_kinds[i] for i in layers)
+        stack: tuple[LayerKind, ...] = tuple(of_layers[i] for i in layers)
         x, seen = _visit_stack(model.stacks[number], stack, whole, narrow, x, visit)
         found.append(seen)
     return found
@@ -97,9 +105,8 @@ def _visit_stack(
     x: Array,
     visit: Visit,
 ) -> tuple[Array, Any]:
-    liza = layers.self_attn.liza
-    assert liza is not None
-    has = [liza.has_memory(kind) for kind in kinds]
+    assert layers.self_attn.liza is not None
+    has = [kind == "full" for kind in kinds]
     graphdef, of_memory, parameters = nnx.split(layers, MemoryParam, ...)
     different = tuple(dict.fromkeys(kinds))
     numbers = jnp.array([different.index(kind) for kind in kinds])
@@ -110,17 +117,16 @@ def _visit_stack(
         made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
 
         def run(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
-            return _visit_layer(layer.self_attn, kind, whole[kind], narrow[kind], made, visit)
+            contexts = (whole[kind], narrow[kind])
+            return _visit_layer(layer, kind, contexts, x, made, visit)
 
         def skip(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
             full = _full_attention(layer.self_attn, kind, whole[kind], made).out
-            shown = [functools.partial(run, other) for other in different if liza.has_memory(other)]
+            shown = [functools.partial(run, other) for other in different if other == "full"]
             seen = jax.eval_shape(shown[0], made)[1] if shown else None
             return full, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
 
-        options = [
-            functools.partial(run if liza.has_memory(kind) else skip, kind) for kind in different
-        ]
+        options = [functools.partial(run if kind == "full" else skip, kind) for kind in different]
         full, seen = lax.switch(number, options, made)
         return layer.add(x, layer.self_attn.project_out(full)), seen
 
@@ -130,20 +136,25 @@ def _visit_stack(
 
 
 def _visit_layer(
-    attention: LizaAttention,
+    layer: DecoderLayer,
     kind: LayerKind,
-    whole: TokenContext,
-    narrow: TokenContext,
+    contexts: tuple[TokenContext, TokenContext],
+    x: Hidden,
     made: Projected,
     visit: Visit,
 ) -> tuple[Array, Any]:
-    """The base model's attention [B, T, H, D], and the result of `visit`."""
+    """The base model's attention [B, T, H, D], and the result of `visit`.
+
+    The contexts are those of whole documents and of a window.
+    """
+    attention, (whole, narrow) = layer.self_attn, contexts
     full = _full_attention(attention, kind, whole, made)
     settings = softmax_settings(attention.config, attention.liza, kind)
     qkv = (made.soft_q, made.soft_k, made.soft_v)
     windowed, _ = apply_softmax(settings, narrow, *qkv)
     lost = evict(settings, narrow, made.soft_k, made.soft_v)
-    return full.out, visit(attention, LayerView(made, full, windowed, lost))
+    view = LayerView(made, full, windowed, lost, x, layer.attn_post_norm)
+    return full.out, visit(attention, view)
 
 
 def _full_attention(

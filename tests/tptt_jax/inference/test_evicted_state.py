@@ -31,6 +31,7 @@ MIXED = ModelConfig.tiny(
 )
 CONFIGS = {"full": TINY, "sliding and full": MIXED}
 LIZA = LizaConfig(softmax_window=7, softmax_sinks=2, memory_rank=2)
+KEPT = dataclasses.replace(LIZA, full_layers=(0,))
 TOKENS = random_tokens((2, 40))
 
 
@@ -109,6 +110,38 @@ def test_unstacked_layers_compute_the_same(config, monkeypatch):
     want, got = generate(model, TOKENS, 10), generate(apart, TOKENS, 10)
     assert np.array_equal(got.tokens, want.tokens)
     assert_trees_close(got.state, want.state, 1e-5, "state")
+
+
+def test_a_hybrid_goes_on_from_any_state_and_grows_with_the_text(tmp_path, monkeypatch):
+    """Kept layers hold every token: beyond their first 512 slots, in files, and unstacked."""
+    model, text = make(TINY, KEPT), random_tokens((2, 520), seed=4)
+    segments = np.ones(text.shape, np.int32)
+    segments[0, 500:] = segments[1, 9:12] = 0
+    want = generate(model, text, 12, segment_ids=segments)
+    slots = {kind: x.keys.shape[2] for kind, x in want.state.cache.stacks[0].softmax.items()}
+    assert slots == {"full": 7, "kept": 1024}
+    # The longer row has no padding at its end, where the last tokens stand.
+    row = np.concatenate([text[1, segments[1] != 0], want.tokens[1]])
+    logits = whole_rows(model)(row[None])[0, 516:-1]
+    assert np.array_equal(logits.argmax(-1), want.tokens[1])
+    first = read(model, text[:, :30], segments[:, :30])
+    assert first.cache.stacks[0].softmax["kept"].keys.shape[2] == 512
+    save_state(tmp_path / "first.state", model, first)
+    monkeypatch.setattr("tptt_jax.inference.unstack._WORTHWHILE_BYTES", 0)
+    apart = unstack_layers(model)
+    assert [layer.self_attn.memory is not None for layer in apart.stacks[0]] == [False, True]
+    loaded = load_state(tmp_path / "first.state", model)
+    rest = read(model, text[:, 30:], segments[:, 30:], state=loaded)
+    got = generate(apart, text[:, :0], 12, state=rest)
+    assert np.array_equal(got.tokens, want.tokens)
+    assert_trees_close(got.state, want.state, 1e-5, "state")
+    sizes = [state_bytes(TINY, KEPT, batch_size=2, max_tokens=n) for n in (1, 532, 2048)]
+    assert sizes[1] == want.state.num_bytes
+    # Keys and values of one layer, not of both.
+    per_token = 2 * 2 * TINY.num_kv_heads * TINY.head_dim * 4
+    assert [sizes[1] - sizes[0], sizes[2] - sizes[0]] == [512 * per_token, 1536 * per_token]
+    with pytest.raises(ValueError, match=r"full_layers: \[0\] in the state, \[1\] in the model"):
+        load_state(tmp_path / "first.state", make(TINY, dataclasses.replace(KEPT, full_layers=[1])))
 
 
 def test_forked_rows_go_their_own_way():

@@ -1,5 +1,7 @@
 """Fitting every layer's memory to the base model's own attention."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +17,14 @@ from tests.contracts import (
 )
 from tests.tptt_jax.evicted_oracle import run_layer, weights_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import layer_kinds, memory_layers
 from tptt_jax.decoder import is_memory, memory_location
 from tptt_jax.layers.liza import LayerTokens
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.model import base_model, count_positions
+from tptt_jax.model import base_model, count_positions, replace_memory
 from tptt_jax.training.fit import gap_gradients, make_fit_optimizer, make_fit_step
+from tptt_jax.training.layer_gaps import layer_gaps
 from tptt_jax.training.partition import load_trainable, split_trainable
 from tptt_jax.training.train_step import init_train_state
 
@@ -34,6 +38,7 @@ MIXED = ModelConfig.tiny(
     layer_kinds=("full", "sliding", "full"),
     sliding_window=4,
 )
+KEPT = dataclasses.replace(MIXED, num_layers=4, layer_kinds=("full", "sliding", "full", "full"))
 # Two stacks.
 UNEVEN = ModelConfig.tiny(
     num_layers=2, mlp_dim=16, num_heads_per_layer=(2, 4), num_kv_heads_per_layer=(1, 2)
@@ -118,7 +123,7 @@ def _plain_gaps(model, tokens, ids):
 
     x, gaps, titans = model.embed(tokens, positions), [], _layers(model)
     for layer, titan, kind in zip(
-        _layers(base_model(model)), titans, model.config.layer_kinds, strict=True
+        _layers(base_model(model)), titans, layer_kinds(model.config, model.liza), strict=True
     ):
         normed = layer.attn_norm(x)
         full = run(layer.self_attn, kind, normed)
@@ -136,6 +141,7 @@ def _plain_gaps(model, tokens, ids):
 GAPS = {
     "sliding and full": (MIXED, {}, None, None),
     "packed": (MIXED, {}, PACKED, None),
+    "kept, sliding and full": (KEPT, {"full_layers": (2,)}, None, None),
     "traced window, packed": (LLAMA, {}, PACKED, 4),
     "two stacks, learned share": (UNEVEN, {"mag": "learned", "linear_scale": "match"}, None, None),
 }
@@ -157,8 +163,7 @@ def test_gaps_and_gradients_are_those_of_whole_layers(config, options, ids, wind
     assert_close(left, [value for value, _ in want], 1e-5, "gap left")
     assert len(np.unique(left)) == len(left) == 2
     seen = set()
-    layers = [i for i, kind in enumerate(config.layer_kinds) if kind == "full"]
-    for layer, (_, of_layer) in zip(layers, want, strict=True):
+    for layer, (_, of_layer) in zip(memory_layers(config, model.liza), want, strict=True):
         number, index = memory_location(config, model.liza, layer)
         for path, variable in nnx.to_flat_state(of_layer):
             name = ".".join(map(str, ("stacks", number, "self_attn", *path)))
@@ -167,6 +172,46 @@ def test_gaps_and_gradients_are_those_of_whole_layers(config, options, ids, wind
             assert np.asarray(variable.get_value()).any() is np.bool_(path[-1] != "limit"), name
             assert_close(gradients[name][index], variable.get_value(), 1e-4, f"gradient of {name}")
     assert seen == set(gradients) == set(split_trainable(model, "memory")[1])
+
+
+def _relative_errors(model, tokens, ids):
+    """Of each layer, from whole attention layers: [L], 0 where there is no window."""
+    positions, liza = count_positions(tokens.shape, ids, None), model.liza
+    x, errors = model.embed(tokens, positions), []
+    titans, plain = _layers(model), _layers(base_model(model))
+    counts = (ids != 0) & (positions >= liza.softmax_window + liza.softmax_sinks)
+    for layer, titan, kind in zip(plain, titans, model.config.layer_kinds, strict=True):
+
+        def added(layer, kind=kind, x=x, **options):
+            attention = layer.self_attn
+            context = token_context(model.config, attention.liza, kind, positions, ids, None)
+            here = LayerTokens({kind: context}, (kind,))
+            out = attention(layer.attn_norm(x), here, **options).out
+            return layer.attn_post_norm(out)
+
+        full = added(layer)
+        error = jnp.sum((added(titan, use_memory=False) - full) ** 2, -1) / jnp.sum(x**2, -1)
+        errors.append(jnp.sqrt(jnp.sum(jnp.where(counts, error, 0)) / jnp.sum(counts)))
+        x = x + full
+        x = x + layer.mlp_post_norm(layer.mlp(layer.mlp_norm(x)))
+    return jnp.stack(errors)
+
+
+def test_layer_gaps_are_errors_of_what_layers_add_to_the_residual_stream():
+    config = dataclasses.replace(MIXED, norm_placement="both")
+    model = _titan(config, writes="none", memory_rank=0)
+    got = layer_gaps(model, [(TOKENS[:1], PACKED[:1]), (TOKENS[1:], PACKED[1:])])
+    ids = np.array([PACKED[0], [7] * 20 + [0] * 4])
+    tokens = np.stack([TOKENS[0], np.roll(TOKENS[1], -2)])
+    graphdef, state = nnx.split(model)
+    want = quick_jit(lambda state: _relative_errors(nnx.merge(graphdef, state), tokens, ids))(state)
+    assert list(got) == [0, 2]
+    assert_close(list(got.values()), want[np.array([0, 2])], 1e-5, "relative errors")
+    assert want[1] == 0
+    model = replace_memory(model, dataclasses.replace(model.liza, full_layers=(0,)))
+    assert layer_gaps(model, [(TOKENS, PACKED)]).keys() == {2}
+    with pytest.raises(ValueError, match="no token leaves the window"):
+        layer_gaps(model, [(TOKENS[:, :8], None)])
 
 
 def test_gaps_are_those_of_the_formulas():

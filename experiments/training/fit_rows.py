@@ -1,0 +1,68 @@
+"""Rows that reach beyond the window: what a memory is fitted on."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from experiments.data import TokenBatchSource, load_token_data
+from experiments.data.data_files import FoundData, find_data
+from experiments.models.limits import check_lengths, check_tokens
+from experiments.training.config import FinetuneConfig
+from tptt_jax import CausalLM, ModelConfig
+from tptt_jax.config import runs_memory
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+
+def fit_rows(
+    config: FinetuneConfig,
+    model: CausalLM,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    files: FoundData | None = None,
+) -> TokenBatchSource | None:
+    """The rows to fit the memory of a run on; None: it is not fitted.
+
+    Arguments as those of `long_rows`.
+    """
+    liza = config.memory
+    if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
+        return None
+    if config.fit.steps == 0 and not config.fit.distill_steps:
+        return None
+    return long_rows(config, model.config, tokenizer, seed, files)
+
+
+def long_rows(
+    config: FinetuneConfig,
+    model: ModelConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    files: FoundData | None = None,
+) -> TokenBatchSource:
+    """Rows of --fit-length tokens of --fit-data, whatever the steps of the fit.
+
+    Args:
+      config: of the run; it has a window.
+      model: of the base model.
+      tokenizer: of the model.
+      seed: the one that chose the held-out rows.
+      files: the files of these rows, from `find_data`; None: they are searched.
+
+    Raises:
+      ValueError: if they are not longer than the window, or the model cannot read them.
+    """
+    window = config.liza.softmax_window
+    assert window is not None
+    length = config.fit.row_length(window, config.data.sequence_length)
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
+    if config.fit.data is not None:
+        # Other data does not share the --data.* options of the training data.
+        changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
+        changes |= {"text_column": "text", "split": "train", "max_rows": None}
+    data = dataclasses.replace(config.data, **changes)
+    files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
+    rows = load_token_data(data, tokenizer, seed, window=window, files=files).train
+    check_tokens(rows.tokens, model.vocab_size, tokenizer)
+    check_lengths(rows.segment_ids, model, "fit: length")
+    return rows

@@ -1,0 +1,93 @@
+"""--full-layers-auto: the layers that keep full attention, chosen once and then written down."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+from rich.console import Console
+
+from convert import load_pretrained, load_tokenizer
+from convert.sources import find_checkpoint
+from experiments.training.config import FinetuneConfig
+from experiments.training.fit_rows import long_rows
+from tptt_jax import LizaConfig
+from tptt_jax.training.description import is_checkpoint, read_description
+from tptt_jax.training.layer_gaps import choose_full_layers, layer_gaps
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+# Rows that the choice is made on, one at a time.
+_ROWS = 8
+
+
+def with_written_layers(config: FinetuneConfig) -> FinetuneConfig:
+    """The run's own full layers instead of a choice, where the output directory holds a run.
+
+    Raises:
+      ValueError: if that run has another number of them.
+    """
+    count = config.full_layers_auto
+    if not count or not config.resume or not is_checkpoint(config.output):
+        return config
+    liza = read_description(config.output).liza
+    written = () if liza is None else liza.full_layers
+    if len(written) != count:
+        have = f"full layers {_listed(written)}" if written else "no full layers"
+        raise ValueError(
+            f"{config.output} holds a run with {have}, where --full-layers-auto {count} asks for "
+            f"{count}: give what it has, use another --output, or --no-resume to start again."
+        )
+    return _with_layers(config, written)
+
+
+def with_chosen_layers(
+    config: FinetuneConfig, mesh: "Mesh | None", console: Console
+) -> FinetuneConfig:
+    """The layers whose output the window changes most, as plain indices; printed in one line.
+
+    They are chosen on a few of the rows that a memory is fitted on, see `layer_gaps`.
+
+    Raises:
+      ValueError: if the model has too few layers, or is one whose memory has been chosen already.
+    """
+    if not config.full_layers_auto:
+        return config
+    if find_checkpoint(config.model):
+        raise ValueError(
+            f"--full-layers-auto chooses among the layers of a base model, but {config.model} is a "
+            "run with a memory in its layers: leave it out, or name the base model."
+        )
+    window = config.liza.softmax_window
+    assert window is not None, "the configuration asks for one"
+    alone = LizaConfig(
+        writes="none", softmax_window=window, softmax_sinks=config.liza.softmax_sinks
+    )
+    model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), mesh=mesh)
+    rows = long_rows(config, model.config, load_tokenizer(config.model), config.seed)
+    count = min(_ROWS, rows.num_rows)
+    batches = (rows.batch_at(number, 1, config.seed) for number in range(count))
+    read = ((jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)) for batch in batches)
+    gaps = layer_gaps(model, read)
+    chosen = choose_full_layers(gaps, config.full_layers_auto)
+    console.print(_describe(gaps, chosen, window))
+    return _with_layers(config, chosen)
+
+
+def _with_layers(config: FinetuneConfig, layers: tuple[int, ...]) -> FinetuneConfig:
+    liza = dataclasses.replace(config.liza, full_layers=layers)
+    return dataclasses.replace(config, liza=liza, full_layers_auto=0)
+
+
+def _describe(gaps: Mapping[int, float], chosen: tuple[int, ...], window: int) -> str:
+    shares = ", ".join(f"{gaps[layer]:.1%}" for layer in chosen)
+    most = max(gap for layer, gap in gaps.items() if layer not in chosen)
+    return (
+        f"full attention stays in layers {_listed(chosen)}: the window of {window} throws their "
+        f"output off by {shares} of the residual stream, others by {most:.1%} at most"
+    )
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, layers))
