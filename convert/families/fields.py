@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from tptt_jax import ModelConfig
-from tptt_jax.config import MAX_LAYERS, LayerKind
+from tptt_jax.config import MAX_LAYERS, BaseLayerKind
 
 _REQUIRED = object()
 # Sizes and positions are int32 on every device.
@@ -116,10 +116,12 @@ class Fields:
             )
 
 
-_KINDS: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_KINDS: dict[str, BaseLayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 
 
-def read_layer_kinds(fields: Fields, default: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+def read_layer_kinds(
+    fields: Fields, default: tuple[BaseLayerKind, ...]
+) -> tuple[BaseLayerKind, ...]:
     """Converts `layer_types`; `default` if a published configuration lacks it.
 
     Raises:

@@ -23,7 +23,7 @@ from convert.families.rotary import (
 from convert.formats import GgufFile
 from convert.rules import MINUS_ONE
 from tptt_jax import ModelConfig
-from tptt_jax.config import LayerKind, RopeConfig
+from tptt_jax.config import BaseLayerKind, RopeConfig
 
 _NORMS = {
     "input_layernorm": "attn_norm",
@@ -44,7 +44,7 @@ _SLIDING_THETA = 10_000.0
 _LAYERS_OF_27B = 62
 
 
-def _pattern(num_layers: int, period: int) -> tuple[LayerKind, ...]:
+def _pattern(num_layers: int, period: int) -> tuple[BaseLayerKind, ...]:
     return tuple("sliding" if (i + 1) % period else "full" for i in range(num_layers))
 
 

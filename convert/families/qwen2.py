@@ -15,7 +15,7 @@ from convert.families.key_tables import standard_rules
 from convert.families.standard import read_standard, write_old_standard, write_standard
 from convert.formats import GgufFile
 from tptt_jax import ModelConfig
-from tptt_jax.config import LayerKind
+from tptt_jax.config import BaseLayerKind
 
 
 def read_windows(fields: Fields) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_windows(fields: Fields) -> dict[str, Any]:
     if not fields.boolean("use_sliding_window", False):
         return {}
     first = fields.integer("max_window_layers", 28)
-    default: tuple[LayerKind, ...] = tuple(
+    default: tuple[BaseLayerKind, ...] = tuple(
         "full" if i < first else "sliding" for i in range(read_num_layers(fields))
     )
     kinds = read_layer_kinds(fields, default)
