@@ -50,9 +50,11 @@ class DataConfig:
     """Held-out rows of a table, chosen by the seed: a share if below 1, else a number of rows."""
     recall: float = 0.0
     """Share of rows, below 1, that ask for pass keys, numbers or pairs hidden beyond the window, in
-    text and in noise. They teach the memory to recall. Their answers count, and so does text that
-    hides something; noise does not. With packing such a row has several questions of different
-    lengths."""
+    text and in noise; only the answers count. They teach the memory to recall. With packing such a
+    row has several questions of different lengths."""
+    recall_text: bool = False
+    """Text that hides something counts in the loss, too: recall costs less perplexity, and is
+    learned more slowly."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What these rows ask for, in turn."""
 

@@ -129,6 +129,7 @@ def load_token_data(
             seed=seed,
             prefix=begin,
             kinds=config.recall_kinds,
+            count_text=config.recall_text,
             packing=config.packing,
         )
         train = train.joined(lay_out(asked, config.sequence_length))

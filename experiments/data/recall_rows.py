@@ -1,8 +1,8 @@
 """Recall rows: something hidden in a haystack, and a question at the end; also for evaluation.
 
-They teach a memory to recall (docs/memory.md). The answer depends on tokens beyond the window. It
-counts in the loss, and so does a haystack of unchanged training text, so that recall rows replace
-little text. Formats, depths and texts of the evaluation never occur here.
+They teach a memory to recall (docs/memory.md). The answer depends on tokens beyond the window; it
+counts in the loss, and a haystack of unchanged training text may count, too. Formats, depths and
+texts of the evaluation never occur here.
 """
 
 import functools
@@ -33,6 +33,7 @@ def recall_examples(
     prefix: Sequence[int] = (),
     kinds: Sequence[ProbeKind] = tuple(PROBES),
     weight: float = 0.3,
+    count_text: bool = False,
     packing: bool = False,
 ) -> list[list[Example]]:
     """Makes rows that ask for things hidden in a text.
@@ -42,8 +43,7 @@ def recall_examples(
 
     Args:
       tokenizer: of the model.
-      texts: the training data, which haystacks are cut from. Where a haystack is text as it is,
-        its tokens count as they do there.
+      texts: the training data, which haystacks are cut from.
       count: rows.
       length: tokens of a row.
       window: the hidden text ends at least this many tokens before its answer.
@@ -51,6 +51,7 @@ def recall_examples(
       prefix: tokens that every example begins with.
       kinds: what examples ask for, in turn.
       weight: of a row's answers, relative to all tokens of a text row.
+      count_text: tokens of a haystack that is unchanged text count as they do in `texts`.
       packing: several examples of different lengths share a row; False: one per row.
 
     Returns:
@@ -60,7 +61,7 @@ def recall_examples(
     Raises:
       ValueError: if rows of this length are too short to hide anything beyond the window.
     """
-    haystacks = _Haystacks.of(tokenizer, texts)
+    haystacks = _Haystacks.of(tokenizer, texts, count_text=count_text)
     encode = functools.partial(encode_text, tokenizer)
 
     def example(rng: np.random.Generator, probe: Probe, size: int, *, share: float) -> Example:
@@ -107,10 +108,16 @@ class _Haystacks(NamedTuple):
     vocabulary: Int[np.ndarray, " V"]
 
     @classmethod
-    def of(cls, tokenizer: "PreTrainedTokenizerFast", texts: Sequence[Example]) -> "_Haystacks":
+    def of(
+        cls,
+        tokenizer: "PreTrainedTokenizerFast",
+        texts: Sequence[Example],
+        *,
+        count_text: bool,
+    ) -> "_Haystacks":
         tokens = np.concatenate([text.tokens for text in texts])
         targets = np.concatenate([text.targets for text in texts])
-        text = Example(tokens, targets.astype(np.float32))
+        text = Example(tokens, targets.astype(np.float32)) if count_text else _only_tokens(tokens)
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         plain = sorted(set(tokenizer.get_vocab().values()) - special)
         return cls(text, np.asarray(plain, np.int32))

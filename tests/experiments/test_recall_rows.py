@@ -1,6 +1,7 @@
-"""Rows that teach recall: what is asked lies beyond the window; text and answers count."""
+"""Recall rows: the hidden text lies beyond the window; answers count, and text if asked for."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,10 +67,19 @@ def test_every_row_can_be_answered_from_beyond_the_window_alone(tokenizer):
     assert kinds == set(PROBES)
 
 
-def test_answers_and_text_have_weight(tokenizer):
+def test_only_the_answer_has_weight(tokenizer):
+    for row in rows(tokenizer, weight=0.5):
+        counted = np.flatnonzero(row.targets)
+        np.testing.assert_array_equal(counted, np.arange(counted[0], LENGTH))
+        assert len(set(row.targets[counted].tolist())) == 1
+        # Against a row of text, in which every token weighs 1.
+        assert row.targets.sum() == pytest.approx(0.5 * LENGTH)
+
+
+def test_text_may_have_weight(tokenizer):
     (word,) = set(texts_of(tokenizer)[0].tokens.tolist())
     of_text = 0
-    for row in rows(tokenizer, weight=0.5):
+    for row in rows(tokenizer, weight=0.5, count_text=True):
         _, _, tokens = parts(tokenizer, row)
         answer = row.targets[len(tokens) :]
         assert len(set(answer.tolist())) == 1
@@ -161,10 +171,13 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     np.testing.assert_array_equal(mixed.train.loss_mask[:rows_of_text], plain.train.loss_mask)
     np.testing.assert_array_equal(mixed.train.tokens, again.train.tokens)
     asked = mixed.train.loss_mask[rows_of_text:]
-    # Answers weigh 0.3 of a row, and every token of text that hides something weighs 1.
-    answers = np.where(asked == 1, 0, asked).sum(axis=1)
-    np.testing.assert_allclose(answers, 0.3 * LENGTH, rtol=1e-5)
-    assert 0.2 < np.mean(asked == 1) < 0.5
+    np.testing.assert_allclose(asked.sum(axis=1), 0.3 * LENGTH, rtol=1e-5)
+    # With recall_text every token of text that hides something weighs 1, and rows are the same.
+    counted = load_token_data(replace(recall, recall_text=True), tokenizer, 5, window=WINDOW).train
+    np.testing.assert_array_equal(counted.tokens, mixed.train.tokens)
+    more = counted.loss_mask[rows_of_text:]
+    np.testing.assert_array_equal(np.where(more == 1, 0, more), asked)
+    assert 0.2 < np.mean(more == 1) < 0.5
     source = mixed.train
     for tokens, ids in zip(
         source.tokens[rows_of_text:], source.segment_ids[rows_of_text:], strict=True
