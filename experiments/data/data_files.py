@@ -65,8 +65,8 @@ def find_data(
     is_hub = len(paths) == 1 and is_hub_id(paths[0])
     if revision is not None and not is_hub:
         raise ValueError(
-            f"--data.revision {revision} is of a dataset on the Hugging Face Hub, but {shown} is "
-            "none: leave it out."
+            f"--data.revision {revision} is for datasets on the Hugging Face Hub, but {shown} is "
+            "local: leave it out."
         )
     if paths == (PYTHON_DOCS,):
         return FoundData(paths, False, None)
@@ -141,8 +141,8 @@ def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | No
     if path == PYTHON_DOCS:
         raise ValueError(f"{path} must be given alone.")
     if is_hub_id(path):
-        raise ValueError(f"{path} is no file here, and a dataset of the Hub must be given alone.")
-    raise FileNotFoundError(f"There is no file {path}: check the path given as data.")
+        raise ValueError(f"{path} is not a local file, and a Hub dataset must be given alone.")
+    raise FileNotFoundError(f"no such file: {path}; check the path given as data.")
 
 
 def _find_in_folder(folder: Path, leave_out: Path | None) -> dict[str, list[Path]] | None:
@@ -166,7 +166,7 @@ def _stand_in_files(folder: Path, leave_out: Path | None) -> dict[str, list[Path
             link = root / file.relative_to(folder)
             link = link.with_suffix("") if link.suffix.lower() == ".zst" else link
             if link in originals:
-                raise ValueError(f"{originals[link]} and {file} have one name: remove one.")
+                raise ValueError(f"{originals[link]} and {file} have the same name: remove one.")
             originals[link] = file
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
@@ -182,6 +182,6 @@ def _refuse_special(file: Path) -> None:
     """Raises ValueError for what would never end, or come only once."""
     if file.exists() and not file.is_file() and not file.is_dir():
         raise ValueError(
-            f"{file} is no regular file but a device, a pipe or a socket: write the data into a "
+            f"{file} is a device, a pipe or a socket, not a regular file: write the data into a "
             "file first."
         )

@@ -116,7 +116,7 @@ def _load_files(
     files = [each for name in read for each in read[name]]
     kinds = {is_text(file) for file, _ in files}
     if len(kinds) > 1:
-        raise ValueError(f"{data.shown} names texts and tables: read them in runs of their own.")
+        raise ValueError(f"{data.shown} names texts and tables: use a separate run for each kind.")
     if len(files) == 1 and kinds == {True} and files[0][1].rows:
         return _document(str(files[0][0]), split, files[0][1].rows[0]["text"])
     is_file = len(files) == 1 and not data.is_hub

@@ -343,7 +343,7 @@ def test_equal_copies_of_the_embedding_are_passed_over(tmp_path, llama, dtype, c
         np.testing.assert_array_equal(values[name], value)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "a copy of the base model's lm_head.weight, model.embed_tokens.weight" in said
+    assert "an identical copy of the base model's lm_head.weight, model.embed_tokens.weight" in said
 
 
 @pytest.mark.parametrize("name", [EMBEDDING, HEAD])

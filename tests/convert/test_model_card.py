@@ -91,7 +91,7 @@ def test_results_are_found_by_model(tmp_path, results):
     several = {name: {"tasks": {"n": name}} for name in ("runs/a", "runs/b")}
     results.write_text(json.dumps({"models": several}))
     assert read_results(results, "runs/b") == {"n": "runs/b"}
-    with pytest.raises(ConversionError, match=r"results of runs/a, runs/b, none of c: evaluate"):
+    with pytest.raises(ConversionError, match=r"results of runs/a, runs/b, not of c: evaluate"):
         read_results(results, "c")
 
 

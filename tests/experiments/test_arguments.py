@@ -231,7 +231,7 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
         ("- 1", "must hold names and values, got list"),
         ("model: [a", "line 2, is not valid YAML"),
         ("config: other.yaml", "there is no option config"),
-        ("xyzzy: 1", "no option xyzzy; the options here are model, output, data,"),
+        ("xyzzy: 1", "no option xyzzy; the options here are model, revision, output, data,"),
     ],
     ids=lambda value: value[:20],
 )

@@ -152,7 +152,7 @@ def test_stop_strings_and_late_printing_cut_exactly(tiny_model_dir, capsys):
         captured = capsys.readouterr()
         report = json.loads(captured.out.splitlines()[-1])
         assert report["text"] == free[: free.index(stop)]
-        assert "bytes" in captured.err
+        assert " MB" in captured.err
 
 
 @pytest.mark.parametrize(

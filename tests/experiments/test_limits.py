@@ -68,4 +68,4 @@ def test_documents_longer_than_learned_positions_are_refused(model):
     with pytest.raises(ValueError, match=r"lower --data\.eval-length to 8"):
         evaluate_held_out(model, source(longer, longer), put, batch_size=1)
     with pytest.raises(ValueError, match="the 8 positions that this model has learned"):
-        generate(model, np.ones((1, 8)), 2)
+        generate(model, np.ones((1, 8), int), 2)
