@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from experiments.data import DataConfig, load_token_data
 from experiments.data.formats import alpaca_prompt
 from experiments.data.templates import ChatTemplate
 from tests.experiments.test_answers import LATE_SYSTEM, MARKED, QWEN3, THINKING
+from tests.generated import examples
 from tests.tiny import CHATML, make_tokenizer
 
 LENGTH = 6000
@@ -26,16 +27,6 @@ TOKENIZERS = {
     name: make_tokenizer(begin=True, template=template) for name, template in TEMPLATES.items()
 }
 PLAIN = make_tokenizer(begin=True)
-
-
-def examples(count: int):
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
 
 
 pieces = st.sampled_from(
