@@ -37,14 +37,15 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, float) and name == "error":
         return f"{value:.1e}"
     if isinstance(value, int) and not isinstance(value, bool) and "bytes" in name:
-        return _size(value)
+        return readable_size(value)
     if isinstance(value, float):
         # Whole numbers with commas, short ones with four digits, huge ones with an exponent.
         return f"{value:,.0f}" if 1e4 <= abs(value) < 1e7 else f"{value:.4g}"
     return str(value)
 
 
-def _size(nbytes: float) -> str:
+def readable_size(nbytes: float) -> str:
+    """A number of bytes in B, kB, MB, GB or TB."""
     units = iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while nbytes >= 1000 and unit != "TB":

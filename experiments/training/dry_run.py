@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from convert.command_line import readable_size
 from experiments.training.run import Run
 from tptt_jax import state_bytes
 
@@ -23,13 +24,14 @@ def dry_run(run: Run) -> dict[str, Any]:
       one device, and `state_bytes_per_sequence` of decoding.
     """
     partition, state, step = run.training_parts()
+    frozen = jax.tree.leaves(partition.frozen)
     arguments, tokens = run.batch_at(0)
     compiled = jax.jit(step, donate_argnums=0).lower(state, partition.frozen, *arguments).compile()
     analysis = compiled.memory_analysis()
     liza = run.model.liza
     length = run.config.data.sequence_length
     sizes = {
-        "base_bytes": _bytes(jax.tree.leaves(partition.frozen)),
+        "base_bytes": _bytes(frozen),
         "trainable_bytes": _bytes(state.trainable.values()),
         "optimizer_bytes": _bytes(jax.tree.leaves(state.opt_state)),
         "step_bytes": None if analysis is None else int(analysis.temp_size_in_bytes),
@@ -38,7 +40,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         ),
     }
     counts = {
-        "base_parameters": _count(jax.tree.leaves(partition.frozen)),
+        "base_parameters": _count(frozen),
         "trainable_parameters": _count(state.trainable.values()),
     }
     rows = run.config.rows_per_step
@@ -61,7 +63,8 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
 
     def add(label: str, size: int | None, count: int | None = None) -> None:
-        table.add_row(label, "" if count is None else f"{count:,}", _shown(size))
+        shown = "unknown" if size is None else readable_size(size)
+        table.add_row(label, "" if count is None else f"{count:,}", shown)
 
     kind = config.dtype
     add(f"frozen weights ({kind})", report["base_bytes"], report["base_parameters"])
@@ -83,15 +86,9 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
     return table
 
 
-def _shown(size: int | None) -> str:
-    if size is None:
-        return "unknown"
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
 def _bytes(arrays: Iterable[Any]) -> int:
-    return sum(x.nbytes for x in arrays if hasattr(x, "nbytes"))
+    return sum(x.nbytes for x in arrays)
 
 
 def _count(arrays: Iterable[Any]) -> int:
-    return sum(x.size for x in arrays if hasattr(x, "size"))
+    return sum(x.size for x in arrays)
