@@ -1,7 +1,7 @@
-"""The lowest held-out loss of a run: its weights are kept, and training ends when it stays away."""
+"""Keeps the weights with the lowest held-out loss, and ends training when it no longer falls."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.training.config import FinetuneConfig
@@ -18,19 +18,27 @@ BEST = "best"
 """Folder below a run's directory; it is loaded like a run."""
 
 
-def has_stopped_early(records: Iterable[StepRecord], early_stop: int | None) -> bool:
-    """Whether the last `early_stop` evaluations were no better than the one before them.
+def has_stopped_early(records: Sequence[StepRecord], early_stop: int | None) -> bool:
+    """Whether at least `early_stop` evaluations came after the best one.
 
     Args:
       records: of all steps so far.
       early_stop: evaluations; None: never.
     """
-    losses = [record.eval_loss for record in records if record.eval_loss is not None]
-    if early_stop is None or not losses:
+    best = _best_step(records)
+    if early_stop is None or best is None:
         return False
-    # The last lowest one counts: NaN is never lowest.
-    best = min(range(len(losses)), key=lambda i: (_or_infinite(losses[i]), i))
-    return len(losses) - 1 - best >= early_stop
+    return (
+        sum(record.eval_loss is not None for record in records if record.step > best) >= early_stop
+    )
+
+
+def _best_step(records: Sequence[StepRecord]) -> int | None:
+    """The first step with the lowest held-out loss; None: none was evaluated."""
+    losses = {record.step: record.eval_loss for record in records if record.eval_loss is not None}
+    # NaN is never lowest.
+    finite = {step: loss if math.isfinite(loss) else math.inf for step, loss in losses.items()}
+    return min(finite, key=lambda step: finite[step], default=None)
 
 
 def records_until(output: Path, step: int | None) -> list[StepRecord]:
@@ -57,18 +65,13 @@ class BestState:
         self._early_stop = config.early_stop
         self._records = records_until(config.output, first_step)
         if self._folder is not None:
-            # They are of steps after the last checkpoint, which are run again.
+            # The steps after the last checkpoint are run again.
             remove_checkpoints_after(self._folder, first_step)
 
     @property
     def step(self) -> int | None:
         """The step with the lowest held-out loss so far; None before the first evaluation."""
-        found = [
-            (_or_infinite(record.eval_loss), record.step)
-            for record in self._records
-            if record.eval_loss is not None
-        ]
-        return min(found)[1] if found else None
+        return _best_step(self._records)
 
     @property
     def kept_in(self) -> Path | None:
@@ -89,7 +92,3 @@ class BestState:
     def is_over(self) -> bool:
         """Whether the run is to end here."""
         return has_stopped_early(self._records, self._early_stop)
-
-
-def _or_infinite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf

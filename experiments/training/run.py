@@ -148,8 +148,9 @@ class Run:
         done = self.resumption.step
         return done is not None and (done >= self.steps or self._stopped_early)
 
-    @property
+    @functools.cached_property
     def _stopped_early(self) -> bool:
+        """Whether earlier calls have stopped early; metrics.jsonl is read once."""
         records = records_until(self.config.output, self.resumption.step)
         return has_stopped_early(records, self.config.early_stop)
 
