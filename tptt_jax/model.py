@@ -18,9 +18,8 @@ from tptt_jax.config import (
 )
 from tptt_jax.decoder import (
     Cache,
-    StackRun,
+    Stack,
     check_cache,
-    init_stack,
     init_stack_caches,
     layer_stacks,
 )
@@ -122,8 +121,14 @@ class CausalLM(nnx.Module):
         self.deterministic = True  # train() and eval() change it
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
+        kinds = layer_kinds(config, liza)
         self.stacks = nnx.List(
-            init_stack(config, liza, lora, layers, dtype=dtype, rngs=rngs)
+            Stack(
+                *(config.of_layer(layers[0]), liza, lora),
+                tuple(kinds[i] for i in layers),
+                dtype=dtype,
+                rngs=rngs,
+            )
             for layers in layer_stacks(config)
         )
         if lora is not None:
@@ -251,25 +256,20 @@ class CausalLM(nnx.Module):
         }
         x = self.embed(tokens, positions)
         stack_caches, branches = [], []
-        for number, layers in enumerate(layer_stacks(self.config)):
-            run = StackRun(
-                config=self.config.of_layer(layers[0]),
-                liza=self.liza,
-                kinds=tuple(kinds[i] for i in layers),
-                contexts=contexts,
+        for number, stack in enumerate(self.stacks):
+            output = stack(
+                x,
+                contexts,
                 share=None if self.mag_share is None else self.mag_share[...],
+                cache=None if cache is None else cache.stacks[number],
                 use_memory=use_memory,
                 return_branches=return_branches,
                 remat=remat,
-            )
-            x, stack_cache, stack_branches = run(
-                self.stacks[number],
-                x,
-                cache=None if cache is None else cache.stacks[number],
                 dropout_key=fold_path(dropout_key, f"stacks.{number}"),
             )
-            stack_caches.append(stack_cache)
-            branches.append(stack_branches)
+            x = output.hidden
+            stack_caches.append(output.cache)
+            branches.append(output.branches)
         x = self.final_norm(x)
         if order is not None:
             inverse = jnp.argsort(order, axis=1)

@@ -1,15 +1,11 @@
 """Decoding on CPU: one module per layer instead of a scan over stacked ones."""
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from tptt_jax.config import memory_layers
-from tptt_jax.decoder import DecoderLayer, layer_stacks
-from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.model import CausalLM
 
 # Below this, weights stay in the processor's own caches and copies of them are cheap.
@@ -36,35 +32,8 @@ def unstack_layers(model: CausalLM) -> CausalLM:
     if sum(leaf.nbytes for leaf in leaves) < _WORTHWHILE_BYTES:
         return model
     apart = nnx.merge(*nnx.split(model))
-    with_memory = memory_layers(model.config, model.liza)
-    stacks = [
-        nnx.List(_layers(stack, [layer in with_memory for layer in layers]))
-        for stack, layers in zip(model.stacks, layer_stacks(model.config), strict=True)
-    ]
-    apart.stacks = cast("nnx.List[DecoderLayer]", nnx.List(stacks))
+    apart.stacks = nnx.List(stack.unroll(_views) for stack in model.stacks)
     return apart
-
-
-def _layers(stack: DecoderLayer, flags: Sequence[bool]) -> list[DecoderLayer]:
-    """The layers of a stack; those whose flag is set have a memory."""
-    graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
-    memories = iter(_apart(of_memory, sum(flags)))
-    bare = nnx.merge(*nnx.split(stack))
-    bare.self_attn.memory = bare.self_attn.mag = nnx.data(None)
-    bare_graphdef = nnx.graphdef(bare)
-    return [
-        nnx.merge(graphdef, next(memories), layer)
-        if has_memory
-        else nnx.merge(bare_graphdef, layer)
-        for layer, has_memory in zip(_apart(others, len(flags)), flags, strict=True)
-    ]
-
-
-def _apart(state: nnx.State, count: int) -> list[nnx.State]:
-    """The entries of a stacked state, one by one."""
-    leaves, treedef = jax.tree.flatten(state)
-    parts = [_views(leaf) for leaf in leaves]
-    return [jax.tree.unflatten(treedef, [part[i] for part in parts]) for i in range(count)]
 
 
 def _views(stacked: jax.Array) -> list[jax.Array]:

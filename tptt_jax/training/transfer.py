@@ -12,16 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, Hidden, Int, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, LizaConfig, layer_kinds
-from tptt_jax.decoder import DecoderLayer, apply_norm, layer_stacks, spread_memory
+from tptt_jax.decoder import DecoderLayer, Stack, apply_norm
 from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.liza import LizaAttention, Projected
 from tptt_jax.layers.norm import NormLayer
-from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
     apply_softmax,
@@ -82,38 +80,30 @@ def visit_layers(
         tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
     positions = count_positions(tokens.shape, segment_ids, None)
     place = (positions, segment_ids, None)
-    of_layers = layer_kinds(model.config, model.liza)
-    kinds: tuple[LayerKind, ...] = tuple(dict.fromkeys(of_layers))
+    kinds = tuple(dict.fromkeys(layer_kinds(model.config, model.liza)))
 
     def contexts(liza: LizaConfig | None, window: Array | None) -> dict[LayerKind, TokenContext]:
         return {kind: token_context(model.config, liza, kind, *place, window) for kind in kinds}
 
     whole, narrow = contexts(None, None), contexts(model.liza, window)
     x, found = model.embed(tokens, positions), []
-    for number, layers in enumerate(layer_stacks(model.config)):
-        stack: tuple[LayerKind, ...] = tuple(of_layers[i] for i in layers)
-        x, seen = _visit_stack(model.stacks[number], stack, whole, narrow, x, visit)
+    for stack in model.stacks:
+        x, seen = _visit_stack(stack, whole, narrow, x, visit)
         found.append(seen)
     return found
 
 
 def _visit_stack(
-    layers: DecoderLayer,
-    kinds: tuple[LayerKind, ...],
+    stack: Stack,
     whole: dict[LayerKind, TokenContext],
     narrow: dict[LayerKind, TokenContext],
     x: Array,
     visit: Visit,
 ) -> tuple[Array, Any]:
-    assert layers.self_attn.liza is not None
-    has = [kind == "full" for kind in kinds]
-    graphdef, of_memory, parameters = nnx.split(layers, MemoryParam, ...)
-    different = tuple(dict.fromkeys(kinds))
-    numbers = jnp.array([different.index(kind) for kind in kinds])
+    different = tuple(dict.fromkeys(stack.kinds))
+    numbers = jnp.array([different.index(kind) for kind in stack.kinds])
 
-    def body(x: Array, inputs: tuple) -> tuple[Array, Any]:
-        parameters, of_memory, number = inputs
-        layer = nnx.merge(graphdef, of_memory, parameters)
+    def body(layer: DecoderLayer, x: Array, number: Array) -> tuple[Array, Any]:
         made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
 
         def run(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
@@ -130,8 +120,8 @@ def _visit_stack(
         full, seen = lax.switch(number, options, made)
         return layer.add(x, layer.self_attn.project_out(full)), seen
 
-    x, seen = lax.scan(body, x, (parameters, spread_memory(of_memory, has), numbers))
-    mine = np.flatnonzero(has)
+    x, seen = stack.scan(body, x, numbers)
+    mine = np.flatnonzero([kind == "full" for kind in stack.kinds])
     return x, jax.tree.map(lambda leaf: leaf[mine], seen)
 
 

@@ -104,8 +104,8 @@ def test_unstacked_layers_compute_the_same(config, monkeypatch):
     monkeypatch.setattr("tptt_jax.inference.unstack._WORTHWHILE_BYTES", 0)
     model = make(config)
     apart = unstack_layers(model)
-    has = [layer.self_attn.memory is not None for layer in apart.stacks[0]]
-    assert has == [layer.self_attn.mag is not None for layer in apart.stacks[0]]
+    has = [layer.self_attn.memory is not None for layer in apart.stacks[0].layers]
+    assert has == [layer.self_attn.mag is not None for layer in apart.stacks[0].layers]
     assert has == [kind == "full" for kind in config.layer_kinds]
     want, got = generate(model, TOKENS, 10), generate(apart, TOKENS, 10)
     assert np.array_equal(got.tokens, want.tokens)
@@ -129,7 +129,7 @@ def test_a_hybrid_goes_on_from_any_state_and_grows_with_the_text(tmp_path, monke
     save_state(tmp_path / "first.state", model, first)
     monkeypatch.setattr("tptt_jax.inference.unstack._WORTHWHILE_BYTES", 0)
     apart = unstack_layers(model)
-    assert [layer.self_attn.memory is not None for layer in apart.stacks[0]] == [False, True]
+    assert [layer.self_attn.memory is not None for layer in apart.stacks[0].layers] == [False, True]
     loaded = load_state(tmp_path / "first.state", model)
     rest = read(model, text[:, 30:], segments[:, 30:], state=loaded)
     got = generate(apart, text[:, :0], 12, state=rest)

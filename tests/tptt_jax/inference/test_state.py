@@ -152,7 +152,7 @@ def test_unstacked_layers_compute_the_same(config, liza, monkeypatch):
     model = make(config, liza)
     apart = unstack_layers(model)
     assert apart is not model
-    assert isinstance(apart.stacks[0], nnx.List)
+    assert isinstance(apart.stacks[0].layers, nnx.List)
     want, got = generate(model, TOKENS, 10), generate(apart, TOKENS, 10)
     assert np.array_equal(got.tokens, want.tokens)
     assert_trees_close(got.state, want.state, 1e-5, "state")

@@ -91,22 +91,7 @@ def test_without_a_memory_there_is_nothing_to_fit(liza):
 
 def _layers(model):
     """Every layer as a module of its own, the memory's parameters where there are any."""
-    layers = []
-    for number, stack in enumerate(model.stacks):
-        graphdef, of_memory, others = nnx.split(stack, MemoryParam, ...)
-        first = len(layers)
-        for index in range(jax.tree.leaves(others)[0].shape[0]):
-            place = memory_location(model.config, model.liza, first + index)
-            assert place is None or place[0] == number
-            mine = 0 if place is None else place[1]
-            layers.append(
-                nnx.merge(
-                    graphdef,
-                    jax.tree.map(lambda x, i=mine: x[i], of_memory),
-                    jax.tree.map(lambda x, i=index: x[i], others),
-                )
-            )
-    return layers
+    return [layer for stack in model.stacks for layer in stack.unroll().layers]
 
 
 def _plain_gaps(model, tokens, ids):
