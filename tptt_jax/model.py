@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
 from tptt_jax.config import (
@@ -31,6 +30,7 @@ from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.cross_entropy import head_product
+from tptt_jax.ops.documents import count_positions, order_padding, take_places
 from tptt_jax.token_ids import check_model_tokens
 
 
@@ -241,8 +241,8 @@ class CausalLM(nnx.Module):
         if segment_ids is not None and cache is None:
             # Windows count places, so padding must not lie inside a document.
             order = order_padding(segment_ids)
-            tokens, segment_ids = _take(tokens, order), _take(segment_ids, order)
-            positions = None if positions is None else _take(positions, order)
+            tokens, segment_ids = take_places(tokens, order), take_places(segment_ids, order)
+            positions = None if positions is None else take_places(positions, order)
         is_plain = positions is None and segment_ids is None and cache is None
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
@@ -273,9 +273,11 @@ class CausalLM(nnx.Module):
         x = self.final_norm(x)
         if order is not None:
             inverse = jnp.argsort(order, axis=1)
-            x = _take(x, inverse)
+            x = take_places(x, inverse)
             if return_branches:
-                branches = jax.tree.map(lambda b: jax.vmap(_take, (0, None))(b, inverse), branches)
+                branches = jax.tree.map(
+                    lambda b: jax.vmap(take_places, (0, None))(b, inverse), branches
+                )
         new_cache = None
         if cache is not None:
             valid = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1)
@@ -405,29 +407,3 @@ def _rebuild(
             raise ValueError(f"{name} must have shape {variable.shape}, the model has {got}.")
         flat.append((path, value))
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
-
-
-def order_padding(segment_ids: SegmentIds) -> Int[Array, "B T"]:
-    """The order of places that moves padding to the end of its row."""
-    return jnp.argsort(segment_ids == 0, axis=1, stable=True)
-
-
-def count_positions(
-    shape: tuple[int, ...], segment_ids: SegmentIds | None, length: Int[Array, "B"] | None
-) -> Positions:
-    """Tokens of the same document before each token [B, T]; padding gets any number."""
-    if segment_ids is None:
-        positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-        return positions if length is None else positions + length[:, None]
-    valid = segment_ids != 0
-    count = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - 1
-    if length is not None:
-        return jnp.maximum(count, 0) + length[:, None]
-    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
-    first = jnp.where(segment_ids != previous, count, 0)
-    return jnp.maximum(count - lax.cummax(jnp.maximum(first, 0), axis=1), 0)
-
-
-def _take(x: Array, order: Int[Array, "B T"]) -> Array:
-    index = order.reshape(*order.shape, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, index, axis=1)

@@ -24,8 +24,9 @@ from tests.contracts import (
 from tests.shapes import GEMMA, UNEVEN
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers import softmax_attention as softmax_layer
-from tptt_jax.model import base_model, count_positions, init_cache
+from tptt_jax.model import base_model, init_cache
 from tptt_jax.ops.attention import fused_attention
+from tptt_jax.ops.documents import count_positions
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 BIASED = ModelConfig.tiny(

@@ -11,7 +11,7 @@ from flax import nnx
 from tests.contracts import assert_trees_close, randomize
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.model import count_positions
+from tptt_jax.ops.documents import count_positions
 
 TINY = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 MIXED = dataclasses.replace(TINY, layer_kinds=("sliding", "full"), sliding_window=5)

@@ -19,9 +19,9 @@ from tptt_jax.layers.lora import LowRank, path_number
 from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.ops.delta_product import chunk_delta_product, naive_delta_product, step_delta_product
+from tptt_jax.ops.documents import tokens_so_far
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
 from tptt_jax.ops.residuals import save_mixed
-from tptt_jax.ops.token_shift import document_lengths
 from tptt_jax.ops.tptt_reference import (
     RawTokens,
     attend_tptt_reference,
@@ -204,7 +204,7 @@ class DeltaMemory(nnx.Module):
         activation = config.recurrence.state_activation
         if activation != "none" and ids is not None:
             # Chunks of the row are not chunks of its documents: count tokens one by one.
-            after = (document_lengths(ids) % config.chunk_size == 0) & (ids != 0)
+            after = (tokens_so_far(ids) % config.chunk_size == 0) & (ids != 0)
             return naive_delta_product(
                 *inputs, segment_ids=ids, state_activation=activation, activate_after=after
             )[0]

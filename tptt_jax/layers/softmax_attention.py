@@ -24,15 +24,14 @@ from tptt_jax.ops.attention import (
     attend_sequence,
     can_fuse,
     fused_attention,
-    segment_starts,
 )
 from tptt_jax.ops.attention.rope import (
     RotaryAngles,
-    document_lengths,
     invert_rotation,
     rotary_angles,
     rotate,
 )
+from tptt_jax.ops.documents import document_lengths, segment_starts
 
 # Logits that cached attention holds at a time: 128 MiB in float32.
 _LOGITS_AT_A_TIME = 1 << 25

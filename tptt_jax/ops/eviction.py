@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Int, Positions, SegmentIds, Shaped
-from tptt_jax.ops.token_shift import document_ordinals
+from tptt_jax.ops.documents import document_ordinals
 
 
 def delay_tokens(

@@ -5,48 +5,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_checks import check_arrays, check_axes
 from tptt_jax.array_typing import Array, Bool, Int, SegmentIds, Shaped
-
-
-def document_ordinals(segment_ids: SegmentIds) -> Int[Array, "B T"]:
-    """Numbers the documents of each row: 0, 1, 2, ...
-
-    A document ends where a different non-zero id follows, so padding in its middle does not end
-    it, and an id that returns after another one starts a new document.
-
-    Args:
-      segment_ids: document ids [B, T], 0 for padding.
-
-    Returns:
-      The number of document starts before each token, the row's first one not counted
-      [B, T]; padding carries the number of the token before it (0 at the start of the row).
-    """
-    check_axes("segment_ids", segment_ids, "B T")
-    positions = jnp.arange(segment_ids.shape[1])
-    latest = jax.lax.cummax(jnp.where(segment_ids != 0, positions, -1), axis=1)
-    before = jnp.pad(latest, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    previous_id = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    starts = (segment_ids != 0) & (before >= 0) & (segment_ids != previous_id)
-    return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
-
-
-def document_lengths(segment_ids: SegmentIds) -> Int[Array, "B T"]:
-    """Tokens of the document up to and including each token [B, T]; padding counts none.
-
-    Args:
-      segment_ids: document ids [B, T], 0 for padding.
-    """
-    valid = segment_ids != 0
-    count = jnp.cumsum(valid, axis=1)
-    last_id = _previous_valid_id(segment_ids)
-    before = jnp.where(valid & (segment_ids != last_id), count - 1, 0)
-    return count - jax.lax.cummax(before, axis=1)
-
-
-def _previous_valid_id(segment_ids: Array) -> Array:
-    index = jnp.where(segment_ids != 0, jnp.arange(segment_ids.shape[1]), -1)
-    previous = jax.lax.cummax(jnp.pad(index[:, :-1], ((0, 0), (1, 0)), constant_values=-1), axis=1)
-    found = jnp.take_along_axis(segment_ids, jnp.maximum(previous, 0), axis=1)
-    return jnp.where(previous >= 0, found, 0)
+from tptt_jax.ops.documents import document_ordinals
 
 
 def shift_tokens(

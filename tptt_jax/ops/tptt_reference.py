@@ -24,9 +24,10 @@ from tptt_jax.array_typing import Array, Bool, Float, Int, SegmentIds
 from tptt_jax.config import Gate, Recurrence, Trick
 from tptt_jax.ops.delta_product.inputs import activate_state, compute_dtype
 from tptt_jax.ops.delta_product.triangular import solve_unit_lower
+from tptt_jax.ops.documents import document_ordinals
 from tptt_jax.ops.gates import causal_mean
 from tptt_jax.ops.residuals import scan_blocks
-from tptt_jax.ops.token_shift import document_ordinals, shift_tokens
+from tptt_jax.ops.token_shift import shift_tokens
 from tptt_jax.ops.virtual_tokens import expand_virtual_tokens
 
 INITIAL_STATE = 1e-6

@@ -26,8 +26,9 @@ from tptt_jax.layers.softmax_attention import (
     softmax_settings,
     token_context,
 )
-from tptt_jax.model import CausalLM, count_positions, order_padding
+from tptt_jax.model import CausalLM
 from tptt_jax.ops.attention import Attended
+from tptt_jax.ops.documents import count_positions, order_padding, take_places
 
 Visit = Callable[[LizaAttention, "LayerView"], Any]
 
@@ -77,7 +78,7 @@ def visit_layers(
     """
     if segment_ids is not None:
         order = order_padding(segment_ids)
-        tokens, segment_ids = (jnp.take_along_axis(x, order, 1) for x in (tokens, segment_ids))
+        tokens, segment_ids = (take_places(x, order) for x in (tokens, segment_ids))
     positions = count_positions(tokens.shape, segment_ids, None)
     place = (positions, segment_ids, None)
     kinds = tuple(dict.fromkeys(layer_kinds(model.config, model.liza)))

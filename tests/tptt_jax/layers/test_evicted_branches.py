@@ -11,7 +11,8 @@ from tests.contracts import quick_jit, raise_shares, random_tokens, randomize
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.model import base_model, count_positions, init_cache
+from tptt_jax.model import base_model, init_cache
+from tptt_jax.ops.documents import count_positions
 
 ONE = ModelConfig.tiny(num_layers=1, mlp_dim=16)
 TWO = ModelConfig.tiny(num_layers=2, mlp_dim=16)

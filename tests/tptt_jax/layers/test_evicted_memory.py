@@ -11,7 +11,7 @@ from tests.tptt_jax.evicted_oracle import Expected, run_layer, weights_of
 from tptt_jax import LizaConfig, ModelConfig
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.model import count_positions
+from tptt_jax.ops.documents import count_positions
 
 PLAIN = ModelConfig.tiny()
 # Everything that happens to queries, keys and outputs on the way.

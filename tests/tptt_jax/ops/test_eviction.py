@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from tests.contracts import quick_jit
-from tptt_jax.model import count_positions
+from tptt_jax.ops.documents import count_positions
 from tptt_jax.ops.eviction import delay_tokens, evicted_ids
 
 T = 7

@@ -14,6 +14,7 @@ from tests.contracts import quick_jit
 from tptt_jax.config import RopeConfig
 from tptt_jax.ops.attention import rope
 from tptt_jax.ops.attention.rope import RotaryAngles, rotary_angles, rotary_frequencies
+from tptt_jax.ops.documents import document_lengths
 
 HEAD_DIM = 64
 CONFIGS = {
@@ -196,7 +197,7 @@ def test_every_document_has_the_frequencies_of_its_length(config):
     counts = (10, 17, 300)
     ids = np.repeat([1, 2, 3, 0], (*counts, 5))[None]
     positions = np.concatenate([*map(np.arange, counts), np.zeros(5, int)])[None]
-    lengths = rope.document_lengths(jnp.asarray(positions), jnp.asarray(ids))
+    lengths = document_lengths(jnp.asarray(positions), jnp.asarray(ids))
     assert lengths[0, :-5].tolist() == np.repeat(counts, counts).tolist()
     got = rotary_angles(jnp.asarray(positions), config, HEAD_DIM, lengths)
     for number, count in enumerate(counts, 1):
@@ -204,7 +205,7 @@ def test_every_document_has_the_frequencies_of_its_length(config):
         want = angles_of(jnp.arange(count)[None], fixed, HEAD_DIM)
         for have, wanted in zip(got, want, strict=True):
             assert_allclose(have[:, ids[0] == number], wanted, atol=1e-4)
-    alone = rope.document_lengths(jnp.asarray([[3, 4, 9], [0, 1, 2]]), None)
+    alone = document_lengths(jnp.asarray([[3, 4, 9], [0, 1, 2]]), None)
     assert alone.tolist() == [[10] * 3, [3] * 3]
 
 

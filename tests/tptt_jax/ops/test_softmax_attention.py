@@ -12,8 +12,9 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import QUICK, quick_jit
 from tptt_jax.config import RopeConfig
-from tptt_jax.ops.attention import KeyValues, attend, attend_sequence, segment_starts
+from tptt_jax.ops.attention import KeyValues, attend, attend_sequence
 from tptt_jax.ops.attention.rope import rotary_angles, rotate
+from tptt_jax.ops.documents import segment_starts
 
 T, HEADS, KV_HEADS, DIM = 19, 4, 2, 6
 SCALE = 0.6

@@ -22,7 +22,8 @@ from tptt_jax.decoder import is_memory, memory_location
 from tptt_jax.layers.liza import LayerTokens
 from tptt_jax.layers.parameters import MemoryParam
 from tptt_jax.layers.softmax_attention import token_context
-from tptt_jax.model import base_model, count_positions, replace_memory
+from tptt_jax.model import base_model, replace_memory
+from tptt_jax.ops.documents import count_positions
 from tptt_jax.training.fit import gap_gradients, make_fit_optimizer, make_fit_step
 from tptt_jax.training.layer_gaps import layer_gaps
 from tptt_jax.training.partition import load_trainable, split_trainable

@@ -5,7 +5,7 @@ Rotary embedding (`rope`) and soft caps (`softcap`) are modules of their own.
 
 from tptt_jax.ops.attention.blocks import Attended, KeyValues, attend
 from tptt_jax.ops.attention.fused import can_fuse, fused_attention
-from tptt_jax.ops.attention.rows import attend_sequence, segment_starts
+from tptt_jax.ops.attention.rows import attend_sequence
 
 __all__ = [
     "Attended",
@@ -14,5 +14,4 @@ __all__ = [
     "attend_sequence",
     "can_fuse",
     "fused_attention",
-    "segment_starts",
 ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.ops.attention.blocks import KeyValues
-from tptt_jax.ops.attention.rows import segment_starts
+from tptt_jax.ops.documents import segment_starts
 from tptt_jax.ops.gpu import compute_capability
 
 # cuDNN takes head_dim 256 on Hopper and later, 128 wherever it runs.

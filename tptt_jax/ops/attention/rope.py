@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.config import RopeConfig
@@ -141,24 +140,6 @@ def invert_rotation(angles: RotaryAngles, config: RopeConfig) -> RotaryAngles:
     """The inverse rotation, which also removes the attention factor."""
     scale = np.float32(config.attention_scale**-2)
     return RotaryAngles(angles.cos * scale, angles.sin * -scale)
-
-
-def document_lengths(
-    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
-) -> Int[Array, "B T"]:
-    """Tokens of the document that each token belongs to.
-
-    Args:
-      positions: within the document [B, T]; the last one of a document is its largest.
-      segment_ids: [B, T], documents are contiguous; None: one document per row.
-    """
-    if segment_ids is None:
-        return jnp.broadcast_to(jnp.max(positions, axis=1, keepdims=True) + 1, positions.shape)
-    tokens = segment_ids.shape[1]
-    following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-    last = jnp.where(segment_ids != following, jnp.arange(tokens), tokens)
-    last = lax.cummin(last, axis=1, reverse=True)
-    return jnp.take_along_axis(positions, last, axis=1) + 1
 
 
 def rotate(x: Float[Array, "B T H D"], angles: RotaryAngles | None) -> Float[Array, "B T H D"]:

@@ -10,6 +10,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.attention.blocks import Attended, KeyValues, attend
 from tptt_jax.ops.attention.rope import RotaryAngles, rotate
+from tptt_jax.ops.documents import segment_starts
 from tptt_jax.ops.residuals import scan_blocks
 
 # Number of pieces of a row, or groups of blocks, and least queries of a piece; products above the
@@ -152,21 +153,6 @@ def _run_blocks(
         return whole.reshape(batch, -1, *whole.shape[3:])[:, :tokens]
 
     return jax.tree.map(join, *groups)
-
-
-def segment_starts(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Index of the first token of every token's document; padding lies in no document.
-
-    Args:
-      segment_ids: [B, T], 0 = padding; documents are contiguous.
-
-    Returns:
-      int32 [B, T].
-    """
-    index = jnp.arange(segment_ids.shape[1])
-    previous = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=0)
-    fresh = jnp.where(segment_ids != previous, index, 0)
-    return lax.cummax(fresh, axis=1)
 
 
 def _split_sinks(sinks: KeyValues | None) -> tuple[dict[str, Array], dict[str, Array] | None]:

@@ -18,9 +18,9 @@ from tptt_jax.ops.delta_product.inputs import (
 from tptt_jax.ops.delta_product.plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.delta_product.scan import ChunkTerms, scan_chunks
 from tptt_jax.ops.delta_product.triangular import invert_unit_lower
+from tptt_jax.ops.documents import document_ordinals
 from tptt_jax.ops.manual_axes import vary_along, varying_axes
 from tptt_jax.ops.residuals import scan_blocks
-from tptt_jax.ops.token_shift import document_ordinals
 
 
 class _Chunks(NamedTuple):

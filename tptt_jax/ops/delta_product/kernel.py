@@ -13,7 +13,7 @@ from tptt_jax.ops.delta_product.kernels.calls import KernelInputs
 from tptt_jax.ops.delta_product.kernels.partition import backward, forward
 from tptt_jax.ops.delta_product.kernels.tiles import Cut, Products
 from tptt_jax.ops.delta_product.plan import kernel_chunk_size, power_of_2
-from tptt_jax.ops.token_shift import document_ordinals
+from tptt_jax.ops.documents import document_ordinals
 
 # Fewer channels do not fill a matrix instruction.
 _FEWEST_CHANNELS = 16

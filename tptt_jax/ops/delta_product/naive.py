@@ -13,8 +13,8 @@ from tptt_jax.ops.delta_product.inputs import (
     compute_dtype,
     silence_padding,
 )
+from tptt_jax.ops.documents import document_ordinals
 from tptt_jax.ops.manual_axes import vary_along, varying_axes
-from tptt_jax.ops.token_shift import document_ordinals
 
 
 def naive_delta_product(
