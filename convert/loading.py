@@ -22,6 +22,7 @@ from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory, layer_location, memory_location
 from tptt_jax.layers.parameters import BaseParam
+from tptt_jax.ops.devices import platform_of
 from tptt_jax.sharding import sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
@@ -156,7 +157,7 @@ def _read_parameters(
 
 def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
     """Whether parameters stay in the host buffers: no copy, and no program for each shape."""
-    return sharding is None and jax.default_backend() == "cpu"
+    return sharding is None and platform_of() == "cpu"
 
 
 def _host_part(stacks: dict[str, np.ndarray], slot: Slot, template: Array) -> np.ndarray:

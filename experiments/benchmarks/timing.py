@@ -19,6 +19,7 @@ from experiments.benchmarks.baseline import compare, read_baseline
 from experiments.process.compilation_cache import prepare_process
 from experiments.process.memory_use import host_peak_gb, peak_gb
 from tptt_jax.durable import atomic_file
+from tptt_jax.ops.devices import platform_of
 
 Work = TypeVar("Work")
 # A parameter whose fields are options of the command itself, without a prefix.
@@ -147,7 +148,7 @@ def machine() -> dict[str, str]:
 
 def matmul_ceiling(dtype: jnp.dtype) -> float:
     """FLOP/s of a large square matrix product at the default precision; median of a few runs."""
-    size = _CEILING_SIZE.get(jax.default_backend(), _ACCELERATOR_CEILING_SIZE)
+    size = _CEILING_SIZE.get(platform_of(), _ACCELERATOR_CEILING_SIZE)
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     product = jax.jit(jnp.matmul)
     seconds = [_seconds(lambda: product(a, b).block_until_ready()) for _ in range(_CEILING_RUNS)]

@@ -10,6 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
+from tptt_jax.ops.devices import PerPlatform, run_per_platform
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
 LOGITS_AT_A_TIME = 1 << 25
@@ -62,18 +63,22 @@ def token_cross_entropy(
     """
     batch, length, _ = hidden.shape
     vocab = head.shape[vocab_axis]
-    size, block = tokens_at_a_time, vocab_at_a_time
-    by_vocabulary = jax.default_backend() == "cpu" and size is None
-    if size is None:
-        size = _MAX_TOKENS if by_vocabulary else LOGITS_AT_A_TIME // vocab
-        size = max(1, size // max(batch, 1))
-    size = max(1, min(size, length))
-    if block is None:
-        # Heads of a power of two times something divide evenly.
-        fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
-        block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
-    plan = _Plan(softcap, vocab_axis, size, min(block, vocab))
-    return _losses(hidden, head, tokens, plan)
+
+    def plan(*, on_cpu: bool) -> _Plan:
+        size, block = tokens_at_a_time, vocab_at_a_time
+        by_vocabulary = on_cpu and size is None
+        if size is None:
+            size = _MAX_TOKENS if by_vocabulary else LOGITS_AT_A_TIME // vocab
+            size = max(1, size // max(batch, 1))
+        size = max(1, min(size, length))
+        if block is None:
+            # Heads of a power of two times something divide evenly.
+            fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
+            block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
+        return _Plan(softcap, vocab_axis, size, min(block, vocab))
+
+    plans = PerPlatform(plan(on_cpu=True), plan(on_cpu=False))
+    return _losses(hidden, head, tokens, plans)
 
 
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
@@ -98,23 +103,25 @@ def slice_rows(x: Array, size: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _losses(hidden: Array, head: Array, tokens: Array, plan: _Plan) -> Array:
-    return _each_slice(hidden, head, tokens, plan, with_gradient=False)[0]
+def _losses(hidden: Array, head: Array, tokens: Array, plans: PerPlatform) -> Array:
+    run = functools.partial(_each_slice, with_gradient=False)
+    return run_per_platform(run, plans, hidden, head, tokens)[0]
 
 
-def _losses_forward(hidden: Any, head: Any, tokens: Any, plan: _Plan) -> tuple[Array, Array]:
+def _losses_forward(hidden: Any, head: Any, tokens: Any, plans: PerPlatform) -> tuple[Array, Array]:
     if head.perturbed:
         raise ValueError(
             "this loss gives the LM head no gradient, but one is requested: pass train_head=True "
             "to the loss, or differentiate other weights only."
         )
     hidden, head, tokens = hidden.value, head.value, tokens.value
-    losses, gradient = _each_slice(hidden, head, tokens, plan, with_gradient=True)
+    run = functools.partial(_each_slice, with_gradient=True)
+    losses, gradient = run_per_platform(run, plans, hidden, head, tokens)
     assert gradient is not None
     return losses, gradient
 
 
-def _losses_backward(plan: _Plan, gradient: Array, scale: Any) -> tuple:
+def _losses_backward(plans: PerPlatform, gradient: Array, scale: Any) -> tuple:
     if isinstance(scale, SymbolicZero):
         scale = jnp.zeros(scale.shape, jnp.float32)
     return gradient * scale[..., None].astype(gradient.dtype), None, None
@@ -125,7 +132,7 @@ _losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _each_slice(
-    hidden: Array, head: Array, tokens: Array, plan: _Plan, *, with_gradient: bool
+    plan: _Plan, hidden: Array, head: Array, tokens: Array, *, with_gradient: bool
 ) -> tuple[Array, Array | None]:
     """Losses [B, T], and their gradients for `hidden`."""
     batch, length, _ = hidden.shape

@@ -10,6 +10,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, Float, Hidden
 from tptt_jax.ops.attention.softcap import softcap_slope
 from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits, head_product
+from tptt_jax.ops.devices import PerPlatform, run_per_platform
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
 _CACHED_LOGITS = 1 << 21
@@ -58,31 +59,34 @@ def token_divergence(
     """
     batch, tokens, _ = hidden.shape
     vocab = head.shape[vocab_axis]
-    block = vocab_at_a_time
-    if block is None:
-        room = _CACHED_LOGITS if jax.default_backend() == "cpu" else LOGITS_AT_A_TIME
-        block = max(1024, 1 << (room // max(batch * tokens, 1)).bit_length())
-    plan = _Plan(softcap, vocab_axis, min(block, vocab))
-    return _divergence(hidden, teacher_hidden, head, plan)
+
+    def plan(room: int) -> _Plan:
+        block = vocab_at_a_time
+        if block is None:
+            block = max(1024, 1 << (room // max(batch * tokens, 1)).bit_length())
+        return _Plan(softcap, vocab_axis, min(block, vocab))
+
+    plans = PerPlatform(cpu=plan(_CACHED_LOGITS), other=plan(LOGITS_AT_A_TIME))
+    return _divergence(hidden, teacher_hidden, head, plans)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _divergence(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> Array:
-    return _run(hidden, teacher, head, plan)[0]
+def _divergence(hidden: Array, teacher: Array, head: Array, plans: PerPlatform) -> Array:
+    return run_per_platform(_run, plans, hidden, teacher, head)[0]
 
 
-def _forward(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
-    return _run(hidden, teacher, head, plan)
+def _forward(hidden: Array, teacher: Array, head: Array, plans: PerPlatform) -> tuple[Array, Array]:
+    return run_per_platform(_run, plans, hidden, teacher, head)
 
 
-def _backward(plan: _Plan, gradient: Array, scale: Array) -> tuple:
+def _backward(plans: PerPlatform, gradient: Array, scale: Array) -> tuple:
     return gradient * scale[..., None].astype(gradient.dtype), None, None
 
 
 _divergence.defvjp(_forward, _backward)
 
 
-def _run(hidden: Array, teacher: Array, head: Array, plan: _Plan) -> tuple[Array, Array]:
+def _run(plan: _Plan, hidden: Array, teacher: Array, head: Array) -> tuple[Array, Array]:
     """Divergences [B, T] and their gradients for `hidden` [B, T, E]."""
     vocab = head.shape[plan.vocab_axis]
     zeros = jnp.zeros(hidden.shape, jnp.float32)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.ops.attention.blocks import KeyValues
+from tptt_jax.ops.devices import compute_capability
 from tptt_jax.ops.documents import segment_starts
-from tptt_jax.ops.gpu import compute_capability
 
 # cuDNN takes head_dim 256 on Hopper and later, 128 wherever it runs.
 _WIDEST_HEAD = 128
@@ -46,7 +46,7 @@ def can_fuse(
         return False
     if segment_ids is not None and (tokens % 2 or batch * tokens**2 > _MOST_PAIRS):
         return False
-    return _has_flash_attention()
+    return _has_flash_attention(q)
 
 
 def fused_attention(
@@ -104,6 +104,6 @@ def _pair_mask(segment_ids: Int[Array, "B T"], window: int | None) -> Bool[Array
     return mask
 
 
-def _has_flash_attention() -> bool:
-    capability = compute_capability()
+def _has_flash_attention(q: Array) -> bool:
+    capability = compute_capability(q)
     return capability is not None and capability[0] >= _OLDEST_ARCHITECTURE

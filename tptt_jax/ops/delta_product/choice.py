@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.ops.delta_product.inputs import compute_dtype, is_default_precision
-from tptt_jax.ops.gpu import compute_capability
+from tptt_jax.ops.devices import compute_capability, platform_of
 from tptt_jax.ops.manual_axes import varying_axes
 
 # Architecture that the kernels were measured on.
@@ -53,7 +53,7 @@ def choose_implementation(
         return "xla"
     if any(x.dtype != jnp.bfloat16 for x in (q, k, v)) or not _fits_kernels(q, k, v, beta):
         return "xla"
-    capability = compute_capability()
+    capability = compute_capability(q, k, v)
     if capability is None or capability[0] != _HOPPER or not _has_compiler():
         return "xla"
     if setting == "1":
@@ -90,7 +90,7 @@ def check_kernels(
       beta: write gate.
       state_activation: must be "none".
     """
-    if jax.default_backend() == "gpu" and not _has_compiler():
+    if platform_of(q, k, v) == "gpu" and not _has_compiler():
         raise ValueError(
             f"jax {jax.__version__} has no Triton backend for Pallas, which the kernels need: "
             f'use implementation="xla".'

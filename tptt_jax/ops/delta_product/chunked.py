@@ -18,6 +18,7 @@ from tptt_jax.ops.delta_product.inputs import (
 from tptt_jax.ops.delta_product.plan import ChunkPlan, plan_chunks
 from tptt_jax.ops.delta_product.scan import ChunkTerms, scan_chunks
 from tptt_jax.ops.delta_product.triangular import invert_unit_lower
+from tptt_jax.ops.devices import platform_of
 from tptt_jax.ops.documents import document_ordinals
 from tptt_jax.ops.manual_axes import vary_along, varying_axes
 from tptt_jax.ops.residuals import scan_blocks
@@ -117,7 +118,9 @@ def chunk_delta_product(
         from tptt_jax.ops.delta_product.kernel import kernel_delta_product
 
         return kernel_delta_product(q, k, v, beta, log_decay, state, segment_ids, precision)
-    plan = plan_chunks(length, chunk_size, exact=state_activation != "none")
+    plan = plan_chunks(
+        length, chunk_size, exact=state_activation != "none", platform=platform_of(q, k, v)
+    )
     chunks = _cut_chunks(q, k, v, beta, log_decay, segment_ids, plan)
     if state_activation == "gelu":
         _, blocks, n = plan

@@ -13,6 +13,7 @@ from tptt_jax.ops.delta_product.kernels.calls import KernelInputs
 from tptt_jax.ops.delta_product.kernels.partition import backward, forward
 from tptt_jax.ops.delta_product.kernels.tiles import Cut, Products
 from tptt_jax.ops.delta_product.plan import kernel_chunk_size, power_of_2
+from tptt_jax.ops.devices import platform_of
 from tptt_jax.ops.documents import document_ordinals
 
 # Fewer channels do not fill a matrix instruction.
@@ -58,7 +59,7 @@ def kernel_delta_product(
     products = Products(
         dtype=jnp.dtype(jnp.bfloat16 if rounded else jnp.float32),
         exact=not is_default_precision(precision),
-        interpret=jax.default_backend() != "gpu",
+        interpret=platform_of(q, k, v) != "gpu",
     )
     ordinals = None
     if segment_ids is not None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-import jax
+from tptt_jax.ops.devices import platform_of
 
 # Virtual tokens of a kernel's chunk: rows of one matrix instruction of Hopper.
 _KERNEL_WRITES = 64
@@ -42,18 +42,21 @@ SIZES = {"cpu": _Sizes(chunk_size=16, block=8, whole=16)}
 OTHERS = _Sizes(chunk_size=None, block=16, whole=16)
 
 
-def plan_chunks(length: int, chunk_size: int, *, exact: bool = False) -> ChunkPlan:
+def plan_chunks(
+    length: int, chunk_size: int, *, exact: bool = False, platform: str | None = None
+) -> ChunkPlan:
     """Plans the chunks and blocks of a row.
 
     Args:
       length: tokens of the row.
       chunk_size: most tokens of a chunk.
       exact: whether exactly this chunk size is needed, because the result depends on it.
+      platform: that the program runs on, such as "cpu"; None: the default device's.
 
     Returns:
       Chunk size, blocks and chunks per block; together they hold at least the row.
     """
-    sizes = SIZES.get(jax.default_backend(), OTHERS)
+    sizes = SIZES.get(platform_of() if platform is None else platform, OTHERS)
     size = min(chunk_size, max(length, 1))
     if sizes.chunk_size is not None and not exact:
         size = min(size, sizes.chunk_size)
