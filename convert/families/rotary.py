@@ -9,6 +9,7 @@ import numpy as np
 from convert.errors import ConversionError
 from convert.families.fields import Fields
 from tptt_jax.config import RopeConfig, RopeScaling
+from tptt_jax.ops.attention.rope import rotary_frequencies
 
 GgufFactors = tuple[np.ndarray, np.ndarray]
 
@@ -256,11 +257,8 @@ def llama3_divisors(rope: RopeConfig, head_dim: int) -> np.ndarray:
     Returns:
       Divisors [head_dim / 2], float64: 1 for short wavelengths, `factor` for long ones.
     """
-    frequency = rope.theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = rope.original_max_positions * frequency / (2 * np.pi)
-    low, high = rope.low_freq_factor, rope.high_freq_factor
-    smooth = np.clip((turns - low) / (high - low), 0, 1)
-    return 1 / ((1 - smooth) / rope.factor + smooth)
+    plain = RopeConfig(theta=rope.theta)
+    return rotary_frequencies(plain, head_dim) / rotary_frequencies(rope, head_dim)
 
 
 def recognise_llama3(divisors: np.ndarray, theta: float, head_dim: int) -> RopeConfig:
