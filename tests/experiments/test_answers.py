@@ -184,7 +184,7 @@ def test_arithmetic_of_templates_is_that_of_transformers(tmp_path):
     text = tokenizer.apply_chat_template(CHAT, tokenize=False)
     with templates.ChatTemplate(tokenizer) as template:
         # Otherwise transformers would reuse the template that it has compiled.
-        tokenizer.chat_template += "{# once more #}"
+        tokenizer.chat_template = f"{ARITHMETIC}{CHATML}{{# once more #}}"
         assert template.render(CHAT) == text
     assert text.startswith("1024 0.5 42 3.0 3 3.5 3 ababab [1, 1] 003.1 3.14 True 384 3.0<")
 
