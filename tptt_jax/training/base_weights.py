@@ -71,6 +71,8 @@ def same_base_weights(run: Path, model: CausalLM, source: str, dtype: str) -> It
 
 
 def _recorded(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
     try:
         base = json.loads(file.read_text(encoding="utf-8")).get("base")
     except (OSError, ValueError, AttributeError, RecursionError):
