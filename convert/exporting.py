@@ -19,6 +19,7 @@ from convert.loading import Variables, is_base, plan_for, variables_of
 from convert.plan import Conversion, Slot
 from convert.progress import track
 from convert.sources import Pretrained, Source
+from convert.sources.opening import TOKEN_KEYS
 from convert.sources.source_files import is_own_file, refuse_outer_link, say_what_is_left_out
 from convert.tokenizers import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
@@ -150,6 +151,10 @@ def _config_json(
     if base is not None and config.eos_token_ids == base.config.eos_token_ids:
         # Without the end tokens of generation_config.json, which is copied.
         content |= {"eos_token_id": original.get("eos_token_id")}
+    # null is not the same as left out: the latter lets transformers fill in a token.
+    unnamed = [key for key in TOKEN_KEYS if key not in original and content.get(key) is None]
+    for key in unnamed:
+        content.pop(key, None)
     return _merge(kept, content)
 
 
@@ -171,8 +176,7 @@ def _generation_json(config: Mapping[str, Any], base: Pretrained | None) -> dict
         original = base.path / "generation_config.json"
         if is_own_file(original, base.path):
             return read_json(original)
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    known = {key: config[key] for key in ids if config.get(key) is not None}
+    known = {key: config[key] for key in TOKEN_KEYS if config.get(key) is not None}
     return {"_from_model_config": True, **known}
 
 

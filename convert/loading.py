@@ -150,7 +150,7 @@ def _read_parameters(
     if invalid:
         raise ConversionError(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the chosen "
-            f"dtype) in {listing(set(invalid))}."
+            f"dtype) in {listing(set(invalid))}: fetch or train them again, or choose float32."
         )
     return values | jax.device_put(stacks)
 

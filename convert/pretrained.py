@@ -21,6 +21,7 @@ from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pr
 from convert.tokenizers import export_tokenizer
 from convert.tptt import FittedTptt, fit_tptt, is_tptt, open_tptt, write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
+from tptt_jax.training.base_weights import same_base_weights
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -76,9 +77,11 @@ def load_pretrained(
         # Here, as importing orbax takes a quarter of a second.
         from tptt_jax.training.checkpoint import restore_trainable
 
+        run, base = Path(source).expanduser(), described.source
         liza, lora = liza or described.liza, lora or described.lora
-        model = load_pretrained(described.source, liza, lora, dtype, mesh=mesh, seed=seed)
-        restore_trainable(Path(source).expanduser(), model)
+        model = load_pretrained(base, liza, lora, dtype, mesh=mesh, seed=seed)
+        with same_base_weights(run, model, base, described.dtype):
+            restore_trainable(run, model)
         return model
     path = locate(source)
     if has_base(path):

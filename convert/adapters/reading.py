@@ -75,7 +75,9 @@ def open_adapter(directory: Path) -> Adapter:
     names = {own: _ADAPTER_NAME.sub(r"\1.weight", name) for name, own in plain.items()}
     counts = Counter(names.values())
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ConversionError(f"{weights} has {listing(twice)} twice, with and without .default.")
+        raise ConversionError(
+            f"{weights} has {listing(twice)} twice, with and without .default: remove one."
+        )
     stored = {canonical: name for name, canonical in names.items()}
     return Adapter(path=directory, config=config, file=file, stored_names=stored)
 
@@ -160,7 +162,8 @@ class FittedAdapter:
                     invalid.append(name)
         if invalid:
             raise ConversionError(
-                f"{self.adapter.path} holds NaN or infinite values in {listing(invalid)}."
+                f"{self.adapter.path} holds NaN or infinite values in {listing(invalid)}: "
+                "fetch or train it again."
             )
         placed = {n: jax.device_put(value, arrays[n].sharding) for n, value in values.items()}
         load_trainable(model, placed, None)

@@ -28,7 +28,9 @@ class Fields:
         value = self.raw.get(key)
         if value is None:
             if default is _REQUIRED:
-                raise ConversionError(f"{self.origin} lacks {key}.")
+                raise ConversionError(
+                    f"{self.origin} lacks {key}: add it, or fetch the file again."
+                )
             return default
         # JSON's true is not a number, but Python's True is one.
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):

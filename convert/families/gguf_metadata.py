@@ -27,7 +27,9 @@ def metadata_reader(file: GgufFile) -> Callable[..., Any]:
     def get(key: str, default: Any = missing) -> Any:
         value = file.metadata.get(f"{architecture}.{key}", default)
         if value is missing:
-            raise ConversionError(f"{file.path} lacks the metadata key {architecture}.{key}.")
+            raise ConversionError(
+                f"{file.path} lacks the metadata key {architecture}.{key}: convert the model again."
+            )
         return value
 
     return get
@@ -47,11 +49,13 @@ def read_gguf_sizes(file: GgufFile) -> dict[str, Any]:
     """
     get = metadata_reader(file)
     if "token_embd.weight" not in file.tensors:
-        raise ConversionError(f"{file.path} lacks the tensor token_embd.weight.")
+        raise ConversionError(f"{file.path} lacks the tensor token_embd.weight: convert it again.")
     heads = get("attention.head_count")
     kv_heads = get("attention.head_count_kv", heads)
     if isinstance(heads, list) or isinstance(kv_heads, list):
-        raise ConversionError(f"{file.path} has different heads by layer, which is not supported.")
+        raise ConversionError(
+            f"{file.path} has different heads by layer, which is not supported: use another model."
+        )
     layers = get("block_count")
     if not isinstance(layers, int) or not 0 < layers <= MAX_LAYERS:
         raise ConversionError(

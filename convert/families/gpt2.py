@@ -39,7 +39,7 @@ def _read_config(fields: Fields) -> ModelConfig:
         position_embedding="learned",
         tie_embeddings=fields.boolean("tie_word_embeddings", True),
         max_positions=fields.integer("n_positions", fields.integer("n_ctx", 1024)),
-        bos_token_id=fields.integer("bos_token_id", 50_256),
+        bos_token_id=fields.integer("bos_token_id", None),
         eos_token_ids=fields.token_ids("eos_token_id"),
         pad_token_id=fields.integer("pad_token_id", None),
     )

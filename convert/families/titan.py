@@ -85,11 +85,14 @@ def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := values.keys() - fields.keys():
         raise ConversionError(
-            f"{origin} has settings that this version does not know: {listing(unknown)}."
+            f"{origin} has settings that this version does not know: {listing(unknown)}; "
+            "update tptt_jax, or export it again."
         )
     for name, value in values.items():
         if not _fits(value, fields[name].type):
-            raise ConversionError(f"{_key(name)} in {origin} cannot be {value!r:.80}.")
+            raise ConversionError(
+                f"{_key(name)} in {origin} cannot be {value!r:.80}: export it again."
+            )
     try:
         return kind(**values)
     except (TypeError, ValueError) as error:

@@ -99,7 +99,7 @@ def unique_keys(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]
         if len(result) != len(pairs):
             counts = Counter(key for key, _ in pairs)
             twice = listing(key for key, count in counts.items() if count > 1)
-            raise ConversionError(f"{path} names {twice} more than once.")
+            raise ConversionError(f"{path} names {twice} more than once: remove the others.")
         return result
 
     return build

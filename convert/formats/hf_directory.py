@@ -78,12 +78,12 @@ def _indexed_files(directory: Path) -> list[SafetensorsFile]:
     index_path = directory / INDEX_FILE
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConversionError(f"{index_path} has no weight_map.")
+        raise ConversionError(f"{index_path} has no weight_map: fetch it again.")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not _stays_inside(name):
             raise ConversionError(
                 f"{index_path} places {tensor} in {name!r:.200}, which is not a file name inside "
-                "the directory."
+                "the directory: repair the index."
             )
     names = sorted(set(weight_map.values()))
     for name in names:

@@ -21,6 +21,7 @@ from convert.formats.tensors import TensorInfo, read_bytes
 from tptt_jax.durable import atomic_file
 
 _MAX_HEADER_BYTES = 100_000_000
+_REMEDY = "fetch the file again"
 _MAX_AXES = 16
 _ELEMENTS_AT_ONCE = 1 << 20
 
@@ -125,10 +126,12 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
     try:
         text = file.read(length).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} has a header that is not JSON: {error}.") from None
+        raise ConversionError(
+            f"{path} has a header that is not JSON ({error}): {_REMEDY}."
+        ) from None
     header = parse_json(text, path, "has a header that is not JSON")
     if not isinstance(header, dict):
-        raise ConversionError(f"{path} has a header that is not a JSON object.")
+        raise ConversionError(f"{path} has a header that is not a JSON object: {_REMEDY}.")
     return header, 8 + length
 
 
@@ -145,17 +148,21 @@ def _check_entry(path: Path, name: str, value: Any) -> _Entry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     width = _bytes_per_element(dtype) if isinstance(dtype, str) else None
     if width is None:
-        raise ConversionError(f"{name} in {path} has an unknown type {dtype!r:.100}.")
+        raise ConversionError(f"{name} in {path} has an unknown type {dtype!r:.100}: {_REMEDY}.")
     if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(map(_is_size, shape)):
-        raise ConversionError(f"{name} in {path} has an impossible shape {shape!r:.100}.")
+        raise ConversionError(
+            f"{name} in {path} has an impossible shape {shape!r:.100}: {_REMEDY}."
+        )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ConversionError(f"{name} in {path} has impossible offsets {offsets!r:.100}.")
+        raise ConversionError(
+            f"{name} in {path} has impossible offsets {offsets!r:.100}: {_REMEDY}."
+        )
     begin, end = offsets
     nbytes = prod(shape) * width
     if end - begin != nbytes:
         raise ConversionError(
             f"{name} in {path} needs {nbytes} bytes ({dtype} {shape}) but its offsets "
-            f"{offsets} span {end - begin}."
+            f"{offsets} span {end - begin}: {_REMEDY}."
         )
     return _Entry(TensorInfo(tuple(shape), dtype, nbytes), begin)
 
@@ -166,7 +173,9 @@ def _check_layout(path: Path, entries: Mapping[str, _Entry], data_bytes: int) ->
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].info)):
         if entry.begin != position:
             kind = "overlaps the tensor before it" if entry.begin < position else "leaves a gap"
-            raise ConversionError(f"{name} in {path} {kind} at byte {entry.begin} of the data.")
+            raise ConversionError(
+                f"{name} in {path} {kind} at byte {entry.begin} of the data: {_REMEDY}."
+            )
         position += entry.info.nbytes
     if position != data_bytes:
         raise ConversionError(

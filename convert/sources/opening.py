@@ -37,7 +37,7 @@ _WEIGHT_PATTERNS = (
     "adapter_model.safetensors",
 )
 _CONFIG_PATTERNS = ("config.json", "generation_config.json", "adapter_config.json")
-_TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
 _MAX_CHECKPOINTS = 50
@@ -192,9 +192,9 @@ def _without_placeholders(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json without values of -1 that mean "none", as in transformers."""
     kept = {}
     for key, value in raw.items():
-        if key in _TOKEN_KEYS and isinstance(value, list):
+        if key in TOKEN_KEYS and isinstance(value, list):
             kept[key] = [each for each in value if each != -1]
-        elif value != -1 or key not in (*_TOKEN_KEYS, *_LENGTH_KEYS):
+        elif value != -1 or key not in (*TOKEN_KEYS, *_LENGTH_KEYS):
             kept[key] = value
     return kept
 

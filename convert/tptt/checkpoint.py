@@ -65,7 +65,7 @@ def open_tptt(directory: Path) -> TpttCheckpoint:
     }
     counts = Counter(stored.values())
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise ConversionError(f"{weights} has {listing(twice)} more than once.")
+        raise ConversionError(f"{weights} has {listing(twice)} more than once: remove one.")
     lora, plain = (
         {name: key for key, name in stored.items() if is_lora == any(x in name for x in _LORA)}
         for is_lora in (True, False)
@@ -189,7 +189,8 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
                 invalid.extend(move.sources)
     if invalid:
         raise ConversionError(
-            f"{checkpoint.path} holds NaN or infinite values in {listing(invalid)}."
+            f"{checkpoint.path} holds NaN or infinite values in {listing(invalid)}: fetch "
+            "or train it again."
         )
     placed = {
         name: jax.device_put(value, variables[name][1].get_value().sharding)

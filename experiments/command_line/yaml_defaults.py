@@ -35,6 +35,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
       FileNotFoundError: if the file does not exist.
       ValueError: if it is not valid YAML; the message names the line if possible.
     """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(
+            f"{path} is a device, a pipe or a socket: write the YAML into a file first."
+        )
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):

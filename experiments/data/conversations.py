@@ -50,7 +50,9 @@ def read_question_answer(row: dict[str, Any]) -> Conversation:
     turns = {"user": "question", "assistant": "answer"}
     for column in turns.values():
         if not isinstance(row.get(column), str):
-            raise ValueError(f"{column} must be text, got {short(row.get(column))}.")
+            raise ValueError(
+                f"{column} must be text, got {short(row.get(column))}: repair or remove the row."
+            )
     return make_conversation([{"role": r, "content": row[c]} for r, c in turns.items()], row)
 
 
@@ -62,12 +64,15 @@ def read_list(row: dict[str, Any], column: str) -> list[Any]:
     """
     messages = _parsed(row, column)
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{column} must be a list of role and content, got {short(messages)}.")
+        raise ValueError(
+            f"{column} must be a list of role and content, got {short(messages)}: repair or "
+            "remove the row."
+        )
     return messages
 
 
 def make_conversation(messages: list[Any], row: dict[str, Any], first: int = 0) -> Conversation:
-    """Checks messages, and reads the column `tools` if there is one.
+    """Checks messages, and reads the column `tools`, or else `functions`, if there is one.
 
     Args:
       messages: with role and content.
@@ -77,9 +82,11 @@ def make_conversation(messages: list[Any], row: dict[str, Any], first: int = 0) 
     Raises:
       ValueError: if it holds no conversation, or something else than text.
     """
-    tools = _parsed(row, "tools")
+    tools = _parsed(row, "tools") or _functions(row)
     if not _is_objects(tools or []):
-        raise ValueError(f"tools must be a list of objects, got {short(tools)}.")
+        raise ValueError(
+            f"tools must be a list of objects, got {short(tools)}: repair or remove the row."
+        )
     answers = [i for i, m in enumerate(messages) if _role(m) == "assistant" and i >= first]
     return Conversation(
         messages=[_message(message) for message in messages],
@@ -105,8 +112,17 @@ def _parsed(row: dict[str, Any], column: str) -> Any:
         return json.loads(value) if value.strip() else None
     except (ValueError, RecursionError):
         raise ValueError(
-            f"{column} must be a list, or JSON text of one, got {short(value)}."
+            f"{column} must be a list, or JSON text of one, got {short(value)}: repair or "
+            "remove the row."
         ) from None
+
+
+def _functions(row: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The column `functions`, OpenAI's older name of tools, as tools; None: there is none."""
+    functions = row.get("functions")
+    if not functions or not _is_objects(functions) or not all("name" in f for f in functions):
+        return None
+    return [{"type": "function", "function": function} for function in functions]
 
 
 def _is_objects(value: Any) -> bool:
@@ -116,7 +132,9 @@ def _is_objects(value: Any) -> bool:
 def _role(message: Any) -> str:
     role = message.get("role") if isinstance(message, dict) else None
     if not isinstance(role, str):
-        raise ValueError(f"every message needs role and content, got {short(message)}.")
+        raise ValueError(
+            f"every message needs role and content, got {short(message)}: repair or remove the row."
+        )
     return role
 
 
@@ -124,7 +142,10 @@ def _weight(message: dict[str, Any]) -> bool:
     """Whether an answer counts in the loss, by OpenAI's key."""
     weight = message.get("weight")
     if weight not in (None, 0, 1):
-        raise ValueError(f"the weight of a message must be 0 or 1, got {short(weight)}.")
+        raise ValueError(
+            f"the weight of a message must be 0 or 1, got {short(weight)}: repair or "
+            "remove the row."
+        )
     return weight != 0
 
 
@@ -143,11 +164,14 @@ def _content(message: dict[str, Any]) -> str | None:
             return None  # some templates write calls only then
         raise ValueError(
             "every message needs role and content (content may be null beside tool_calls only), "
-            f"got {short(message)}."
+            f"got {short(message)}: repair or remove the row."
         )
     if isinstance(content, list):
         return "".join(map(_part, content))
-    raise ValueError(f"content must be text or a list of text parts, got {short(content)}.")
+    raise ValueError(
+        f"content must be text or a list of text parts, got {short(content)}: repair or "
+        "remove the row."
+    )
 
 
 def _part(part: Any) -> str:

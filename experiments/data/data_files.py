@@ -94,7 +94,10 @@ def check_split(shown: str, split: str, lengths: dict[str, int]) -> list[tuple[s
     try:
         return slice_splits(split, lengths)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"Cannot read {shown} as a dataset: {first_line(error)}") from error
+        raise ValueError(
+            f"Cannot read {shown} as a dataset: {first_line(error)}: give --data.split a split, or "
+            'a slice of it such as "train[:500]".'
+        ) from error
 
 
 def _find_local(paths: Sequence[str], leave_out: Path | None) -> dict[str, list[Path]] | None:

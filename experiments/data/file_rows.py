@@ -68,7 +68,7 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
         raise ValueError(f"{file} is empty: nothing to read.")
     if kind == "text":
         with open_text(file) as stream:
-            return FileRows(("text",), [{"text": stream.read()}])
+            return FileRows(("text",), [{"text": _checked(stream.read(), file)}])
     if kind == "parquet":
         # A path is a pattern to `datasets`: without the escape "a[1].parquet" is not found.
         data_files = {"train": glob.escape(str(file.absolute()))}
@@ -83,6 +83,17 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
         return FileRows(header, list(islice(cells, most)))
     rows = list(islice(_json_rows(file, lines=text_suffix(file) != ".json"), most))
     return FileRows(tuple(dict.fromkeys(key for row in rows for key in row)), rows)
+
+
+def _checked(text: str, file: Path) -> str:
+    """The text itself; raises ValueError for that of an archive, as .tar.gz when unpacked."""
+    if (place := text.find("\0")) < 0:
+        return text
+    line = text.count("\n", 0, place) + 1
+    raise ValueError(
+        f"{file}, line {line}, holds a zero byte, which text does not: unpack archives, and give "
+        f"text or one of {', '.join(_KINDS)}."
+    )
 
 
 def _json_rows(file: Path, *, lines: bool) -> Iterator[dict[str, Any]]:

@@ -186,7 +186,7 @@ def _text_cell(row: dict[str, Any], column: str, place: str) -> str:
     value = row.get(column)
     if not isinstance(value, str):
         came = "nothing" if value is None else type(value).__name__
-        raise ValueError(f"{place}: {column} must be text, got {came}.")
+        raise ValueError(f"{place}: {column} must be text, got {came}: repair or remove the row.")
     try:
         return check_characters(value)
     except ValueError as error:

@@ -19,6 +19,14 @@ if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
 
 _LONGEST_HELD_OUT_ROW = 2048
+_ANSWERS: dict[Format, str] = {
+    "alpaca": "output",
+    "chat": 'messages of the role "assistant" without "weight": 0',
+    "sharegpt": "turns of gpt",
+    "prompt-completion": "completion",
+    "question-answer": "answer",
+}
+"""Where the answers of a format are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +109,11 @@ def load_token_data(
         )
     lengths = (config.sequence_length, _held_out_length(rows, config))
     kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
+    if found != "text" and parts[0] and not any(example.targets.any() for example in parts[0]):
+        raise ValueError(
+            f"{rows.source} ({found}) has no answer that counts in the loss: expected text in "
+            f"{_ANSWERS[found]}; repair the rows, or use --data.loss all."
+        )
     if not kept.examples:
         raise ValueError(
             f"No example of {rows.source} has a token left that counts in the loss at "

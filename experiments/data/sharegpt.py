@@ -37,7 +37,9 @@ def read_sharegpt(row: dict[str, Any]) -> Conversation:
 
 def _message(message: Any) -> Any:
     if not isinstance(message, dict):
-        raise ValueError(f"every message needs from and value, got {short(message)}.")
+        raise ValueError(
+            f"every message needs from and value, got {short(message)}: repair or remove the row."
+        )
     role, content = message.get("from", message.get("role")), message.get("value")
     if content is None:
         content = message.get("content")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from jinja2 import TemplateError
 
+from experiments.data.template_arithmetic import bounded_arithmetic
 from experiments.process.memory_limit import limited_memory
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -19,6 +20,7 @@ T = TypeVar("T")
 _SECONDS = 20.0
 # A long conversation takes a few times its own size.
 _GIGABYTES = 1.0
+_MAX_CHARACTERS = 1 << 27
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -84,7 +86,7 @@ class ChatTemplate:
             # `apply_chat_template` would omit the key, which a template does not see as none.
             return self._render(self._source(tools), messages, tools, ask=ask)[0][0]
         apply: Any = self._tokenizer.apply_chat_template
-        return self._limited(
+        text = self._limited(
             lambda: str(
                 apply(
                     messages,
@@ -95,6 +97,7 @@ class ChatTemplate:
                 )
             )
         )
+        return _checked(text)
 
     def render_marked(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -125,7 +128,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template
-        return self._limited(
+        texts, spans = self._limited(
             lambda: render(
                 conversations=[messages],
                 tools=tools,
@@ -135,10 +138,11 @@ class ChatTemplate:
                 **self._tokenizer.special_tokens_map,
             )
         )
+        return list(map(_checked, texts)), spans
 
     def _limited(self, function: Callable[[], T]) -> T:
         try:
-            with limited_memory(int(_GIGABYTES * 2**30)):
+            with limited_memory(int(_GIGABYTES * 2**30)), bounded_arithmetic():
                 try:
                     self._set(time.monotonic())
                     return function()
@@ -175,6 +179,16 @@ class ChatTemplate:
                 if began is not None and time.monotonic() - began > _SECONDS:
                     self._began = None
                     _raise_in(self._thread)
+
+
+def _checked(text: str) -> str:
+    """The text itself; raises ValueError if it would take the tokenizer minutes."""
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(
+            f"the chat template writes {len(text):,} characters, at most {_MAX_CHARACTERS:,} are "
+            "possible: repair the template, or leave the conversation out."
+        )
+    return text
 
 
 class _OverdueError(Exception):

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +13,7 @@ from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import DEFAULT_MODEL, find_checkpoint
 from tptt_jax import CausalLM, LizaConfig, fix_context
+from tptt_jax.training.base_weights import same_base_weights
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def load_model(
     if adapter is not None and not (has_base(adapter) or is_checkpoint(adapter)):
         raise ValueError(
             f"--adapter {adapter} is neither the --output directory of a finetune run "
-            "(checkpoint.json) nor a PEFT or tptt directory."
+            "(checkpoint.json) nor a PEFT or tptt directory: name one of these."
         )
     tuned = None if adapter is None or has_base(adapter) else read_description(adapter)
     if tuned is not None:
@@ -118,7 +120,11 @@ def _load_weights(
     from tptt_jax.training.checkpoint import restore_trainable
 
     loaded = load_pretrained(source, changed(tuned.liza), tuned.lora, dtype)
-    restore_trainable(adapter, loaded)
+    # Whoever names another base model means it.
+    is_own = source == tuned.source
+    same = same_base_weights(adapter, loaded, source, tuned.dtype) if is_own else nullcontext()
+    with same:
+        restore_trainable(adapter, loaded)
     return loaded
 
 

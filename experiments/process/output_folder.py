@@ -59,13 +59,19 @@ def check_output_file(file: Path, option: str) -> None:
             raise ValueError(f"{option} {file} is a directory: name a file.")
         if file.is_symlink() and not file.exists():
             target = os.readlink(file)
-            raise ValueError(f"{option} {file} is a link to {target}, which is missing.")
+            raise ValueError(
+                f"{option} {file} is a link to {target}, which is missing: name another file."
+            )
         existing = next(each for each in file.absolute().parents if each.exists())
         is_writable = existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
     except OSError as error:
-        raise ValueError(f"{option} {file} cannot be written ({error.strerror}).") from None
+        raise ValueError(
+            f"{option} {file} cannot be written ({error.strerror}): name another file."
+        ) from None
     if not is_writable:
-        raise ValueError(f"{option} {file} cannot be written: {existing} is not writable.")
+        raise ValueError(
+            f"{option} {file} cannot be written, as {existing} is not writable: name another file."
+        )
 
 
 def check_path(output: Path) -> None:

@@ -1,19 +1,14 @@
-"""Fingerprints of a run: hashes of its data files, its rows and its base weights."""
+"""Fingerprints of a run's data: hashes of its files and its rows."""
 
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from experiments.data import TokenBatchSource
 from experiments.data.data_files import FoundData
-from tptt_jax import CausalLM
-from tptt_jax.training.partition import dotted, is_base_weight
 
-# Training changes nearly all values; this many samples of each tensor show it.
-_SAMPLES = 4096
 # Hashed bytes of a data file: a quarter of a gigabyte.
 _BLOCK, _BLOCKS = 2**20, 256
 
@@ -49,28 +44,6 @@ def of_rows(rows: TokenBatchSource | None) -> str | None:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def of_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
-    """Shapes and hashes of sampled values of the loaded tensors, by dotted path.
-
-    Args:
-      model: as loaded.
-      adapters: whether its adapters are loaded too; else they are new.
-    """
-    found = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = dotted(path)
-        if is_base_weight(name) or (adapters and ".lora." in name):
-            value = variable.get_value()
-            if next(iter(value.devices())).platform == "cpu":
-                value = np.asarray(value)  # no copy, and no compilation for each shape
-            flat = value.reshape(-1)
-            # From an accelerator, only the samples are copied to the host.
-            some = np.ascontiguousarray(flat[:: max(1, flat.size // _SAMPLES)])
-            content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
-            found[name] = f"{list(value.shape)} {content}"
-    return found
 
 
 def _file_digest(file: Path) -> str:

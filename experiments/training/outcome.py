@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -103,12 +104,14 @@ class Outcome:
         asked = any(found.answers is not None for found in self._found.values())
         if self._questions is not None and asked:
             console.print(self._answers_table())
-        output = self._run.config.output
+        output = str(self._run.config.output)
+        run, exported = shlex.quote(output), shlex.quote(f"{output}-hf")
         console.print(
             f"\nmetrics, plots and checkpoints are in {output}; next:\n"
-            f'  python -m experiments.generate --adapter {output} --prompt "..."\n'
-            f"  python -m convert export {output} --output {output}-hf",
+            f'  python -m experiments.generate --adapter {run} --prompt "..."\n'
+            f"  python -m convert export {run} --output {exported}",
             markup=False,
+            soft_wrap=True,
         )
 
     def plot(self) -> None:

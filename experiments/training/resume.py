@@ -23,9 +23,9 @@ from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
 from tptt_jax import CausalLM
 from tptt_jax.durable import atomic_file
+from tptt_jax.training.base_weights import RECORD, hash_weights
 from tptt_jax.training.checkpoint import latest_sound_step, latest_step
 
-_FILE = "run.json"
 _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
@@ -75,7 +75,7 @@ class Record:
         Raises:
           ValueError: if the file is damaged.
         """
-        file = output / _FILE
+        file = output / RECORD
         if not file.is_file():
             return None
         try:
@@ -91,7 +91,7 @@ class Record:
     def write(self, output: Path) -> None:
         """Writes `run.json`."""
         values = {"format": _FORMAT} | dataclasses.asdict(self)
-        with atomic_file(output / _FILE) as path:
+        with atomic_file(output / RECORD) as path:
             path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -144,7 +144,7 @@ class Resumption:
           ValueError: if something differs that --resume-allow does not name.
         """
         record, earlier = self.record, self._earlier
-        record.base = fingerprints.of_weights(model, adapters=is_tuned(self._config.model))
+        record.base = hash_weights(model, adapters=is_tuned(self._config.model))
         record.rows, record.held_out = map(fingerprints.of_rows, (data.train, data.eval))
         record.fit_rows = fingerprints.of_rows(fit_rows)
         if earlier is None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -337,6 +338,25 @@ def test_all_end_tokens_end_a_text(tmp_path, llama):
     (llama / "generation_config.json").write_text('{"eos_token_id": ["x"]}')
     with pytest.raises(ConversionError, match=r"eos_token_id in .*generation_config\.json"):
         load_pretrained(llama)
+
+
+@pytest.mark.parametrize("named", [None, {"eos_token_id": [3, 9]}], ids=["nowhere", "generation"])
+def test_end_tokens_that_no_file_names(tmp_path, llama, named):
+    """AutoConfig fills in LlamaConfig's 1 and 2, but `generate` of transformers does not stop."""
+    raw = {key: value for key, value in LLAMA.items() if not key.endswith("_token_id")}
+    (llama / "config.json").write_text(json.dumps(raw))
+    if named:
+        (llama / "generation_config.json").write_text(json.dumps(named))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    assert theirs.config.eos_token_id == 2
+    model = load_pretrained(llama)
+    assert model.config.eos_token_ids == tuple(theirs.generation_config.eos_token_id or ())
+    export_pretrained(model, tmp_path / "b", source=llama)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(again.config, key) == getattr(theirs.config, key)
+        expected = getattr(theirs.generation_config, key)
+        assert getattr(again.generation_config, key) == expected
 
 
 def test_sampling_settings_are_not_read(tmp_path, llama):

@@ -171,15 +171,44 @@ def test_prompts_end_where_answers_begin(tmp_path, template):
     assert targets(tokenizer, tmp_path, row)[-1] == whole.removeprefix(prompt)
 
 
+SQUARING = "{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}"
+ARITHMETIC = (
+    "{{ 2 ** 10 }} {{ 2 ** -1 }} {{ 7 * 6 }} {{ 1.5 * 2 }} {{ 7 // 2 }} {{ 7 / 2 }} {{ 7 % 4 }} "
+    "{{ 'ab' * 3 }} {{ [1] * 2 }} {{ '%05.1f' % 3.14159 }} {{ 3.14159 | round(2) }} "
+    "{{ 12 is divisibleby 3 }} {{ -(2 ** 64) % 1000 }} {{ 2.5 | round(method='ceil') }}"
+)
+
+
+def test_arithmetic_of_templates_is_that_of_transformers(tmp_path):
+    tokenizer = make_tokenizer(begin=False, template=ARITHMETIC + CHATML)
+    text = tokenizer.apply_chat_template(CHAT, tokenize=False)
+    with templates.ChatTemplate(tokenizer) as template:
+        # Otherwise transformers would reuse the template that it has compiled.
+        tokenizer.chat_template = f"{ARITHMETIC}{CHATML}{{# once more #}}"
+        assert template.render(CHAT) == text
+    assert text.startswith("1024 0.5 42 3.0 3 3.5 3 ababab [1, 1] 003.1 3.14 True 384 3.0<")
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
         ("{{ messages[0]['content'] + 1 }}", "TypeError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-        ("{{ 'a' * 10 ** 10 }}", "asks for more than 1 GiB"),
+        ("{{ 'a' * 10 ** 10 }}", "repeats a text or a list 10,000,000,000 times"),
         ("{{ 'a' | center(10 ** 10) }}", "asks for more than 1 GiB"),
-        ("{{ (range(99999) | list * 99999) | length }}", "asks for more than 1 GiB"),
+        ("{{ (range(99999) | list * 99999) | length }}", "repeats a text or a list 99,999 times"),
+        ("{{ 9 ** (9 ** 9) }}", "whole number of more than 10,000 bits"),
+        ("{% set n = namespace(x=3) %}" + SQUARING, "whole number of more than 10,000 bits"),
+        ("{{ 5 | round(-10 ** 9) }}", "rounds to more than 1,000 digits"),
+        ("{{ 5 | round(10 ** 9, 'floor') }}", "rounds to more than 1,000 digits"),
+        ("{{ (1).from_bytes('9'.encode() * 10 ** 6) is divisibleby 7 }}", "more than 10,000 bits"),
+        ("{{ [7] * 10 ** 9 }}", "repeats a text or a list 1,000,000,000 times"),
+        ("{{ '%99999999999d' % 5 }}", "asks for more than 1 GiB"),
+        ("{{ '{:>9999999999}'.format(5) }}", "asks for more than 1 GiB"),
+        ("{{ 'a'.rjust(2 ** 28) }}", "writes 268,435,456 characters, at most 134,217,728"),
+        ("{{ 'a\\nb' | indent(10 ** 10) }}", "asks for more than 1 GiB"),
+        ("{{ 'a'.ljust(10 ** 10) }}", "asks for more than 1 GiB"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "OverflowError"),
         ("{{ messages[7]['content'] }}", "has no element 7"),
         ("{% if %}", "Expected an expression"),

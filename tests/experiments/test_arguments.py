@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -239,6 +240,12 @@ def test_wrong_yaml_is_one_sentence(yaml_file, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse("--config", yaml_file(text + "\n"))
     assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_is_no_yaml_file(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ValueError, match=r"run\.yaml is a device, a pipe or a socket: write"):
+        parse("--config", str(tmp_path / "run.yaml"))
 
 
 def test_a_missing_yaml_file_is_named(tmp_path):

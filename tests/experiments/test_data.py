@@ -215,9 +215,11 @@ def test_a_template_that_writes_other_answers_is_refused(tmp_path):
         ("{{ raise_exception('roles must alternate') }}", CHAT, r"row 1: roles must alternate"),
         (CHATML, [], "messages must be a list"),
         (CHATML, [{"role": "user"}], "every message needs role and content"),
-        (CHATML, CHAT[:2], "No example of"),
+        (CHATML, CHAT[:2], "no answer that counts in the loss: expected text in messages"),
+        (CHATML, [{"role": "gpt", "content": "a"}], r'of the role "assistant"'),
+        (CHATML, [m | {"weight": 0} for m in CHAT], "no answer that counts in the loss"),
     ],
-    ids=["no_template", "refused", "empty", "no_content", "no_answer"],
+    ids=["no_template", "refused", "empty", "no_content", "no_answer", "other_role", "untrained"],
 )
 def test_bad_conversations_are_named(tmp_path, template, messages, message):
     path = write_lines(tmp_path / "c.jsonl", [{"messages": messages}])
@@ -255,13 +257,19 @@ def _texts(tokenizer, config: DataConfig) -> list[str]:
     return [tokenizer.decode(tokens) for tokens, _ in segments(data.train)]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "array", "json text", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "array", "json text", "functions", "parquet"])
 def test_tools_and_parts_reach_the_template_as_written(tmp_path, kind):
     tokenizer = make_tokenizer(begin=False, template=TOOLS)
     path = tmp_path / {"array": "t.json", "parquet": "t.parquet"}.get(kind, "t.jsonl")
     rows = TOOL_ROWS
     if kind == "json text":
         rows = [{key: json.dumps(value) for key, value in row.items()} for row in rows]
+    if kind == "functions":  # OpenAI's older name
+        described = [[tool["function"] for tool in row["tools"]] for row in rows]
+        rows = [
+            {"messages": row["messages"], "functions": functions}
+            for row, functions in zip(rows, described, strict=True)
+        ]
     if kind == "parquet":
         import pyarrow as pa
         from pyarrow import parquet

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import socket
+import tarfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -284,6 +285,16 @@ def test_what_cannot_be_decoded_is_named_by_its_line(tmp_path, kind, suffix, mon
     for read in (load_rows, lambda name: list(read_text(Path(name)))):
         with pytest.raises(ValueError, match=rf"{path.name}, line 42, is not UTF-8 text"):
             read(str(path))
+
+
+def test_archives_are_not_text(tmp_path):
+    lines_of = tmp_path / "rows.jsonl"
+    lines_of.write_text("a\n")
+    path = tmp_path / "rows.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(lines_of, "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.tar\.gz, line 1, holds a zero byte.*unpack arch"):
+        load_rows(str(path))
 
 
 def test_utf_16_without_a_mark_is_refused(tmp_path):

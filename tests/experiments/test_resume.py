@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy as st
@@ -23,6 +24,7 @@ from experiments.data.data_files import find_data
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
+from experiments.models import load_model
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
 from experiments.training.fingerprints import is_same_data, of_data
@@ -154,6 +156,15 @@ def test_changed_base_weights_are_refused(started):
     try:
         with pytest.raises(ValueError, match=r"base: .*q_proj|first .*q_proj"):
             run(replace(started, steps=4))
+        # The same for those who load the run; another --model is meant.
+        expected = r"1 tensors of .*model are not those that .*first .*q_proj.*: restore the base"
+        with pytest.raises(ValueError, match=expected):
+            load_pretrained(started.output)
+        with pytest.raises(ValueError, match=expected):
+            load_model(None, started.output, dtype=jnp.dtype("float32"))
+        assert load_model(
+            str(Path(started.model)) + "/", started.output, dtype=jnp.dtype("float32")
+        )
         st.save_file(weights | {name: weights[name] * np.nan}, path, {"format": "pt"})
         with pytest.raises(ValueError, match=r"NaN"):
             run(replace(started, steps=4))

@@ -225,7 +225,9 @@ class RunCheckpoints:
             return values
 
         if self.latest_step is None:
-            raise ValueError("there is no complete checkpoint to resume from.")
+            raise ValueError(
+                "there is no complete checkpoint to resume from: train from the start."
+            )
         newest = read_newest(self._folder, PARTS, read, sound=sound)
         saved, self._known, self._damaged = newest.content, newest.step, newest.damaged
         key = jax.random.wrap_key_data(saved["progress"]["key"])
