@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import lax
+from jax.core import Tracer
 
 T = TypeVar("T")
 
@@ -55,7 +56,8 @@ def platform_of(*arrays: Any) -> str:
     """
     device = _known_device(arrays)
     if device is not None:
-        return device if isinstance(device, str) else device.platform
+        name = device if isinstance(device, str) else device.platform
+        return "gpu" if name in ("cuda", "rocm") else name
     return jax.default_backend()
 
 
@@ -79,12 +81,13 @@ def compute_capability(*arrays: Any) -> tuple[int, int] | None:
 def _known_device(arrays: tuple[Any, ...]) -> Any:
     """A device, or the name of a platform; None: nothing but the backend decides."""
     device = _device_of(arrays)
-    return jax.config.jax_default_device if device is None else device
+    chosen = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return chosen if device is None else device
 
 
-def _device_of(arrays: tuple[Any, ...]) -> jax.Device | None:
-    """The device of the first array that has one."""
+def _device_of(arrays: tuple[Any, ...]) -> Any:
+    """The device of the first array that has one, or None."""
     for x in arrays:
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        if isinstance(x, jax.Array) and not isinstance(x, Tracer):
             return min(x.devices(), key=lambda device: device.id)
     return None
