@@ -43,8 +43,9 @@ def bounded_arithmetic() -> Iterator[None]:
 
     What exceeds the bounds raises TemplateError; every other result is the same.
     """
-    from transformers.utils import chat_template_utils as theirs
+    from transformers.utils import chat_template_utils
 
+    theirs: Any = chat_template_utils  # its environment is private
     before = theirs.ImmutableSandboxedEnvironment
     theirs.ImmutableSandboxedEnvironment = _BoundedEnvironment
     try:
