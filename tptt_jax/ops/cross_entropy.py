@@ -10,6 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
+from tptt_jax.ops.context import rows_as_shards, shards_as_rows
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
 LOGITS_AT_A_TIME = 1 << 25
@@ -60,7 +61,9 @@ def token_cross_entropy(
     Raises:
       ValueError: if a gradient for the head is requested.
     """
-    batch, length, _ = hidden.shape
+    batch = len(tokens)
+    hidden, tokens = shards_as_rows(hidden), shards_as_rows(tokens)
+    length = tokens.shape[1]
     vocab = head.shape[vocab_axis]
     size, block = tokens_at_a_time, vocab_at_a_time
     by_vocabulary = jax.default_backend() == "cpu" and size is None
@@ -73,7 +76,7 @@ def token_cross_entropy(
         fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
         block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
     plan = _Plan(softcap, vocab_axis, size, min(block, vocab))
-    return _losses(hidden, head, tokens, plan)
+    return rows_as_shards(_losses(hidden, head, tokens, plan), batch)
 
 
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
