@@ -87,11 +87,11 @@ def _attend_shard(options: _Options, x: _Shard, narrower: Array | None) -> Atten
     keys, values, ids = (fetch(y) for y in (x.k, x.v, x.ids))
     sinks = None
     if x.sink_queries is not None:
-        carried = tuple(_carried_sinks(y, x.starts, options.num_sinks) for y in (x.k, x.v))
+        fetch = functools.partial(_carried_sinks, starts=x.starts, count=options.num_sinks)
         sinks = document_sinks(
             *(x.k, x.v, x.sink_queries, x.starts - first, x.ids != 0),
             options.num_sinks,
-            carried,
+            (fetch(x.k), fetch(x.v)),
         )
     return attend_sequence(
         *(x.q, keys, values),

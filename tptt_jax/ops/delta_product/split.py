@@ -78,8 +78,8 @@ def split_delta_product(
     Returns:
       The output in q's dtype.
     """
-    by_head = (jnp.swapaxes(x, 2, 3) for x in (k, v, beta))
-    shard = _Shard(q, *by_head, log_decay, segment_ids)
+    k, v, beta = (jnp.swapaxes(x, 2, 3) for x in (k, v, beta))
+    shard = _Shard(q, k, v, beta, log_decay, segment_ids)
     return split_tokens(lambda shard: _run_shard(shard, chunk_size, precision), (shard,))
 
 
@@ -108,8 +108,8 @@ def _run_shard(x: _Shard, chunk_size: int, precision: Precision) -> Array:
     read, keep, write = (save_mixed(y) for y in (read, keep, write))
     state = incoming_state(Transition(keep, write))
     grouped = read.reshape(batch, tokens, kv_heads, heads // kv_heads, dim)
-    precision = resolve_precision(precision, x.q, k, v)
-    missing = jnp.einsum("btkgd,bkde->btkge", grouped, state, precision=precision)
+    exact = resolve_precision(precision, x.q, k, v)
+    missing = jnp.einsum("btkgd,bkde->btkge", grouped, state, precision=exact)
     return (own + missing.reshape(own.shape)).astype(own.dtype)
 
 
