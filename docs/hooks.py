@@ -23,7 +23,7 @@ COMMANDS: dict[str, Sequence[str]] = {
     "experiments.generate": ("",),
     "experiments.evaluate": ("",),
     "convert": ("import", "export", "inspect", "verify"),
-    "experiments.bench": ("op", "train", "decode", "attention", "context"),
+    "experiments.bench": ("op", "train", "decode", "attention", "context", "scaling"),
     "experiments.bench_gpu": ("",),
     "experiments.grid": ("",),
     "experiments.state_tracking": ("",),

@@ -1,4 +1,4 @@
-"""``python -m experiments.bench``: times operators, training steps, decoding and long contexts."""
+"""``python -m experiments.bench``: operators, training steps, decoding, contexts, scaling."""
 
 import sys
 
@@ -7,6 +7,7 @@ from experiments.benchmarks.attention import bench_attention
 from experiments.benchmarks.long_context import bench_context
 from experiments.benchmarks.model_work import bench_decode, bench_train
 from experiments.benchmarks.operator import bench_op
+from experiments.benchmarks.scaling import bench_scaling
 
 COMMANDS = {
     "op": bench_op,
@@ -14,6 +15,7 @@ COMMANDS = {
     "decode": bench_decode,
     "attention": bench_attention,
     "context": bench_context,
+    "scaling": bench_scaling,
 }
 
 

@@ -17,6 +17,7 @@ from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
+from tptt_jax.sharding import divided_rows
 from tptt_jax.training.partition import load_trainable
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -29,7 +30,9 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
     check_output(config, describe_run(config))
     if config.dry_run:
         console = Console(soft_wrap=True, highlight=False)
-        return dry_run(Run.prepare(config, console))
+        run = Run.prepare(config, console)
+        with divided_rows(run.mesh):
+            return dry_run(run)
     with locked_output(config.output):
         return _finetune(config)
 
@@ -37,13 +40,18 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
 def _finetune(config: FinetuneConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     run = Run.prepare(config, console)
+    with divided_rows(run.mesh):
+        return _run(run)
+
+
+def _run(run: Run) -> dict[str, Any]:
     # Keeps adapters that the source may have.
     outcome, base = Outcome(run), replace_memory(run.model, None)
     outcome.measure("before", base, use_memory=False)
     run.show_sample("before", base)
     if run.window is not None:
         outcome.measure("window", run.model, use_memory=False)
-    report: dict[str, Any] = {"output": str(config.output), "steps": run.steps}
+    report: dict[str, Any] = {"output": str(run.config.output), "steps": run.steps}
     if run.fit_rows is not None and not run.is_training:
         report["fit_seconds"] = run.fit()
         outcome.measure("fitted", run.model)
@@ -55,7 +63,7 @@ def _finetune(config: FinetuneConfig) -> dict[str, Any]:
         outcome.measure("memory_off", run.model, use_memory=False)
     run.show_sample("after", run.model)
     outcome.plot()
-    outcome.print(console)
+    outcome.print(run.console)
     return report | outcome.report()
 
 

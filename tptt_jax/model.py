@@ -13,6 +13,7 @@ from tptt_jax.config import (
     LoraConfig,
     ModelConfig,
     Remat,
+    check_context_axis,
     layer_kinds,
 )
 from tptt_jax.decoder import (
@@ -29,6 +30,7 @@ from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.attention.softcap import apply_softcap
+from tptt_jax.ops.context import is_split, num_shards, take_split_tokens
 from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.documents import count_positions, order_padding, take_places
 from tptt_jax.token_ids import check_model_tokens
@@ -190,8 +192,8 @@ class CausalLM(nnx.Module):
           TypeError: if tokens is no array.
           ValueError: if tokens are not integers [B, T] or, outside of `jax.jit`, the embedding has
             no row for one, the memory is left out of a purely linear model, a window comes with a
-            cache, the cache is of another model or window, remat is no choice, or dropout is on
-            and has no randomness.
+            cache, the cache is of another model or window, remat is no choice, dropout is on
+            and has no randomness, or rows cannot be divided along a mesh's context axis.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -233,6 +235,7 @@ class CausalLM(nnx.Module):
         if window is not None and cache is not None:
             raise ValueError("a cache keeps the model's own window: leave window None.")
         if cache is None:
+            check_context_axis(self.liza, num_shards(), tokens.shape[1])
             dropout_key = self._dropout_key(dropout_key, rngs)
         else:
             check_cache(self.config, self.liza, cache)
@@ -273,7 +276,8 @@ class CausalLM(nnx.Module):
         x = self.final_norm(x)
         if order is not None:
             inverse = jnp.argsort(order, axis=1)
-            x = take_places(x, inverse)
+            is_divided = is_split(x.shape[1])
+            x = take_split_tokens(x, inverse) if is_divided else take_places(x, inverse)
             if return_branches:
                 branches = jax.tree.map(
                     lambda b: jax.vmap(take_places, (0, None))(b, inverse), branches

@@ -1,5 +1,6 @@
-"""Sharding of parameters over a mesh: one table from logical axes to mesh axes."""
+"""Sharding over a mesh: one table from logical axes of parameters to mesh axes; batches."""
 
+import contextlib
 import math
 
 import jax
@@ -7,7 +8,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+from tptt_jax.ops.context import CONTEXT_AXIS
+
+# The last axes connect neighbouring devices: they carry the most bytes.
+MESH_AXES = ("data", "fsdp", CONTEXT_AXIS, "tensor")
 
 # Logical axis of a parameter -> mesh axis. Other axes are replicated.
 RULES: dict[str, str] = {
@@ -20,13 +24,13 @@ RULES: dict[str, str] = {
 
 
 def make_mesh(layout: str) -> Mesh:
-    """A mesh with the axes data, fsdp and tensor over the first devices.
+    """A mesh with the axes data, fsdp, context and tensor over the first devices.
 
     Args:
-      layout: such as "data=2,fsdp=2,tensor=2"; an axis that is left out has size 1.
+      layout: such as "data=2,fsdp=2,tensor=2" or "context=4"; an axis that is left out has size 1.
 
     Returns:
-      A mesh that has all three axes.
+      A mesh that has all four axes.
 
     Raises:
       ValueError: if the layout is invalid or needs more devices than available.
@@ -36,8 +40,8 @@ def make_mesh(layout: str) -> Mesh:
         name, _, size = part.partition("=")
         if name not in sizes or not size.isdigit() or int(size) < 1:
             raise ValueError(
-                f"mesh must look like data=2,fsdp=2,tensor=2 with sizes of at least 1, "
-                f"got {layout!r}."
+                f"mesh must look like data=2,fsdp=2,tensor=2 or context=4 with sizes of at least "
+                f"1, got {layout!r}."
             )
         sizes[name] = int(size)
     needed = math.prod(sizes.values())
@@ -72,9 +76,26 @@ def sharding_of(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows of a batch go to data and fsdp together."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, *, divide_rows: bool = True) -> NamedSharding:
+    """Of arrays [B, T]: rows go to data and fsdp together, tokens to context.
+
+    Args:
+      mesh: from `make_mesh`.
+      divide_rows: False keeps rows together, where they do not divide evenly.
+    """
+    rows = ("data", "fsdp") if divide_rows else None
+    return NamedSharding(mesh, PartitionSpec(rows, CONTEXT_AXIS))
+
+
+def divided_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
+    """The context manager in which models divide the tokens of rows along the context axis.
+
+    Elsewhere results are the same, but XLA gathers whole rows on each device. It has no effect
+    without a mesh, or where the context axis has one device.
+    """
+    if mesh is None or mesh.shape[CONTEXT_AXIS] == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

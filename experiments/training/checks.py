@@ -9,6 +9,7 @@ from convert.sources import PACKAGED_SOURCES
 from experiments.process.output_folder import check_path
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
+from tptt_jax.config import check_context_axis
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -71,13 +72,14 @@ def _differences(before: Description, now: Description) -> list[str]:
     return [f"{name}: {a} in the run, {b} now" for name, a, b in pairs if a != b]
 
 
-def check_rows(batch_size: int, mesh: "Mesh | None") -> None:
-    """Raises if a batch cannot be split evenly over the mesh."""
+def check_rows(config: FinetuneConfig, mesh: "Mesh | None") -> None:
+    """Raises if a batch or its rows cannot be divided over the mesh."""
     if mesh is None:
         return
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % shards:
+    shards, size = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size
+    if size % shards:
         raise ValueError(
-            f"--batch-size {batch_size} cannot be split evenly over data x fsdp = {shards} "
+            f"--batch-size {size} cannot be split evenly over data x fsdp = {shards} "
             "devices: use a multiple."
         )
+    check_context_axis(config.memory, mesh.shape["context"])

@@ -102,7 +102,8 @@ class FinetuneConfig:
     """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     mesh: str | None = None
-    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; None: one device."""
+    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
+    each row; None: one device."""
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
     checkpoint_every: int = 20

@@ -29,7 +29,7 @@ from experiments.training.stage import STAGES, Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
-from tptt_jax.sharding import batch_sharding, make_mesh, replicated
+from tptt_jax.sharding import batch_sharding, make_mesh
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import write_description
 from tptt_jax.training.optimizer import make_optimizer
@@ -78,7 +78,7 @@ class Run:
         A dry run claims nothing.
         """
         mesh = None if config.mesh is None else make_mesh(config.mesh)
-        check_rows(config.batch_size, mesh)
+        check_rows(config, mesh)
         config = with_chosen_layers(config, mesh, console)
         description = describe_run(config)
         check_output(config, description)
@@ -304,13 +304,14 @@ class Run:
         )
 
     def put(self, batch: TokenBatch) -> Batch:
-        """Moves a batch to the devices."""
+        """Moves a batch to the devices; rows are padded where the mesh divides their tokens."""
         if self.mesh is None:
             return Batch(*jax.device_put(tuple(batch)))
         shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         even = len(batch.tokens) % shards == 0
-        sharding = batch_sharding(self.mesh) if even else replicated(self.mesh)
-        return Batch(*(jax.device_put(array, sharding) for array in batch))
+        sharding = batch_sharding(self.mesh, divide_rows=even)
+        pad = ((0, 0), (0, -batch.tokens.shape[1] % self.mesh.shape["context"]))
+        return Batch(*(jax.device_put(np.pad(array, pad), sharding) for array in batch))
 
     def _fitting(self) -> Fitting:
         assert self.fit_rows is not None

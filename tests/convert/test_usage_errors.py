@@ -36,7 +36,10 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
     ("arguments", "message"),
     [
         (["trian"], "there is no command trian: did you mean train?"),
-        (["x"], "there is no command x: choose from op, train, decode, attention, context."),
+        (
+            ["x"],
+            "there is no command x: choose from op, train, decode, attention, context, scaling.",
+        ),
         # What other programs call so is no option here.
         (["op", "--lr", "1"], "there is no option --lr; --help lists the options."),
         (["op", "--head", "1"], "there is no option --head: did you mean --heads?"),
@@ -50,7 +53,7 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
             "--precision expects one of auto, highest, high, default, got 'higest': "
             "did you mean highest? --help lists the options.",
         ),
-        ([], "name a command: op, train, decode, attention, context; --help"),
+        ([], "name a command: op, train, decode, attention, context, scaling; --help"),
         (["op", "--heads"], "--heads needs a value; --help"),
     ],
     ids=[

@@ -1,9 +1,6 @@
 """Meshes, specs, and training on eight simulated devices."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from tests.contracts import random_tokens, randomize, relative_error
+from tests.devices import run_on_devices
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.sharding import (
     MESH_AXES,
@@ -27,7 +25,7 @@ from tptt_jax.sharding import (
 )
 from tptt_jax.training.checkpoint import restore_trainable
 
-MESH = AbstractMesh((2, 2, 2), MESH_AXES)
+MESH = AbstractMesh((2, 2, 1, 2), MESH_AXES)
 LAYOUT = "data=2,fsdp=2,tensor=2"
 CONFIG = ModelConfig.tiny(num_layers=2, mlp_dim=16, vocab_size=96)
 EXPERTS = ModelConfig.tiny(
@@ -61,7 +59,7 @@ def test_a_mesh_needs_enough_devices():
 
 @pytest.mark.parametrize("layout", ["", "data=1", " tensor = 1, fsdp=1 "])
 def test_axes_that_are_left_out_have_size_one(layout):
-    assert dict(make_mesh(layout).shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(layout).shape) == dict.fromkeys(MESH_AXES, 1)
 
 
 SPECS = {
@@ -99,9 +97,10 @@ def test_every_parameter_of_a_titan_has_a_place():
     assert whole == {"final_norm.weight", "stacks.0.attn_norm.weight", "stacks.0.mlp_norm.weight"}
 
 
-def test_rows_of_a_batch_are_split_over_data_and_fsdp():
+def test_rows_of_a_batch_are_split_over_data_and_fsdp_and_tokens_over_context():
     mesh = make_mesh("")
-    assert batch_sharding(mesh).spec == P(("data", "fsdp"))
+    assert batch_sharding(mesh).spec == P(("data", "fsdp"), "context")
+    assert batch_sharding(mesh, divide_rows=False).spec == P(None, "context")
     assert replicated(mesh).spec == P()
 
 
@@ -109,20 +108,10 @@ def test_rows_of_a_batch_are_split_over_data_and_fsdp():
 def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
     """What `run_on_eight_devices` has measured in a process of its own."""
     path = tmp_path_factory.mktemp("sharding")
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    command = (
+    program = (
         f"from tests.tptt_jax.test_sharding import run_on_eight_devices as run; run({str(path)!r})"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", command],
-        cwd=project_dir,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_on_devices(8, program, project_dir)
     return json.loads((path / "report.json").read_text())
 
 

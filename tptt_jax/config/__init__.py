@@ -1,6 +1,7 @@
 """Configurations of a model, its memory and its adapters: frozen, validated, without I/O."""
 
 from tptt_jax.config.adapters import LoraConfig
+from tptt_jax.config.context import check_context_axis
 from tptt_jax.config.memory import (
     OPERATORS,
     Gate,
@@ -48,6 +49,7 @@ __all__ = [
     "RopeScaling",
     "Trick",
     "Writes",
+    "check_context_axis",
     "layer_kinds",
     "memory_layers",
     "runs_memory",

@@ -9,6 +9,7 @@ from tptt_jax.layers.cache import KeyValueCache
 from tptt_jax.layers.memory import MemoryTokens
 from tptt_jax.layers.softmax_attention import SoftmaxSettings, TokenContext
 from tptt_jax.ops.attention.rope import rotate
+from tptt_jax.ops.context import is_split
 from tptt_jax.ops.eviction import delay_tokens, evicted_ids
 
 
@@ -53,7 +54,8 @@ def evict(
     ids = evicted_ids(context.positions, context.segment_ids, window)
     before, first = None, 0
     if cache is None:
-        if context.window is None:
+        # Rows that are divided among devices keep their length, which others could not divide.
+        if context.window is None and not is_split(k.shape[1]):
             first = min(settings.window, k.shape[1] - 1)
         keys, values = (delay_tokens(x, window, settings.window) for x in (k, v))
     else:

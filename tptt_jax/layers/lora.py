@@ -9,6 +9,7 @@ from flax import nnx
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import LoraConfig
 from tptt_jax.layers.parameters import AdapterParam, AddedParam, BaseParam
+from tptt_jax.ops.context import is_split
 from tptt_jax.ops.residuals import save_mixed, save_product
 
 
@@ -43,8 +44,10 @@ class LowRank(nnx.Module):
         if dropout_key is not None and self.dropout > 0:
             keep = save_mixed(jax.random.bernoulli(dropout_key, 1 - self.dropout, x.shape))
             x = jnp.where(keep, x / (1 - self.dropout), 0)
-        # All tokens as one matrix: XLA would transpose a batch for the gradients of a and b.
-        flat = x.reshape(-1, x.shape[-1])
+        # All tokens as one matrix: XLA would transpose a batch for the gradients of a and b. But it
+        # would gather rows whose tokens are divided among devices.
+        is_divided = x.ndim > 2 and is_split(x.shape[1])
+        flat = x if is_divided else x.reshape(-1, x.shape[-1])
         return ((flat @ self.a[...]) @ (self.b[...] * self.scale)).reshape(*x.shape[:-1], -1)
 
     def delta(self) -> Float[Array, "I O"]:

@@ -18,7 +18,13 @@ from tptt_jax.layers.gates import GateLogits, ReadScale, WriteGates
 from tptt_jax.layers.lora import LowRank, path_number
 from tptt_jax.layers.norm import rms_normalize
 from tptt_jax.layers.parameters import MemoryParam
-from tptt_jax.ops.delta_product import chunk_delta_product, naive_delta_product, step_delta_product
+from tptt_jax.ops.context import is_split
+from tptt_jax.ops.delta_product import (
+    chunk_delta_product,
+    naive_delta_product,
+    split_delta_product,
+    step_delta_product,
+)
 from tptt_jax.ops.documents import tokens_so_far
 from tptt_jax.ops.gates import compute_beta, compute_log_decay
 from tptt_jax.ops.residuals import save_mixed
@@ -202,6 +208,10 @@ class DeltaMemory(nnx.Module):
         keys, values, beta, log_decay = self._written(tokens)
         inputs = (_activate(q), keys, values, beta, log_decay)
         activation = config.recurrence.state_activation
+        if activation == "none" and is_split(q.shape[1]):
+            return split_delta_product(
+                *(*inputs, ids), chunk_size=config.chunk_size, precision=config.precision
+            )
         if activation != "none" and ids is not None:
             # Chunks of the row are not chunks of its documents: count tokens one by one.
             after = (tokens_so_far(ids) % config.chunk_size == 0) & (ids != 0)

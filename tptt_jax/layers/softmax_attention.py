@@ -22,8 +22,11 @@ from tptt_jax.ops.attention import (
     KeyValues,
     attend,
     attend_sequence,
+    attend_split,
     can_fuse,
+    document_sinks,
     fused_attention,
+    row_sinks,
 )
 from tptt_jax.ops.attention.rope import (
     RotaryAngles,
@@ -31,6 +34,7 @@ from tptt_jax.ops.attention.rope import (
     rotary_angles,
     rotate,
 )
+from tptt_jax.ops.context import is_split
 from tptt_jax.ops.documents import document_lengths, segment_starts
 
 # Logits that cached attention holds at a time: 128 MiB in float32.
@@ -176,9 +180,23 @@ def apply_softmax(
         q = rotate(q, context.angles)
         return _attend_cached(settings, context, q, keys, v, cache, sink_queries), keys
     ids, window, softcap = context.segment_ids, settings.window, settings.softcap
+    if context.never_evicts(window):
+        sink_queries = None
+    if is_split(k.shape[1]):
+        out = attend_split(
+            *(rotate(q, context.angles), keys, v),
+            segment_ids=ids,
+            window=window,
+            narrower=context.window,
+            sink_queries=sink_queries,
+            num_sinks=settings.sinks,
+            scale=settings.scale,
+            softcap=softcap,
+        )
+        return out, keys
     sinks = None
-    if sink_queries is not None and not context.never_evicts(window):
-        sinks = _row_sinks(context, sink_queries, keys, v, settings.sinks)
+    if sink_queries is not None:
+        sinks = _sinks_of(context, sink_queries, keys, v, settings.sinks)
     # JAX rounds the normaliser of cuDNN's attention to half precision, which is too coarse for the
     # memory's share.
     needs_mass = settings.needs_mass or context.window is not None
@@ -224,21 +242,12 @@ def extend_cache(
     )
 
 
-def _row_sinks(context: TokenContext, queries: Array, k: Array, v: Array, count: int) -> KeyValues:
+def _sinks_of(context: TokenContext, queries: Array, k: Array, v: Array, count: int) -> KeyValues:
     """The first `count` tokens of each token's own document."""
-    tokens = k.shape[1]
     if context.segment_ids is None:
-        visible = jnp.arange(count) <= jnp.arange(tokens)[:, None]
-        first = min(count, tokens)
-        pad = ((0, 0), (0, count - first), (0, 0), (0, 0))
-        keys, values = (jnp.pad(x[:, :first], pad) for x in (k, v))
-        mask = jnp.broadcast_to(visible, (k.shape[0], *visible.shape))
-        return KeyValues(keys, values, mask, queries)
-    index = segment_starts(context.segment_ids)[..., None] + jnp.arange(count)  # [B, T, Z]
-    visible = (index <= jnp.arange(tokens)[:, None]) & context.valid[..., None]
-    rows = jnp.arange(k.shape[0])[:, None, None]
-    index = jnp.minimum(index, tokens - 1)
-    return KeyValues(k[rows, index], v[rows, index], visible, queries)
+        return row_sinks(k, v, queries, count)
+    starts = segment_starts(context.segment_ids)
+    return document_sinks(k, v, queries, starts, context.valid, count)
 
 
 class _Queries(NamedTuple):

@@ -10,6 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
+from tptt_jax.ops.context import rows_as_shards, shards_as_rows
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
@@ -61,7 +62,9 @@ def token_cross_entropy(
     Raises:
       ValueError: if a gradient for the head is requested.
     """
-    batch, length, _ = hidden.shape
+    batch = len(tokens)
+    hidden, tokens = shards_as_rows(hidden), shards_as_rows(tokens)
+    length = tokens.shape[1]
     vocab = head.shape[vocab_axis]
 
     def plan(*, on_cpu: bool) -> _Plan:
@@ -78,7 +81,7 @@ def token_cross_entropy(
         return _Plan(softcap, vocab_axis, size, min(block, vocab))
 
     plans = PerPlatform(plan(on_cpu=True), plan(on_cpu=False))
-    return _losses(hidden, head, tokens, plans)
+    return rows_as_shards(_losses(hidden, head, tokens, plans), batch)
 
 
 def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:

@@ -10,6 +10,7 @@ from jax import lax
 
 from tptt_jax.array_checks import check_axes
 from tptt_jax.array_typing import Array, Bool, Int, Positions, SegmentIds, Shaped
+from tptt_jax.ops.context import running_max
 
 
 def follows_another(segment_ids: SegmentIds) -> Bool[Array, "B T"]:
@@ -71,7 +72,7 @@ def segment_starts(segment_ids: SegmentIds) -> Int[Array, "B T"]:
       int32 [B, T].
     """
     index = jnp.arange(segment_ids.shape[1])
-    return lax.cummax(jnp.where(_begins_run(segment_ids), index, 0), axis=1)
+    return running_max(jnp.where(_begins_run(segment_ids), index, 0))
 
 
 def document_lengths(positions: Positions, segment_ids: SegmentIds | None) -> Int[Array, "B T"]:

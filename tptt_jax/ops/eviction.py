@@ -1,10 +1,13 @@
 """Eviction of tokens from a window, within a row."""
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Int, Positions, SegmentIds, Shaped
-from tptt_jax.ops.documents import document_ordinals
+from tptt_jax.ops.context import is_split, split_tokens, with_tokens_before
+from tptt_jax.ops.documents import document_ordinals, segment_starts
 
 
 def delay_tokens(
@@ -21,12 +24,20 @@ def delay_tokens(
       The delayed values, like x.
     """
     tokens = x.shape[1]
+    if is_split(tokens):
+        farthest = steps if isinstance(steps, int) else most
+        assert farthest is not None, "a traced number of steps needs a bound"
+        return split_tokens(functools.partial(_delay_shard, farthest), (x,), (jnp.asarray(steps),))
     if isinstance(steps, int):
         steps = min(steps, tokens)
         return jnp.pad(x[:, : tokens - steps], _before(x, steps))
     assert most is not None, "a traced number of steps needs a bound"
     most = min(most, tokens)
     return lax.dynamic_slice_in_dim(jnp.pad(x, _before(x, most)), most - steps, tokens, axis=1)
+
+
+def _delay_shard(most: int, x: Array, steps: Array) -> Array:
+    return lax.dynamic_slice_in_dim(with_tokens_before(x, most), most - steps, x.shape[1], axis=1)
 
 
 def evicted_ids(
@@ -45,6 +56,9 @@ def evicted_ids(
     leaves = positions >= window
     if segment_ids is None:
         return leaves.astype(jnp.int32)
+    if is_split(segment_ids.shape[1]):
+        # Other numbers of the documents, for which devices exchange one number each.
+        return jnp.where(leaves & (segment_ids != 0), segment_starts(segment_ids) + 1, 0)
     return jnp.where(leaves & (segment_ids != 0), document_ordinals(segment_ids) + 1, 0)
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from tptt_jax.array_checks import check_arrays, check_axes
 from tptt_jax.array_typing import Array, Bool, Int, SegmentIds, Shaped
+from tptt_jax.ops.context import is_split, take_split_tokens
 from tptt_jax.ops.documents import document_ordinals
 
 
@@ -43,6 +44,10 @@ def shift_tokens(
             f"segment_ids must have shape {x.shape[:2]} ([B, T]), got {segment_ids.shape}."
         )
     source, exists = _neighbours(segment_ids, -steps)
+    if is_split(x.shape[1]):
+        places = jnp.arange(x.shape[1])
+        taken = take_split_tokens(x, jnp.where(exists, source, places), steps)
+        return jnp.where(exists.reshape(*exists.shape, *(1,) * (x.ndim - 2)), taken, 0), exists
     target, is_read = _neighbours(segment_ids, steps)
     return _gather_rows(x, source, exists, target, is_read), exists
 

@@ -10,6 +10,7 @@ from jax import lax
 from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int, SegmentIds, Tokens
 from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM
+from tptt_jax.ops.context import shards_as_rows
 from tptt_jax.ops.cross_entropy import (
     LOGITS_AT_A_TIME,
     head_logits,
@@ -96,7 +97,9 @@ def chunked_cross_entropy(
 def _sum_recomputed(
     hidden: Array, targets: Targets, head: Array, softcap: float | None, size: int | None
 ) -> Array:
-    batch, tokens, _ = hidden.shape
+    batch = len(hidden)
+    hidden, targets = jax.tree.map(shards_as_rows, (hidden, targets))
+    tokens = hidden.shape[1]
     size = min(size or max(1, LOGITS_AT_A_TIME // (head.shape[0] * batch)), tokens)
 
     @jax.checkpoint

@@ -1,10 +1,8 @@
 """The operator under `jax.vmap` and a checked `jax.shard_map`, on two devices of this machine."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+
+from tests.devices import run_on_devices
 
 # Prints one line of errors per way; it runs apart, as devices are counted when JAX starts.
 PROGRAM = """
@@ -73,17 +71,9 @@ report("mapped queries", jax.tree.map(lambda x: x[0], part), want[0])
 
 
 @pytest.fixture(scope="module")
-def lines():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(line.rsplit(" ", 1) for line in done.stdout.splitlines())
+def lines(project_dir):
+    printed = run_on_devices(2, PROGRAM, project_dir)
+    return dict(line.rsplit(" ", 1) for line in printed.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,24 @@ def test_long_rows_equal_short_blocks(length, window):
     assert_allclose(got, attend_rows(*args, **options, block=4), atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [4, 512], ids=["blocks", "one block"])
+@pytest.mark.parametrize(("first", "window"), [(0, None), (0, 5), (5, 5), (9, 3)])
+def test_queries_may_follow_keys_of_earlier_tokens(first, window, block):
+    q, k, v = _inputs()
+    ids = jnp.asarray(IDS)
+    last, starts = 8, segment_starts(ids)
+    got = attend_rows(
+        *(q[:, -last:], k[:, first:], v[:, first:]),
+        segment_ids=ids[:, first:],
+        starts=starts[:, -last:] - (T - last),
+        window=window,
+        scale=SCALE,
+        block=block,
+    )
+    want = attend_rows(q, k, v, segment_ids=ids, window=window, scale=SCALE)
+    assert_allclose(got, want[:, -last:], atol=1e-6)
+
+
 def test_gradients_do_not_depend_on_the_block():
     args = _inputs()
 

@@ -21,11 +21,12 @@ _PIECE = 128
 
 def attend_sequence(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B T K D"],
-    v: Float[Array, "B T K D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     *,
     angles: RotaryAngles | None = None,
-    segment_ids: Int[Array, "#B T"] | None = None,
+    segment_ids: Int[Array, "#B S"] | None = None,
+    starts: Int[Array, "B T"] | None = None,
     window: int | None = None,
     narrower: Int[Array, ""] | None = None,
     sinks: KeyValues | None = None,
@@ -39,13 +40,15 @@ def attend_sequence(
 
     Args:
       q: queries [B, T, H, D].
-      k: keys [B, T, K, D].
-      v: values [B, T, K, D].
-      angles: rotations that q and k still need; None: none. Pieces of short rows are rotated
-        one by one: gradients of whole rows, put together from pieces, would be rotated at
+      k: keys [B, S, K, D]; S - T tokens come before those of the queries.
+      v: values [B, S, K, D].
+      angles: rotations that q and k still need, if S = T; None: none. Pieces of short rows are
+        rotated one by one: gradients of whole rows, put together from pieces, would be rotated at
         twice the cost on CPU.
-      segment_ids: [B, T]; a query sees its own document only, 0 is padding. With a
+      segment_ids: [B, S]; a query sees its own document only, 0 is padding. With a
         window, padding must not lie inside a document.
+      starts: place of the first token of each query's document, counted from the first query; None:
+        all documents start among the keys.
       window: tokens seen, the current one included; None: all before.
       narrower: a traced window of at most `window` that is used in its place; None: `window`.
       sinks: first tokens that stay visible. The window leaves them to the sinks, so that
@@ -59,22 +62,25 @@ def attend_sequence(
     Returns:
       Output [B, T, H, D] in q's dtype, zero on padding, and the log of the normaliser [B, T, H].
     """
-    tokens = q.shape[1]
+    tokens = k.shape[1]
+    before = tokens - q.shape[1]
     if window is not None and window >= tokens:
         window = None
     seen_at_most = window if narrower is None else narrower
     if segment_ids is None:
         segment_ids = jnp.ones((1, tokens), jnp.int32)
-    segment_ids = jnp.broadcast_to(segment_ids, q.shape[:2])
+    segment_ids = jnp.broadcast_to(segment_ids, k.shape[:2])
     num_sinks = 0 if sinks is None else sinks.mask.shape[-1]
-    starts = segment_starts(segment_ids)
+    if starts is None:
+        starts = segment_starts(segment_ids)[:, before:] - before
     # Arrays with an axis of queries are cut with them; keys of a whole row are not.
     row_sinks, query_sinks = _split_sinks(sinks)
     in_pieces = tokens <= _PIECES * block
     if not in_pieces:
         q, k = rotate(q, angles), rotate(k, angles)
 
-    of_queries, of_keys = (q, segment_ids, starts, query_sinks), (k, v, segment_ids)
+    of_queries = (q, segment_ids[:, before:], starts, query_sinks)
+    of_keys = (k, v, segment_ids)
 
     def attend_some(
         queries: tuple, seen: tuple, first: Array | int, first_key: Array | int
@@ -101,13 +107,14 @@ def _run_pieces(
 ) -> Attended:
     """A short row, piece by piece, each rotated separately."""
     tokens = of_queries[0].shape[1]
+    before = of_keys[0].shape[1] - tokens
     size = max(-(-tokens // (_PIECES * _PIECE)), 1) * _PIECE
     pieces = []
     for first in range(0, max(tokens, 1), size):
         last = min(first + size, tokens)
-        first_key = 0 if window is None else max(0, first - window + 1)
+        first_key = -before if window is None else max(-before, first - window + 1)
         q, *others = _tokens(of_queries, first, last)
-        k, *rest = _tokens(of_keys, first_key, last)
+        k, *rest = _tokens(of_keys, before + first_key, before + last)
         q = rotate(q, _tokens(angles, first, last))
         k = rotate(k, _tokens(angles, first_key, last))
         pieces.append(attend_some((q, *others), (k, *rest), first, first_key))
@@ -124,21 +131,22 @@ def _run_blocks(
     """A long row, group by group, each scanned in blocks."""
     batch, tokens = of_queries[0].shape[:2]
     num_blocks = -(-tokens // block)
-    pad = num_blocks * block - tokens
-    of_keys = _pad_tokens(of_keys, window or 0, pad)
+    pad, before = num_blocks * block - tokens, of_keys[0].shape[1] - tokens
+    front = before if window is None else max(window, before)
+    of_keys = _pad_tokens(of_keys, front - before, pad)
     blocks = jax.tree.map(lambda x: _cut(x, num_blocks), _pad_tokens(of_queries, 0, pad))
 
     def run_group(start: int, stop: int) -> Attended:
         """Blocks, each to the keys that its window allows, or all to those before the end."""
-        keys_before = _tokens(of_keys, 0, (window or 0) + stop * block)
+        keys_before = _tokens(of_keys, 0, front + stop * block)
 
         def run(_: None, numbered: tuple) -> tuple[None, Attended]:
             index, queries = numbered
             first = index * block
             if window is None:
-                return None, attend_some(queries, keys_before, first, 0)
-            size = window + block
-            seen = (lax.dynamic_slice_in_dim(x, first, size, axis=1) for x in keys_before)
+                return None, attend_some(queries, keys_before, first, -front)
+            size, place = window + block, first + front - window
+            seen = (lax.dynamic_slice_in_dim(x, place, size, axis=1) for x in keys_before)
             return None, attend_some(queries, tuple(seen), first, first - window)
 
         group = jax.tree.map(lambda x: x[start:stop], blocks)
