@@ -18,7 +18,7 @@ _AT_LEAST = re.compile(rf"({_NAME})(?:\[[^\]]*\])?\s*>=\s*([0-9][0-9A-Za-z.]*)")
 
 
 def lower_bounds(pyproject: dict[str, Any]) -> Iterator[str]:
-    """A line NAME==VERSION for each dependency of the packages and their tests with a lower bound."""
+    """A line NAME==VERSION for each lower bound of the packages and their tests."""
     project = pyproject["project"]
     for requirement in (*project["dependencies"], *project["optional-dependencies"]["test"]):
         if found := _AT_LEAST.match(requirement):
