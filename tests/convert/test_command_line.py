@@ -200,7 +200,9 @@ def test_what_is_not_finite_is_named(tmp_path, monkeypatch, capsys, stored, valu
     arguments = ("import", path, "--output", tmp_path / "out", "--dtype", dtype)
     status, captured = run_main(monkeypatch, capsys, *arguments)
     assert status == 2
-    assert captured.err.endswith("in model.layers.1.mlp.up_proj.weight.\n")
+    assert captured.err.endswith(
+        "in model.layers.1.mlp.up_proj.weight: fetch or train them again, or choose float32.\n"
+    )
     assert not (tmp_path / "out").exists()
 
 
