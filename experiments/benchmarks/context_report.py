@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.benchmarks.timing import write_result
-from tptt_jax.durable import atomic_file
+from experiments.training.pictures import save_figure
 
 if TYPE_CHECKING:  # matplotlib takes seconds to import
     from matplotlib.axes import Axes
@@ -85,8 +85,7 @@ def _plot(path: Path, runs: Runs, model: str) -> None:
     if runs:
         handles = figure.axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncols=4)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
 
 
 def _draw(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from experiments.benchmarks.context_costs import StepCost, step_cost
 from experiments.benchmarks.random_models import SHAPES, Shape
 from experiments.benchmarks.timing import Options, check_positive, write_result
+from experiments.training.pictures import save_figure
 from tptt_jax import LizaConfig
-from tptt_jax.durable import atomic_file
 
 _KINDS = ("window and memory", "window alone", "full softmax")
 _COLORS = ("#08519c", "#d94801", "#636363")
@@ -119,5 +119,4 @@ def _plot(path: Path, work: ScalingWork, runs: dict[str, list[dict[str, Any]]]) 
     title = f"{work.random_weights}, window {work.window:,}"
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png")
+    save_figure(figure, path)
