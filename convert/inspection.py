@@ -6,8 +6,8 @@ from math import prod
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from convert.adapters import describe_adapter, is_adapter, open_adapter
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
@@ -93,7 +93,7 @@ def _describe_weights(opened: Pretrained) -> dict[str, Any]:
 class _State:
     """The state of a model between calls for one row of a batch; nothing is allocated."""
 
-    def __init__(self, config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype):
+    def __init__(self, config: ModelConfig, liza: LizaConfig | None, dtype: DTypeLike):
         self.config, self.liza = config, liza
         # Sizes do not depend on the length for which rotary frequencies are fixed.
         config = config.at_length(0)

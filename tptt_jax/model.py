@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int, Positions, SegmentIds, Tokens
 from tptt_jax.config import (
@@ -60,7 +61,7 @@ class CausalLMOutput(NamedTuple):
 class Embedding(nnx.Module):
     """Token embeddings, which a tied head shares, and learned positions if there are any."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         """Creates the table [V, E] and, for learned positions, [max_positions, E] in `dtype`."""
 
         def table(rows: int) -> Array:
@@ -103,7 +104,7 @@ class CausalLM(nnx.Module):
         liza: LizaConfig | None = None,
         lora: LoraConfig | None = None,
         *,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates random weights.
@@ -304,7 +305,7 @@ class CausalLM(nnx.Module):
 
 
 def init_cache(
-    model: CausalLM, batch_size: int, max_tokens: int, dtype: jnp.dtype | None = None
+    model: CausalLM, batch_size: int, max_tokens: int, dtype: DTypeLike | None = None
 ) -> Cache:
     """The cache before the first token.
 

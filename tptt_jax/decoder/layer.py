@@ -1,7 +1,7 @@
 """One decoder layer: attention and MLP around the residual stream."""
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Hidden
 from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig, NormPlacement
@@ -50,7 +50,7 @@ class DecoderLayer(nnx.Module):
         lora: LoraConfig | None,
         *,
         with_memory: bool = True,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> "DecoderLayer":
         """A layer with random weights; `config` has its sizes (see `ModelConfig.of_layer`)."""

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
@@ -95,7 +96,7 @@ class Stack(nnx.Module):
         lora: LoraConfig | None,
         kinds: tuple[LayerKind, ...],
         *,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates random weights.

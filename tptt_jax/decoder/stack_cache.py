@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Int
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig, layer_kinds
@@ -50,7 +51,7 @@ def init_stack_caches(
     *,
     batch: int,
     max_tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[StackCache, ...]:
     """The empty caches of all stacks; see `tptt_jax.init_cache`."""
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Bool, Float, Int
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig
@@ -89,7 +90,7 @@ def init_memory_state(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> MemoryState:
     """The memory before the first token; the history has the model's `dtype`."""
     size = (batch, history_length(liza))
@@ -109,7 +110,7 @@ def init_key_value_cache(
     *,
     batch: int,
     max_tokens: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> KeyValueCache:
     """The empty cache of one layer.
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Bool, Hidden, Int, SegmentIds
 from tptt_jax.config import LizaConfig
@@ -34,7 +35,7 @@ class LinearAttention(nnx.Module):
         beta_max: float = 1.0,
         bidirectional: bool = False,
         use_bias: bool = False,
-        dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates q, k, v and output projections.
@@ -136,7 +137,7 @@ class LinearAttention(nnx.Module):
             out = (out + jnp.flip(back, axis=1)) / 2
         return self.o_proj(out.reshape(*x.shape[:2], -1))
 
-    def init_state(self, batch: int, dtype: jnp.dtype = jnp.float32) -> MemoryState:
+    def init_state(self, batch: int, dtype: DTypeLike = jnp.float32) -> MemoryState:
         """The memory before the first token, for `extend`."""
         sizes = (self.num_heads, self.num_kv_heads, self.head_dim)
         return init_memory_state(self.memory.config, batch, *sizes, dtype)

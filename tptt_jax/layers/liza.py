@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig
@@ -127,7 +128,7 @@ class LizaAttention(nnx.Module):
         lora: LoraConfig | None,
         *,
         with_memory: bool = True,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates the projections, the q/k norms, and the memory's own parameters.

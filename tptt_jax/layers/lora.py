@@ -5,6 +5,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import LoraConfig
@@ -67,7 +68,7 @@ class Projection(nnx.Module):
         axes: tuple[str, str],
         bias: bool = False,
         lora: LoraConfig | None = None,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates kernel [in_dim, out_dim] and bias [out_dim] in `dtype`."""

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Hidden
 from tptt_jax.config import LoraConfig, ModelConfig
@@ -20,7 +20,7 @@ class MLP(nnx.Module):
     """down(activation(gate(x)) * up(x)), or down(activation(up(x))) without a gate."""
 
     def __init__(
-        self, config: ModelConfig, lora: LoraConfig | None, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: ModelConfig, lora: LoraConfig | None, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         """Creates two or three projections between embed_dim and mlp_dim."""
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LoraConfig, ModelConfig
@@ -22,7 +23,7 @@ class ExpertKernels(nnx.Module):
         out_dim: int,
         *,
         axes: tuple[str, str],
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates them in `dtype`."""
@@ -39,7 +40,7 @@ class ExpertsMLP(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, lora: LoraConfig | None, *, dtype: jnp.dtype, rngs: nnx.Rngs
+        self, config: ModelConfig, lora: LoraConfig | None, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         """Creates router and experts; adapters may sit on the router only."""
         embed, width, count = config.embed_dim, config.mlp_dim, config.num_experts

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import ModelConfig, Norm
@@ -34,7 +35,7 @@ class NormLayer(nnx.Module):
         bias: bool = False,
         offset: bool = False,
         float32: bool = False,
-        dtype: jnp.dtype,
+        dtype: DTypeLike,
     ) -> None:
         """Creates weight and bias [dim] in `dtype`, which initially have no effect."""
         self.eps = eps
@@ -65,7 +66,7 @@ class NormLayer(nnx.Module):
         return normal.astype(x.dtype)
 
 
-def residual_norm(config: ModelConfig, dtype: jnp.dtype) -> NormLayer:
+def residual_norm(config: ModelConfig, dtype: DTypeLike) -> NormLayer:
     """A norm of the residual stream, over embed_dim."""
     return NormLayer(
         config.embed_dim,
@@ -79,7 +80,7 @@ def residual_norm(config: ModelConfig, dtype: jnp.dtype) -> NormLayer:
     )
 
 
-def query_key_norm(config: ModelConfig, heads: int, dtype: jnp.dtype) -> NormLayer:
+def query_key_norm(config: ModelConfig, heads: int, dtype: DTypeLike) -> NormLayer:
     """The RMS norm of queries or keys: over each head, or over all of them together."""
     width = heads * config.head_dim if config.qk_norm == "full" else config.head_dim
     return NormLayer(

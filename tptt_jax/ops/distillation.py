@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden
 from tptt_jax.ops.attention.softcap import softcap_slope
@@ -122,7 +123,7 @@ def _add(
     slope: Array | float,
     piece: Array,
     fresh: Array | None,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
 ) -> tuple[_Sums, Array, Array]:
     """The sums with a block of logits, its exponentials, and the factor on what was summed."""
     if fresh is not None:
