@@ -132,7 +132,7 @@ def export_tokenizer(source: Source, path: Path) -> None:
         tokenizer = load_tokenizer(place)
         with refusing(f"the tokenizer cannot be written to {path}", "free some space"):
             tokenizer.save_pretrained(path)
-    make_portable(path)
+    make_portable(path, place)
 
 
 def tokenizer_class_of(model_type: str) -> str:

@@ -12,7 +12,7 @@ GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 """Names of the class that tokenizer.json fully describes: in transformers 5, and in 4 and 5."""
 
 
-def make_portable(directory: Path) -> None:
+def make_portable(directory: Path, source: Path) -> None:
     """Rewrites the settings of an exported tokenizer so that transformers 4 reads them, too.
 
     The generic class and the list of extra special tokens get the names that both versions
@@ -20,6 +20,7 @@ def make_portable(directory: Path) -> None:
 
     Args:
       directory: its tokenizer_config.json is rewritten, if there is one that needs it.
+      source: the model whose tokenizer it is, for errors.
 
     Raises:
       ConversionError: if tokenizer_config.json is malformed.
@@ -30,7 +31,8 @@ def make_portable(directory: Path) -> None:
     try:
         content = read_json(path)
     except ConversionError as error:
-        raise ConversionError(f"{error} Repair the tokenizer of the source.") from None
+        problem = str(error).replace(str(path), str(source / SETTINGS_FILE))
+        raise ConversionError(f"{problem} Repair it.") from None
     changed = _portable(content)
     if changed != content:
         path.write_text(json.dumps(changed, indent=2, ensure_ascii=False) + "\n", "utf-8")
