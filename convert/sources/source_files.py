@@ -29,14 +29,21 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
       directory: an existing directory. Every file is the same there, byte for byte.
 
     Raises:
-      ConversionError: if tokenizer.json is a link out of the model's folder.
+      ConversionError: if tokenizer.json is a link out of the model's folder, or a file cannot be
+        copied.
     """
     refuse_outer_link(source / "tokenizer.json", source)
     for file in _copied(source):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        # Copy only the content: no permissions, and never a link.
-        shutil.copyfile(file, copy)
+        try:
+            # Copy only the content: no permissions, and never a link.
+            shutil.copyfile(file, copy)
+        except OSError as error:  # which names the source, whatever the reason
+            raise ConversionError(
+                f"{file} cannot be copied to {directory}: {error.strerror}; check the space and "
+                "the permissions of both."
+            ) from None
 
 
 def say_what_is_left_out(source: Path) -> None:
