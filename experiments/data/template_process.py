@@ -14,7 +14,7 @@ _PROGRAM = Path(__file__).with_name("template_worker.py")
 
 
 class EndedError(Exception):
-    """The process has ended without a reply; the argument is the number of the signal."""
+    """The process has ended without a reply; the argument is its status, below 0 for a signal."""
 
 
 class TemplateProcess:
@@ -51,7 +51,7 @@ class TemplateProcess:
                 self._end()  # its reply must not answer the next request
                 raise
             if not line.endswith(b"\n"):
-                raise EndedError(-self._end())
+                raise EndedError(self._end())
             return json.loads(line)
 
     def close(self) -> None:

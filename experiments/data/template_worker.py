@@ -5,6 +5,8 @@ transformers' `render_jinja_template`. A reply is a line of JSON, as templates a
 trusted: for each text either itself and its spans, or an error and its message.
 """
 
+import contextlib
+import importlib
 import json
 import os
 import pickle
@@ -21,6 +23,9 @@ def main() -> None:
     os.dup2(2, 1)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     sys.path[:] = pickle.load(requests)
+    with contextlib.suppress(Exception):  # the first reply says why it fails
+        # Takes a second or more, which does not count as time of a template.
+        importlib.import_module("transformers.utils.chat_template_utils")
     while True:
         try:
             request = pickle.load(requests)

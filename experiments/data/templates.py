@@ -233,7 +233,8 @@ def _text(reply: dict[str, Any]) -> str:
     raise TemplateFailure(f"the chat template {problem}: {_REMEDY}")
 
 
-def _cause_of_end(number: int) -> str:
-    if number == signal.SIGALRM:
+def _cause_of_end(status: int) -> str:
+    if status == -signal.SIGALRM:
         return f"the chat template did not finish in {_SECONDS:g} seconds"
-    return f"the chat template ended the process that renders it (signal {number})"
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"the chat template ended the process that renders it ({how})"
