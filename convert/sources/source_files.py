@@ -1,12 +1,10 @@
 """The files of a model's directory that an export copies, and those that it leaves out."""
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from convert.errors import ConversionError, listing
-from convert.formats.files import read_json
 from convert.formats.hf_directory import INDEX_FILE, SINGLE_FILE
 from convert.notices import say
 
@@ -20,7 +18,6 @@ _TEMPLATES, _TEMPLATE_SUFFIX = "additional_chat_templates", ".jinja"
 # Rewritten from what was read, not copied.
 _REWRITTEN = ("config.json", "generation_config.json", SINGLE_FILE, INDEX_FILE)
 _SHARDS = "model-*-of-*.safetensors"
-_CODE_KEY = "auto_map"
 _MAX_NAMED = 12
 
 
@@ -29,21 +26,24 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
 
     Args:
       source: the model's directory.
-      directory: an existing directory. tokenizer_config.json loses its auto_map there; every
-        other file is the same byte for byte.
+      directory: an existing directory. Every file is the same there, byte for byte.
 
     Raises:
-      ConversionError: if a tokenizer_config.json that refers to code is malformed, or
-        tokenizer.json is a link out of the model's folder.
+      ConversionError: if tokenizer.json is a link out of the model's folder, or a file cannot be
+        copied.
     """
     refuse_outer_link(source / "tokenizer.json", source)
     for file in _copied(source):
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        # Copy only the content: no permissions, and never a link.
-        shutil.copyfile(file, copy)
-        if file.name == "tokenizer_config.json":
-            _forget_code(copy)
+        try:
+            # Copy only the content: no permissions, and never a link.
+            shutil.copyfile(file, copy)
+        except OSError as error:  # which names the source, whatever the reason
+            raise ConversionError(
+                f"{file} cannot be copied to {directory}: {error.strerror}; check the space and "
+                "the permissions of both."
+            ) from None
 
 
 def say_what_is_left_out(source: Path) -> None:
@@ -122,14 +122,3 @@ def _is_template_folder(path: Path, known: set[Path]) -> bool:
     if path.name != _TEMPLATES or not path.is_dir():
         return False
     return {*path.iterdir()} <= known
-
-
-def _forget_code(settings: Path) -> None:
-    """Removes references to the repository's code, which is not exported."""
-    try:
-        content = read_json(settings)
-    except ConversionError as error:
-        raise ConversionError(f"{error} Repair the tokenizer of the source.") from None
-    if _CODE_KEY in content:
-        del content[_CODE_KEY]
-        settings.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

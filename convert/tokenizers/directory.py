@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 from convert.errors import ConversionError
 from convert.formats.files import check_regular, read_json
 from convert.sources.source_files import TOKENIZER_FILES
+from convert.tokenizers.settings import GENERIC_CLASSES, SETTINGS_FILE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
-# Class name in transformers 5 of a tokenizer that tokenizer.json fully describes.
-_GENERIC_CLASS = "TokenizersBackend"
 # Model types for which transformers ignores the class in the files.
 _CLASS_BY_MODEL_TYPE = ("mistral", "qwen2")
 # Texts on which normalizers and pre-tokenizers differ: blanks, line ends, letters, digits, bytes.
@@ -125,7 +123,7 @@ def _is_generic(path: Path) -> bool:
         return False
     settings, config = (read_json(path / name) for name in files[1:])
     return (
-        settings.get("tokenizer_class") == _GENERIC_CLASS
+        settings.get("tokenizer_class") in GENERIC_CLASSES
         and "auto_map" not in settings
         and config.get("model_type") not in _CLASS_BY_MODEL_TYPE
     )

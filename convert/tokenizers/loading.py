@@ -15,13 +15,13 @@ from convert.sources import Source, find_checkpoint, locate
 from convert.sources.demo import cache_directory
 from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files
 from convert.tokenizers.directory import (
-    SETTINGS_FILE,
     TOKENIZER_FILE,
     import_transformers,
     read_adapter_tokenizer,
     read_directory_tokenizer,
     refusing,
 )
+from convert.tokenizers.settings import SETTINGS_FILE, make_portable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -118,19 +118,21 @@ def export_tokenizer(source: Source, path: Path) -> None:
 
     Args:
       source: what `load_tokenizer` takes. The tokenizer files of a directory are copied
-        unchanged, if it has any (see `copy_tokenizer_files`).
+        unchanged, if it has any (see `copy_tokenizer_files`), except for settings that
+        transformers 4 would not read (see `make_portable`).
       path: an existing directory.
 
     Raises:
-      ConversionError: if the tokenizer of a GGUF file cannot be read.
+      ConversionError: if the tokenizer of a GGUF file or tokenizer_config.json cannot be read.
     """
     place = locate_tokenizer(source)
     if place.is_dir():
         copy_tokenizer_files(place, path)
-        return
-    tokenizer = load_tokenizer(place)
-    with refusing(f"the tokenizer cannot be written to {path}", "free some space"):
-        tokenizer.save_pretrained(path)
+    else:
+        tokenizer = load_tokenizer(place)
+        with refusing(f"the tokenizer cannot be written to {path}", "free some space"):
+            tokenizer.save_pretrained(path)
+    make_portable(path, place)
 
 
 def tokenizer_class_of(model_type: str) -> str:

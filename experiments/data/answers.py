@@ -1,11 +1,12 @@
 """Finds the answers of a conversation in the text that a chat template renders."""
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from experiments.data.conversations import Conversation
 from experiments.data.marked_text import MarkedText, check_characters
-from experiments.data.templates import ChatTemplate, OverdueTemplateError
+from experiments.data.templates import ChatTemplate, FatalTemplateError
 
 # Private-use characters: they have no meaning in any text.
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
@@ -30,6 +31,7 @@ def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool
     check_characters(text)
     finder = _Finder(template, chat, text, everything=everything)
     if everything:
+        finder.render_prefixes(chat.untrained)
         targets, start = [], 0
         for first, end in map(finder.find, chat.untrained):
             targets.append((start, first))
@@ -37,6 +39,7 @@ def mark_answers(template: ChatTemplate, chat: Conversation, *, everything: bool
         return MarkedText(text, [*targets, (start, len(text))])
     trained = [index for index in chat.answers if index not in chat.untrained]
     if spans is None:
+        finder.render_prefixes(trained)
         return MarkedText(text, [finder.find(index) for index in trained])
     every = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
     silent = [finder.find(index) for index in every if index not in trained]
@@ -58,7 +61,7 @@ def _with_contents(template: ChatTemplate, chat: Conversation) -> Conversation:
         plain = json.loads(json.dumps(messages, default=str).replace("None", "none"))
         try:
             texts.append(template.render(plain, chat.tools))
-        except OverdueTemplateError:
+        except FatalTemplateError:
             raise
         except ValueError:
             texts.append(None)
@@ -75,6 +78,15 @@ class _Finder:
     ) -> None:
         self._template, self._chat, self._text = template, chat, text
         self._everything = everything
+        self._prefixes: dict[tuple[int, bool], str | None] = {}
+
+    def render_prefixes(self, indices: Iterable[int]) -> None:
+        """Renders all prefixes that `find` needs at once, which is faster."""
+        needed = [key for index in indices for key in ((index, True), (index + 1, False)) if key[0]]
+        messages = self._chat.messages
+        prefixes = [(messages[:count], ask) for count, ask in needed]
+        texts = self._template.render_each(prefixes, self._chat.tools) if needed else []
+        self._prefixes = dict(zip(needed, texts, strict=True))
 
     def find(self, index: int) -> tuple[int, int]:
         """Start and end of the answer with this index among the messages."""
@@ -138,13 +150,15 @@ class _Finder:
         return start, len(text) - same
 
     def _prefix(self, count: int, *, ask: bool = False) -> str | None:
+        if (count, ask) in self._prefixes:
+            return self._prefixes[count, ask]
         return self._render(self._chat.messages[:count], ask=ask)
 
     def _render(self, messages: list[dict[str, Any]], *, ask: bool = False) -> str | None:
         """Renders some messages; None if the template needs a whole conversation."""
         try:
             return self._template.render(messages, self._chat.tools, ask=ask)
-        except OverdueTemplateError:
+        except FatalTemplateError:
             raise
         except ValueError:
             return None

@@ -163,13 +163,12 @@ def _chat_examples(
             "template: use an instruction-tuned model, or convert the data to the text format."
         )
 
-    marked = []
-    with ChatTemplate(tokenizer) as template:
-        for number, row in enumerate(rows.rows):
-            try:
-                marked.append(mark_answers(template, read(row), everything=loss == "all"))
-            except ValueError as error:
-                raise ValueError(f"{rows.place(number)}: {error}") from error
+    marked, template = [], ChatTemplate(tokenizer)
+    for number, row in enumerate(rows.rows):
+        try:
+            marked.append(mark_answers(template, read(row), everything=loss == "all"))
+        except ValueError as error:
+            raise ValueError(f"{rows.place(number)}: {error}") from error
     return list(marked_examples(tokenizer, marked, special_tokens=False))
 
 

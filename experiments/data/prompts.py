@@ -86,8 +86,7 @@ def chat_tokens(
             "instruction-tuned model."
         )
     try:
-        with ChatTemplate(tokenizer) as template:
-            text = template.render(messages, ask=True)
+        text = ChatTemplate(tokenizer).render(messages, ask=True)
     except ValueError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,31 +1,34 @@
 """Chat templates, which are programs that come with a model: run with bounds on time and memory."""
 
-import ctypes
+import atexit
+import contextlib
 import re
-import threading
-import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+import signal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jinja2 import TemplateError
+from experiments.data.template_process import EndedError, TemplateProcess
 
-from experiments.data.template_arithmetic import bounded_arithmetic
-from experiments.process.memory_limit import limited_memory
-
-if TYPE_CHECKING:  # transformers takes seconds to import
+if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-T = TypeVar("T")
 
 _SECONDS = 20.0
 # A long conversation takes a few times its own size.
 _GIGABYTES = 1.0
+# More would take the tokenizer minutes.
 _MAX_CHARACTERS = 1 << 27
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_REMEDY = "repair the template, or leave the conversation out."
+_PROCESS = TemplateProcess()
+atexit.register(_PROCESS.close)
 
 
-class OverdueTemplateError(ValueError):
-    """A template has exceeded its time limit; other calls would do so too."""
+class TemplateFailure(ValueError):
+    """A template refuses a conversation, fails, or asks for too much, in one line."""
+
+
+class FatalTemplateError(TemplateFailure):
+    """A template ran out of time, or ended its process; other calls would do so, too."""
 
 
 class Rendered(NamedTuple):
@@ -41,7 +44,7 @@ class Rendered(NamedTuple):
 
 
 class ChatTemplate:
-    """The template of a tokenizer; a context manager, whose thread watches the time.
+    """The template of a tokenizer, rendered by transformers in another process.
 
     Any exception of a template becomes a ValueError of one line.
     """
@@ -49,19 +52,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         """Takes a tokenizer that has a template."""
         self._tokenizer = tokenizer
-        self._began: float | None = None
-        self._lock = threading.Lock()
-        self._done = threading.Event()
-        self._thread = threading.get_ident()
-
-    def __enter__(self) -> "ChatTemplate":
-        """Starts watching the calls of this thread."""
-        threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Stops watching."""
-        self._done.set()
 
     def render(
         self,
@@ -82,22 +72,34 @@ class ChatTemplate:
         Raises:
           ValueError: if the template refuses it, fails, runs too long or asks for too much memory.
         """
-        if any(message["content"] is None for message in messages):
-            # `apply_chat_template` would omit the key, which a template does not see as none.
-            return self._render(self._source(tools), messages, tools, ask=ask)[0][0]
-        apply: Any = self._tokenizer.apply_chat_template
-        text = self._limited(
-            lambda: str(
-                apply(
-                    messages,
-                    tools=tools,
-                    tokenize=False,
-                    add_generation_prompt=ask,
-                    continue_final_message=go_on,
-                )
-            )
-        )
-        return _checked(text)
+        arguments = self._arguments(messages, tools, ask=ask, go_on=go_on)
+        return _text(_replies([arguments])[0])
+
+    def render_each(
+        self,
+        prefixes: list[tuple[list[dict[str, Any]], bool]],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> list[str | None]:
+        """Renders the beginnings of a conversation, in the time of one.
+
+        Args:
+          prefixes: messages, and whether to end with what begins an answer.
+          tools: descriptions of functions.
+
+        Returns:
+          Each text; None: the template cannot render it.
+
+        Raises:
+          FatalTemplateError: if the template runs too long, or ends its process.
+        """
+        arguments: list[dict[str, Any] | None] = []
+        for messages, ask in prefixes:
+            try:
+                arguments.append(self._arguments(messages, tools, ask=ask))
+            except TemplateFailure:
+                arguments.append(None)
+        replies = iter(_replies([each for each in arguments if each is not None]))
+        return [None if each is None else next(replies).get("text") for each in arguments]
 
     def render_marked(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
@@ -107,96 +109,132 @@ class ChatTemplate:
         Raises:
           ValueError: as `render`.
         """
-        template = self._source(tools)
-        if not _GENERATION.search(template):
+        if not _GENERATION.search(self._source(tools)):
             return Rendered(self.render(messages, tools), None)
-        texts, spans = self._render(template, messages, tools, marks=True)
-        return Rendered(texts[0], [(start, end) for start, end in spans[0]])
+        marked = self._plain(messages, tools) | {"return_assistant_tokens_mask": True}
+        (reply,) = _replies([marked])
+        return Rendered(_text(reply), [(start, end) for start, end in reply["spans"] or ()])
 
     def _source(self, tools: list[dict[str, Any]] | None) -> str:
-        return self._limited(lambda: self._tokenizer.get_chat_template(None, cast(Any, tools)))
+        source: Any = self._tokenizer.get_chat_template
+        with _in_one_line():
+            return source(None, tools)
 
-    def _render(
+    def _plain(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """Arguments of `render_jinja_template` that keep a content of None."""
+        return {
+            "conversations": [messages],
+            "tools": tools,
+            "chat_template": self._source(tools),
+            **self._tokenizer.special_tokens_map,
+        }
+
+    def _arguments(
         self,
-        template: str,
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None,
         *,
         ask: bool = False,
-        marks: bool = False,
-    ) -> tuple[list[str], Any]:
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        render: Any = render_jinja_template
-        texts, spans = self._limited(
-            lambda: render(
-                conversations=[messages],
+        go_on: bool = False,
+    ) -> dict[str, Any]:
+        """Arguments that `apply_chat_template` hands to `render_jinja_template`."""
+        if any(message["content"] is None for message in messages):
+            # `apply_chat_template` would omit the key, which a template does not see as none.
+            return self._plain(messages, tools) | {"add_generation_prompt": ask}
+        apply: Any = self._tokenizer.apply_chat_template
+        with _in_one_line(), _intercepted_arguments() as found:
+            apply(
+                messages,
                 tools=tools,
-                chat_template=template,
+                tokenize=False,
                 add_generation_prompt=ask,
-                return_assistant_tokens_mask=marks,
-                **self._tokenizer.special_tokens_map,
+                continue_final_message=go_on,
             )
-        )
-        return list(map(_checked, texts)), spans
-
-    def _limited(self, function: Callable[[], T]) -> T:
-        try:
-            with limited_memory(int(_GIGABYTES * 2**30)), bounded_arithmetic():
-                try:
-                    self._set(time.monotonic())
-                    return function()
-                finally:
-                    # Once this has the lock, the watch raises no more.
-                    self._set(None)
-        except _OverdueError:
-            raise OverdueTemplateError(
-                f"the chat template did not finish in {_SECONDS:g} seconds: repair the template, "
-                "or leave the conversation out."
-            ) from None
-        except MemoryError:
-            raise ValueError(
-                f"the chat template asks for more than {_GIGABYTES:g} GiB of memory: mend the "
-                "template, or leave the conversation out."
-            ) from None
-        except TemplateError as error:  # what its author has foreseen
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(
-                f"the chat template fails ({reason:.200}): repair the template, or leave the "
-                "conversation out."
-            ) from None
-
-    def _set(self, began: float | None) -> None:
-        with self._lock:
-            self._began = began
-
-    def _watch(self) -> None:
-        while not self._done.wait(min(0.25, _SECONDS / 4)):
-            with self._lock:
-                began = self._began
-                if began is not None and time.monotonic() - began > _SECONDS:
-                    self._began = None
-                    _raise_in(self._thread)
+        return found
 
 
-def _checked(text: str) -> str:
-    """The text itself; raises ValueError if it would take the tokenizer minutes."""
-    if len(text) > _MAX_CHARACTERS:
-        raise ValueError(
-            f"the chat template writes {len(text):,} characters, at most {_MAX_CHARACTERS:,} are "
-            "possible: repair the template, or leave the conversation out."
-        )
-    return text
+@contextlib.contextmanager
+def _intercepted_arguments() -> Iterator[dict[str, Any]]:
+    """Yields a dict that gets the arguments with which tokenizers would render a template."""
+    from transformers import tokenization_utils_base
+
+    theirs: Any = tokenization_utils_base
+    before = theirs.render_jinja_template
+    found: dict[str, Any] = {}
+
+    def render(**arguments: Any) -> tuple[list[str], list[Any]]:
+        found.update(arguments)
+        return [""], []
+
+    theirs.render_jinja_template = render
+    try:
+        yield found
+    finally:
+        theirs.render_jinja_template = before
 
 
-class _OverdueError(Exception):
-    """Raised inside a template that takes too long."""
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except TemplateFailure:
+        raise
+    except Exception as error:
+        raise _failure(f"{type(error).__name__}: {error}") from None
 
 
-def _raise_in(thread: int) -> None:
-    """Raises in another thread: Python's only way to end a foreign loop in any thread."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread), ctypes.py_object(_OverdueError)
-    )
+def _failure(reason: str) -> TemplateFailure:
+    reason = " ".join(reason.split())
+    return TemplateFailure(f"the chat template fails ({reason:.200}): {_REMEDY}")
+
+
+def _replies(arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the other process renders, or its errors.
+
+    Args:
+      arguments: of transformers' `render_jinja_template`, for each text.
+
+    Raises:
+      TemplateFailure: if the process ends, or cannot be started.
+    """
+    request = {
+        "arguments": arguments,
+        "seconds": _SECONDS,
+        "bytes": int(_GIGABYTES * 2**30),
+        "characters": _MAX_CHARACTERS,
+    }
+    try:
+        return _PROCESS.ask(request)
+    except EndedError as error:
+        raise FatalTemplateError(f"{_cause_of_end(*error.args)}: {_REMEDY}") from None
+    except OSError as error:
+        raise TemplateFailure(
+            f"the process that renders chat templates cannot be started ({error}): free some "
+            "memory, or end other processes."
+        ) from None
+
+
+def _text(reply: dict[str, Any]) -> str:
+    """The text of a reply; raises TemplateFailure if it is an error."""
+    if "error" not in reply:
+        return reply["text"]
+    message = reply["message"]
+    match reply["error"]:
+        case "refusal":
+            raise TemplateFailure(message)
+        case "memory":
+            problem = f"asks for more than {_GIGABYTES:g} GiB of memory"
+        case "length":
+            problem = f"writes {message} characters, at most {_MAX_CHARACTERS:,} are possible"
+        case _:
+            raise _failure(message)
+    raise TemplateFailure(f"the chat template {problem}: {_REMEDY}")
+
+
+def _cause_of_end(status: int) -> str:
+    if status == -signal.SIGALRM:
+        return f"the chat template did not finish in {_SECONDS:g} seconds"
+    how = f"signal {-status}" if status < 0 else f"status {status}"
+    return f"the chat template ended the process that renders it ({how})"

@@ -98,10 +98,9 @@ class HarnessModel(TemplateLM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """Turns into one text, by the tokenizer's template."""
-        with ChatTemplate(self.tokenizer) as template:
-            return template.render(
-                chat_history, ask=add_generation_prompt, go_on=not add_generation_prompt
-            )
+        return ChatTemplate(self.tokenizer).render(
+            chat_history, ask=add_generation_prompt, go_on=not add_generation_prompt
+        )
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any

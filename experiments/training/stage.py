@@ -82,7 +82,8 @@ class Stage:
             state = initial
             if checkpoints.latest_step is not None:
                 state = checkpoints.restore(initial, sound=self.sound_step)
-                console.print(f"{self.title}: resuming after {int(state.step)} of {self.steps}")
+                if (done := int(state.step)) < self.steps:
+                    console.print(f"{self.title}: resuming after {done} of {self.steps}")
             first = int(state.step)
             state, seconds = self._loop(state, checkpoints, console)
             return state, seconds, first

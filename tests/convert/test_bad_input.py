@@ -188,3 +188,9 @@ def test_no_room_for_a_tokenizer(tmp_path, tiny_model_dir, monkeypatch):
     disk = tmp_path / "disk"
     with small_disk(disk, "8k"), pytest.raises(ConversionError, match="cannot be written"):
         export_tokenizer(gguf, disk)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "tokenizer.json").write_text("x" * 20_000)
+    other = tmp_path / "other"
+    copied = rf"source/tokenizer.json cannot be copied to {other}: No space left on device; check"
+    with small_disk(other, "8k"), pytest.raises(ConversionError, match=copied):
+        export_tokenizer(tmp_path / "source", other)

@@ -7,6 +7,7 @@ import pytest
 
 from convert import ConversionError, export_pretrained, load_pretrained
 from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files, say_what_is_left_out
+from convert.tokenizers import export_tokenizer
 from tests.convert.checkpoints import LLAMA, write_directory
 
 CODE = {"AutoModelForCausalLM": "modeling_mine.Mine"}
@@ -132,8 +133,9 @@ def test_special_files_are_not_copied(tmp_path):
 def test_settings_that_are_no_json(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     (tmp_path / "out").mkdir()
-    with pytest.raises(ConversionError, match="Repair the tokenizer of the source"):
-        copy_tokenizer_files(tmp_path, tmp_path / "out")
+    wrong = tmp_path / "tokenizer_config.json"
+    with pytest.raises(ConversionError, match=rf"^{wrong} is not valid JSON: .* Repair it\."):
+        export_tokenizer(tmp_path, tmp_path / "out")
 
 
 def test_many_strangers_are_one_short_line(tmp_path, capsys):

@@ -32,7 +32,9 @@ def hf_directory(tmp_path_factory) -> Path:
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", extra_special_tokens=["<extra>"]
+    )
     tokenizer.chat_template = "{{ messages[0].content }}!"
     tokenizer.save_pretrained(path)
     return path
@@ -160,9 +162,12 @@ def test_the_class_is_the_one_transformers_takes(hf_directory, tmp_path, model_t
     (path / "config.json").write_text(json.dumps({"model_type": model_type}))
     settings = json.loads((path / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "TokenizersBackend"
-    ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
-    assert type(ours) is type(theirs)
-    assert ours("abc ab").input_ids == theirs("abc ab").input_ids
+    for name in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        settings["tokenizer_class"] = name
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours, theirs = load_tokenizer(path), AutoTokenizer.from_pretrained(path)
+        assert type(ours) is type(theirs)
+        assert ours("abc ab").input_ids == theirs("abc ab").input_ids
 
 
 def test_a_generic_tokenizer_needs_no_torch(hf_directory, tmp_path):
@@ -179,9 +184,25 @@ def test_a_generic_tokenizer_needs_no_torch(hf_directory, tmp_path):
 def test_export_copies_every_tokenizer_file(hf_directory, tmp_path):
     tokenizer = exported(hf_directory, tmp_path / "out")
     for file in hf_directory.iterdir():
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        if file.name != "tokenizer_config.json":
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     messages = [{"role": "user", "content": "hello"}]
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "hello!"
+
+
+def test_transformers_4_knows_the_names_in_an_export(hf_directory, tmp_path):
+    tokenizer = exported(hf_directory, tmp_path / "out")
+    source, settings = (
+        json.loads((path / "tokenizer_config.json").read_text())
+        for path in (hf_directory, tmp_path / "out")
+    )
+    # transformers 4.57.3 refuses the class and fails on the list.
+    assert source.pop("tokenizer_class") == "TokenizersBackend"
+    assert settings.pop("tokenizer_class") == "PreTrainedTokenizerFast"
+    assert settings.pop("additional_special_tokens") == source.pop("extra_special_tokens")
+    assert settings == source
+    assert tokenizer.extra_special_tokens == ["<extra>"]
+    assert "<extra>" in tokenizer.all_special_tokens
 
 
 def test_a_hub_id_fetches_no_weights(hf_directory, monkeypatch):

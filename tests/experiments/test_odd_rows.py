@@ -202,5 +202,4 @@ def test_rows_of_every_format_that_can_be_read_are_read(tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_of_this_file_write_a_chat(name):
-    with ChatTemplate(TOKENIZERS[name]) as template:
-        assert template.render([{"role": "user", "content": "a"}] * 2)
+    assert ChatTemplate(TOKENIZERS[name]).render([{"role": "user", "content": "a"}] * 2)

@@ -101,6 +101,7 @@ def test_a_complete_run_says_so_and_changes_nothing(started, monkeypatch):
     # Every file of the checkpoint once, although it is looked for before it is read.
     assert len(hashed) == len(set(hashed)) > 0
     assert f"the run in {started.output} has done all its steps (2; --steps 2)" in printed
+    assert "resuming" not in printed
     assert contents(started.output) == before
 
 
