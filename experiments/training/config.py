@@ -12,6 +12,7 @@ from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.training.fit_config import FitConfig
+from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.training.optimizer import OptimizerConfig
@@ -116,6 +117,9 @@ class FinetuneConfig:
     keep_best: bool = False
     """Also keep the weights with the lowest held-out loss, in the folder best of output, which is
     loaded like a run. Needs --eval-every."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Services that also get the metrics, besides TensorBoard's files in output: trackio, wandb.
+    Each is a package of its own: pip install 'tptt-jax[wandb]'."""
     sample_prompt: str = "The with statement is used to"
     """Prompt to continue before and after training."""
     sample_tokens: int = 32
@@ -147,6 +151,7 @@ class FinetuneConfig:
             if getattr(self, name) and not self.eval_every:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} needs evaluations while training: add --eval-every.")
+        check_names(self.trackers)
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
         if self.distill and self.train in ("projections", "full"):

@@ -1,5 +1,6 @@
 """The stages before training on text: attention transfer and distillation."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from experiments.data import TokenBatch, TokenBatchSource
 from experiments.training.fit_config import FitConfig
 from experiments.training.metrics import StepRecord
 from experiments.training.stage import Stage
+from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM
 from tptt_jax.training.fit import FitMetrics, make_fit_optimizer, make_fit_step
@@ -47,6 +49,9 @@ class Fitting:
     """Moves a batch to the devices."""
     seed: int
     checkpoint_every: int
+    trackers: Trackers
+    finish_record: Callable[[Partition, TrainState, StepRecord], StepRecord]
+    """Adds to a step's record what is measured now and then."""
     partition: Partition
     initial: Trainable
 
@@ -132,6 +137,9 @@ class Fitting:
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),
             rate=rate,
+            name=name,
+            trackers=self.trackers,
+            finish_record=functools.partial(self.finish_record, self.partition),
             to_record=_transfer_record if name == "transfer" else _distillation_record,
         )
 
