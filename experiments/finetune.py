@@ -85,6 +85,8 @@ def _run(run: Run) -> dict[str, Any]:
         outcome.measure("window", run.model, use_memory=False)
     report: dict[str, Any] = {"output": str(run.config.output), "steps": run.steps}
     if run.fit_rows is not None and not run.is_training:
+    if run.data.bad_rows:
+        report["bad_rows"] = len(run.data.bad_rows)
         report["fit_seconds"] = run.fit()
         outcome.measure("fitted", run.model)
     state, report["train_seconds"], report["resumed_at"] = run.train()

@@ -104,6 +104,9 @@ class FinetuneConfig:
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
+    strict: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Stop at the first row of the data that cannot be read; otherwise such rows are left out,
+    counted, and the first ten are named."""
     each row; None: one device."""
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""

@@ -31,7 +31,7 @@ _FORMAT = "tptt_jax run 1"
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "dry_run"),
-    *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers"),
+    *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
 # Compared by content, not by name.

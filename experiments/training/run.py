@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 # Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
+# More would hide what follows.
+_NAMED_BAD_ROWS = 10
 _IDLE = (
     "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
     "--no-liza to leave it out"
@@ -89,10 +91,17 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, seed, window=window, files=resumption.files)
+        data = load_token_data(
+            *(config.data, tokenizer, seed),
+            window=window,
+            files=resumption.files,
+            strict=config.strict,
+        )
         console.print(data.describe(config.rows_per_step), markup=False)
         model = load_pretrained(
             config.model,
+        for line in data.bad_rows[:_NAMED_BAD_ROWS]:
+            console.print(f"left out: {line}", markup=False)
             config.memory,
             config.adapters,
             jnp.dtype(config.dtype),
