@@ -12,6 +12,7 @@ from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.training.fit_config import FitConfig
+from experiments.training.output_names import DEFAULT_OUTPUT, name_output
 from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
@@ -39,8 +40,9 @@ class FinetuneConfig:
     trained with."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
-    output: Path = Path("runs/demo")
-    """Directory for checkpoints, metrics, plot and adapter."""
+    output: Path = DEFAULT_OUTPUT
+    """Directory for checkpoints, metrics, report and adapter; by default named after model and
+    data, such as runs/smollm2-135m-python-docs. One that holds another run is refused."""
     data: DataConfig = field(default_factory=DataConfig)
     liza: LizaConfig = field(default_factory=LizaConfig)
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -102,11 +104,11 @@ class FinetuneConfig:
     remat: Remat = "none"
     """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
-    mesh: str | None = None
-    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
     strict: tyro.conf.FlagCreatePairsOff[bool] = False
     """Stop at the first row of the data that cannot be read; otherwise such rows are left out,
     counted, and the first ten are named."""
+    mesh: str | None = None
+    """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
     each row; None: one device."""
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
@@ -140,6 +142,8 @@ class FinetuneConfig:
         """Rejects invalid values."""
         check_literals(self)
         apply_revision(self)
+        if self.output == DEFAULT_OUTPUT:
+            object.__setattr__(self, "output", name_output(self.model, self.data.path))
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
         minima |= {"full_layers_auto": 0}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
