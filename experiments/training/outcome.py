@@ -128,7 +128,31 @@ class Outcome:
         lines = {_LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
         if self._run.window is not None and lines:
             png = config.output / "memory.png"
-            plot_memory(png, lines, window=self._run.window, title=title)
+            plot_memory(png, lines, window=self._run.window, title=title, summary=self._headline())
+
+    def _headline(self) -> str:
+        """What the memory is worth, in one line; empty if it was not measured on and off."""
+        pairs: tuple[tuple[State, State], ...] = (("memory_off", "after"), ("window", "fitted"))
+        for off, on in pairs:
+            if {off, on} <= self._found.keys() and self._run.window is not None:
+                break
+        else:
+            return ""
+        window, losses = self._run.window, {}
+        for state in (off, on):
+            held_out = self._found[state].held_out
+            losses[state] = held_out.loss_between(window, len(held_out.nats))
+        if any(map(math.isnan, losses.values())):
+            return ""
+        line = (
+            f"Behind the window of {window}: perplexity {math.exp(losses[off]):.1f} without the "
+            f"memory, {math.exp(losses[on]):.1f} with it"
+        )
+        answers = [self._found[state].answers for state in (off, on)]
+        if answers[0] is None or answers[1] is None:
+            return line
+        without, given = answers[0].right, answers[1]
+        return f"{line}; {without} and {given.right} of {len(given.texts)} pass keys"
 
     def _table(self) -> Table:
         table = Table(title="Perplexity of held-out text", title_justify="left")
