@@ -19,6 +19,7 @@ from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
 from experiments.training.resume import flat_settings
 from experiments.training.run import Run
+from experiments.training.run_report import write_run_report
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
 from tptt_jax.sharding import divided_rows
@@ -84,9 +85,9 @@ def _run(run: Run) -> dict[str, Any]:
     if run.window is not None:
         outcome.measure("window", run.model, use_memory=False)
     report: dict[str, Any] = {"output": str(run.config.output), "steps": run.steps}
-    if run.fit_rows is not None and not run.is_training:
     if run.data.bad_rows:
         report["bad_rows"] = len(run.data.bad_rows)
+    if run.fit_rows is not None and not run.is_training:
         report["fit_seconds"] = run.fit()
         outcome.measure("fitted", run.model)
     state, report["train_seconds"], report["resumed_at"] = run.train()
@@ -97,6 +98,7 @@ def _run(run: Run) -> dict[str, Any]:
         outcome.measure("memory_off", run.model, use_memory=False)
     run.show_sample("after", run.model)
     outcome.plot()
+    write_run_report(run, outcome)
     outcome.print(run.console)
     return report | outcome.report()
 

@@ -75,6 +75,8 @@ class Run:
     mesh: "Mesh | None"
     resumption: Resumption
     trackers: Trackers = field(default_factory=Trackers)
+    samples: dict[str, str] = field(default_factory=dict)
+    """What `show_sample` has printed, by when."""
 
     @classmethod
     def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
@@ -98,10 +100,10 @@ class Run:
             strict=config.strict,
         )
         console.print(data.describe(config.rows_per_step), markup=False)
-        model = load_pretrained(
-            config.model,
         for line in data.bad_rows[:_NAMED_BAD_ROWS]:
             console.print(f"left out: {line}", markup=False)
+        model = load_pretrained(
+            config.model,
             config.memory,
             config.adapters,
             jnp.dtype(config.dtype),
@@ -301,6 +303,7 @@ class Run:
         result = generate(model, tokens, self.config.sample_tokens, _TEMPERATURE, key, top_p=_TOP_P)
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
         text = self.tokenizer.decode(new, skip_special_tokens=True)
+        self.samples[when] = f"{prompt}{text}"
         self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)
 
     def questions(self) -> Questions | None:

@@ -1,7 +1,10 @@
 """A run in this process that SIGTERM stops and its configuration resumes, and what it leaves."""
 
+import contextlib
+import io
 import json
 import os
+import re
 import shlex
 import signal
 
@@ -47,9 +50,6 @@ def run(tiny_model_dir, tmp_path_factory):
         return batch_at(self, step, batch_size, seed)
 
     def call(arguments):
-        import contextlib
-        import io
-
         shown = io.StringIO()
         with contextlib.redirect_stdout(shown):
             status = run_configured(
@@ -94,3 +94,21 @@ def test_the_memory_of_each_layer_is_measured_at_checkpoints_and_the_end(run):
     assert found[5]["layer"] == [0, 1, 2]
     assert all(0 < share < 1 for share in found[5]["share"])
     assert all(norm > 0 for norm in found[5]["state_norm"])
+
+
+def test_the_report_shows_the_run_and_needs_no_network(run):
+    output, printed, _ = run
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 2, "training, and perplexity by position"
+    for text in (
+        *("before training", "after training", "a &lt;b&gt; $c", "base model, full softmax"),
+        *("share of the memory", "softmax_window: 8", "learning_rate: 0.001", "jax 0."),
+        *("experiments.generate --adapter", "experiments.evaluate --models", "convert export"),
+    ):
+        assert text in page, text
+    assert not re.findall(r"(?:src|href)=(?!\"data:)|@import|url\(", page)
+    assert "report.html, metrics and checkpoints are in" in printed[1]
+    before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
+    command = ["--config", str(output / "config.yaml")]
+    assert run_configured(finetune, FinetuneConfig, command) == 0
+    assert before == {file: file.stat().st_mtime_ns for file in before}
