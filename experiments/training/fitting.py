@@ -1,6 +1,5 @@
 """The stages before training on text: attention transfer and distillation."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +49,8 @@ class Fitting:
     seed: int
     checkpoint_every: int
     trackers: Trackers
-    finish_record: Callable[[Partition, TrainState, StepRecord], StepRecord]
-    """Adds to a step's record what is measured now and then."""
+    finish_record: Callable[..., StepRecord]
+    """(partition, state, record, is_last=...) -> the record with what is measured now and then."""
     partition: Partition
     initial: Trainable
 
@@ -139,7 +138,9 @@ class Fitting:
             rate=rate,
             name=name,
             trackers=self.trackers,
-            finish_record=functools.partial(self.finish_record, self.partition),
+            finish_record=lambda state, record: self.finish_record(
+                self.partition, state, record, is_last=record.step == steps
+            ),
             to_record=_transfer_record if name == "transfer" else _distillation_record,
         )
 

@@ -341,7 +341,7 @@ class Run:
             seed=self.config.seed,
             checkpoint_every=self.config.checkpoint_every,
             trackers=self.trackers,
-            finish_record=functools.partial(self._with_memory, is_last=False),
+            finish_record=self._with_memory,
         )
 
     @functools.cached_property
@@ -353,7 +353,9 @@ class Run:
         source = self.data.train if self.data.eval is None else self.data.eval
         first = source.batch_at(0, 1, self.config.seed)
         row = begin_of(first, self.config.data.sequence_length, self.window)
-        return Telemetry(row=row, every=self.config.checkpoint_every, console=self.console)
+        return Telemetry(
+            row=self.put(row), every=self.config.checkpoint_every, console=self.console
+        )
 
     def _with_memory(
         self, partition: Partition, state: TrainState, record: StepRecord, *, is_last: bool

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -13,6 +12,7 @@ from experiments.data import TokenBatch
 from experiments.training.metrics import StepRecord
 from tptt_jax import CausalLM
 from tptt_jax.training.memory_health import MemoryHealth, measure_memory, memory_layers
+from tptt_jax.training.train_step import Batch
 
 MAX_STATE_NORM = 100.0
 """Orthogonal keys leave a norm of 1. What is a hundred times that cancels in most reads, which
@@ -26,8 +26,8 @@ not at all."""
 class Telemetry:
     """Measures the memory on one row of text, now and then."""
 
-    row: TokenBatch
-    """[1, T]."""
+    row: Batch
+    """[1, T], on the devices."""
     every: int
     """Steps between measurements, besides those after which the held-out loss is measured."""
     console: Console
@@ -47,9 +47,7 @@ class Telemetry:
             return record
         after = model()
         layers = memory_layers(after)
-        health = measure_memory(
-            after, jnp.asarray(self.row.tokens), jnp.asarray(self.row.segment_ids)
-        )
+        health = measure_memory(after, self.row.tokens, self.row.segment_ids)
         for kind, line in find_dangers(health, layers).items():
             if kind not in self._warned:
                 self._warned.add(kind)

@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -12,6 +13,7 @@ from experiments.training import telemetry
 from experiments.training.metrics import StepRecord
 from experiments.training.telemetry import Telemetry, begin_of, find_dangers
 from tptt_jax.training.memory_health import MemoryHealth
+from tptt_jax.training.train_step import Batch
 
 FINE = MemoryHealth(*map(np.array, ([0.2, 0.1], [50.0, np.inf], [1.0, 2.0], [20.0, 30.0])))
 
@@ -40,7 +42,7 @@ def test_dangers_are_named_by_layer(change, kind, message):
 
 
 def test_the_memory_is_measured_now_and_then_and_a_danger_is_said_once(monkeypatch):
-    shown, row = io.StringIO(), TokenBatch(*[np.ones((1, 8), np.int32)] * 3)
+    shown, row = io.StringIO(), Batch(*[jnp.ones((1, 8), jnp.int32)] * 3)
     health: Any = FINE._replace(state_norm=np.array([1.0, 1000.0]))
     monkeypatch.setattr(telemetry, "measure_memory", lambda *_: health)
     monkeypatch.setattr(telemetry, "memory_layers", lambda _: (0, 1))
