@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import platform
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import tyro
 import yaml
@@ -21,7 +19,6 @@ from experiments.evaluation.ablation import Ablation
 from experiments.evaluation.associative import AssociativeRecall
 from experiments.evaluation.harness import Harness
 from experiments.evaluation.harness_tasks import HarnessConfig
-from experiments.evaluation.html import Section, write_report
 from experiments.evaluation.mmlu import Mmlu
 from experiments.evaluation.mmlu_data import MmluConfig
 from experiments.evaluation.needles import NEEDLES, Needles
@@ -35,6 +32,8 @@ from experiments.models import apply_revision
 from experiments.process.compilation_cache import prepare_process
 from experiments.process.memory_use import peak_gb
 from experiments.process.output_folder import locked_output
+from experiments.reports.environment import describe_environment
+from experiments.reports.html import Section, write_report
 from tptt_jax.durable import atomic_file
 
 TaskName = Literal[
@@ -236,8 +235,7 @@ def _write(
     about = {
         "Command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]),
         "Configuration": yaml.safe_dump(settings, sort_keys=False),
-        "Environment": f"Python {platform.python_version()}, jax {jax.__version__} on "
-        f"{jax.devices()[0].device_kind}, {platform.platform()}",
+        "Environment": describe_environment(),
     }
     title = "Evaluation of " + ", ".join(found.label for found in findings)
     write_report(config.output / "report.html", title, sections, about)

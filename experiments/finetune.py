@@ -1,5 +1,6 @@
 """``python -m experiments.finetune``: gives a pretrained model a memory and trains it."""
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +10,17 @@ from rich.console import Console
 
 from experiments.command_line import run_configured
 from experiments.process.compilation_cache import prepare_process
+from experiments.process.interrupts import TerminationError, termination_raises
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
 from experiments.training.dry_run import dry_run
 from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
+from experiments.training.resume import flat_settings
 from experiments.training.run import Run
+from experiments.training.run_report import write_run_report
+from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
 from tptt_jax.sharding import divided_rows
 from tptt_jax.training.partition import load_trainable
@@ -23,8 +28,15 @@ from tptt_jax.training.partition import load_trainable
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
 
-def finetune(config: FinetuneConfig) -> dict[str, Any]:
-    """Runs or resumes a fine-tuning run; returns what --json prints."""
+def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[str, Any]:
+    """Runs or resumes a fine-tuning run; returns what --json prints.
+
+    SIGTERM ends it after the step at hand: the state is saved, and the exit status is 0.
+
+    Args:
+      config: of the run.
+      trackers: your own, which get the metrics of every step and are closed at the end.
+    """
     prepare_process()
     config = with_written_layers(config)
     check_output(config, describe_run(config))
@@ -33,14 +45,35 @@ def finetune(config: FinetuneConfig) -> dict[str, Any]:
         run = Run.prepare(config, console)
         with divided_rows(run.mesh):
             return dry_run(run)
-    with locked_output(config.output):
-        return _finetune(config)
+    try:
+        with termination_raises(), locked_output(config.output):
+            return _finetune(config, trackers)
+    except TerminationError as stop:
+        return _say_how_to_go_on(config.output, stop)
 
 
-def _finetune(config: FinetuneConfig) -> dict[str, Any]:
+def _say_how_to_go_on(output: Path, stop: TerminationError) -> dict[str, Any]:
+    """Prints how a run that SIGTERM has stopped goes on; returns what --json prints."""
+    settings = output / "config.yaml"
+    print(f"{stop}; nothing is lost. The same command goes on", end="")
+    if settings.is_file():
+        print(f", or:\n  python -m experiments.finetune --config {shlex.quote(str(settings))}")
+    else:
+        print(".")
+    return {"output": str(output), "terminated": str(stop)}
+
+
+def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
+    modules = import_trackers(config.trackers)
     run = Run.prepare(config, console)
-    with divided_rows(run.mesh):
+    if run.was_complete:
+        modules = {}
+    opened = open_trackers(
+        *(modules, trackers, config.output, flat_settings(run.config)),
+        is_continued=run.resumption.is_started,
+    )
+    with opened as run.trackers, divided_rows(run.mesh):
         return _run(run)
 
 
@@ -52,6 +85,8 @@ def _run(run: Run) -> dict[str, Any]:
     if run.window is not None:
         outcome.measure("window", run.model, use_memory=False)
     report: dict[str, Any] = {"output": str(run.config.output), "steps": run.steps}
+    if run.data.bad_rows:
+        report["bad_rows"] = len(run.data.bad_rows)
     if run.fit_rows is not None and not run.is_training:
         report["fit_seconds"] = run.fit()
         outcome.measure("fitted", run.model)
@@ -63,6 +98,7 @@ def _run(run: Run) -> dict[str, Any]:
         outcome.measure("memory_off", run.model, use_memory=False)
     run.show_sample("after", run.model)
     outcome.plot()
+    write_run_report(run, outcome)
     outcome.print(run.console)
     return report | outcome.report()
 

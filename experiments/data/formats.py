@@ -1,5 +1,6 @@
 """Turns rows of text, instructions or conversations into examples of tokens."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.data.answers import mark_answers
+from experiments.data.bad_rows import BadRows
 from experiments.data.columns import Format
 from experiments.data.conversations import (
     Reader,
@@ -25,7 +27,7 @@ from experiments.data.packing import Example
 from experiments.data.rows import Rows
 from experiments.data.sharegpt import read_sharegpt
 from experiments.data.special_tokens import begin_once, begin_tokens, end_token
-from experiments.data.templates import ChatTemplate
+from experiments.data.templates import ChatTemplate, FatalTemplateError
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -96,7 +98,11 @@ def cut_document(
 
 
 def row_examples(
-    tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format, loss: Loss
+    tokenizer: "PreTrainedTokenizerFast",
+    rows: Rows,
+    found: Format,
+    loss: Loss,
+    bad: BadRows | None = None,
 ) -> list[Example]:
     """The example of each row of a table that has prompts and answers.
 
@@ -105,14 +111,16 @@ def row_examples(
       rows: with the columns of the format.
       found: any format but "text".
       loss: what counts.
+      bad: takes the rows that cannot be read; None: they are errors.
 
     Raises:
       ValueError: if a cell is invalid, or the chat template cannot render a conversation; the
         message names the row.
     """
+    bad = bad or BadRows()
     if found not in _READERS or _is_plain(tokenizer, rows, found):
-        return _instruction_examples(tokenizer, rows, found, loss)
-    return _chat_examples(tokenizer, rows, _READERS[found], loss)
+        return _instruction_examples(tokenizer, rows, found, loss, bad)
+    return _chat_examples(tokenizer, rows, _READERS[found], loss, bad)
 
 
 def _is_plain(tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format) -> bool:
@@ -125,12 +133,16 @@ def _is_plain(tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format) -
 
 
 def _instruction_examples(
-    tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format, loss: Loss
+    tokenizer: "PreTrainedTokenizerFast", rows: Rows, found: Format, loss: Loss, bad: BadRows
 ) -> list[Example]:
     """Prompt, answer and end of sequence of each row."""
     marked = []
     for number, row in enumerate(rows.rows):
-        prompt, answer = _prompt_and_answer(row, found, rows.place(number))
+        place = rows.place(number)
+        read = bad.read(functools.partial(_prompt_and_answer, row, found, place))
+        if read is None:
+            continue
+        prompt, answer = read
         text = prompt + answer
         marked.append(MarkedText(text, [(len(prompt), len(text))]))
     if loss == "all":
@@ -154,7 +166,7 @@ def _prompt_and_answer(row: dict[str, Any], found: Format, place: str) -> tuple[
 
 
 def _chat_examples(
-    tokenizer: "PreTrainedTokenizerFast", rows: Rows, read: Reader, loss: Loss
+    tokenizer: "PreTrainedTokenizerFast", rows: Rows, read: Reader, loss: Loss, bad: BadRows
 ) -> list[Example]:
     """Each conversation as the tokenizer's chat template renders it."""
     if not tokenizer.chat_template:
@@ -163,22 +175,38 @@ def _chat_examples(
             "template: use an instruction-tuned model, or convert the data to the text format."
         )
 
-    marked, template = [], ChatTemplate(tokenizer)
-    for number, row in enumerate(rows.rows):
+    template = ChatTemplate(tokenizer)
+
+    def mark(number: int) -> MarkedText:
         try:
-            marked.append(mark_answers(template, read(row), everything=loss == "all"))
+            return mark_answers(template, read(rows.rows[number]), everything=loss == "all")
+        except FatalTemplateError as error:
+            raise FatalTemplateError(f"{rows.place(number)}: {error}") from error
         except ValueError as error:
             raise ValueError(f"{rows.place(number)}: {error}") from error
+
+    found = [bad.read(functools.partial(mark, number)) for number in range(len(rows.rows))]
+    marked = [each for each in found if each is not None]
     return list(marked_examples(tokenizer, marked, special_tokens=False))
 
 
-def text_cells(rows: Rows, column: str) -> list[str]:
+def text_cells(rows: Rows, column: str, bad: BadRows | None = None) -> list[str]:
     """The texts of one column.
+
+    Args:
+      rows: of a table.
+      column: its name.
+      bad: takes the rows that have no text there; None: they are errors.
 
     Raises:
       ValueError: if a cell is not text.
     """
-    return [_text_cell(row, column, rows.place(number)) for number, row in enumerate(rows.rows)]
+    bad = bad or BadRows()
+    cells = (
+        bad.read(functools.partial(_text_cell, row, column, rows.place(number)))
+        for number, row in enumerate(rows.rows)
+    )
+    return [cell for cell in cells if cell is not None]
 
 
 def _text_cell(row: dict[str, Any], column: str, place: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from experiments.data.bad_rows import BadRows
 from experiments.data.columns import Format, find_format, read_columns, rename_columns
 from experiments.data.config import DataConfig
 from experiments.data.data_files import FoundData
@@ -44,6 +45,8 @@ class TokenData:
     """Examples that were truncated to sequence_length."""
     num_without_targets: int
     """Examples left out because none of their tokens would count in the loss."""
+    bad_rows: tuple[str, ...] = ()
+    """What is wrong with each row that was left out because it cannot be read."""
 
     def describe(self, batch_size: int = 1) -> str:
         """One line for people.
@@ -66,6 +69,8 @@ class TokenData:
             parts.append(
                 f"{self.num_without_targets:,} left out because nothing in them counts in the loss"
             )
+        if self.bad_rows:
+            parts.append(f"{len(self.bad_rows):,} bad rows left out")
         if batch_size > train.num_rows:
             parts.append(
                 f"fewer rows than a step of {batch_size}, which repeats them: lower --batch-size "
@@ -81,6 +86,7 @@ def load_token_data(
     *,
     window: int | None = None,
     files: FoundData | None = None,
+    strict: bool = True,
 ) -> TokenData:
     """Reads, tokenises, splits and packs the data that `config` describes.
 
@@ -90,6 +96,7 @@ def load_token_data(
       seed: chooses which rows of a table are held out.
       window: of the model, for rows that ask for something beyond it; None: half a row.
       files: what `find_data` has found for `config`; None: it is called.
+      strict: whether a row that cannot be read is an error; otherwise it is left out.
 
     Returns:
       Arrays of int32 tokens and segment ids and of boolean loss masks, [rows, sequence_length].
@@ -101,11 +108,12 @@ def load_token_data(
     rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
     rows = rename_columns(rows, read_columns(config.columns))
     found = find_format(rows, config.format, config.text_column)
+    bad = BadRows(strict=strict)
     if rows.is_document:
         parts = _split_document(rows, config, tokenizer)
     else:
         parts = _split_rows(
-            _row_examples(rows, found, config, tokenizer), rows.source, config, seed
+            _row_examples(rows, found, config, tokenizer, bad), rows.source, config, seed
         )
     lengths = (config.sequence_length, _held_out_length(rows, config))
     kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
@@ -153,6 +161,7 @@ def load_token_data(
         num_documents=len(rows.rows),
         num_truncated=kept.num_truncated + held_out.num_truncated,
         num_without_targets=kept.num_without_targets + held_out.num_without_targets,
+        bad_rows=tuple(bad.messages),
     )
 
 
@@ -205,15 +214,22 @@ def _held_out_length(rows: Rows, config: DataConfig) -> int:
 
 
 def _row_examples(
-    rows: Rows, found: Format, config: DataConfig, tokenizer: "PreTrainedTokenizerFast"
+    rows: Rows,
+    found: Format,
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    bad: BadRows,
 ) -> list[list[Example]]:
-    """The examples of each row: one, or the pieces of a long text."""
+    """The examples of each row that can be read: one, or the pieces of a long text."""
     if found != "text":
-        return [[example] for example in row_examples(tokenizer, rows, found, config.loss)]
-    prefix = begin_tokens(tokenizer)
+        examples = row_examples(tokenizer, rows, found, config.loss, bad)
+        bad.check_any_good()
+        return [[example] for example in examples]
+    prefix, texts = begin_tokens(tokenizer), text_cells(rows, config.text_column, bad)
+    bad.check_any_good()
     return [
         cut_document(document, config.sequence_length, prefix)
-        for document in text_documents(tokenizer, text_cells(rows, config.text_column))
+        for document in text_documents(tokenizer, texts)
     ]
 
 

@@ -1,8 +1,11 @@
 """Turns Ctrl-C and SIGTERM into a request to stop between two steps."""
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
@@ -23,12 +26,38 @@ def _exit_while_importing(number: int, frame: FrameType | None) -> None:
     os._exit(128 + number)
 
 
+class TerminationError(KeyboardInterrupt):
+    """Raised by SIGTERM, which job schedulers send; its text says what was done last."""
+
+
+@contextlib.contextmanager
+def termination_raises() -> Iterator[None]:
+    """Inside the context SIGTERM raises `TerminationError`, where no `StopRequest` takes it.
+
+    Python delivers signals to the main thread only; in another one this does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TerminationError("stopped between the stages")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 class StopRequest:
     """Inside the context the first signal requests a stop; a second one interrupts at once."""
 
     def __init__(self) -> None:
         """Starts without a request."""
         self.requested = False
+        self.is_termination = False
+        """Whether SIGTERM requested it."""
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -46,3 +75,4 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        self.is_termination = number == signal.SIGTERM

@@ -76,6 +76,8 @@ def run_variant(output: Path, variant: Variant) -> Outcome:
     if status:
         return Outcome(variant.name, None, seconds, _last_line(folder / "stderr.txt", status))
     report = json.loads((folder / "stdout.txt").read_text(encoding="utf-8").splitlines()[-1])
+    if "terminated" in report:
+        raise KeyboardInterrupt  # whoever ends one run by SIGTERM ends all of them
     with atomic_file(folder / "result.json") as path:
         path.write_text(json.dumps({"report": report, "seconds": seconds}, indent=2) + "\n")
     return Outcome(variant.name, report, seconds)

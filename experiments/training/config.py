@@ -12,6 +12,8 @@ from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.training.fit_config import FitConfig
+from experiments.training.output_names import DEFAULT_OUTPUT, name_output
+from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.training.optimizer import OptimizerConfig
@@ -38,8 +40,9 @@ class FinetuneConfig:
     trained with."""
     revision: str | None = None
     """Branch, tag or commit of a model on the Hub; the same as hub-id@revision."""
-    output: Path = Path("runs/demo")
-    """Directory for checkpoints, metrics, plot and adapter."""
+    output: Path = DEFAULT_OUTPUT
+    """Directory for checkpoints, metrics, report and adapter; by default named after model and
+    data, such as runs/smollm2-135m-python-docs. One that holds another run is refused."""
     data: DataConfig = field(default_factory=DataConfig)
     liza: LizaConfig = field(default_factory=LizaConfig)
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -101,6 +104,9 @@ class FinetuneConfig:
     remat: Remat = "none"
     """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
+    strict: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Stop at the first row of the data that cannot be read; otherwise such rows are left out,
+    counted, and the first ten are named."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
     each row; None: one device."""
@@ -116,6 +122,9 @@ class FinetuneConfig:
     keep_best: bool = False
     """Also keep the weights with the lowest held-out loss, in the folder best of output, which is
     loaded like a run. Needs --eval-every."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Services that also get the metrics, besides TensorBoard's files in output: trackio, wandb.
+    Each is a package of its own: pip install 'tptt-jax[wandb]'."""
     sample_prompt: str = "The with statement is used to"
     """Prompt to continue before and after training."""
     sample_tokens: int = 32
@@ -133,6 +142,8 @@ class FinetuneConfig:
         """Rejects invalid values."""
         check_literals(self)
         apply_revision(self)
+        if self.output == DEFAULT_OUTPUT:
+            object.__setattr__(self, "output", name_output(self.model, self.data.path))
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
         minima |= {"full_layers_auto": 0}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
@@ -147,6 +158,7 @@ class FinetuneConfig:
             if getattr(self, name) and not self.eval_every:
                 flag = f"--{name.replace('_', '-')}"
                 raise ValueError(f"{flag} needs evaluations while training: add --eval-every.")
+        check_names(self.trackers)
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
         if self.distill and self.train in ("projections", "full"):

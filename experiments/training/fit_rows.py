@@ -62,7 +62,9 @@ def long_rows(
         changes |= {"text_column": "text", "split": "train", "max_rows": None}
     data = dataclasses.replace(config.data, **changes)
     files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
-    rows = load_token_data(data, tokenizer, seed, window=window, files=files).train
+    rows = load_token_data(
+        *(data, tokenizer, seed), window=window, files=files, strict=config.strict
+    ).train
     check_tokens(rows.tokens, model.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model, "fit: length")
     return rows

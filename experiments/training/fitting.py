@@ -13,6 +13,7 @@ from experiments.data import TokenBatch, TokenBatchSource
 from experiments.training.fit_config import FitConfig
 from experiments.training.metrics import StepRecord
 from experiments.training.stage import Stage
+from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM
 from tptt_jax.training.fit import FitMetrics, make_fit_optimizer, make_fit_step
@@ -47,6 +48,9 @@ class Fitting:
     """Moves a batch to the devices."""
     seed: int
     checkpoint_every: int
+    trackers: Trackers
+    finish_record: Callable[..., StepRecord]
+    """(partition, state, record, is_last=...) -> the record with what is measured now and then."""
     partition: Partition
     initial: Trainable
 
@@ -132,6 +136,11 @@ class Fitting:
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),
             rate=rate,
+            name=name,
+            trackers=self.trackers,
+            finish_record=lambda state, record: self.finish_record(
+                self.partition, state, record, is_last=record.step == steps
+            ),
             to_record=_transfer_record if name == "transfer" else _distillation_record,
         )
 

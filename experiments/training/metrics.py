@@ -34,6 +34,9 @@ class StepRecord:
     gap_left: list[float] | None = None
     """In attention transfer, for every layer with a memory: squared error of its output over that
     of its window alone."""
+    memory: dict[str, list[Any]] | None = None
+    """Where it was measured, for every layer whose memory runs: its number, "layer", and what
+    `tptt_jax.training.memory_health.MemoryHealth` says; None for what is not finite."""
 
 
 class MetricsWriter:
@@ -41,10 +44,14 @@ class MetricsWriter:
 
     A run that resumes from step s drops an earlier process's lines about later steps, and an
     incomplete last line. Numbers that are not finite become null.
+
+    Attributes:
+      logged: the last step that an earlier process has written, also one that is dropped; 0: none.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         """Opens `path`, and keeps the steps of an earlier run up to `resume_step`; 0: none."""
+        self.logged = _last_step(path)
         earlier = read_metrics(path) if resume_step and path.exists() else []
         kept = [record for record in earlier if record.step <= resume_step]
         with atomic_file(path) as temporary:
@@ -75,10 +82,18 @@ def _line(record: StepRecord) -> str:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in dataclasses.asdict(record).items()
     }
-    for name in ("eval_loss", "gap_left"):
+    for name in ("eval_loss", "gap_left", "memory"):
         if finite[name] is None:
             del finite[name]
     return json.dumps(finite) + "\n"
+
+
+def _last_step(path: Path) -> int:
+    """The last step in a file; 0: none, or the file is no such file."""
+    try:
+        return max((record.step for record in read_metrics(path)), default=0)
+    except (OSError, ValueError):
+        return 0
 
 
 def read_metrics(path: Path) -> list[StepRecord]:

@@ -42,7 +42,8 @@ class Outcome:
         self._questions = run.questions()
         self._file = run.config.output / "evaluation.json"
         self._found: dict[State, _Measured] = {}
-        self._is_new = not run.was_complete
+        self.is_new = not run.was_complete
+        """Whether this call has measured or trained anything."""
         if self._file.is_file():
             saved = json.loads(self._file.read_text(encoding="utf-8"))
             self._found = {name: _from_json(part) for name, part in saved.items()}
@@ -64,7 +65,7 @@ class Outcome:
         if self._questions is not None and state in self._questioned:
             answers = self._questions.ask(model, use_memory=use_memory)
         self._found[state] = _Measured(held_out, answers)
-        self._is_new = True
+        self.is_new = True
         self._save()
 
     def _save(self) -> None:
@@ -98,27 +99,39 @@ class Outcome:
 
     def print(self, console: Console) -> None:
         """Prints the table, and commands for the next steps."""
-        if self._found:
-            console.print(self._table())
+        for table in self.tables():
+            console.print(table)
+        output, commands = self._run.config.output, self.next_commands().replace("\n", "\n  ")
+        console.print(
+            f"\nreport.html, metrics and checkpoints are in {output}; next:\n  {commands}",
+            markup=False,
+            soft_wrap=True,
+        )
+
+    def tables(self) -> list[Table]:
+        """Perplexities, and answers to questions, as far as they were measured."""
+        found = [self._table()] if self._found else []
         # A resumed run may have no questions although an earlier call did.
         asked = any(found.answers is not None for found in self._found.values())
         if self._questions is not None and asked:
-            console.print(self._answers_table())
+            found.append(self._answers_table())
+        return found
+
+    def next_commands(self) -> str:
+        """What to do with the run, a command per line."""
         output = str(self._run.config.output)
         run, exported = shlex.quote(output), shlex.quote(f"{output}-hf")
-        console.print(
-            f"\nmetrics, plots and checkpoints are in {output}; next:\n"
-            f'  python -m experiments.generate --adapter {run} --prompt "..."\n'
-            f"  python -m convert export {run} --output {exported}",
-            markup=False,
-            soft_wrap=True,
+        return (
+            f'python -m experiments.generate --adapter {run} --prompt "..."\n'
+            f"python -m experiments.evaluate --models {run}\n"
+            f"python -m convert export {run} --output {exported}"
         )
 
     def plot(self) -> None:
         """Draws the stages of the run and perplexity by position, if there is anything new."""
         config = self._run.config
         first = "loss.png" if self._run.steps else "fit.png"
-        if not self._is_new and (config.output / first).is_file():
+        if not self.is_new and (config.output / first).is_file():
             return
         title = f"{config.model} on {config.data.shown}"
         losses = {state: found.held_out.loss for state, found in self._found.items()}
@@ -128,7 +141,31 @@ class Outcome:
         lines = {_LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
         if self._run.window is not None and lines:
             png = config.output / "memory.png"
-            plot_memory(png, lines, window=self._run.window, title=title)
+            plot_memory(png, lines, window=self._run.window, title=title, summary=self._headline())
+
+    def _headline(self) -> str:
+        """What the memory is worth, in one line; empty if it was not measured on and off."""
+        pairs: tuple[tuple[State, State], ...] = (("memory_off", "after"), ("window", "fitted"))
+        for off, on in pairs:
+            if {off, on} <= self._found.keys() and self._run.window is not None:
+                break
+        else:
+            return ""
+        window, losses = self._run.window, {}
+        for state in (off, on):
+            held_out = self._found[state].held_out
+            losses[state] = held_out.loss_between(window, len(held_out.nats))
+        if any(map(math.isnan, losses.values())):
+            return ""
+        line = (
+            f"Behind the window of {window}: perplexity {math.exp(losses[off]):.1f} without the "
+            f"memory, {math.exp(losses[on]):.1f} with it"
+        )
+        answers = [self._found[state].answers for state in (off, on)]
+        if answers[0] is None or answers[1] is None:
+            return line
+        without, given = answers[0].right, answers[1]
+        return f"{line}; {without} and {given.right} of {len(given.texts)} pass keys"
 
     def _table(self) -> Table:
         table = Table(title="Perplexity of held-out text", title_justify="left")

@@ -47,7 +47,9 @@ def plot_stages(output: Path, *, title: str, before: float | None, after: float 
     save_figure(figure, output / "fit.png")
 
 
-def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: str) -> None:
+def plot_memory(
+    png: Path, lines: Mapping[str, Curve], *, window: int, title: str, summary: str = ""
+) -> None:
     """Draws perplexity by position, a line for each state of the model.
 
     Args:
@@ -55,6 +57,7 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
       lines: positions and perplexities by label.
       window: tokens that softmax attention sees; beyond it the lines separate.
       title: of the picture.
+      summary: what it shows, in one line below the title.
     """
     figure, (axis,) = new_figure(1, height=5.2)
     for (label, (places, values)), style in zip(lines.items(), _STYLES, strict=False):
@@ -71,7 +74,10 @@ def plot_memory(png: Path, lines: Mapping[str, Curve], *, window: int, title: st
     scale_tokens(axis, "position of the token in its text")
     scale_perplexity(axis)
     axis.legend(fontsize=9, framealpha=0.9, edgecolor="none")
-    axis.set_title(title, loc="left", fontweight="bold")
+    axis.set_title(title, loc="left", fontweight="bold", pad=24 if summary else None)
+    axis.annotate(
+        summary, xy=(0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points"
+    )
     save_figure(figure, png)
 
 

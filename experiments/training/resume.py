@@ -31,7 +31,7 @@ _FORMAT = "tptt_jax run 1"
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "dry_run"),
-    *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
+    *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
 # Compared by content, not by name.
@@ -235,7 +235,7 @@ def _may_move_held_out(name: str) -> bool:
 
 
 def _check_names(config: FinetuneConfig) -> None:
-    known = [name for name in _flat(_yaml_values(config)) if _is_compared(name)] + list(_OTHERS)
+    known = [name for name in flat_settings(config) if _is_compared(name)] + list(_OTHERS)
     for given in config.resume_allow:
         name = given.replace("-", "_")
         if name not in known:
@@ -250,7 +250,7 @@ def _saved_settings(output: Path) -> dict[str, Any]:
 
 
 def _changed_settings(saved: Mapping[str, Any], config: FinetuneConfig) -> list[Change]:
-    asked = _flat(_yaml_values(config))
+    asked = flat_settings(config)
     return [
         Change(name, str(saved[name]), str(now), restoring(name, saved[name]))
         for name, now in asked.items()
@@ -298,8 +298,9 @@ def flag_with_value(name: str, value: Any) -> str | None:
     return " ".join([flag, *(shlex.quote(str(word)) for word in words)]) if words else None
 
 
-def _yaml_values(config: FinetuneConfig) -> dict[str, Any]:
-    return yaml.safe_load(resolved_yaml(config))
+def flat_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings by dotted name, as config.yaml has them."""
+    return _flat(yaml.safe_load(resolved_yaml(config)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

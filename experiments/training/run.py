@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,6 +26,8 @@ from experiments.training.metrics import StepRecord
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
 from experiments.training.stage import STAGES, Stage
+from experiments.training.telemetry import Telemetry, begin_of
+from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 # Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
+# More would hide what follows.
+_NAMED_BAD_ROWS = 10
 _IDLE = (
     "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
     "--no-liza to leave it out"
@@ -70,6 +74,9 @@ class Run:
     model: CausalLM
     mesh: "Mesh | None"
     resumption: Resumption
+    trackers: Trackers = field(default_factory=Trackers)
+    samples: dict[str, str] = field(default_factory=dict)
+    """What `show_sample` has printed, by when."""
 
     @classmethod
     def prepare(cls, config: FinetuneConfig, console: Console) -> "Run":
@@ -86,8 +93,15 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, seed, window=window, files=resumption.files)
+        data = load_token_data(
+            *(config.data, tokenizer, seed),
+            window=window,
+            files=resumption.files,
+            strict=config.strict,
+        )
         console.print(data.describe(config.rows_per_step), markup=False)
+        for line in data.bad_rows[:_NAMED_BAD_ROWS]:
+            console.print(f"left out: {line}", markup=False)
         model = load_pretrained(
             config.model,
             config.memory,
@@ -210,7 +224,7 @@ class Run:
                 loss = None if held_out is None else held_out.loss
                 record = dataclasses.replace(record, eval_loss=loss)
             best.add(state, record)
-            return record
+            return self._with_memory(partition, state, record, is_last=record.step == self.steps)
 
         best = BestState(self.config, describe_run(self.config), self.resumption.step or 0)
         stage = Stage(
@@ -229,6 +243,7 @@ class Run:
             is_over=best.is_over,
             sound_step=self.resumption.step,
             is_last=True,
+            trackers=self.trackers,
         )
         last, seconds, earlier = stage.run(first, self.console)
         if best.step is not None and not self.was_complete:
@@ -288,6 +303,7 @@ class Run:
         result = generate(model, tokens, self.config.sample_tokens, _TEMPERATURE, key, top_p=_TOP_P)
         new = np.asarray(result.tokens[0, : int(result.lengths[0])])
         text = self.tokenizer.decode(new, skip_special_tokens=True)
+        self.samples[when] = f"{prompt}{text}"
         self.console.print(f"--- {when} ---\n{prompt}{text}\n", markup=False)
 
     def questions(self) -> Questions | None:
@@ -324,6 +340,33 @@ class Run:
             put=self.put,
             seed=self.config.seed,
             checkpoint_every=self.config.checkpoint_every,
+            trackers=self.trackers,
+            finish_record=self._with_memory,
+        )
+
+    @functools.cached_property
+    def _telemetry(self) -> Telemetry | None:
+        """None: no memory runs, or rows are divided, of which measurements know nothing."""
+        is_divided = self.mesh is not None and self.mesh.shape["context"] > 1
+        if is_divided or not runs_memory(self.model.config, self.model.liza):
+            return None
+        source = self.data.train if self.data.eval is None else self.data.eval
+        first = source.batch_at(0, 1, self.config.seed)
+        row = begin_of(first, self.config.data.sequence_length, self.window)
+        return Telemetry(
+            row=self.put(row), every=self.config.checkpoint_every, console=self.console
+        )
+
+    def _with_memory(
+        self, partition: Partition, state: TrainState, record: StepRecord, *, is_last: bool
+    ) -> StepRecord:
+        """A step's record, now and then with what the memory of each layer does."""
+        if self._telemetry is None:
+            return record
+        return self._telemetry.add(
+            record,
+            lambda: partition.merge(state.trainable, state.share, partition.frozen),
+            is_last=is_last,
         )
 
     def _windows(self) -> WindowRange | None:

@@ -1,8 +1,9 @@
 """One stage of a run: a loop of compiled steps that can be interrupted, killed and resumed."""
 
+import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from experiments.process.interrupts import StopRequest
+from experiments.process.interrupts import StopRequest, TerminationError
+from experiments.training.event_files import EventFile
 from experiments.training.metrics import MetricsWriter, StepRecord
 from experiments.training.report import TrainingProgress
+from experiments.training.trackers import Trackers, scalars
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
@@ -30,7 +33,7 @@ class Stage:
     title: str
     """Text before the step's number in messages."""
     folder: Path
-    """Directory of `checkpoints` and `metrics.jsonl`."""
+    """Directory of `checkpoints`, `metrics.jsonl` and TensorBoard's event files."""
     steps: int
     """Total number of steps."""
     checkpoint_every: int
@@ -51,7 +54,11 @@ class Stage:
     sound_step: int | None = None
     """A step whose files this call has compared with what was written."""
     is_last: bool = False
-    """Whether this is the last stage: a stop after its last step is not an interruption."""
+    """Whether this is the last stage: Ctrl-C after its last step is not an interruption."""
+    name: str = "train"
+    """Put before the names of metrics for trackers."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Where metrics go besides."""
 
     @property
     def is_started(self) -> bool:
@@ -74,7 +81,8 @@ class Stage:
           The last state, the seconds spent in steps now, and the steps of earlier calls.
 
         Raises:
-          KeyboardInterrupt: after saving, if a stop was requested.
+          KeyboardInterrupt: after saving, if Ctrl-C requested a stop.
+          TerminationError: likewise, if SIGTERM did.
           ValueError: if a step is not finite; the state before it is saved.
           OSError: if a checkpoint cannot be written.
         """
@@ -98,7 +106,9 @@ class Stage:
             return state, total
         writer = MetricsWriter(self.folder / "metrics.jsonl", resume_step=first)
         progress = TrainingProgress(self.steps, first_step=first, console=console, title=self.title)
-        with StopRequest() as stop, writer, progress:
+        events = EventFile(self.folder, resume_step=first)
+        tracker = self.trackers.of_stage(self.name, writer.logged)
+        with StopRequest() as stop, writer, progress, contextlib.closing(events):
             batch, tokens = self.batch_at(first)
             for number in range(first, self.steps):
                 start = time.perf_counter()
@@ -116,13 +126,20 @@ class Stage:
                     raise self._not_finite(record, state, checkpoints)
                 record = self.finish_record(state, record)
                 writer.write(record)
+                for each in (events, tracker):
+                    each.log(record.step, scalars(record))
                 progress.update(record)
                 last = last or self.is_over()
                 if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
                     checkpoints.save(state)
                 checkpoints.check()
-                if stop.requested and not (last and self.is_last):
+                if stop.requested and (stop.is_termination or not (last and self.is_last)):
                     checkpoints.wait()
+                    if stop.is_termination:
+                        raise TerminationError(
+                            f"stopped after {self.title} {number + 1} of {self.steps}, which is "
+                            "saved"
+                        )
                     progress.note(f"stopped after step {number + 1}: the same command resumes")
                     raise KeyboardInterrupt
                 if last:

@@ -16,7 +16,6 @@ from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation import associative, needles, perplexity
 from experiments.evaluation.associative import AssociativeRecall
-from experiments.evaluation.html import Section, write_report
 from experiments.evaluation.needles import NEEDLES, Needles
 from experiments.evaluation.perplexity import BLOCK, Perplexity, haystack_tokens
 from experiments.evaluation.shares import percent
@@ -31,6 +30,7 @@ from experiments.evaluation.variants import (
     equal_window,
     variants_of,
 )
+from experiments.reports.html import Section, write_report
 from tests.contracts import random_tokens, relative_error
 from tests.tiny import BOS, make_tokenizer, write_untrained_run
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, state_bytes

@@ -31,11 +31,10 @@ from experiments.training.fingerprints import is_same_data, of_data
 from experiments.training.fit_config import FitConfig
 from experiments.training.outcome import Outcome
 from experiments.training.resume import (
-    _flat,
     _is_compared,
-    _yaml_values,
     flag_of,
     flag_with_value,
+    flat_settings,
 )
 from experiments.training.run import Run
 from tests.tiny import write_tiny_model, write_untrained_run
@@ -266,11 +265,11 @@ def test_every_remedy_can_be_typed():
         learning_rate=3e-5,
     )
     for config in (FinetuneConfig(), changed):
-        asked = _flat(_yaml_values(config))
+        asked = flat_settings(config)
         names = [name for name in asked if _is_compared(name)]
         given = [flag_with_value(name, asked[name]) for name in names]
         line = " ".join(["--liza.softmax-window 8", *(each for each in given if each)])
-        parsed = _flat(_yaml_values(parse_arguments(shlex.split(line), FinetuneConfig)))
+        parsed = flat_settings(parse_arguments(shlex.split(line), FinetuneConfig))
         assert [parsed[name] for name in names] == [asked[name] for name in names]
     assert flag_with_value("data.columns", []) is None
 

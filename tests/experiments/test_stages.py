@@ -123,6 +123,17 @@ def test_every_stage_does_what_it_is_for(whole):
     gaps = [record.gap_left for record in read_metrics(config.output / "transfer/metrics.jsonl")]
     assert all(gap is not None and len(gap) == ModelConfig.tiny().num_layers for gap in gaps)
     assert report["perplexity_after"] < report["perplexity_fitted"]
+    # Every stage measures the memory at its end.
+    shares = []
+    for name in ("transfer", "distill", "."):
+        *_, last = read_metrics(config.output / name / "metrics.jsonl")
+        assert last.memory is not None
+        assert last.memory["layer"] == [0, 1, 2]
+        shares.append(np.mean(last.memory["share"]))
+    assert min(shares) > 0
+    page = (config.output / "report.html").read_text(encoding="utf-8")
+    assert "gap left by attention transfer" in page
+    assert page.count("data:image/png") == 3
 
 
 def test_the_measurements_are_kept_and_shown(whole):

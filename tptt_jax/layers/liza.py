@@ -334,13 +334,22 @@ class LizaAttention(nnx.Module):
         assert self.liza is not None
         if self.liza.linear_scale == "match":
             linear = match_rms(linear, attended.out)
+        share = self.evicted_share(made, attended, lost, scheduled)
+        return attended.out + share.astype(linear.dtype) * (linear - attended.out)
+
+    def evicted_share(
+        self,
+        made: Projected,
+        attended: Attended,
+        lost: Evicted,
+        scheduled: Float[Array, ""] | None = None,
+    ) -> Float[Array, "B T #H 1"]:
+        """The share of a memory of evicted tokens at each place, 0 while it is empty."""
         if isinstance(self.mag, MassGate):
             assert attended.log_mass is not None
-            share = self.mag(made.soft_q, attended.log_mass, lost.held)
-        else:
-            share = jnp.asarray(scheduled if self.mag is None else self.mag()[:, None])
-            share = jnp.where(lost.held[..., None, None] > 0, share, 0)
-        return attended.out + share.astype(linear.dtype) * (linear - attended.out)
+            return self.mag(made.soft_q, attended.log_mass, lost.held)
+        share = jnp.asarray(scheduled if self.mag is None else self.mag()[:, None])
+        return jnp.where(lost.held[..., None, None] > 0, share, 0)
 
     def project(self, x: Hidden, key: Array | None = None) -> Projected:
         """Queries, keys and values [B, T, heads, D] of an input [B, T, E]."""

@@ -177,6 +177,16 @@ class DeltaMemory(nnx.Module):
             out = rms_normalize(out, axis=(-2, -1))
         return self._drop(out, dropout_key).astype(dtype), state
 
+    def written(self, x: Hidden, tokens: MemoryTokens) -> Written:
+        """The operator's inputs from tokens, as a row without a state writes them.
+
+        Args:
+          x: the layer's input [B, T, E].
+          tokens: what is written.
+        """
+        # Deltas of queries are not needed.
+        return self._written(self._with_deltas(x, tokens))
+
     def _drop(self, out: Array, dropout_key: Array | None) -> Array:
         rate = self.config.dropout
         if dropout_key is None or rate == 0:
@@ -187,21 +197,22 @@ class DeltaMemory(nnx.Module):
 
     def _add_deltas(self, x: Array, q: Array, tokens: MemoryTokens) -> tuple[Array, MemoryTokens]:
         """Adds the memory's own low-rank deltas to queries and tokens."""
+        if self.q_delta is not None:
+            q = _add_delta(q, self.q_delta, x)
+        return q, self._with_deltas(x, tokens)
+
+    def _with_deltas(self, x: Array, tokens: MemoryTokens) -> MemoryTokens:
+        """Tokens with their low-rank deltas, and the logits of gates computed before those."""
         joined = _joined(tokens)
         if self.gates is not None:
             tokens = tokens._replace(logits=self.gates(joined))
-        if self.q_delta is None or self.k_delta is None or self.v_delta is None:
-            return q, tokens
-
-        def add(y: Array, delta: LowRank, source: Array) -> Array:
-            return y + delta(source).reshape(y.shape).astype(y.dtype)
-
+        if self.k_delta is None or self.v_delta is None:
+            return tokens
         source = joined if self.config.writes == "evicted" else x
-        keys, values = (
-            add(y, delta, source)
-            for y, delta in ((tokens.keys, self.k_delta), (tokens.values, self.v_delta))
+        return tokens._replace(
+            keys=_add_delta(tokens.keys, self.k_delta, source),
+            values=_add_delta(tokens.values, self.v_delta, source),
         )
-        return add(q, self.q_delta, x), tokens._replace(keys=keys, values=values)
 
     def _run_rows(self, q: Array, tokens: MemoryTokens) -> Array:
         config, ids = self.config, tokens.segment_ids
@@ -335,6 +346,10 @@ class DeltaMemory(nnx.Module):
         if logits.keep is not None:
             return beta, jax.nn.log_sigmoid(logits.keep)
         return beta, compute_log_decay(rule.alpha_gate, k, v, ids)
+
+
+def _add_delta(y: Array, delta: LowRank, source: Array) -> Array:
+    return y + delta(source).reshape(y.shape).astype(y.dtype)
 
 
 def _joined(tokens: MemoryTokens) -> Array:

@@ -1,4 +1,4 @@
-"""Reports of evaluations as self-contained HTML files."""
+"""Reports of runs and evaluations as self-contained HTML files."""
 
 import base64
 import html
@@ -29,19 +29,19 @@ img {{ max-width: 100%; }}
 
 
 class Section(NamedTuple):
-    """The part of a report about one task.
+    """A part of a report.
 
     Attributes:
-      title: its name.
-      tables: one for each model.
+      title: of the part, such as the name of a task.
+      tables: in order.
       samples: readable examples; empty ones are left out.
-      png: the picture.
+      png: the picture; None or a file that is missing: there is none.
     """
 
     title: str
     tables: Sequence[Table]
     samples: Sequence[str]
-    png: Path
+    png: Path | None
 
 
 def write_report(
@@ -52,7 +52,7 @@ def write_report(
     Args:
       path: of the file.
       title: of the page.
-      sections: one for each task.
+      sections: in order.
       about: texts by heading: command, configuration, environment.
     """
     parts = [part for section in sections for part in _section(section)]
@@ -65,7 +65,7 @@ def write_report(
 
 def _section(section: Section) -> list[str]:
     parts = [f"<h2>{html.escape(section.title)}</h2>", *map(_table, section.tables)]
-    if section.png.is_file():
+    if section.png is not None and section.png.is_file():
         data = base64.b64encode(section.png.read_bytes()).decode()
         parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
     return parts + [f"<pre>{html.escape(sample)}</pre>" for sample in section.samples if sample]
