@@ -1,5 +1,6 @@
 """``python -m experiments.finetune``: gives a pretrained model a memory and trains it."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from experiments.command_line import run_configured
 from experiments.process.compilation_cache import prepare_process
+from experiments.process.distributed import joined
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
@@ -17,6 +19,7 @@ from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.model import replace_memory
+from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.sharding import divided_rows
 from tptt_jax.training.partition import load_trainable
 
@@ -26,22 +29,23 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 def finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Runs or resumes a fine-tuning run; returns what --json prints."""
     prepare_process()
-    config = with_written_layers(config)
-    check_output(config, describe_run(config))
-    if config.dry_run:
-        console = Console(soft_wrap=True, highlight=False)
-        run = Run.prepare(config, console)
-        with divided_rows(run.mesh):
-            return dry_run(run)
-    with locked_output(config.output):
-        return _finetune(config)
+    with joined(config.distributed):
+        report = _finetune(config)
+        return report if is_first_process() else {}
 
 
 def _finetune(config: FinetuneConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
-    run = Run.prepare(config, console)
-    with divided_rows(run.mesh):
-        return _run(run)
+    lock = contextlib.ExitStack()
+    with lock:
+        with failing_together():
+            config = with_written_layers(config)
+            check_output(config, describe_run(config))
+            if is_first_process() and not config.dry_run:
+                lock.enter_context(locked_output(config.output))
+        run = Run.prepare(config, console)
+        with divided_rows(run.mesh):
+            return dry_run(run) if config.dry_run else _run(run)
 
 
 def _run(run: Run) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from convert.sources import DEFAULT_MODEL
 from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
+from experiments.process.distributed import DistributedConfig
 from experiments.training.fit_config import FitConfig
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
@@ -103,7 +104,8 @@ class FinetuneConfig:
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
-    each row; None: one device."""
+    each row; None: one device, or with --distributed data = all devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
     checkpoint_every: int = 20

@@ -18,6 +18,7 @@ import yaml
 from experiments.command_line import read_yaml, resolved_yaml
 from experiments.data.data_files import find_data
 from experiments.models import is_tuned
+from experiments.process.distributed import DistributedConfig
 from experiments.training import fingerprints
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
@@ -31,7 +32,7 @@ _FORMAT = "tptt_jax run 1"
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "dry_run"),
-    *("sample_tokens", "resume", "resume_allow", "remat", "mesh"),
+    *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "distributed"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
 # Compared by content, not by name.
@@ -195,7 +196,11 @@ class Resumption:
             f"{each['before']} -> {each['now']}\n"
             for each in self.record.changes
         ]
-        settings = dataclasses.replace(self._config, config=None, resume_allow=())
+        # Another call may have other processes.
+        alone = DistributedConfig()
+        settings = dataclasses.replace(
+            self._config, config=None, resume_allow=(), distributed=alone
+        )
         with atomic_file(output / "config.yaml") as path:
             path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")
 

@@ -16,7 +16,7 @@ from experiments.data import TokenBatch, TokenBatchSource, TokenData, load_token
 from experiments.data.prompts import text_tokens
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.best import BEST, BestState, has_stopped_early, records_until
-from experiments.training.checks import check_output, check_rows, describe_run
+from experiments.training.checks import check_output, describe_run, make_run_mesh
 from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fit_rows import fit_rows
@@ -29,9 +29,10 @@ from experiments.training.stage import STAGES, Stage
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
-from tptt_jax.sharding import batch_sharding, make_mesh
+from tptt_jax.processes import failing_together, is_first_process, put
+from tptt_jax.sharding import batch_sharding, own_rows
 from tptt_jax.training.checkpoint import remove_checkpoints
-from tptt_jax.training.description import write_description
+from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.optimizer import make_optimizer
 from tptt_jax.training.partition import Partition, load_trainable, split_trainable
 from tptt_jax.training.train_step import (
@@ -77,8 +78,16 @@ class Run:
 
         A dry run claims nothing.
         """
-        mesh = None if config.mesh is None else make_mesh(config.mesh)
-        check_rows(config, mesh)
+        with failing_together():
+            run, description = cls._load(config, console)
+        with failing_together():
+            if not config.dry_run and is_first_process():
+                run._claim_output(description)
+        return run
+
+    @classmethod
+    def _load(cls, config: FinetuneConfig, console: Console) -> tuple["Run", Description]:
+        mesh = make_run_mesh(config)
         config = with_chosen_layers(config, mesh, console)
         description = describe_run(config)
         check_output(config, description)
@@ -118,11 +127,9 @@ class Run:
             resumption=resumption,
         )
         resumption.check_loaded(model, data, run.fit_rows)
-        if not config.dry_run:
-            run._claim_output(description)
-        return run
+        return run, description
 
-    def _claim_output(self, description: Any) -> None:
+    def _claim_output(self, description: Description) -> None:
         output = self.config.output
         if self.was_complete:
             done = f"{self.resumption.step}; --steps {self.steps}"
@@ -311,7 +318,23 @@ class Run:
         even = len(batch.tokens) % shards == 0
         sharding = batch_sharding(self.mesh, divide_rows=even)
         pad = ((0, 0), (0, -batch.tokens.shape[1] % self.mesh.shape["context"]))
-        return Batch(*(jax.device_put(np.pad(array, pad), sharding) for array in batch))
+        return Batch(*(put(np.pad(array, pad), sharding) for array in batch))
+
+    def put_own(self, batch: TokenBatch) -> Batch:
+        """`put` of this process's part of a step's rows, see `own_rows`."""
+        if self.mesh is None or jax.process_count() == 1:
+            return self.put(batch)
+        sharding, padding = batch_sharding(self.mesh), -batch.tokens.shape[1]
+        pad = ((0, 0), (0, padding % self.mesh.shape["context"]))
+        arrays = [np.pad(array, pad) for array in batch]
+        whole = (self.config.rows_per_step, arrays[0].shape[1])
+        return Batch(*(jax.make_array_from_process_local_data(sharding, x, whole) for x in arrays))
+
+    @functools.cached_property
+    def own_rows(self) -> slice:
+        """The rows of a step that this process reads: those that its devices work on."""
+        count = self.config.rows_per_step
+        return slice(0, count) if self.mesh is None else own_rows(self.mesh, count)
 
     def _fitting(self) -> Fitting:
         assert self.fit_rows is not None
@@ -333,12 +356,19 @@ class Run:
         )
 
     def batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
-        """The batch of a step, on its way to the device, its window, its tokens."""
-        batch = self.data.train.batch_at(step, self.config.rows_per_step, self.config.seed)
+        """The batch of a step, on its way to the device, its window, its tokens.
+
+        Of several processes each reads its own rows, and counts its part of the tokens.
+        """
+        size, rows = self.config.rows_per_step, self.own_rows
+        batch = self.data.train.batch_at(step, size, self.config.seed, rows)
         windows, window = self._windows(), None
         if windows is not None:
             window = jnp.asarray(windows.draw(self.config.seed, "train", step))
-        return (self.put(batch), window), int(np.count_nonzero(batch.segment_ids))
+        # Where devices of several processes share rows, each of them counts a part.
+        part = size / (len(batch.tokens) * jax.process_count())
+        tokens = round(np.count_nonzero(batch.segment_ids) * part)
+        return (self.put_own(batch), window), tokens
 
     def _place(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else place_state(state, self.mesh)

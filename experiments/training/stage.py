@@ -1,5 +1,6 @@
 """One stage of a run: a loop of compiled steps that can be interrupted, killed and resumed."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import numpy as np
 from rich.console import Console
 
 from experiments.process.interrupts import StopRequest
-from experiments.training.metrics import MetricsWriter, StepRecord
+from experiments.training.metrics import MetricsWriter, NoMetrics, StepRecord
+from experiments.training.prefetch import Prefetch
 from experiments.training.report import TrainingProgress
+from tptt_jax.processes import failing_together, is_first_process, sums_of_all
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
@@ -37,7 +40,8 @@ class Stage:
     """Steps between checkpoints; the last step always saves one."""
     step: Step
     batch_at: Callable[[int], tuple[tuple[Any, ...], int]]
-    """Arguments of a step, by its number from 0, in transfer to the device; and their tokens."""
+    """Arguments of a step, by its number from 0, in transfer to the device; and their tokens (of
+    several processes, each one's part). Called in a thread, ahead of the steps, in order."""
     to_record: Callable[[int, Any, float, int], StepRecord]
     """Steps done, metrics, seconds and tokens of the last one -> its record."""
     rows_at: Callable[[int], np.ndarray] = lambda number: np.zeros(0, np.int64)
@@ -95,32 +99,33 @@ class Stage:
             # A run without steps still leaves what later commands load.
             checkpoints.save(state)
             return state, total
-        writer = MetricsWriter(self.folder / "metrics.jsonl", resume_step=first)
+        file = self.folder / "metrics.jsonl"
+        writer = MetricsWriter(file, resume_step=first) if is_first_process() else NoMetrics()
         progress = TrainingProgress(self.steps, first_step=first, console=console, title=self.title)
-        with StopRequest() as stop, writer, progress:
-            batch, tokens = self.batch_at(first)
+        prefetch = Prefetch(self.batch_at, first, self.steps)
+        with StopRequest() as stop, writer, progress, prefetch:
             for number in range(first, self.steps):
+                (batch, tokens), waited = prefetch.get()
                 start = time.perf_counter()
                 state, metrics = self.step(state, *batch)
-                # The call is asynchronous: the device works while the next batch is prepared.
-                # Time that this takes beyond the step counts as part of it.
-                counted, last = tokens, number + 1 == self.steps
-                if not last:
-                    batch, tokens = self.batch_at(number + 1)
                 jax.block_until_ready(metrics)
-                seconds = time.perf_counter() - start
+                seconds = waited + time.perf_counter() - start
                 total += seconds
+                (counted,) = map(int, sums_of_all([tokens]))
                 record = self.to_record(number + 1, metrics, seconds, counted)
+                record = dataclasses.replace(record, wait_seconds=waited)
                 if not metrics.is_finite:
-                    raise self._not_finite(record, state, checkpoints)
+                    with failing_together():
+                        raise self._not_finite(record, state, checkpoints)
                 record = self.finish_record(state, record)
                 writer.write(record)
                 progress.update(record)
-                last = last or self.is_over()
-                if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
+                last = number + 1 == self.steps or self.is_over()
+                stopped = sums_of_all([stop.requested])[0] > 0
+                if last or stopped or (number + 1) % self.checkpoint_every == 0:
                     checkpoints.save(state)
                 checkpoints.check()
-                if stop.requested and not (last and self.is_last):
+                if stopped and not (last and self.is_last):
                     checkpoints.wait()
                     progress.note(f"stopped after step {number + 1}: the same command resumes")
                     raise KeyboardInterrupt
