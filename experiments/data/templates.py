@@ -1,5 +1,6 @@
 """Chat templates, which are programs that come with a model: run with bounds on time and memory."""
 
+import contextlib
 import ctypes
 import re
 import threading
@@ -142,7 +143,7 @@ class ChatTemplate:
 
     def _limited(self, function: Callable[[], T]) -> T:
         try:
-            with limited_memory(int(_GIGABYTES * 2**30)), bounded_arithmetic():
+            with _bounded_memory(), bounded_arithmetic():
                 try:
                     self._set(time.monotonic())
                     return function()
@@ -179,6 +180,13 @@ class ChatTemplate:
                 if began is not None and time.monotonic() - began > _SECONDS:
                     self._began = None
                     _raise_in(self._thread)
+
+
+def _bounded_memory() -> contextlib.AbstractContextManager[None]:
+    """The bound is one of the whole process: in a thread, it would also be that of the step."""
+    if threading.current_thread() is threading.main_thread():
+        return limited_memory(int(_GIGABYTES * 2**30))
+    return contextlib.nullcontext()
 
 
 def _checked(text: str) -> str:

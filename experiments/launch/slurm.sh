@@ -17,4 +17,4 @@ unset http_proxy https_proxy HTTP_PROXY HTTPS_PROXY
 
 srun --kill-on-bad-exit=1 python -m experiments.finetune --distributed \
     --mesh data=4,fsdp=8 --batch-size 64 --dtype bfloat16 \
-    --model "$1" --data "$2" --steps 10000 --checkpoint-every 200 --output "$3"
+    --model "$1" --data "$2" --data.streaming --steps 10000 --checkpoint-every 200 --output "$3"

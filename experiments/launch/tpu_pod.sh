@@ -5,7 +5,7 @@
 set -eu
 
 train="python -m experiments.finetune --distributed --mesh data=4,fsdp=16 --batch-size 64 \
-    --dtype bfloat16 --model '$3' --data '$4' --steps 10000 \
+    --dtype bfloat16 --model '$3' --data '$4' --data.streaming --steps 10000 \
     --checkpoint-every 200 --output '$5'"
 
 # JAX finds coordinator, processes and chips in the metadata of the TPU.

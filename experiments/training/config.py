@@ -143,6 +143,11 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if self.data.streaming and (self.epochs is not None or self.steps is None):
+            raise ValueError(
+                "--data.streaming has no known number of rows, so that passes over the data cannot "
+                "be counted: give --steps, and leave out --epochs."
+            )
         if self.early_stop is not None and self.early_stop < 1:
             raise ValueError(f"early_stop must be at least 1, got {self.early_stop}.")
         for name in ("early_stop", "keep_best"):

@@ -16,7 +16,7 @@ from typing import Any, Self
 import yaml
 
 from experiments.command_line import read_yaml, resolved_yaml
-from experiments.data.data_files import find_data
+from experiments.data.data_files import find_data, find_parts
 from experiments.models import is_tuned
 from experiments.process.distributed import DistributedConfig
 from experiments.training import fingerprints
@@ -121,7 +121,11 @@ class Resumption:
         self.record = Record(seed=seed)
         """What is written down once the run may begin."""
         data = config.data
-        self.files = find_data(data.path, data.split, data.revision, leave_out=output)
+        self.files = find_parts(
+            *(data.path, data.split, data.revision),
+            separate=bool(data.weights),
+            leave_out=output,
+        )
         """The files of the training data."""
         self.fit_files = (
             None if config.fit.data is None else find_data(config.fit.data, leave_out=output)

@@ -12,7 +12,16 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
-from experiments.data import TokenBatch, TokenBatchSource, TokenData, load_token_data
+from experiments.data import (
+    StreamData,
+    StreamSource,
+    TokenBatch,
+    TokenBatchSource,
+    TokenData,
+    load_stream,
+    load_token_data,
+)
+from experiments.data.data_files import FoundData
 from experiments.data.prompts import text_tokens
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.best import BEST, BestState, has_stopped_early, records_until
@@ -23,6 +32,7 @@ from experiments.training.fit_rows import fit_rows
 from experiments.training.fitting import Fitting
 from experiments.training.full_layers import with_chosen_layers
 from experiments.training.metrics import StepRecord
+from experiments.training.positions import read_position, save_position
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
 from experiments.training.stage import STAGES, Stage
@@ -65,7 +75,7 @@ class Run:
     config: FinetuneConfig
     console: Console
     tokenizer: "PreTrainedTokenizerFast"
-    data: TokenData
+    data: TokenData | StreamData
     fit_rows: TokenBatchSource | None
     """Rows to fit the memory on; None: no fit."""
     model: CausalLM
@@ -95,7 +105,7 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(config.data, tokenizer, seed, window=window, files=resumption.files)
+        data = _load_data(config, tokenizer, seed, window, resumption.files)
         console.print(data.describe(config.rows_per_step), markup=False)
         model = load_pretrained(
             config.model,
@@ -105,8 +115,9 @@ class Run:
             mesh=mesh,
             seed=config.seed,
         )
-        check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
-        check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
+        if isinstance(data.train, TokenBatchSource):
+            check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
+            check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
         if data.eval is not None:
             check_tokens(data.eval.tokens, model.config.vocab_size, tokenizer)
             check_lengths(data.eval.segment_ids, model.config, "--data.eval-length")
@@ -234,6 +245,7 @@ class Run:
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_over=best.is_over,
+            before_save=self._save_position,
             sound_step=self.resumption.step,
             is_last=True,
         )
@@ -360,8 +372,13 @@ class Run:
 
         Of several processes each reads its own rows, and counts its part of the tokens.
         """
-        size, rows = self.config.rows_per_step, self.own_rows
-        batch = self.data.train.batch_at(step, size, self.config.seed, rows)
+        size, rows, source = self.config.rows_per_step, self.own_rows, self.data.train
+        if isinstance(source, StreamSource) and source.step != step:
+            source.go_to(step, read_position(self.config.output, step))
+        batch = source.batch_at(step, size, self.config.seed, rows)
+        if isinstance(source, StreamSource):
+            check_tokens(batch.tokens, self.model.config.vocab_size, self.tokenizer)
+            check_lengths(batch.segment_ids, self.model.config, "--data.sequence-length")
         windows, window = self._windows(), None
         if windows is not None:
             window = jnp.asarray(windows.draw(self.config.seed, "train", step))
@@ -370,8 +387,30 @@ class Run:
         tokens = round(np.count_nonzero(batch.segment_ids) * part)
         return (self.put_own(batch), window), tokens
 
+    def _save_position(self, step: int) -> None:
+        source = self.data.train
+        if isinstance(source, StreamSource):
+            save_position(self.config.output, step, source.position_after(step))
+
     def _place(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else place_state(state, self.mesh)
+
+
+def _load_data(
+    config: FinetuneConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    window: int | None,
+    files: FoundData,
+) -> TokenData | StreamData:
+    if not config.data.streaming:
+        return load_token_data(config.data, tokenizer, seed, window=window, files=files)
+    return load_stream(
+        *(config.data, tokenizer, seed),
+        rows_per_step=config.rows_per_step,
+        order_seed=config.seed,
+        files=files,
+    )
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

@@ -50,6 +50,8 @@ class Stage:
     """The flag of this stage's rate, its name for --resume-allow, and what it is now."""
     finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
     """Adds to a step's record what is measured now and then."""
+    before_save: Callable[[int], None] = lambda step: None
+    """Saves what belongs to a checkpoint, by its step."""
     is_over: Callable[[], bool] = lambda: False
     """Whether the stage ends after the steps that are done."""
     sound_step: int | None = None
@@ -123,6 +125,7 @@ class Stage:
                 last = number + 1 == self.steps or self.is_over()
                 stopped = sums_of_all([stop.requested])[0] > 0
                 if last or stopped or (number + 1) % self.checkpoint_every == 0:
+                    self.before_save(number + 1)
                     checkpoints.save(state)
                 checkpoints.check()
                 if stopped and not (last and self.is_last):
@@ -139,6 +142,7 @@ class Stage:
         """Saves the state before a step that is not finite, and returns the error."""
         kept = int(state.step)
         if kept:
+            self.before_save(kept)
             checkpoints.save(state)
             checkpoints.wait()
         rows = ", ".join(map(str, self.rows_at(record.step - 1)))
