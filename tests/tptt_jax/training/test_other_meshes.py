@@ -84,7 +84,7 @@ class _Training:
         self._optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), BEFORE + AFTER)
         schedule = MagSchedule(kind="gradual", start=0.1, end=0.9, steps=BEFORE + AFTER)
         self._step = make_train_step(self._partition, self._optimizer, mag_schedule=schedule)
-        tokens = random_tokens((4, 12), vocab_size=CONFIG.vocab_size)
+        tokens = jnp.asarray(random_tokens((4, 12), vocab_size=CONFIG.vocab_size))
         batch = Batch(tokens, jnp.ones_like(tokens), tokens >= 0)
         self._batch = jax.device_put(batch, batch_sharding(self.mesh))
 
