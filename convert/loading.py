@@ -23,6 +23,7 @@ from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory, layer_location, memory_location
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.ops.devices import platform_of
+from tptt_jax.processes import put
 from tptt_jax.sharding import sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
@@ -144,7 +145,7 @@ def _read_parameters(
             if not is_finite:
                 invalid.extend(move.sources)
             elif not slot.index:
-                values[slot.path] = jax.device_put(array, sharding).block_until_ready()
+                values[slot.path] = put(array, sharding).block_until_ready()
             elif not on_host:
                 _put_part(values, slot, template, array, sharding)
     if invalid:
@@ -178,7 +179,7 @@ def _put_part(
     """Writes a part into the stacked parameter on its devices."""
     if slot.path not in values:
         values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
-    part = jax.device_put(array, _part_sharding(sharding, len(slot.index)))
+    part = put(array, _part_sharding(sharding, len(slot.index)))
     update, index = _part_update(sharding), np.array(slot.index, np.int32)
     values[slot.path] = update(values[slot.path], part, index).block_until_ready()
 

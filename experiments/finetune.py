@@ -1,5 +1,6 @@
 """``python -m experiments.finetune``: gives a pretrained model a memory and trains it."""
 
+import contextlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from experiments.command_line import run_configured
 from experiments.process.compilation_cache import prepare_process
+from experiments.process.distributed import joined
 from experiments.process.interrupts import TerminationError, termination_raises
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
@@ -22,6 +24,7 @@ from experiments.training.run import Run
 from experiments.training.run_report import write_run_report
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
+from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.sharding import divided_rows
 from tptt_jax.training.partition import load_trainable
 
@@ -38,18 +41,13 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
       trackers: your own, which get the metrics of every step and are closed at the end.
     """
     prepare_process()
-    config = with_written_layers(config)
-    check_output(config, describe_run(config))
-    if config.dry_run:
-        console = Console(soft_wrap=True, highlight=False)
-        run = Run.prepare(config, console)
-        with divided_rows(run.mesh):
-            return dry_run(run)
-    try:
-        with termination_raises(), locked_output(config.output):
-            return _finetune(config, trackers)
-    except TerminationError as stop:
-        return _say_how_to_go_on(config.output, stop)
+    with joined(config.distributed):
+        try:
+            with termination_raises():
+                report = _finetune(config, trackers)
+        except TerminationError as stop:
+            report = _say_how_to_go_on(config.output, stop) if is_first_process() else {}
+        return report if is_first_process() else {}
 
 
 def _say_how_to_go_on(output: Path, stop: TerminationError) -> dict[str, Any]:
@@ -65,16 +63,25 @@ def _say_how_to_go_on(output: Path, stop: TerminationError) -> dict[str, Any]:
 
 def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
-    modules = import_trackers(config.trackers)
-    run = Run.prepare(config, console)
-    if run.was_complete:
-        modules = {}
-    opened = open_trackers(
-        *(modules, trackers, config.output, flat_settings(run.config)),
-        is_continued=run.resumption.is_started,
-    )
-    with opened as run.trackers, divided_rows(run.mesh):
-        return _run(run)
+    with contextlib.ExitStack() as lock:
+        with failing_together():
+            modules = import_trackers(config.trackers) if is_first_process() else {}
+            config = with_written_layers(config)
+            check_output(config, describe_run(config))
+            if is_first_process() and not config.dry_run:
+                lock.enter_context(locked_output(config.output))
+        run = Run.prepare(config, console)
+        if config.dry_run:
+            with divided_rows(run.mesh):
+                return dry_run(run)
+        opened = open_trackers(
+            {} if run.was_complete else modules,
+            trackers if is_first_process() else (),
+            *(config.output, flat_settings(run.config)),
+            is_continued=run.resumption.is_started,
+        )
+        with opened as run.trackers, divided_rows(run.mesh):
+            return _run(run)
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -98,7 +105,8 @@ def _run(run: Run) -> dict[str, Any]:
         outcome.measure("memory_off", run.model, use_memory=False)
     run.show_sample("after", run.model)
     outcome.plot()
-    write_run_report(run, outcome)
+    if is_first_process():
+        write_run_report(run, outcome)
     outcome.print(run.console)
     return report | outcome.report()
 

@@ -1,8 +1,10 @@
 """Processes that see several CPU devices."""
 
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Devices wait for one another in threads of one pool; with too few, none can arrive. And on a busy
@@ -33,3 +35,28 @@ def run_on_devices(count: int, program: str, project_dir: Path) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def start_processes(count: int, arguments: Sequence[object]) -> list["subprocess.Popen[str]"]:
+    """Starts a command in several processes that find one another on this machine.
+
+    Args:
+      count: processes; each sees one CPU device.
+      arguments: after the interpreter's name; those of --distributed are added.
+    """
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{found.getsockname()[1]}"
+    group = ["--distributed", "--distributed.coordinator", address]
+    group += ["--distributed.processes", str(count), "--distributed.process"]
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments), *group, str(process)],
+            cwd=Path(__file__).resolve().parents[1],
+            env=device_environment(1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(count)
+    ]

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tptt_jax.ops.context import CONTEXT_AXIS
+from tptt_jax.processes import put
 
 # The last axes connect neighbouring devices: they carry the most bytes.
 MESH_AXES = ("data", "fsdp", CONTEXT_AXIS, "tensor")
@@ -87,6 +88,20 @@ def batch_sharding(mesh: Mesh, *, divide_rows: bool = True) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rows, CONTEXT_AXIS))
 
 
+def own_rows(mesh: Mesh, count: int) -> slice:
+    """The rows of arrays [count, T] on a mesh that this process's devices hold: neighbours.
+
+    Args:
+      mesh: from `make_mesh`; its data and fsdp axes divide `count`.
+      count: rows over all devices.
+    """
+    sharding = batch_sharding(mesh)
+    shape = (count, mesh.shape[CONTEXT_AXIS])
+    found = sharding.addressable_devices_indices_map(shape).values()
+    parts = [index[0].indices(count) for index in found if index is not None]
+    return slice(min(part[0] for part in parts), max(part[1] for part in parts))
+
+
 def divided_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
     """The context manager in which models divide the tokens of rows along the context axis.
 
@@ -107,9 +122,7 @@ def shard_model(model: nnx.Module, mesh: Mesh) -> None:
     """Moves every variable of a model to its place on the mesh."""
     state = nnx.state(model)
     placed = jax.tree.map(
-        lambda variable: variable.replace(
-            jax.device_put(variable.get_value(), sharding_of(variable, mesh))
-        ),
+        lambda variable: variable.replace(put(variable.get_value(), sharding_of(variable, mesh))),
         state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )

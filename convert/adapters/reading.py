@@ -9,7 +9,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -28,6 +27,7 @@ from convert.formats.wrapped_names import plain_names
 from convert.loading import Variables, variables_of
 from convert.plan import tensor_problems
 from tptt_jax import CausalLM, LoraConfig, ModelConfig
+from tptt_jax.processes import put
 from tptt_jax.training.partition import load_trainable
 
 _PICKLE = "adapter_model.bin"
@@ -165,7 +165,7 @@ class FittedAdapter:
                 f"{self.adapter.path} holds NaN or infinite values in {listing(invalid)}: "
                 "fetch or train it again."
             )
-        placed = {n: jax.device_put(value, arrays[n].sharding) for n, value in values.items()}
+        placed = {n: put(value, arrays[n].sharding) for n, value in values.items()}
         load_trainable(model, placed, None)
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from convert.adapters import Adapter, FittedAdapter, fit_adapter
@@ -19,6 +18,7 @@ from convert.loading import plan_for, variables_of
 from convert.plan import tensor_problems
 from convert.tptt.config import TpttConfig, plain_name, read_tptt_config
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.processes import put
 from tptt_jax.training.partition import load_trainable
 
 _LORA = (".lora_A.", ".lora_B.")
@@ -193,7 +193,6 @@ def _load_weights(checkpoint: TpttCheckpoint, model: CausalLM) -> None:
             "or train it again."
         )
     placed = {
-        name: jax.device_put(value, variables[name][1].get_value().sharding)
-        for name, value in values.items()
+        name: put(value, variables[name][1].get_value().sharding) for name, value in values.items()
     }
     load_trainable(model, placed, None)

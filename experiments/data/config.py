@@ -34,7 +34,14 @@ class DataConfig:
     text_column: str = "text"
     """Column of plain text."""
     max_rows: int | None = None
-    """Most rows to read; None: all."""
+    """Most rows to read; None: all. With weights, of each data set."""
+    streaming: bool = False
+    """Read and tokenise rows while training, in a random order over all of them and in constant
+    memory, for data that does not fit in memory. Needs --steps. A share of eval_rows holds out at
+    most 1,000 rows."""
+    weights: tuple[float, ...] = ()
+    """With streaming: each path of --data is a data set of its own, and these are their shares of
+    the rows, of any sum. None: all paths are one data set."""
     sequence_length: int = 256
     """Tokens per row; longer texts are split over several rows, other longer examples truncated."""
     packing: bool = True
@@ -71,6 +78,7 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        self._check_streaming()
         if not 0 <= self.recall < 1:
             raise ValueError(f"recall must lie in [0, 1), got {self.recall}.")
         if not self.recall_kinds or not set(self.recall_kinds) <= set(PROBES):
@@ -81,6 +89,23 @@ class DataConfig:
             raise ValueError(
                 "eval_rows must be a share in [0, 1) or a whole number of rows, "
                 f"got {self.eval_rows}."
+            )
+
+    def _check_streaming(self) -> None:
+        if self.weights and not self.streaming:
+            raise ValueError("--data.weights mixes data sets while training: add --data.streaming.")
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        if self.weights and len(self.weights) != len(paths):
+            raise ValueError(
+                f"--data.weights must have one number for each of the {len(paths)} paths of "
+                f"--data, got {len(self.weights)}."
+            )
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise ValueError(f"--data.weights must be above 0, got {self.weights}.")
+        if self.streaming and self.recall:
+            raise ValueError(
+                "--data.recall hides questions in rows that are in memory: leave out "
+                "--data.streaming."
             )
 
     @property

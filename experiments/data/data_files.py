@@ -28,11 +28,13 @@ class FoundData(NamedTuple):
       is_hub: whether it is a data set of the Hugging Face Hub.
       files: those that we read ourselves, by split, in order. None: "python-docs", or something
         that only `datasets` can read.
+      parts: the data sets that are kept apart; none: all is one data set.
     """
 
     paths: tuple[str, ...]
     is_hub: bool
     files: dict[str, list[Path]] | None
+    parts: tuple["FoundData", ...] = ()
 
     @property
     def shown(self) -> str:
@@ -79,6 +81,39 @@ def find_data(
         return FoundData(paths, True, files)
     splits = _find_local(paths, leave_out)
     return FoundData(paths, False, None if splits is None else _of_split(shown, split, splits))
+
+
+def find_parts(
+    path: str | Sequence[str],
+    split: str = "train",
+    revision: str | None = None,
+    *,
+    separate: bool = False,
+    leave_out: Path | None = None,
+) -> FoundData:
+    """`find_data`, also of several data sets that are kept apart.
+
+    Args:
+      path: of `find_data`; kept apart, each may be a data set of the Hub.
+      split: of each of them.
+      revision: of those of the Hub.
+      separate: whether each path is a data set of its own.
+      leave_out: as that of `find_data`.
+    """
+    if not separate or isinstance(path, str):
+        return find_data(path, split, revision, leave_out=leave_out)
+    parts = tuple(
+        find_data(each, split, revision if is_hub_id(each) else None, leave_out=leave_out)
+        for each in path
+    )
+    files: dict[str, list[Path]] | None = {}
+    for part in parts:
+        if part.files is None:
+            files = None
+            break
+        for name, found in part.files.items():
+            files.setdefault(name, []).extend(found)
+    return FoundData(tuple(path), any(part.is_hub for part in parts), files, parts)
 
 
 def _of_split(shown: str, split: str, splits: dict[str, list[_File]]) -> dict[str, list[_File]]:

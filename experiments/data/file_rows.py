@@ -9,8 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.data.hub_rows import dataset_rows
-from experiments.data.text_files import COMPRESSIONS, open_text, text_suffix
+from experiments.data.hub_rows import dataset_rows, parquet_rows
+from experiments.data.text_files import COMPRESSIONS, open_text, text_blocks, text_suffix
 
 _KINDS = {
     ".jsonl": "json",
@@ -85,6 +85,27 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
     return FileRows(tuple(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
+def iterate_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file one by one, in constant memory; a text becomes rows of about 64 kB.
+
+    Only a .json file that is one array is read as a whole.
+
+    Raises:
+      ValueError: if it cannot be read, naming the line if there is one.
+    """
+    kind = "text" if is_text(file) else kind_of(file)
+    if kind == "text":
+        with open_text(file) as stream:
+            for block in text_blocks(stream):
+                yield {"text": _checked(block, file)}
+    elif kind == "parquet":
+        yield from parquet_rows(file)
+    elif kind == "csv":
+        yield from _csv_rows(file, "\t" if text_suffix(file) == ".tsv" else ",")[1]
+    else:
+        yield from _json_rows(file, lines=text_suffix(file) != ".json")
+
+
 def _checked(text: str, file: Path) -> str:
     """The text itself; raises ValueError for that of an archive, as .tar.gz when unpacked."""
     if (place := text.find("\0")) < 0:
@@ -126,12 +147,20 @@ def _json_lines(file: Path, lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        place = f"{file}, line {number},"
-        try:
-            row = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise _json_fault(error, place, "repair or remove the line") from None
-        yield _object(row, place)
+        yield parsed_line(line, f"{file}, line {number},")
+
+
+def parsed_line(line: str, place: str) -> dict[str, Any]:
+    """The object in one line of JSON.
+
+    Raises:
+      ValueError: if there is none; the message begins with `place`.
+    """
+    try:
+        row = json.loads(line)
+    except (RecursionError, ValueError) as error:
+        raise _json_fault(error, place, "repair or remove the line") from None
+    return _object(row, place)
 
 
 def _json_fault(error: Exception, place: str, remedy: str) -> ValueError:

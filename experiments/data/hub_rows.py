@@ -1,11 +1,14 @@
 """Rows that the library `datasets` reads: from the Hugging Face Hub, and from Parquet files."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_ROWS_AT_ONCE = 256
 
 
 def dataset_rows(
@@ -31,6 +34,55 @@ def dataset_rows(
         if most is not None:
             table = table.select(range(min(most, len(table))))
         return tuple(table.column_names), [_without_nulls(row) for row in table.to_list()]
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file one by one.
+
+    Raises:
+      ValueError: if it cannot be read.
+    """
+    with quiet_errors(file):
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+                yield from map(_without_nulls, batch.to_pylist())
+
+
+def iterate_dataset(
+    name: str, split: str, **options: Any
+) -> tuple[str | None, Iterator[dict[str, Any]]]:
+    """The rows of a data set one by one, as `datasets` streams them.
+
+    Args:
+      name: on the Hub, or a folder.
+      split: a whole one.
+      options: of `load_dataset`.
+
+    Returns:
+      The data set's present commit, None for a folder or without a network; and its rows, which are
+      not requested before the first one is.
+    """
+
+    def rows() -> Iterator[dict[str, Any]]:
+        with quiet_errors(name):
+            import datasets
+
+            for row in datasets.load_dataset(name, split=split, streaming=True, **options):
+                yield _without_nulls(row)
+
+    return _commit(name, options.get("revision")), rows()
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    if Path(name).exists():
+        return None
+    from huggingface_hub import HfApi
+
+    with contextlib.suppress(Exception):  # no network; the copy of an earlier run may be there
+        return HfApi().dataset_info(name, revision=revision).sha
+    return None
 
 
 def folder_files(folder: Path, *, shown: Path | None = None) -> dict[str, list[Path]] | None:

@@ -105,6 +105,10 @@ def load_token_data(
       FileNotFoundError: if the data does not exist.
       ValueError: if it cannot be read or leaves nothing to train on.
     """
+    if config.streaming:
+        raise ValueError(
+            "--data.streaming is for training, and all rows are read here: leave it out."
+        )
     rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
     rows = rename_columns(rows, read_columns(config.columns))
     found = find_format(rows, config.format, config.text_column)

@@ -70,7 +70,9 @@ class TokenBatchSource:
             loss_mask=np.concatenate([self.loss_mask, other.loss_mask]),
         )
 
-    def batch_at(self, step: int, batch_size: int, seed: int) -> TokenBatch:
+    def batch_at(
+        self, step: int, batch_size: int, seed: int, part: slice = slice(None)
+    ) -> TokenBatch:
         """The batch of one training step, a pure function of its arguments.
 
         Rows run through one random order per epoch; a batch that reaches an epoch's end goes
@@ -81,11 +83,12 @@ class TokenBatchSource:
           step: number of the step, from 0.
           batch_size: rows per step; may exceed `num_rows`.
           seed: chooses the orders.
+          part: the rows of the batch to read.
 
         Returns:
-          Arrays [batch_size, T].
+          Arrays [batch_size, T], or their part.
         """
-        return self._rows(self.rows_at(step, batch_size, seed))
+        return self._rows(self.rows_at(step, batch_size, seed)[part])
 
     def rows_at(self, step: int, batch_size: int, seed: int) -> Int[np.ndarray, " B"]:
         """The numbers of the rows that `batch_at` takes."""

@@ -11,7 +11,7 @@ from experiments.data.file_rows import FileRows, is_text, read_file
 from experiments.data.hub_rows import dataset_rows
 
 
-class _Run(NamedTuple):
+class RowRun(NamedTuple):
     """Consecutive rows of a file: their start in `Rows.rows` and in the file."""
 
     start: int
@@ -29,7 +29,7 @@ class Rows:
     rows: list[dict[str, Any]]
     is_document: bool = False
     """Whether this is one row with one whole text."""
-    runs: tuple[_Run, ...] = ()
+    runs: tuple[RowRun, ...] = ()
     """Origins of the rows; empty: all from `source`."""
 
     def place(self, index: int) -> str:
@@ -139,14 +139,14 @@ def _join(
     """The rows of all files in the split, and their origins."""
     lengths = {name: sum(len(each.rows) for _, each in files) for name, files in read.items()}
     rows: list[dict[str, Any]] = []
-    runs: list[_Run] = []
+    runs: list[RowRun] = []
     columns: dict[str, None] = {}
     for name, first, end in check_split(source, split, lengths):
         start = 0
         for file, (names, found) in read[name]:
             low, high = max(first - start, 0), min(end - start, len(found))
             if low < high:
-                runs.append(_Run(len(rows), str(file), low + 1))
+                runs.append(RowRun(len(rows), str(file), low + 1))
                 rows += found[low:high]
                 columns |= dict.fromkeys(names)
             start += len(found)

@@ -5,7 +5,7 @@ import gzip
 import importlib.util
 import io
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _PIECE = 1 << 20
+_BLOCK = 64_000
 
 
 def text_suffix(path: Path) -> str:
@@ -61,6 +62,19 @@ def open_text(path: Path, *, newline: str | None = None) -> Iterator[TextIO]:
         raise ValueError(
             f"{path} is not valid {path.suffix.lower()} data ({reason}): compress it again."
         ) from None
+
+
+def text_blocks(lines: Iterable[str]) -> Iterator[str]:
+    """Joins lines to blocks of about 64,000 characters; a longer line is a block of its own."""
+    block, size = [], 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if size >= _BLOCK:
+            yield "".join(block)
+            block, size = [], 0
+    if block:
+        yield "".join(block)
 
 
 def _damages() -> tuple[type[Exception], ...]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments.training.config import FinetuneConfig
 from experiments.training.metrics import StepRecord, read_metrics
+from tptt_jax.processes import is_first_process
 from tptt_jax.training.checkpoint import (
     RunCheckpoints,
     latest_step,
@@ -64,7 +65,7 @@ class BestState:
         self._description = description
         self._early_stop = config.early_stop
         self._records = records_until(config.output, first_step)
-        if self._folder is not None:
+        if self._folder is not None and is_first_process():
             # The steps after the last checkpoint are run again.
             remove_checkpoints_after(self._folder, first_step)
 
@@ -84,7 +85,8 @@ class BestState:
         self._records.append(record)
         if self._folder is None or record.eval_loss is None or self.step != record.step:
             return
-        write_description(self._folder, self._description)
+        if is_first_process():
+            write_description(self._folder, self._description)
         # It must be there before the run goes on: a resumed run does not measure it again.
         with RunCheckpoints(self._folder, keep=1) as checkpoints:
             checkpoints.save(state)

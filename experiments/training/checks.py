@@ -4,12 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jax
+
 from convert.overwriting import needed_paths
 from convert.sources import PACKAGED_SOURCES
 from experiments.process.output_folder import check_path
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
 from tptt_jax.config import check_context_axis
+from tptt_jax.sharding import make_mesh
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -72,10 +75,30 @@ def _differences(before: Description, now: Description) -> list[str]:
     return [f"{name}: {a} in the run, {b} now" for name, a, b in pairs if a != b]
 
 
-def check_rows(config: FinetuneConfig, mesh: "Mesh | None") -> None:
+def make_run_mesh(config: FinetuneConfig) -> "Mesh | None":
+    """The mesh of a run; None: one device.
+
+    Raises:
+      ValueError: if it is invalid, or a batch or its rows cannot be divided over it, or it leaves
+        out devices of a process.
+    """
+    count, layout = jax.process_count(), config.mesh
+    if layout is None and count > 1:
+        layout = f"data={jax.device_count()}"
+    if layout is None:
+        return None
+    mesh = make_mesh(layout)
+    if count > 1 and mesh.size != jax.device_count():
+        raise ValueError(
+            f"--mesh {layout} has {mesh.size} of the {jax.device_count()} devices of {count} "
+            "processes: with --distributed it must have all of them."
+        )
+    check_rows(config, mesh)
+    return mesh
+
+
+def check_rows(config: FinetuneConfig, mesh: "Mesh") -> None:
     """Raises if a batch or its rows cannot be divided over the mesh."""
-    if mesh is None:
-        return
     shards, size = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size
     if size % shards:
         raise ValueError(

@@ -11,6 +11,7 @@ from convert.sources import DEFAULT_MODEL
 from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
+from experiments.process.distributed import DistributedConfig
 from experiments.training.fit_config import FitConfig
 from experiments.training.output_names import DEFAULT_OUTPUT, name_output
 from experiments.training.trackers import TrackerName, check_names
@@ -109,7 +110,8 @@ class FinetuneConfig:
     counted, and the first ten are named."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
-    each row; None: one device."""
+    each row; None: one device, or with --distributed data = all devices."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
     checkpoint_every: int = 20
@@ -152,6 +154,11 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if self.epochs is not None and not self.epochs > 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}.")
+        if self.data.streaming and (self.epochs is not None or self.steps is None):
+            raise ValueError(
+                "--data.streaming has no known number of rows, so that passes over the data cannot "
+                "be counted: give --steps, and leave out --epochs."
+            )
         if self.early_stop is not None and self.early_stop < 1:
             raise ValueError(f"early_stop must be at least 1, got {self.early_stop}.")
         for name in ("early_stop", "keep_best"):

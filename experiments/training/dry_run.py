@@ -48,7 +48,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         "steps": run.steps,
         "rows_per_step": rows,
         "tokens_in_first_step": tokens,
-        "epochs": run.steps * rows / run.data.train.num_rows,
+        "epochs": run.steps * rows / run.data.train.num_rows if run.data.train.num_rows else None,
     }
     report = {"dry_run": True} | counts | sizes | schedule
     run.console.print(_table(run, report))
@@ -79,10 +79,9 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
     table.add_section()
     add("decoding state of a sequence", report["state_bytes_per_sequence"])
     rows = report["rows_per_step"]
-    table.caption = (
-        f"{report['steps']:,} steps of {rows} row{'s' if rows > 1 else ''}, "
-        f"{report['epochs']:.3g} passes over the data"
-    )
+    table.caption = f"{report['steps']:,} steps of {rows} row{'s' if rows > 1 else ''}"
+    if report["epochs"] is not None:
+        table.caption += f", {report['epochs']:.3g} passes over the data"
     return table
 
 

@@ -15,6 +15,7 @@ from experiments.models.limits import check_lengths, check_tokens
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.ops.cross_entropy import token_cross_entropy
+from tptt_jax.processes import fetch
 from tptt_jax.training.loss import next_token_targets
 from tptt_jax.training.train_step import Batch
 
@@ -87,7 +88,7 @@ def evaluate_held_out(
         _losses_by_place(model, put(batch), use_memory=use_memory)
         for batch in source.batches(batch_size)
     ]
-    totals = np.sum(np.asarray(sums, np.float64), axis=0)
+    totals = np.sum([[fetch(x).astype(np.float64) for x in pair] for pair in sums], axis=0)
     return HeldOut(totals[0], totals[1])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data import TokenBatchSource
+from experiments.data import StreamSource, TokenBatchSource
 from experiments.data.data_files import FoundData
 
 # Hashed bytes of a data file: a quarter of a gigabyte.
@@ -35,9 +35,9 @@ def of_data(found: FoundData | None) -> dict[str, Any] | None:
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def of_rows(rows: TokenBatchSource | None) -> str | None:
-    """A hash of rows of tokens and their loss masks; None: no rows."""
-    if rows is None:
+def of_rows(rows: TokenBatchSource | StreamSource | None) -> str | None:
+    """A hash of rows of tokens and their loss masks; None: no rows, or none in memory."""
+    if not isinstance(rows, TokenBatchSource):
         return None
     digest = hashlib.sha256()
     for array in (rows.tokens, rows.segment_ids, rows.loss_mask):

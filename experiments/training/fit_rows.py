@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.data import TokenBatchSource, load_token_data
 from experiments.data.data_files import FoundData, find_data
+from experiments.data.stream_loading import sample_rows
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.config import FinetuneConfig
 from tptt_jax import CausalLM, ModelConfig
@@ -12,6 +13,9 @@ from tptt_jax.config import runs_memory
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
+
+# Of streamed data; a fit takes a few hundred rows.
+_STREAMED_EXAMPLES = 2000
 
 
 def fit_rows(
@@ -60,7 +64,13 @@ def long_rows(
         # Other data does not share the --data.* options of the training data.
         changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
         changes |= {"text_column": "text", "split": "train", "max_rows": None}
+        changes |= {"streaming": False, "weights": ()}
     data = dataclasses.replace(config.data, **changes)
+    if data.streaming:
+        rows = sample_rows(data, tokenizer, seed, _STREAMED_EXAMPLES, files)
+        check_tokens(rows.tokens, model.vocab_size, tokenizer)
+        check_lengths(rows.segment_ids, model, "fit: length")
+        return rows
     files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
     rows = load_token_data(
         *(data, tokenizer, seed), window=window, files=files, strict=config.strict

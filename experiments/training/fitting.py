@@ -120,7 +120,9 @@ class Fitting:
             window = None
             if self.windows is not None:
                 window = jnp.asarray(self.windows.draw(self.seed, name, number))
-            return (self.put(rows), window), int(np.count_nonzero(rows.segment_ids))
+            # All processes read all rows here, and each counts a part of them.
+            tokens = np.count_nonzero(rows.segment_ids) / jax.process_count()
+            return (self.put(rows), window), round(tokens)
 
         if name == "transfer":
             rate = ("--fit-learning-rate", "fit.learning_rate", self.config.learning_rate)

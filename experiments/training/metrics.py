@@ -29,6 +29,8 @@ class StepRecord:
     mu_max: float | None = None
     seconds: float
     """Wall time of this step."""
+    wait_seconds: float | None = None
+    """Part of it in which the step waited for its rows; None in older files."""
     eval_loss: float | None = None
     """Held-out loss after this step, where it was measured."""
     gap_left: list[float] | None = None
@@ -77,12 +79,26 @@ class MetricsWriter:
         self.close()
 
 
+class NoMetrics(MetricsWriter):
+    """Writes nothing, where another process does."""
+
+    def __init__(self) -> None:
+        """Opens nothing."""
+        self.logged = 0
+
+    def write(self, record: StepRecord) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def _line(record: StepRecord) -> str:
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in dataclasses.asdict(record).items()
     }
-    for name in ("eval_loss", "gap_left", "memory"):
+    for name in ("wait_seconds", "eval_loss", "gap_left", "memory"):
         if finite[name] is None:
             del finite[name]
     return json.dumps(finite) + "\n"

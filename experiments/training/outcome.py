@@ -16,6 +16,7 @@ from experiments.training.questions import Answers
 from experiments.training.run import Run
 from tptt_jax import CausalLM
 from tptt_jax.durable import atomic_file
+from tptt_jax.processes import is_first_process, wait_for_all
 
 State = Literal["before", "window", "fitted", "after", "memory_off"]
 
@@ -53,6 +54,8 @@ class Outcome:
             # be killed after its last step.
             self._found = {name: part for name, part in self._found.items() if name not in ended}
             self._save()
+        # From here on all processes know the same.
+        wait_for_all("evaluation.json is read")
 
     def measure(self, state: State, model: CausalLM, *, use_memory: bool = True) -> None:
         """Measures a model on the held-out rows, unless an earlier call did so."""
@@ -69,6 +72,8 @@ class Outcome:
         self._save()
 
     def _save(self) -> None:
+        if not is_first_process():
+            return
         with atomic_file(self._file) as path:
             saved = {name: _to_json(part) for name, part in self._found.items()}
             path.write_text(json.dumps(saved), encoding="utf-8")
@@ -129,6 +134,8 @@ class Outcome:
 
     def plot(self) -> None:
         """Draws the stages of the run and perplexity by position, if there is anything new."""
+        if not is_first_process():
+            return
         config = self._run.config
         first = "loss.png" if self._run.steps else "fit.png"
         if not self.is_new and (config.output / first).is_file():

@@ -16,8 +16,9 @@ from typing import Any, Self
 import yaml
 
 from experiments.command_line import read_yaml, resolved_yaml
-from experiments.data.data_files import find_data
+from experiments.data.data_files import find_data, find_parts
 from experiments.models import is_tuned
+from experiments.process.distributed import DistributedConfig
 from experiments.training import fingerprints
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
@@ -32,6 +33,7 @@ _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
+    "distributed",
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
 # Compared by content, not by name.
@@ -120,7 +122,11 @@ class Resumption:
         self.record = Record(seed=seed)
         """What is written down once the run may begin."""
         data = config.data
-        self.files = find_data(data.path, data.split, data.revision, leave_out=output)
+        self.files = find_parts(
+            *(data.path, data.split, data.revision),
+            separate=bool(data.weights),
+            leave_out=output,
+        )
         """The files of the training data."""
         self.fit_files = (
             None if config.fit.data is None else find_data(config.fit.data, leave_out=output)
@@ -195,7 +201,11 @@ class Resumption:
             f"{each['before']} -> {each['now']}\n"
             for each in self.record.changes
         ]
-        settings = dataclasses.replace(self._config, config=None, resume_allow=())
+        # Another call may have other processes.
+        alone = DistributedConfig()
+        settings = dataclasses.replace(
+            self._config, config=None, resume_allow=(), distributed=alone
+        )
         with atomic_file(output / "config.yaml") as path:
             path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")
 

@@ -12,17 +12,27 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
-from experiments.data import TokenBatch, TokenBatchSource, TokenData, load_token_data
+from experiments.data import (
+    StreamData,
+    StreamSource,
+    TokenBatch,
+    TokenBatchSource,
+    TokenData,
+    load_stream,
+    load_token_data,
+)
+from experiments.data.data_files import FoundData
 from experiments.data.prompts import text_tokens
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.best import BEST, BestState, has_stopped_early, records_until
-from experiments.training.checks import check_output, check_rows, describe_run
+from experiments.training.checks import check_output, describe_run, make_run_mesh
 from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out
 from experiments.training.fit_rows import fit_rows
 from experiments.training.fitting import Fitting
 from experiments.training.full_layers import with_chosen_layers
 from experiments.training.metrics import StepRecord
+from experiments.training.positions import read_position, save_position
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
 from experiments.training.stage import STAGES, Stage
@@ -31,9 +41,10 @@ from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
-from tptt_jax.sharding import batch_sharding, make_mesh
+from tptt_jax.processes import failing_together, is_first_process, put
+from tptt_jax.sharding import batch_sharding, own_rows
 from tptt_jax.training.checkpoint import remove_checkpoints
-from tptt_jax.training.description import write_description
+from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.optimizer import make_optimizer
 from tptt_jax.training.partition import Partition, load_trainable, split_trainable
 from tptt_jax.training.train_step import (
@@ -68,7 +79,7 @@ class Run:
     config: FinetuneConfig
     console: Console
     tokenizer: "PreTrainedTokenizerFast"
-    data: TokenData
+    data: TokenData | StreamData
     fit_rows: TokenBatchSource | None
     """Rows to fit the memory on; None: no fit."""
     model: CausalLM
@@ -84,8 +95,16 @@ class Run:
 
         A dry run claims nothing.
         """
-        mesh = None if config.mesh is None else make_mesh(config.mesh)
-        check_rows(config, mesh)
+        with failing_together():
+            run, description = cls._load(config, console)
+        with failing_together():
+            if not config.dry_run and is_first_process():
+                run._claim_output(description)
+        return run
+
+    @classmethod
+    def _load(cls, config: FinetuneConfig, console: Console) -> tuple["Run", Description]:
+        mesh = make_run_mesh(config)
         config = with_chosen_layers(config, mesh, console)
         description = describe_run(config)
         check_output(config, description)
@@ -93,12 +112,7 @@ class Run:
         seed = resumption.record.seed
         tokenizer = load_tokenizer(config.model)
         window = None if config.memory is None else config.memory.softmax_window
-        data = load_token_data(
-            *(config.data, tokenizer, seed),
-            window=window,
-            files=resumption.files,
-            strict=config.strict,
-        )
+        data = _load_data(config, tokenizer, seed, window, resumption.files)
         console.print(data.describe(config.rows_per_step), markup=False)
         for line in data.bad_rows[:_NAMED_BAD_ROWS]:
             console.print(f"left out: {line}", markup=False)
@@ -110,8 +124,9 @@ class Run:
             mesh=mesh,
             seed=config.seed,
         )
-        check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
-        check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
+        if isinstance(data.train, TokenBatchSource):
+            check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
+            check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
         if data.eval is not None:
             check_tokens(data.eval.tokens, model.config.vocab_size, tokenizer)
             check_lengths(data.eval.segment_ids, model.config, "--data.eval-length")
@@ -132,11 +147,9 @@ class Run:
             resumption=resumption,
         )
         resumption.check_loaded(model, data, run.fit_rows)
-        if not config.dry_run:
-            run._claim_output(description)
-        return run
+        return run, description
 
-    def _claim_output(self, description: Any) -> None:
+    def _claim_output(self, description: Description) -> None:
         output = self.config.output
         if self.was_complete:
             done = f"{self.resumption.step}; --steps {self.steps}"
@@ -241,6 +254,7 @@ class Run:
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_over=best.is_over,
+            before_save=self._save_position,
             sound_step=self.resumption.step,
             is_last=True,
             trackers=self.trackers,
@@ -327,7 +341,23 @@ class Run:
         even = len(batch.tokens) % shards == 0
         sharding = batch_sharding(self.mesh, divide_rows=even)
         pad = ((0, 0), (0, -batch.tokens.shape[1] % self.mesh.shape["context"]))
-        return Batch(*(jax.device_put(np.pad(array, pad), sharding) for array in batch))
+        return Batch(*(put(np.pad(array, pad), sharding) for array in batch))
+
+    def put_own(self, batch: TokenBatch) -> Batch:
+        """`put` of this process's part of a step's rows, see `own_rows`."""
+        if self.mesh is None or jax.process_count() == 1:
+            return self.put(batch)
+        sharding, padding = batch_sharding(self.mesh), -batch.tokens.shape[1]
+        pad = ((0, 0), (0, padding % self.mesh.shape["context"]))
+        arrays = [np.pad(array, pad) for array in batch]
+        whole = (self.config.rows_per_step, arrays[0].shape[1])
+        return Batch(*(jax.make_array_from_process_local_data(sharding, x, whole) for x in arrays))
+
+    @functools.cached_property
+    def own_rows(self) -> slice:
+        """The rows of a step that this process reads: those that its devices work on."""
+        count = self.config.rows_per_step
+        return slice(0, count) if self.mesh is None else own_rows(self.mesh, count)
 
     def _fitting(self) -> Fitting:
         assert self.fit_rows is not None
@@ -346,11 +376,13 @@ class Run:
 
     @functools.cached_property
     def _telemetry(self) -> Telemetry | None:
-        """None: no memory runs, or rows are divided, of which measurements know nothing."""
+        """None: no memory runs, rows are divided, or only a stream has any."""
         is_divided = self.mesh is not None and self.mesh.shape["context"] > 1
         if is_divided or not runs_memory(self.model.config, self.model.liza):
             return None
         source = self.data.train if self.data.eval is None else self.data.eval
+        if not isinstance(source, TokenBatchSource):
+            return None
         first = source.batch_at(0, 1, self.config.seed)
         row = begin_of(first, self.config.data.sequence_length, self.window)
         return Telemetry(
@@ -376,15 +408,52 @@ class Run:
         )
 
     def batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
-        """The batch of a step, on its way to the device, its window, its tokens."""
-        batch = self.data.train.batch_at(step, self.config.rows_per_step, self.config.seed)
+        """The batch of a step, on its way to the device, its window, its tokens.
+
+        Of several processes each reads its own rows, and counts its part of the tokens.
+        """
+        size, rows, source = self.config.rows_per_step, self.own_rows, self.data.train
+        if isinstance(source, StreamSource) and source.step != step:
+            source.go_to(step, read_position(self.config.output, step))
+        batch = source.batch_at(step, size, self.config.seed, rows)
+        if isinstance(source, StreamSource):
+            check_tokens(batch.tokens, self.model.config.vocab_size, self.tokenizer)
+            check_lengths(batch.segment_ids, self.model.config, "--data.sequence-length")
         windows, window = self._windows(), None
         if windows is not None:
             window = jnp.asarray(windows.draw(self.config.seed, "train", step))
-        return (self.put(batch), window), int(np.count_nonzero(batch.segment_ids))
+        # Where devices of several processes share rows, each of them counts a part.
+        part = size / (len(batch.tokens) * jax.process_count())
+        tokens = round(np.count_nonzero(batch.segment_ids) * part)
+        return (self.put_own(batch), window), tokens
+
+    def _save_position(self, step: int) -> None:
+        source = self.data.train
+        if isinstance(source, StreamSource):
+            save_position(self.config.output, step, source.position_after(step))
 
     def _place(self, state: TrainState) -> TrainState:
         return state if self.mesh is None else place_state(state, self.mesh)
+
+
+def _load_data(
+    config: FinetuneConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    window: int | None,
+    files: FoundData,
+) -> TokenData | StreamData:
+    if not config.data.streaming:
+        return load_token_data(
+            *(config.data, tokenizer, seed), window=window, files=files, strict=config.strict
+        )
+    return load_stream(
+        *(config.data, tokenizer, seed),
+        rows_per_step=config.rows_per_step,
+        order_seed=config.seed,
+        files=files,
+        strict=config.strict,
+    )
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

@@ -1,6 +1,7 @@
 """One stage of a run: a loop of compiled steps that can be interrupted, killed and resumed."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +14,11 @@ from rich.console import Console
 
 from experiments.process.interrupts import StopRequest, TerminationError
 from experiments.training.event_files import EventFile
-from experiments.training.metrics import MetricsWriter, StepRecord
+from experiments.training.metrics import MetricsWriter, NoMetrics, StepRecord
+from experiments.training.prefetch import Prefetch
 from experiments.training.report import TrainingProgress
 from experiments.training.trackers import Trackers, scalars
+from tptt_jax.processes import failing_together, is_first_process, sums_of_all
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
@@ -40,7 +43,8 @@ class Stage:
     """Steps between checkpoints; the last step always saves one."""
     step: Step
     batch_at: Callable[[int], tuple[tuple[Any, ...], int]]
-    """Arguments of a step, by its number from 0, in transfer to the device; and their tokens."""
+    """Arguments of a step, by its number from 0, in transfer to the device; and their tokens (of
+    several processes, each one's part). Called in a thread, ahead of the steps, in order."""
     to_record: Callable[[int, Any, float, int], StepRecord]
     """Steps done, metrics, seconds and tokens of the last one -> its record."""
     rows_at: Callable[[int], np.ndarray] = lambda number: np.zeros(0, np.int64)
@@ -49,6 +53,8 @@ class Stage:
     """The flag of this stage's rate, its name for --resume-allow, and what it is now."""
     finish_record: Callable[[TrainState, StepRecord], StepRecord] = lambda state, record: record
     """Adds to a step's record what is measured now and then."""
+    before_save: Callable[[int], None] = lambda step: None
+    """Saves what belongs to a checkpoint, by its step."""
     is_over: Callable[[], bool] = lambda: False
     """Whether the stage ends after the steps that are done."""
     sound_step: int | None = None
@@ -104,38 +110,44 @@ class Stage:
             # A run without steps still leaves what later commands load.
             checkpoints.save(state)
             return state, total
-        writer = MetricsWriter(self.folder / "metrics.jsonl", resume_step=first)
+        file = self.folder / "metrics.jsonl"
+        writer = MetricsWriter(file, resume_step=first) if is_first_process() else NoMetrics()
         progress = TrainingProgress(self.steps, first_step=first, console=console, title=self.title)
-        events = EventFile(self.folder, resume_step=first)
         tracker = self.trackers.of_stage(self.name, writer.logged)
-        with StopRequest() as stop, writer, progress, contextlib.closing(events):
-            batch, tokens = self.batch_at(first)
+        prefetch = Prefetch(self.batch_at, first, self.steps)
+        with StopRequest() as stop, writer, progress, prefetch, contextlib.ExitStack() as opened:
+            trackers = [tracker]
+            if is_first_process():
+                events = EventFile(self.folder, resume_step=first)
+                trackers.append(opened.enter_context(contextlib.closing(events)))
             for number in range(first, self.steps):
+                (batch, tokens), waited = prefetch.get()
                 start = time.perf_counter()
                 state, metrics = self.step(state, *batch)
-                # The call is asynchronous: the device works while the next batch is prepared.
-                # Time that this takes beyond the step counts as part of it.
-                counted, last = tokens, number + 1 == self.steps
-                if not last:
-                    batch, tokens = self.batch_at(number + 1)
                 jax.block_until_ready(metrics)
-                seconds = time.perf_counter() - start
+                seconds = waited + time.perf_counter() - start
                 total += seconds
+                (counted,) = map(int, sums_of_all([tokens]))
                 record = self.to_record(number + 1, metrics, seconds, counted)
+                record = dataclasses.replace(record, wait_seconds=waited)
                 if not metrics.is_finite:
-                    raise self._not_finite(record, state, checkpoints)
+                    with failing_together():
+                        raise self._not_finite(record, state, checkpoints)
                 record = self.finish_record(state, record)
                 writer.write(record)
-                for each in (events, tracker):
+                for each in trackers:
                     each.log(record.step, scalars(record))
                 progress.update(record)
-                last = last or self.is_over()
-                if last or stop.requested or (number + 1) % self.checkpoint_every == 0:
+                last = number + 1 == self.steps or self.is_over()
+                signals = sums_of_all([stop.requested, stop.is_termination])
+                stopped, terminated = (count > 0 for count in signals)
+                if last or stopped or (number + 1) % self.checkpoint_every == 0:
+                    self.before_save(number + 1)
                     checkpoints.save(state)
                 checkpoints.check()
-                if stop.requested and (stop.is_termination or not (last and self.is_last)):
+                if stopped and (terminated or not (last and self.is_last)):
                     checkpoints.wait()
-                    if stop.is_termination:
+                    if terminated:
                         raise TerminationError(
                             f"stopped after {self.title} {number + 1} of {self.steps}, which is "
                             "saved"
@@ -152,6 +164,7 @@ class Stage:
         """Saves the state before a step that is not finite, and returns the error."""
         kept = int(state.step)
         if kept:
+            self.before_save(kept)
             checkpoints.save(state)
             checkpoints.wait()
         rows = ", ".join(map(str, self.rows_at(record.step - 1)))

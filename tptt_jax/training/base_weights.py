@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax.model import CausalLM
+from tptt_jax.processes import fetch
 from tptt_jax.training.partition import dotted, is_base_weight
 
 RECORD = "run.json"
@@ -30,11 +31,13 @@ def hash_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
         name = dotted(path)
         if is_base_weight(name) or (adapters and ".lora." in name):
             value = variable.get_value()
-            if next(iter(value.devices())).platform == "cpu":
+            is_here = value.is_fully_addressable
+            if is_here and next(iter(value.devices())).platform == "cpu":
                 value = np.asarray(value)  # no copy, and no compilation for each shape
             flat = value.reshape(-1)
             # From an accelerator, only the samples are copied to the host.
-            some = np.ascontiguousarray(flat[:: max(1, flat.size // _SAMPLES)])
+            some = flat[:: max(1, flat.size // _SAMPLES)]
+            some = np.ascontiguousarray(some if isinstance(some, np.ndarray) else fetch(some))
             content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
             found[name] = f"{list(value.shape)} {content}"
     return found

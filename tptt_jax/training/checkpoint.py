@@ -7,6 +7,7 @@ A run's directory holds `checkpoint.json` (the source of the base and its settin
 import contextlib
 import logging
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +19,25 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tptt_jax.model import CausalLM
-from tptt_jax.training.newest_step import CheckpointMisfit, read_newest
+from tptt_jax.processes import failing_together, from_first, is_first_process, wait_for_all
+from tptt_jax.training.newest_step import CheckpointMisfit, NewestStep, read_newest
 from tptt_jax.training.orbax_files import (
     PARTS,
     flat_shapes,
     read_shapes,
     read_trees,
+    start_trees,
     write_trees,
 )
 from tptt_jax.training.partition import load_trainable, restore_targets
 from tptt_jax.training.step_folders import (
     DamagedStep,
     check_step,
+    fill_step,
     list_steps,
     remove_leftovers,
     remove_steps,
+    start_step,
     write_step,
 )
 from tptt_jax.training.train_step import TrainState
@@ -131,8 +136,10 @@ class RunCheckpoints:
         """
         self._folder = _folder(path)
         self._keep = keep
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
+        if is_first_process():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._folder)
+        wait_for_all("checkpoints")
         self._known: int | None = None
         self._damaged: tuple[int, ...] = ()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -150,7 +157,8 @@ class RunCheckpoints:
     ) -> None:
         """Waits for the pending write; its failure never hides another error."""
         try:
-            self.wait()
+            # After an error other processes may be elsewhere.
+            self.wait() if error is None else self._wait()
         except OSError as failure:
             if error is None:
                 raise
@@ -174,10 +182,10 @@ class RunCheckpoints:
         step = int(state.step)
         if step == self._known:
             return
-        # The next step may reuse the state's memory during the write.
-        trees = dict(zip(PARTS, _items(state), strict=True))
-        copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
-        self._pending = self._writer.submit(self._write, step, copies)
+        trees: dict[str, Any] = dict(zip(PARTS, _items(state), strict=True))
+        with self._plain_errors(step):
+            write = self._start_write(step, trees)
+        self._pending = self._writer.submit(self._write, step, write)
         self._known = step
 
     def check(self) -> None:
@@ -186,11 +194,18 @@ class RunCheckpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the saved step is on disk and verified.
+        """Waits until the saved step is on disk and verified, in all processes.
 
         Raises:
           OSError: if it could not be written.
         """
+        if self._wait():
+            # Others have written, but process 0 may still have to give the step its name.
+            wait_for_all("checkpoint")
+
+    def _wait(self) -> bool:
+        """Whether there was something to wait for."""
+        is_pending = self._pending is not None
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
@@ -199,6 +214,7 @@ class RunCheckpoints:
                 # Saving the same step again is to write it.
                 self._known = None
                 raise
+        return is_pending
 
     def restore(self, like: TrainState, *, sound: int | None = None) -> TrainState:
         """The last readable state, with the shapes and shardings of `like`.
@@ -228,7 +244,7 @@ class RunCheckpoints:
             raise ValueError(
                 "there is no complete checkpoint to resume from: train from the start."
             )
-        newest = read_newest(self._folder, PARTS, read, sound=sound)
+        newest = self._read_newest(read, sound)
         saved, self._known, self._damaged = newest.content, newest.step, newest.damaged
         key = jax.random.wrap_key_data(saved["progress"]["key"])
         return TrainState(
@@ -239,11 +255,52 @@ class RunCheckpoints:
             key=key,
         )
 
-    def _write(self, step: int, trees: dict[str, Any]) -> None:
+    def _read_newest(self, read: Callable[[Path], Any], sound: int | None) -> NewestStep[Any]:
+        if jax.process_count() == 1:
+            return read_newest(self._folder, PARTS, read, sound=sound)
+        chosen: NewestStep[Any] = NewestStep(0, None, ())
+        with failing_together():
+            # Process 0 chooses for all: reading waits for every process.
+            if is_first_process():
+                chosen = read_newest(self._folder, PARTS, lambda folder: None, sound=sound)
+        step = from_first(chosen.step)
+        return NewestStep(step, read(self._folder / str(step)), chosen.damaged)
+
+    def _start_write(self, step: int, trees: dict[str, Any]) -> Callable[[], None]:
+        """Copies the arrays; the result writes them."""
+        # Optimizers may hold infinity from the start; weights never do.
+        if jax.process_count() == 1:
+            # The next step may reuse the state's memory during the write.
+            copies = jax.tree.map(lambda x: np.array(x, copy=True), trees)
+
+            def write() -> None:
+                _check_finite(copies["weights"])
+                write_step(self._folder, step, lambda place: write_trees(place, copies))
+
+            return write
+        _check_finite(trees["weights"])
+        partial = start_step(self._folder, step, clean=is_first_process())
+        finish = start_trees(partial, trees)
+        if not is_first_process():
+            return finish
+        return lambda: fill_step(self._folder, step, partial, lambda place: finish())
+
+    def _write(self, step: int, write: Callable[[], None]) -> None:
+        with self._plain_errors(step):
+            write()
+        if not is_first_process():
+            return
+        steps = list_steps(self._folder)
+        old = [each for each in steps if each <= step][: -self._keep]
+        # Later steps belong to an abandoned course, but only damaged ones are removed.
+        damaged = [each for each in steps if each > step and each in self._damaged]
+        remove_steps(self._folder, [*old, *damaged])
+
+    @contextlib.contextmanager
+    def _plain_errors(self, step: int) -> Iterator[None]:
+        """Raises OSError with a remedy for what keeps a step from being written."""
         try:
-            # Optimizers may hold infinity from the start; weights never do.
-            _check_finite(trees["weights"])
-            write_step(self._folder, step, lambda place: write_trees(place, trees))
+            yield
         except DamagedStep as error:
             raise OSError(
                 f"the checkpoint of step {step} was not written: {error}. Lower the learning rate "
@@ -255,11 +312,6 @@ class RunCheckpoints:
                 f"the checkpoint of step {step} cannot be written to {self._folder} ({reason}): "
                 "make room, or check the folder; the same command resumes from the last one."
             ) from error
-        steps = list_steps(self._folder)
-        old = [each for each in steps if each <= step][: -self._keep]
-        # Later steps belong to an abandoned course, but only damaged ones are removed.
-        damaged = [each for each in steps if each > step and each in self._damaged]
-        remove_steps(self._folder, [*old, *damaged])
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -285,9 +337,14 @@ def _check_fits(saved: Any, target: Any) -> None:
 def _check_finite(tree: Any) -> None:
     """Raises DamagedStep if a floating-point array holds NaN or infinity."""
     for path, value in jax.tree.leaves_with_path(tree):
-        array = np.asarray(value)
-        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
+        if jnp.issubdtype(value.dtype, jnp.floating) and not _is_finite(value):
             raise DamagedStep(f"values of {jax.tree_util.keystr(path)} are not finite")
+
+
+def _is_finite(value: Any) -> bool:
+    if getattr(value, "is_fully_addressable", True):
+        return bool(np.isfinite(np.asarray(value)).all())
+    return bool(jnp.isfinite(value).all())  # computed by all processes together
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:

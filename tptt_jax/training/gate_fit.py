@@ -13,6 +13,7 @@ from tptt_jax.array_typing import Array, Float, SegmentIds, Tokens
 from tptt_jax.layers.gates import MassGate, ReadScale
 from tptt_jax.layers.liza import LizaAttention
 from tptt_jax.model import CausalLM
+from tptt_jax.processes import fetch
 from tptt_jax.training.partition import Partition, Trainable
 from tptt_jax.training.transfer import LayerView, visit_layers
 
@@ -65,7 +66,7 @@ def fit_gates(
             collect = _collector(partition, frozen, sums_of)
             found = [
                 jax.tree.map(
-                    lambda x: np.asarray(x, np.float64), collect(trainable, tokens, segment_ids)
+                    lambda x: fetch(x).astype(np.float64), collect(trainable, tokens, segment_ids)
                 )
                 for tokens, segment_ids in rows
             ]

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,38 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
     # orbax passes on exceptions of asyncio, tensorstore and the system.
     except Exception as error:
         raise OSError(first_line(error, 300)) from error
+
+
+def start_trees(folder: Path, trees: Mapping[str, Any]) -> Callable[[], None]:
+    """Starts writing trees of arrays whose shards several processes hold.
+
+    All processes must call this, with the same folder; each writes its own shards. It returns once
+    the shards are copied to the host.
+
+    Args:
+      folder: a new folder in an existing one, without glob characters in its path.
+      trees: as those of `write_trees`, of `jax.Array`.
+
+    Returns:
+      A function that waits until all processes have written; it raises OSError if one could not.
+    """
+    if any(character in str(folder.absolute()) for character in _GLOB_CHARACTERS):
+        raise OSError(f"several processes cannot write below a name with one of {_GLOB_CHARACTERS}")
+    handlers: Any = {name: ocp.StandardCheckpointHandler() for name in PARTS}
+    checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+    arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    with _quiet():
+        checkpointer.save(folder.absolute(), args=ocp.args.Composite(**arguments))
+
+    def finish() -> None:
+        try:
+            with _quiet():
+                checkpointer.wait_until_finished()
+                checkpointer.close()
+        except Exception as error:
+            raise OSError(first_line(error, 300)) from error
+
+    return finish
 
 
 def read_shapes(folder: Path, part: str) -> Any:

@@ -40,8 +40,26 @@ def write_step(folder: Path, step: int, fill: Callable[[Path], None]) -> None:
       step: its number; an earlier one is replaced.
       fill: creates the given folder and writes the files; its exceptions pass through.
     """
-    partial, final = folder / f".{step}.partial", folder / str(step)
-    shutil.rmtree(partial, ignore_errors=True)
+    fill_step(folder, step, start_step(folder, step), fill)
+
+
+def start_step(folder: Path, step: int, *, clean: bool = True) -> Path:
+    """The name of the folder that a step's files are written to.
+
+    Args:
+      folder: an existing folder.
+      step: its number.
+      clean: remove what is left there of a killed process.
+    """
+    partial = folder / f".{step}.partial"
+    if clean:
+        shutil.rmtree(partial, ignore_errors=True)
+    return partial
+
+
+def fill_step(folder: Path, step: int, partial: Path, fill: Callable[[Path], None]) -> None:
+    """`write_step` after `start_step`, which gave `partial`."""
+    final = folder / str(step)
     try:
         fill(partial)
         _write_manifest(partial)

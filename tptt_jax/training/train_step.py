@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
 from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM, base_model, replace_memory
+from tptt_jax.processes import put
 from tptt_jax.sharding import replicated
 from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
@@ -97,7 +98,7 @@ def place_state(state: TrainState, mesh: Mesh) -> TrainState:
 
     def place(x: Array) -> Array:
         on_mesh = isinstance(x.sharding, NamedSharding) and x.sharding.mesh == mesh
-        return x if on_mesh else jax.device_put(x, replicated(mesh))
+        return x if on_mesh else put(x, replicated(mesh))
 
     return jax.tree.map(place, state)
 

@@ -1,0 +1,130 @@
+"""One data set of a stream: its examples by index, made from the row when they are asked for."""
+
+import contextlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Int
+
+from experiments.data.columns import Format, find_format, read_columns, rename_columns
+from experiments.data.config import DataConfig
+from experiments.data.formats import cut_document, row_examples, text_cells, text_documents
+from experiments.data.indexed_rows import IndexedRows
+from experiments.data.packing import Example
+from experiments.data.permutation import Permutation
+from experiments.data.rows import RowRun, Rows
+from experiments.data.special_tokens import begin_tokens
+
+if TYPE_CHECKING:  # transformers takes seconds to import
+    from transformers import PreTrainedTokenizerFast
+
+# Rows whose columns are those of the data.
+_SAMPLE = 100
+# A share of a large data set would be more than one wants to evaluate, or to hold in memory.
+_MOST_HELD_OUT = 1000
+
+
+class StreamTable:
+    """The rows of one data set in a random order; the first ones are held out."""
+
+    def __init__(
+        self,
+        rows: IndexedRows,
+        config: DataConfig,
+        tokenizer: "PreTrainedTokenizerFast",
+        seed: int,
+    ) -> None:
+        """Finds the format by the first rows.
+
+        Args:
+          rows: of the data set.
+          config: what the rows mean.
+          tokenizer: of the model.
+          seed: chooses the held-out rows.
+
+        Raises:
+          ValueError: if columns are missing, or nothing is left to train on.
+        """
+        self._rows, self._config, self._tokenizer = rows, config, tokenizer
+        self._columns = _columns(rows)
+        self.format: Format = find_format(self._table([]), config.format, config.text_column)
+        self._order = Permutation(len(rows), seed)
+        count = int(config.eval_rows)
+        if 0 < config.eval_rows < 1:
+            count = min(max(1, round(len(rows) * config.eval_rows)), _MOST_HELD_OUT)
+        if count >= len(rows):
+            raise ValueError(
+                f"{rows.shown} has {len(rows)} rows and {count} would be held out, which leaves "
+                "nothing to train on: lower --data.eval-rows (0 holds out nothing)."
+            )
+        self._num_held_out = count
+        self.prefix = begin_tokens(tokenizer) if self.format == "text" else []
+
+    @property
+    def shown(self) -> str:
+        """The data's name for messages."""
+        return self._rows.shown
+
+    @property
+    def num_rows(self) -> int:
+        """Rows to train on."""
+        return len(self._rows) - self._num_held_out
+
+    def document(self, index: int) -> Int[np.ndarray, " L"]:
+        """The tokens of a text to train on, without what a text begins with.
+
+        Raises:
+          ValueError: if the row holds no text; the message names it.
+        """
+        return self._document(self._order(self._num_held_out + index))
+
+    def example(self, index: int) -> Example:
+        """The example of a row to train on that has prompt and answer, cut to the row length.
+
+        Raises:
+          ValueError: if the row is invalid; the message names it.
+        """
+        return self._example(self._order(self._num_held_out + index))
+
+    def held_out(self) -> list[Example]:
+        """The held-out examples, those without targets left out.
+
+        Raises:
+          ValueError: if a row is invalid; the message names it.
+        """
+        length, found = self._config.sequence_length, []
+        for index in map(self._order, range(self._num_held_out)):
+            if self.format == "text":
+                found += cut_document(self._document(index), length, self.prefix)
+            else:
+                found.append(self._example(index))
+        return [example for example in found if example.targets.any()]
+
+    def _document(self, index: int) -> Int[np.ndarray, " L"]:
+        rows = self._table([index])
+        return text_documents(self._tokenizer, text_cells(rows, self._config.text_column))[0]
+
+    def _example(self, index: int) -> Example:
+        rows = self._table([index])
+        (found,) = row_examples(self._tokenizer, rows, self.format, self._config.loss)
+        length = self._config.sequence_length
+        return Example(found.tokens[:length], found.targets[:length])
+
+    def _table(self, indices: list[int]) -> Rows:
+        """Some rows under our names of their columns."""
+        rows = Rows(
+            source=self.shown,
+            columns=self._columns,
+            rows=[self._rows.read(index) for index in indices],
+            runs=tuple(RowRun(i, *self._rows.place(index)) for i, index in enumerate(indices)),
+        )
+        return rename_columns(rows, read_columns(self._config.columns))
+
+
+def _columns(rows: IndexedRows) -> tuple[str, ...]:
+    """The columns of the first rows that can be read."""
+    names: dict[str, None] = {}
+    for index in range(min(len(rows), _SAMPLE)):
+        with contextlib.suppress(ValueError):  # it is named when its turn comes
+            names |= dict.fromkeys(rows.read(index))
+    return tuple(names)

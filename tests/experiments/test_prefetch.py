@@ -1,0 +1,42 @@
+"""Batches that are prepared in a thread."""
+
+import threading
+
+import pytest
+
+from experiments.training.prefetch import Prefetch
+
+
+def test_items_come_in_order_from_one_thread():
+    threads = set()
+
+    def make(number):
+        threads.add(threading.get_ident())
+        return number * number
+
+    with Prefetch(make, 3, 8) as prefetch:
+        assert [prefetch.get().item for _ in range(5)] == [9, 16, 25, 36, 49]
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+def test_an_error_comes_in_its_place():
+    def make(number):
+        if number == 1:
+            raise ValueError("row 7 is broken")
+        return number
+
+    with Prefetch(make, 0, 5) as prefetch:
+        assert prefetch.get().item == 0
+        with pytest.raises(ValueError, match="row 7 is broken"):
+            prefetch.get()
+
+
+def test_leaving_early_ends_the_thread():
+    made = []
+    before = threading.active_count()
+    with Prefetch(made.append, 0, 1000) as prefetch:
+        prefetch.get()
+    assert threading.active_count() == before
+    # Few are made ahead.
+    assert len(made) <= 4
