@@ -53,8 +53,8 @@ def texts(tmp_path):
     )
 
 
-def stream(config, tokenizer, lanes=4, seed=0):
-    return load_stream(config, tokenizer, 0, rows_per_step=lanes, order_seed=seed).train
+def stream(config, tokenizer, lanes=4, seed=0, **options):
+    return load_stream(config, tokenizer, 0, rows_per_step=lanes, order_seed=seed, **options).train
 
 
 def batches(source, first, end, lanes=4, part=slice(None)):
@@ -231,6 +231,9 @@ def test_a_row_that_cannot_be_used_is_named_and_left_out(tmp_path, tokenizer, ca
     assert {tokenizer.decode(row, skip_special_tokens=True) for row in rows} == {"good"}
     assert f"left out: {file}, row 2: text must be text, got int" in caplog.text
     assert f"left out: {file}, row 3, is not valid JSON" in caplog.text
+    strict = stream(replace(CONFIG, path=str(file)), tokenizer, lanes=1, strict=True)
+    with pytest.raises(ValueError, match=r"bad.jsonl, row [23]"):
+        batches(strict, 0, 4, lanes=1)
 
 
 def test_rows_without_an_end_are_an_error_not_a_loop(tmp_path, tokenizer):
