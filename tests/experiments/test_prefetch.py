@@ -40,3 +40,11 @@ def test_leaving_early_ends_the_thread():
     assert threading.active_count() == before
     # Few are made ahead.
     assert len(made) <= 4
+
+
+def test_after_an_error_no_one_waits_for_the_thread():
+    before, released = threading.active_count(), threading.Event()
+    with pytest.raises(KeyboardInterrupt), Prefetch(lambda _: released.wait(), 0, 5):
+        raise KeyboardInterrupt
+    assert threading.active_count() == before + 1
+    released.set()
