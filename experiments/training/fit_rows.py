@@ -67,7 +67,9 @@ def long_rows(
         changes |= {"streaming": False, "weights": ()}
     data = dataclasses.replace(config.data, **changes)
     if data.streaming:
-        rows = sample_rows(data, tokenizer, seed, _STREAMED_EXAMPLES, files)
+        rows, _ = sample_rows(
+            *(data, tokenizer, seed, _STREAMED_EXAMPLES, files), strict=config.strict
+        )
         check_tokens(rows.tokens, model.vocab_size, tokenizer)
         check_lengths(rows.segment_ids, model, "fit: length")
         return rows
