@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.data import DataConfig, load_stream, load_token_data
-from experiments.data.data_files import find_data
+from experiments.data.data_files import FoundData, find_data
 from experiments.data.file_rows import read_file
 from experiments.data.hub_rows import iterate_dataset
 from experiments.data.indexed_rows import index_rows
@@ -123,6 +123,49 @@ def test_what_only_datasets_reads_is_streamed_by_it(tmp_path):
     commit, rows = iterate_dataset(str(tmp_path), "train")
     assert commit is None
     assert list(rows) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_changed_files_of_a_folder_are_copied_again(tmp_path, monkeypatch):
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n  sep: ';'\n---\n"
+    for name in ("one", "other"):
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(card)
+        (folder / "rows.csv").write_text(f"text;n\n{name};1\n")
+
+    def texts():
+        found = find_data("data")
+        assert found.files is None, "only `datasets` reads another separator"
+        rows = index_rows(found, "train")
+        return [rows.read(i)["text"] for i in range(len(rows))]
+
+    for name in ("one", "other"):
+        monkeypatch.chdir(tmp_path / name)
+        assert texts() == [name]
+    (tmp_path / "other" / "data" / "rows.csv").write_text("text;n\nchanged;1\n")
+    assert texts() == ["changed"]
+
+
+def test_without_a_network_the_newest_copy_is_read(monkeypatch):
+    hub = {"commit": None, "text": ""}
+
+    def iterate(name, split, *, revision):
+        assert (name, split) == ("some/data", "train")
+        return hub["commit"], iter([{"text": f"{hub['text']} {revision}"}] if hub["text"] else [])
+
+    def text(revision=None):
+        found = FoundData(("some/data",), is_hub=True, files=None)
+        return index_rows(found, "train", revision).read(0)["text"]
+
+    monkeypatch.setattr("experiments.data.indexed_rows.iterate_dataset", iterate)
+    for commit, revision in (("c0ffee", None), ("beef", "v1"), ("facade", None)):
+        hub |= {"commit": commit, "text": commit}
+        assert text(revision) == f"{commit} {revision}"
+    hub |= {"commit": None, "text": ""}
+    assert text() == "facade None"
+    assert text("v1") == "beef v1"
+    with pytest.raises(ValueError, match="has no rows"):
+        text("v2")
 
 
 def test_a_text_becomes_blocks(tmp_path):
