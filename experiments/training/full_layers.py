@@ -65,7 +65,7 @@ def with_chosen_layers(
         writes="none", softmax_window=window, softmax_sinks=config.liza.softmax_sinks
     )
     model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), mesh=mesh)
-    rows = long_rows(config, model.config, load_tokenizer(config.model), config.seed)
+    rows = long_rows(config, model.config, load_tokenizer(config.model), config.seed, console)
     count = min(_ROWS, rows.num_rows)
     batches = (rows.batch_at(number, 1, config.seed) for number in range(count))
     read = ((jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)) for batch in batches)

@@ -25,7 +25,12 @@ from experiments.training.metrics import StepRecord
 from experiments.training.placement import Placement
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
-from experiments.training.run_data import TrainingBatches, check_rows, load_run_data
+from experiments.training.run_data import (
+    TrainingBatches,
+    check_rows,
+    load_run_data,
+    print_bad_rows,
+)
 from experiments.training.stage import STAGES, Stage
 from experiments.training.telemetry import Telemetry, begin_of
 from experiments.training.trackers import Trackers
@@ -53,8 +58,6 @@ if TYPE_CHECKING:
 # Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
-# More would hide what follows.
-_NAMED_BAD_ROWS = 10
 _IDLE = (
     "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
     "--no-liza to leave it out"
@@ -103,8 +106,7 @@ class Run:
         window = None if config.memory is None else config.memory.softmax_window
         data = load_run_data(config, tokenizer, seed, window, resumption.files)
         console.print(data.describe(config.rows_per_step), markup=False)
-        for line in data.bad_rows[:_NAMED_BAD_ROWS]:
-            console.print(f"left out: {line}", markup=False)
+        print_bad_rows(data.bad_rows, console)
         model = load_pretrained(
             config.model,
             config.memory,
@@ -124,7 +126,8 @@ class Run:
             tokenizer=tokenizer,
             data=data,
             fit_rows=fit_rows(
-                *(config, model, tokenizer, seed), resumption.fit_files or resumption.files
+                *(config, model, tokenizer, seed, console),
+                resumption.fit_files or resumption.files,
             ),
             model=model,
             mesh=mesh,

@@ -1,5 +1,6 @@
 """The rows of a run: in memory or streamed, checked against the model, batch by batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 
 from experiments.data import (
     StreamData,
@@ -28,6 +30,9 @@ from tptt_jax.training.train_step import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+# More would hide what follows.
+_NAMED_BAD_ROWS = 10
 
 
 def load_run_data(
@@ -61,6 +66,12 @@ def load_run_data(
         files=files,
         strict=config.strict,
     )
+
+
+def print_bad_rows(bad_rows: Sequence[str], console: Console) -> None:
+    """Names the first rows that were left out because they cannot be read."""
+    for line in bad_rows[:_NAMED_BAD_ROWS]:
+        console.print(f"left out: {line}", markup=False)
 
 
 def check_rows(
