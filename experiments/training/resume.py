@@ -203,8 +203,9 @@ class Resumption:
         ]
         # Another call may have other processes.
         alone = DistributedConfig()
+        # The file is for going on, also after --no-resume.
         settings = dataclasses.replace(
-            self._config, config=None, resume_allow=(), distributed=alone
+            self._config, config=None, resume=True, resume_allow=(), distributed=alone
         )
         with atomic_file(output / "config.yaml") as path:
             path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")
