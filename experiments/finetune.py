@@ -41,13 +41,12 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
       trackers: your own, which get the metrics of every step and are closed at the end.
     """
     prepare_process()
-    with joined(config.distributed):
-        try:
-            with termination_raises():
-                report = _finetune(config, trackers)
-        except TerminationError as stop:
-            report = _say_how_to_go_on(config, stop) if is_first_process() else {}
-        return report if is_first_process() else {}
+    try:
+        with joined(config.distributed), termination_raises():
+            report = _finetune(config, trackers)
+    except TerminationError as stop:
+        report = _say_how_to_go_on(config, stop) if is_first_process() else {}
+    return report if is_first_process() else {}
 
 
 def _say_how_to_go_on(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
