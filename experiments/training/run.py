@@ -1,5 +1,6 @@
 """A fine-tuning run: its shared parts, and its stages in order."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
+from convert.sources import find_checkpoint
 from experiments.data import StreamData, TokenBatchSource, TokenData
 from experiments.data.prompts import text_tokens
 from experiments.training.best import BEST, BestState, has_stopped_early, records_until
@@ -88,53 +90,38 @@ class Run:
         A dry run claims nothing.
         """
         with failing_together():
-            run, description = cls._load(config, console)
-        with failing_together():
-            if not config.dry_run and is_first_process():
-                run._claim_output(description)
-        return run
-
-    @classmethod
-    def _load(cls, config: FinetuneConfig, console: Console) -> tuple["Run", Description]:
-        mesh = make_run_mesh(config)
+            mesh = make_run_mesh(config)
+        # The choice is computed by all processes.
         config = with_chosen_layers(config, mesh, console)
-        description = describe_run(config)
-        check_output(config, description)
-        resumption = Resumption(config)
-        seed = resumption.record.seed
-        tokenizer = load_tokenizer(config.model)
-        window = None if config.memory is None else config.memory.softmax_window
-        data = load_run_data(config, tokenizer, seed, window, resumption.files)
-        console.print(data.describe(config.rows_per_step), markup=False)
-        print_bad_rows(data.bad_rows, console)
-        model = load_pretrained(
-            config.model,
-            config.memory,
-            config.adapters,
-            jnp.dtype(config.dtype),
-            mesh=mesh,
-            seed=config.seed,
-        )
-        check_rows(data, model.config, tokenizer)
-        liza = config.memory
-        is_idle = liza is not None and liza.writes == "evicted"
-        if is_idle and not runs_memory(model.config, liza):
-            console.print(_IDLE)
+        with failing_together():
+            description = describe_run(config)
+            check_output(config, description)
+            resumption = Resumption(config)
+            tokenizer = load_tokenizer(config.model)
+            data = _load_data(config, tokenizer, resumption, console)
+        model = _load_model(config, mesh, console)
+        with failing_together():
+            check_rows(data, model.config, tokenizer)
+            rows = fit_rows(
+                *(config, model, tokenizer, resumption.record.seed, console),
+                resumption.fit_files or resumption.files,
+            )
+        resumption.hash_base(model)
         run = cls(
             config=config,
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=fit_rows(
-                *(config, model, tokenizer, seed, console),
-                resumption.fit_files or resumption.files,
-            ),
+            fit_rows=rows,
             model=model,
             mesh=mesh,
             resumption=resumption,
         )
-        resumption.check_loaded(model, data, run.fit_rows)
-        return run, description
+        with failing_together():
+            resumption.check_loaded(data, rows)
+            if not config.dry_run and is_first_process():
+                run._claim_output(description)
+        return run
 
     def _claim_output(self, description: Description) -> None:
         output = self.config.output
@@ -386,6 +373,38 @@ class Run:
         return WindowRange.checked(
             self.config.window_range, None if liza is None else liza.softmax_window
         )
+
+
+def _load_data(
+    config: FinetuneConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    resumption: Resumption,
+    console: Console,
+) -> TokenData | StreamData:
+    window = None if config.memory is None else config.memory.softmax_window
+    data = load_run_data(config, tokenizer, resumption.record.seed, window, resumption.files)
+    console.print(data.describe(config.rows_per_step), markup=False)
+    print_bad_rows(data.bad_rows, console)
+    return data
+
+
+def _load_model(config: FinetuneConfig, mesh: "Mesh | None", console: Console) -> CausalLM:
+    # What a run has trained is read and compared by all processes.
+    together = contextlib.nullcontext() if find_checkpoint(config.model) else failing_together()
+    with together:
+        model = load_pretrained(
+            config.model,
+            config.memory,
+            config.adapters,
+            jnp.dtype(config.dtype),
+            mesh=mesh,
+            seed=config.seed,
+        )
+    liza = config.memory
+    is_idle = liza is not None and liza.writes == "evicted"
+    if is_idle and not runs_memory(model.config, liza):
+        console.print(_IDLE)
+    return model
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:
