@@ -11,7 +11,8 @@ _Item = TypeVar("_Item")
 # One that waits, and one that is being made: a device holds few batches besides the step's own.
 _DEPTH = 2
 _POLL_SECONDS = 0.1
-_LAST_SECONDS = 1.0
+# Enough for any batch; only a chat template takes longer.
+_LAST_SECONDS = 10.0
 
 
 class Prefetched(NamedTuple, Generic[_Item]):

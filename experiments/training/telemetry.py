@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from rich.console import Console
 
@@ -49,7 +50,7 @@ class Telemetry:
         after = model()
         layers = memory_layers(after)
         measured = measure_memory(after, self.row.tokens, self.row.segment_ids)
-        health = MemoryHealth(*map(fetch, measured))
+        health = jax.tree.map(fetch, measured)
         for kind, line in find_dangers(health, layers).items():
             if kind not in self._warned:
                 self._warned.add(kind)
