@@ -101,7 +101,8 @@ class Stage:
             state = initial
             if checkpoints.latest_step is not None:
                 state = checkpoints.restore(initial, sound=self.sound_step)
-                if (done := int(state.step)) < self.steps:
+                done = int(state.step)
+                if done < self.steps or (done == self.steps and not self.is_last):
                     console.print(f"{self.title}: resuming after {done} of {self.steps}")
             first = int(state.step)
             state, seconds = self._loop(state, checkpoints, console)
