@@ -41,20 +41,22 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
       trackers: your own, which get the metrics of every step and are closed at the end.
     """
     prepare_process()
-    with joined(config.distributed):
-        try:
-            with termination_raises():
-                report = _finetune(config, trackers)
-        except TerminationError as stop:
-            report = _say_how_to_go_on(config.output, stop) if is_first_process() else {}
-        return report if is_first_process() else {}
+    try:
+        with joined(config.distributed), termination_raises():
+            report = _finetune(config, trackers)
+    except TerminationError as stop:
+        report = _say_how_to_go_on(config, stop) if is_first_process() else {}
+    return report if is_first_process() else {}
 
 
-def _say_how_to_go_on(output: Path, stop: TerminationError) -> dict[str, Any]:
+def _say_how_to_go_on(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
     """Prints how a run that SIGTERM has stopped goes on; returns what --json prints."""
+    output = config.output
     settings = output / "config.yaml"
-    print(f"{stop}; nothing is lost. The same command goes on", end="")
-    if settings.is_file():
+    command = "The same command" if config.resume else "The same command without --no-resume"
+    print(f"{stop}; nothing is lost. {command} goes on", end="")
+    # config.yaml does not say which processes there are.
+    if settings.is_file() and not config.distributed.is_on:
         print(f", or:\n  python -m experiments.finetune --config {shlex.quote(str(settings))}")
     else:
         print(".")

@@ -5,7 +5,7 @@ With one process every function here does nothing but return what it was given.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from tptt_jax.array_typing import Array
+
+_Error = TypeVar("_Error", bound=BaseException)
 
 # A longer message is cut: all processes exchange arrays of one size.
 _MESSAGE_BYTES = 1000
@@ -75,13 +77,19 @@ def failing_together() -> Iterator[None]:
         return
     own = texts[jax.process_index()]
     if error is not None and (is_first_process() or own != texts[0]):
-        error.add_note(_TOGETHER)
-        raise error
+        raise raised_together(error)
     raise FailedElsewhere(texts[0] or f"process {failed}: {texts[failed]}")
 
 
+def raised_together(error: _Error) -> _Error:
+    """Marks an exception that all processes raise at the same place; returns it."""
+    if jax.process_count() > 1:
+        error.add_note(_TOGETHER)
+    return error
+
+
 def have_failed_together(error: BaseException) -> bool:
-    """Whether an exception was raised in all processes by `failing_together`."""
+    """Whether all processes raise an exception: by `failing_together`, or as `raised_together`."""
     notes = getattr(error, "__notes__", ())
     return isinstance(error, FailedElsewhere) or _TOGETHER in notes
 

@@ -42,7 +42,7 @@ def run_command(
 
     Args:
       function: the command; tyro makes its parameters the options. It returns what --json
-        prints. A mapping makes each entry a subcommand.
+        prints, if that is not empty. A mapping makes each entry a subcommand.
       argv: the arguments; None: those of the process.
       prog: the name in the help text, e.g. "python -m convert".
       readable: whether the result is printed, one value per line, without --json; False for
@@ -56,7 +56,7 @@ def run_command(
         with _plain_warnings():
             result = _parse(function, arguments, prog)() or {}
         # The JSON line is the last one, so it is written when the work is done.
-        if "--json" in flags:
+        if "--json" in flags and result:
             print(json.dumps(_plain(result), allow_nan=False), flush=True)
         elif readable:
             print_readable(result)

@@ -44,5 +44,7 @@ def _portable(content: dict[str, Any]) -> dict[str, Any]:
         content["tokenizer_class"] = GENERIC_CLASSES[-1]
     # transformers 4 fails on a list of this name; a dict has another meaning in both versions.
     if isinstance(content.get("extra_special_tokens"), list):
-        content.setdefault("additional_special_tokens", content.pop("extra_special_tokens"))
+        tokens = content.get("additional_special_tokens") or []
+        extra = content.pop("extra_special_tokens")
+        content["additional_special_tokens"] = [*tokens, *(t for t in extra if t not in tokens)]
     return content

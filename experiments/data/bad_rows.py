@@ -30,7 +30,7 @@ class BadRows:
 
         Raises:
           ValueError: if bad rows are errors, or no row is good.
-          FatalTemplateError: as `make`; the next rows would take as long.
+          FatalTemplateError: as `make`; the next rows would fail in the same way.
         """
         try:
             value = make()

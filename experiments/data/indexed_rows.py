@@ -132,10 +132,31 @@ def _of_file(file: Path) -> _Lines:
 
 def _dataset(found: FoundData, split: str, revision: str | None, most: int | None) -> _Lines:
     """What `datasets` streams, as far as it is needed."""
-    name = found.shown if found.is_hub else str(Path(found.shown).expanduser())
-    options = {"revision": revision} if found.is_hub else {}
-    commit, rows = iterate_dataset(name, split, **options)
-    return _copied(found.shown, f"{name} {split} {commit} {most}", islice(rows, most))
+    if not found.is_hub:
+        folder = Path(found.shown).expanduser().resolve()
+        _, rows = iterate_dataset(str(folder), split)
+        key = f"{folder} {split} {_folder_state(folder)} {most}"
+        return _copied(found.shown, key, islice(rows, most))
+    commit, rows = iterate_dataset(found.shown, split, revision=revision)
+    newest = _kept(f"{found.shown} {split} {revision} {most}", ".commit")
+    if commit is None and newest.is_file():  # no network
+        commit = newest.read_text(encoding="utf-8")
+    copied = _copied(found.shown, f"{found.shown} {split} {commit} {most}", islice(rows, most))
+    if commit is not None:
+        with atomic_file(newest) as path:
+            path.write_text(commit, encoding="utf-8")
+    return copied
+
+
+def _folder_state(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each file of a folder; `datasets` reads no hidden ones."""
+    names = (file.relative_to(folder) for file in sorted(folder.rglob("*")) if file.is_file())
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    states = [(folder / name).stat() for name in shown]
+    return [
+        (str(name), state.st_size, state.st_mtime_ns)
+        for name, state in zip(shown, states, strict=True)
+    ]
 
 
 def _copied(origin: str, key: str, rows: Iterable[dict[str, Any]]) -> _Lines:

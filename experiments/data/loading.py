@@ -121,43 +121,13 @@ def load_token_data(
         )
     lengths = (config.sequence_length, _held_out_length(rows, config))
     kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
-    if found != "text" and parts[0] and not any(example.targets.any() for example in parts[0]):
-        raise ValueError(
-            f"{rows.source} ({found}) has no answer that counts in the loss: expected text in "
-            f"{_ANSWERS[found]}; repair the rows, or use --data.loss all."
-        )
-    if not kept.examples:
-        raise ValueError(
-            f"No example of {rows.source} has a token left that counts in the loss at "
-            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or use "
-            "--data.loss all."
-        )
-    if kept.num_truncated == len(parts[0]):
-        shortest = min(len(example.tokens) for example in parts[0])
-        raise ValueError(
-            f"Every example of {rows.source} is longer than sequence_length = "
-            f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
-        )
+    _check_useful(kept, parts[0], rows, found, config)
     train, held_out_rows = (
         pack_examples(part.examples, length, packing=config.packing)
         for part, length in zip((kept, held_out), lengths, strict=True)
     )
     if config.recall:
-        begin = begin_tokens(tokenizer)
-        asked = recall_examples(
-            tokenizer,
-            # Rows have one beginning, their own.
-            [_without(begin, example) for example in kept.examples],
-            round(train.num_rows * config.recall / (1 - config.recall)),
-            length=config.sequence_length,
-            window=config.sequence_length // 2 if window is None else window,
-            seed=seed,
-            prefix=begin,
-            kinds=config.recall_kinds,
-            count_text=config.recall_text,
-            packing=config.packing,
-        )
-        train = train.joined(lay_out(asked, config.sequence_length))
+        train = _with_recall(train, kept.examples, config, tokenizer, window=window, seed=seed)
     return TokenData(
         train=train,
         eval=held_out_rows if held_out_rows.num_rows else None,
@@ -173,6 +143,56 @@ class _Fitted(NamedTuple):
     examples: list[Example]
     num_truncated: int
     num_without_targets: int
+
+
+def _check_useful(
+    kept: _Fitted, examples: list[Example], rows: Rows, found: Format, config: DataConfig
+) -> None:
+    """Raises ValueError unless something of the examples to train on counts in the loss."""
+    if found != "text" and examples and not any(example.targets.any() for example in examples):
+        raise ValueError(
+            f"{rows.source} ({found}) has no answer that counts in the loss: expected text in "
+            f"{_ANSWERS[found]}; repair the rows, or use --data.loss all."
+        )
+    if not kept.examples:
+        raise ValueError(
+            f"No example of {rows.source} has a token left that counts in the loss at "
+            f"sequence_length = {config.sequence_length}: raise --data.sequence-length, or use "
+            "--data.loss all."
+        )
+    if kept.num_truncated == len(examples):
+        shortest = min(len(example.tokens) for example in examples)
+        raise ValueError(
+            f"Every example of {rows.source} is longer than sequence_length = "
+            f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
+        )
+
+
+def _with_recall(
+    train: TokenBatchSource,
+    texts: list[Example],
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    *,
+    window: int | None,
+    seed: int,
+) -> TokenBatchSource:
+    """Rows of text, and after them as many rows that ask for something as `config.recall` says."""
+    begin = begin_tokens(tokenizer)
+    asked = recall_examples(
+        tokenizer,
+        # Rows have one beginning, their own.
+        [_without(begin, example) for example in texts],
+        round(train.num_rows * config.recall / (1 - config.recall)),
+        length=config.sequence_length,
+        window=config.sequence_length // 2 if window is None else window,
+        seed=seed,
+        prefix=begin,
+        kinds=config.recall_kinds,
+        count_text=config.recall_text,
+        packing=config.packing,
+    )
+    return train.joined(lay_out(asked, config.sequence_length))
 
 
 def _fit(examples: list[Example], length: int) -> _Fitted:

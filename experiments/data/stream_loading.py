@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from experiments.data.bad_rows import BadRows
 from experiments.data.config import DataConfig
 from experiments.data.data_files import FoundData, find_parts
-from experiments.data.formats import cut_document
 from experiments.data.indexed_rows import index_rows
-from experiments.data.packing import Example, TokenBatchSource, pack_examples
+from experiments.data.packing import TokenBatchSource, pack_examples
 from experiments.data.stream_table import StreamTable
 from experiments.data.streaming import StreamSource
 
@@ -24,7 +24,7 @@ class StreamData:
     """None if nothing is held out."""
     tables: list[StreamTable]
     bad_rows: tuple[str, ...] = ()
-    """Unknown before they are read: named while training."""
+    """What is wrong with each held-out row that cannot be read; others are named in training."""
 
     def describe(self, batch_size: int = 1) -> str:
         """One line for people."""
@@ -32,7 +32,8 @@ class StreamData:
             f"{table.num_rows:,} rows of {table.shown} ({table.format})" for table in self.tables
         )
         held_out = 0 if self.eval is None else self.eval.num_targets
-        return f"streaming {', '.join(shown)} to train on, {held_out:,} targets held out"
+        line = f"streaming {', '.join(shown)} to train on, {held_out:,} targets held out"
+        return f"{line}, {len(self.bad_rows):,} bad rows left out" if self.bad_rows else line
 
 
 def load_stream(
@@ -61,7 +62,11 @@ def load_stream(
       ValueError: if it cannot be read or leaves nothing to train on.
     """
     tables = _tables(config, tokenizer, seed, files)
-    examples = [example for table in tables for example in table.held_out()]
+    examples, bad_rows = [], []
+    for table in tables:
+        bad = BadRows(strict=strict)
+        examples += table.held_out(bad)
+        bad_rows += bad.messages
     held_out = pack_examples(examples, config.sequence_length, packing=config.packing)
     source = StreamSource(
         tables,
@@ -72,7 +77,12 @@ def load_stream(
         seed=order_seed,
         strict=strict,
     )
-    return StreamData(train=source, eval=held_out if held_out.num_rows else None, tables=tables)
+    return StreamData(
+        train=source,
+        eval=held_out if held_out.num_rows else None,
+        tables=tables,
+        bad_rows=tuple(bad_rows),
+    )
 
 
 def sample_rows(
@@ -81,28 +91,24 @@ def sample_rows(
     seed: int,
     count: int,
     files: FoundData | None = None,
-) -> TokenBatchSource:
+    *,
+    strict: bool = False,
+) -> tuple[TokenBatchSource, tuple[str, ...]]:
     """Rows of about `count` examples of all data sets in equal parts, in memory.
 
     Arguments as those of `load_stream`.
+
+    Returns:
+      The rows, and what is wrong with each row that was left out because it cannot be read.
     """
     tables = _tables(config, tokenizer, seed, files)
-    examples = []
+    examples, bad_rows = [], []
     for table in tables:
-        examples += _first_examples(table, config.sequence_length, -(-count // len(tables)))
-    return pack_examples(examples, config.sequence_length, packing=config.packing)
-
-
-def _first_examples(table: StreamTable, length: int, count: int) -> list[Example]:
-    found: list[Example] = []
-    for index in range(table.num_rows):
-        if len(found) >= count:
-            break
-        if table.format == "text":
-            found += cut_document(table.document(index), length, table.prefix)
-        else:
-            found.append(table.example(index))
-    return [example for example in found[:count] if example.targets.any()]
+        bad = BadRows(strict=strict)
+        examples += table.first_examples(-(-count // len(tables)), bad)
+        bad_rows += bad.messages
+    rows = pack_examples(examples, config.sequence_length, packing=config.packing)
+    return rows, tuple(bad_rows)
 
 
 def _tables(

@@ -1,11 +1,13 @@
 """One data set of a stream: its examples by index, made from the row when they are asked for."""
 
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Int
 
+from experiments.data.bad_rows import BadRows
 from experiments.data.columns import Format, find_format, read_columns, rename_columns
 from experiments.data.config import DataConfig
 from experiments.data.formats import cut_document, row_examples, text_cells, text_documents
@@ -43,11 +45,14 @@ class StreamTable:
           seed: chooses the held-out rows.
 
         Raises:
-          ValueError: if columns are missing, or nothing is left to train on.
+          ValueError: if columns are missing, nothing is left to train on, or the tokenizer has no
+            chat template for conversations.
         """
         self._rows, self._config, self._tokenizer = rows, config, tokenizer
         self._columns = _columns(rows)
         self.format: Format = find_format(self._table([]), config.format, config.text_column)
+        if self.format != "text":  # refuses conversations without a template, for all rows at once
+            row_examples(tokenizer, self._table([]), self.format, config.loss)
         self._order = Permutation(len(rows), seed)
         count = int(config.eval_rows)
         if 0 < config.eval_rows < 1:
@@ -86,19 +91,48 @@ class StreamTable:
         """
         return self._example(self._order(self._num_held_out + index))
 
-    def held_out(self) -> list[Example]:
+    def held_out(self, bad: BadRows) -> list[Example]:
         """The held-out examples, those without targets left out.
 
+        Args:
+          bad: takes the rows that cannot be read.
+
         Raises:
-          ValueError: if a row is invalid; the message names it.
+          ValueError: as `BadRows.read`.
         """
-        length, found = self._config.sequence_length, []
-        for index in map(self._order, range(self._num_held_out)):
-            if self.format == "text":
-                found += cut_document(self._document(index), length, self.prefix)
-            else:
-                found.append(self._example(index))
+        found = []
+        for number in range(self._num_held_out):
+            found += self._examples(number, bad)
         return [example for example in found if example.targets.any()]
+
+    def first_examples(self, count: int, bad: BadRows) -> list[Example]:
+        """The first examples to train on, those without targets left out.
+
+        Args:
+          count: most examples.
+          bad: takes the rows that cannot be read.
+
+        Raises:
+          ValueError: as `BadRows.read`, and if no row can be read.
+        """
+        found: list[Example] = []
+        for number in range(self._num_held_out, len(self._rows)):
+            if len(found) >= count:
+                break
+            found += self._examples(number, bad)
+        bad.check_any_good()
+        return [example for example in found[:count] if example.targets.any()]
+
+    def _examples(self, number: int, bad: BadRows) -> list[Example]:
+        """The examples of a row of the random order: one, the pieces of a text, or none."""
+        index = self._order(number)
+        if self.format != "text":
+            example = bad.read(functools.partial(self._example, index))
+            return [] if example is None else [example]
+        tokens = bad.read(functools.partial(self._document, index))
+        if tokens is None:
+            return []
+        return cut_document(tokens, self._config.sequence_length, self.prefix)
 
     def _document(self, index: int) -> Int[np.ndarray, " L"]:
         rows = self._table([index])

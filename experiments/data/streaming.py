@@ -148,7 +148,7 @@ class StreamSource:
 
     def _row(self, table: int, lane: int) -> list[Example]:
         examples: list[Example] = []
-        room, skipped = self._length, 0
+        room, skipped, reason = self._length, 0, None
         while not examples or (self._packing and room >= _SHORTEST_PIECE):
             drawn = _Drawn(*map(int, self._at[table, lane]))
             try:
@@ -159,22 +159,29 @@ class StreamSource:
                 if self._strict:
                     raise
                 _LOG.warning("left out: %s", error)
+                reason = reason or str(error)
                 example, after = None, _Drawn(drawn.documents + 1, 0)
             if example is not None and len(example.tokens) > room:
                 break  # the next row begins with it
             self._at[table, lane] = after
             if example is not None and example.targets.any():
                 examples.append(example)
-                room, skipped = room - len(example.tokens), 0
+                room, skipped, reason = room - len(example.tokens), 0, None
                 continue
             skipped += 1
             if skipped > _MOST_SKIPPED:
-                raise ValueError(
-                    f"{_MOST_SKIPPED:,} rows of {self._tables[table].shown} in succession have "
-                    "nothing that counts in the loss: repair the rows, raise "
-                    "--data.sequence-length, or use --data.loss all."
-                )
+                raise ValueError(self._too_many_skipped(table, reason))
         return examples
+
+    def _too_many_skipped(self, table: int, reason: str | None) -> str:
+        """The message for too many rows without use; `reason`: why the first bad one is bad."""
+        shown = f"{_MOST_SKIPPED:,} rows of {self._tables[table].shown} in succession"
+        if reason is not None:
+            return f"{shown} cannot be used; the first that cannot be read: {reason}"
+        return (
+            f"{shown} have nothing that counts in the loss: repair the rows, raise "
+            "--data.sequence-length, or use --data.loss all."
+        )
 
     def _next(self, table: int, lane: int, drawn: _Drawn, room: int) -> tuple[Example, _Drawn]:
         """The next example of a lane, and where it stands after it."""

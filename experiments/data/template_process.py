@@ -55,7 +55,10 @@ class TemplateProcess:
             return json.loads(line)
 
     def close(self) -> None:
-        """Ends the process."""
+        """Ends the process, also one that is at work for another thread."""
+        process = self._process
+        if process is not None and self._owner == os.getpid():
+            process.kill()
         with self._lock:
             self._end()
 

@@ -28,7 +28,10 @@ class TemplateFailure(ValueError):
 
 
 class FatalTemplateError(TemplateFailure):
-    """A template ran out of time, or ended its process; other calls would do so, too."""
+    """A template ran out of time or ended its process, or the process cannot be started.
+
+    Other calls would fail in the same way: no row is to blame.
+    """
 
 
 class Rendered(NamedTuple):
@@ -90,7 +93,8 @@ class ChatTemplate:
           Each text; None: the template cannot render it.
 
         Raises:
-          FatalTemplateError: if the template runs too long, or ends its process.
+          FatalTemplateError: if the template runs too long or ends its process, or that cannot be
+            started.
         """
         arguments: list[dict[str, Any] | None] = []
         for messages, ask in prefixes:
@@ -197,7 +201,7 @@ def _replies(arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
       arguments: of transformers' `render_jinja_template`, for each text.
 
     Raises:
-      TemplateFailure: if the process ends, or cannot be started.
+      FatalTemplateError: if the process ends, or cannot be started.
     """
     request = {
         "arguments": arguments,
@@ -210,7 +214,7 @@ def _replies(arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     except EndedError as error:
         raise FatalTemplateError(f"{_cause_of_end(*error.args)}: {_REMEDY}") from None
     except OSError as error:
-        raise TemplateFailure(
+        raise FatalTemplateError(
             f"the process that renders chat templates cannot be started ({error}): free some "
             "memory, or end other processes."
         ) from None

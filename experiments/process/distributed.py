@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from experiments.process.interrupts import TerminationError
 from tptt_jax.processes import (
     FailedElsewhere,
     have_failed_together,
@@ -95,8 +97,17 @@ def joined(config: DistributedConfig, timeout_seconds: int = 300) -> Iterator[No
         yield
         return
     _initialize(config, timeout_seconds)
-    if not is_first_process():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.ExitStack() as silent:
+        if not is_first_process():
+            nowhere = silent.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            silent.enter_context(contextlib.redirect_stdout(nowhere))
+        with _ending_together():
+            yield
+
+
+@contextlib.contextmanager
+def _ending_together() -> Iterator[None]:
+    """Waits for the other processes at the end, unless they are elsewhere."""
     try:
         yield
         # Process 0 writes longer than others; those who leave early are taken for lost.
@@ -105,18 +116,30 @@ def joined(config: DistributedConfig, timeout_seconds: int = 300) -> Iterator[No
         if is_first_process():
             raise
         raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        if have_failed_together(stop):
+            wait_for_all("the end")
+        else:
+            status = 0 if isinstance(stop, TerminationError) else 128 + signal.SIGINT
+            _leave_alone(status)
+        raise
     except Exception as error:
+        if have_failed_together(error):
+            raise
         is_lost = jax.process_count() > 1 and _LOST.search(str(error)) is not None
-        if not have_failed_together(error):
-            # The others do not end now, so it is no use to wait for them.
-            is_plain = is_lost or isinstance(error, ValueError | OSError)
-            atexit.register(_leave, 2 if is_plain else 1)
+        is_plain = is_lost or isinstance(error, ValueError | OSError)
+        _leave_alone(2 if is_plain else 1)
         if not is_lost:
             raise
         raise ConnectionError(
             f"process {jax.process_index()} has lost another of the {jax.process_count()} "
             "processes: start all of them again; the same command resumes from the last checkpoint."
         ) from error
+
+
+def _leave_alone(status: int) -> None:
+    """At its end the process does not wait for the others, which do not end now."""
+    atexit.register(_leave, status)
 
 
 def _leave(status: int) -> None:

@@ -16,7 +16,8 @@ def limited_memory(extra: int) -> Iterator[None]:
     that do not say how large a process is have no bound.
 
     Args:
-      extra: enough for what other threads of the process do meanwhile.
+      extra: bytes that the code may ask for. The bound is that of the whole process, so the code
+        must be all that runs there, as in the process of chat templates.
     """
     size = _address_space()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)

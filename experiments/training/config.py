@@ -107,7 +107,8 @@ class FinetuneConfig:
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
     strict: tyro.conf.FlagCreatePairsOff[bool] = False
     """Stop at the first row of the data that cannot be read; otherwise such rows are left out,
-    counted, and the first ten are named."""
+    counted, and the first ten are named. Rows that --data.streaming reads while training are each
+    named in a warning."""
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
     each row; None: one device, or with --distributed data = all devices."""

@@ -25,7 +25,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     """
     partition, state, step = run.training_parts()
     frozen = jax.tree.leaves(partition.frozen)
-    arguments, tokens = run.batch_at(0)
+    arguments, tokens = run.batches.batch_at(0)
     compiled = jax.jit(step, donate_argnums=0).lower(state, partition.frozen, *arguments).compile()
     analysis = compiled.memory_analysis()
     liza = run.model.liza

@@ -3,11 +3,14 @@
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from experiments.data import TokenBatchSource, load_token_data
 from experiments.data.data_files import FoundData, find_data
 from experiments.data.stream_loading import sample_rows
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.config import FinetuneConfig
+from experiments.training.run_data import print_bad_rows
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.config import runs_memory
 
@@ -23,6 +26,7 @@ def fit_rows(
     model: CausalLM,
     tokenizer: "PreTrainedTokenizerFast",
     seed: int,
+    console: Console,
     files: FoundData | None = None,
 ) -> TokenBatchSource | None:
     """The rows to fit the memory of a run on; None: it is not fitted.
@@ -34,7 +38,7 @@ def fit_rows(
         return None
     if config.fit.steps == 0 and not config.fit.distill_steps:
         return None
-    return long_rows(config, model.config, tokenizer, seed, files)
+    return long_rows(config, model.config, tokenizer, seed, console, files)
 
 
 def long_rows(
@@ -42,6 +46,7 @@ def long_rows(
     model: ModelConfig,
     tokenizer: "PreTrainedTokenizerFast",
     seed: int,
+    console: Console,
     files: FoundData | None = None,
 ) -> TokenBatchSource:
     """Rows of --fit-length tokens of --fit-data, whatever the steps of the fit.
@@ -51,6 +56,7 @@ def long_rows(
       model: of the base model.
       tokenizer: of the model.
       seed: the one that chose the held-out rows.
+      console: for the rows that cannot be read and are left out.
       files: the files of these rows, from `find_data`; None: they are searched.
 
     Raises:
@@ -67,14 +73,20 @@ def long_rows(
         changes |= {"streaming": False, "weights": ()}
     data = dataclasses.replace(config.data, **changes)
     if data.streaming:
-        rows = sample_rows(data, tokenizer, seed, _STREAMED_EXAMPLES, files)
-        check_tokens(rows.tokens, model.vocab_size, tokenizer)
-        check_lengths(rows.segment_ids, model, "fit: length")
-        return rows
-    files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
-    rows = load_token_data(
-        *(data, tokenizer, seed), window=window, files=files, strict=config.strict
-    ).train
+        rows, bad_rows = sample_rows(
+            *(data, tokenizer, seed, _STREAMED_EXAMPLES, files), strict=config.strict
+        )
+    else:
+        files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
+        loaded = load_token_data(
+            *(data, tokenizer, seed), window=window, files=files, strict=config.strict
+        )
+        rows = loaded.train
+        # Those of the training data are named when that is loaded.
+        bad_rows = () if config.fit.data is None else loaded.bad_rows
+    if bad_rows:
+        console.print(f"{len(bad_rows):,} bad rows left out of those to fit on", markup=False)
+        print_bad_rows(bad_rows, console)
     check_tokens(rows.tokens, model.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model, "fit: length")
     return rows

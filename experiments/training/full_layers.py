@@ -9,9 +9,11 @@ from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
 from convert.sources import find_checkpoint
+from experiments.data import TokenBatchSource
 from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import long_rows
-from tptt_jax import LizaConfig
+from tptt_jax import CausalLM, LizaConfig
+from tptt_jax.processes import failing_together
 from tptt_jax.training.description import is_checkpoint, read_description
 from tptt_jax.training.layer_gaps import choose_full_layers, layer_gaps
 
@@ -54,25 +56,36 @@ def with_chosen_layers(
     """
     if not config.full_layers_auto:
         return config
+    with failing_together():
+        model, rows = _load(config, mesh, console)
+    count = min(_ROWS, rows.num_rows)
+    batches = (rows.batch_at(number, 1, config.seed) for number in range(count))
+    read = ((jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)) for batch in batches)
+    gaps = layer_gaps(model, read)
+    with failing_together():
+        chosen = choose_full_layers(gaps, config.full_layers_auto)
+    window = config.liza.softmax_window
+    assert window is not None, "the configuration asks for one"
+    console.print(_describe(gaps, chosen, window))
+    return _with_layers(config, chosen)
+
+
+def _load(
+    config: FinetuneConfig, mesh: "Mesh | None", console: Console
+) -> tuple[CausalLM, TokenBatchSource]:
+    """The base model behind a window without a memory, and rows that reach beyond it."""
     if find_checkpoint(config.model):
         raise ValueError(
             f"--full-layers-auto chooses among the layers of a base model, but {config.model} is a "
             "run with a memory in its layers: leave it out, or name the base model."
         )
-    window = config.liza.softmax_window
-    assert window is not None, "the configuration asks for one"
+    liza = config.liza
     alone = LizaConfig(
-        writes="none", softmax_window=window, softmax_sinks=config.liza.softmax_sinks
+        writes="none", softmax_window=liza.softmax_window, softmax_sinks=liza.softmax_sinks
     )
     model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), mesh=mesh)
-    rows = long_rows(config, model.config, load_tokenizer(config.model), config.seed)
-    count = min(_ROWS, rows.num_rows)
-    batches = (rows.batch_at(number, 1, config.seed) for number in range(count))
-    read = ((jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)) for batch in batches)
-    gaps = layer_gaps(model, read)
-    chosen = choose_full_layers(gaps, config.full_layers_auto)
-    console.print(_describe(gaps, chosen, window))
-    return _with_layers(config, chosen)
+    tokenizer = load_tokenizer(config.model)
+    return model, long_rows(config, model.config, tokenizer, config.seed, console)
 
 
 def _with_layers(config: FinetuneConfig, layers: tuple[int, ...]) -> FinetuneConfig:

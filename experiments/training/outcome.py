@@ -165,7 +165,7 @@ class Outcome:
         if any(map(math.isnan, losses.values())):
             return ""
         line = (
-            f"Behind the window of {window}: perplexity {math.exp(losses[off]):.1f} without the "
+            f"Beyond the window of {window}: perplexity {math.exp(losses[off]):.1f} without the "
             f"memory, {math.exp(losses[on]):.1f} with it"
         )
         answers = [self._found[state].answers for state in (off, on)]

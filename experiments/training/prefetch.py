@@ -11,6 +11,8 @@ _Item = TypeVar("_Item")
 # One that waits, and one that is being made: a device holds few batches besides the step's own.
 _DEPTH = 2
 _POLL_SECONDS = 0.1
+# Enough for any batch; only a chat template takes longer.
+_LAST_SECONDS = 10.0
 
 
 class Prefetched(NamedTuple, Generic[_Item]):
@@ -39,10 +41,10 @@ class Prefetch(Generic[_Item]):
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Ends the thread once its present call has returned."""
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Ends the thread once its present call has returned; after an error nobody waits long."""
         self._is_over.set()
-        self._thread.join()
+        self._thread.join(None if error is None else _LAST_SECONDS)
 
     def get(self) -> Prefetched[_Item]:
         """The next item, when it is there."""

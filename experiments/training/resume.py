@@ -138,11 +138,18 @@ class Resumption:
         if self.is_started:
             self._refuse(_changed_settings(saved, config) + self._changed_files())
 
-    def check_loaded(self, model: CausalLM, data: Any, fit_rows: Any) -> None:
-        """Compares the loaded model and data.
+    def hash_base(self, model: CausalLM) -> None:
+        """Records the loaded base model; all processes do it together.
 
         Args:
           model: the base model with a new memory and new adapters.
+        """
+        self.record.base = hash_weights(model, adapters=is_tuned(self._config.model))
+
+    def check_loaded(self, data: Any, fit_rows: Any) -> None:
+        """Compares the loaded data, and the model that `hash_base` has recorded.
+
+        Args:
           data: `TokenData`.
           fit_rows: rows to fit the memory on; None: no fit.
 
@@ -150,7 +157,6 @@ class Resumption:
           ValueError: if something differs that --resume-allow does not name.
         """
         record, earlier = self.record, self._earlier
-        record.base = hash_weights(model, adapters=is_tuned(self._config.model))
         record.rows, record.held_out = map(fingerprints.of_rows, (data.train, data.eval))
         record.fit_rows = fingerprints.of_rows(fit_rows)
         if earlier is None:
@@ -203,8 +209,9 @@ class Resumption:
         ]
         # Another call may have other processes.
         alone = DistributedConfig()
+        # The file is for going on, also after --no-resume.
         settings = dataclasses.replace(
-            self._config, config=None, resume_allow=(), distributed=alone
+            self._config, config=None, resume=True, resume_allow=(), distributed=alone
         )
         with atomic_file(output / "config.yaml") as path:
             path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")

@@ -1,5 +1,6 @@
 """A fine-tuning run: its shared parts, and its stages in order."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,18 +13,9 @@ import numpy as np
 from rich.console import Console
 
 from convert import load_pretrained, load_tokenizer
-from experiments.data import (
-    StreamData,
-    StreamSource,
-    TokenBatch,
-    TokenBatchSource,
-    TokenData,
-    load_stream,
-    load_token_data,
-)
-from experiments.data.data_files import FoundData
+from convert.sources import find_checkpoint
+from experiments.data import StreamData, TokenBatchSource, TokenData
 from experiments.data.prompts import text_tokens
-from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.best import BEST, BestState, has_stopped_early, records_until
 from experiments.training.checks import check_output, describe_run, make_run_mesh
 from experiments.training.config import FinetuneConfig
@@ -32,17 +24,22 @@ from experiments.training.fit_rows import fit_rows
 from experiments.training.fitting import Fitting
 from experiments.training.full_layers import with_chosen_layers
 from experiments.training.metrics import StepRecord
-from experiments.training.positions import read_position, save_position
+from experiments.training.placement import Placement
 from experiments.training.questions import Questions
 from experiments.training.resume import Resumption
+from experiments.training.run_data import (
+    TrainingBatches,
+    check_rows,
+    load_run_data,
+    print_bad_rows,
+)
 from experiments.training.stage import STAGES, Stage
 from experiments.training.telemetry import Telemetry, begin_of
 from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM, generate
 from tptt_jax.config import runs_memory
-from tptt_jax.processes import failing_together, is_first_process, put
-from tptt_jax.sharding import batch_sharding, own_rows
+from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.optimizer import make_optimizer
@@ -54,7 +51,6 @@ from tptt_jax.training.train_step import (
     TrainStep,
     init_train_state,
     make_train_step,
-    place_state,
 )
 
 if TYPE_CHECKING:
@@ -64,8 +60,6 @@ if TYPE_CHECKING:
 # Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
-# More would hide what follows.
-_NAMED_BAD_ROWS = 10
 _IDLE = (
     "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
     "--no-liza to leave it out"
@@ -96,58 +90,38 @@ class Run:
         A dry run claims nothing.
         """
         with failing_together():
-            run, description = cls._load(config, console)
-        with failing_together():
-            if not config.dry_run and is_first_process():
-                run._claim_output(description)
-        return run
-
-    @classmethod
-    def _load(cls, config: FinetuneConfig, console: Console) -> tuple["Run", Description]:
-        mesh = make_run_mesh(config)
+            mesh = make_run_mesh(config)
+        # The choice is computed by all processes.
         config = with_chosen_layers(config, mesh, console)
-        description = describe_run(config)
-        check_output(config, description)
-        resumption = Resumption(config)
-        seed = resumption.record.seed
-        tokenizer = load_tokenizer(config.model)
-        window = None if config.memory is None else config.memory.softmax_window
-        data = _load_data(config, tokenizer, seed, window, resumption.files)
-        console.print(data.describe(config.rows_per_step), markup=False)
-        for line in data.bad_rows[:_NAMED_BAD_ROWS]:
-            console.print(f"left out: {line}", markup=False)
-        model = load_pretrained(
-            config.model,
-            config.memory,
-            config.adapters,
-            jnp.dtype(config.dtype),
-            mesh=mesh,
-            seed=config.seed,
-        )
-        if isinstance(data.train, TokenBatchSource):
-            check_tokens(data.train.tokens, model.config.vocab_size, tokenizer)
-            check_lengths(data.train.segment_ids, model.config, "--data.sequence-length")
-        if data.eval is not None:
-            check_tokens(data.eval.tokens, model.config.vocab_size, tokenizer)
-            check_lengths(data.eval.segment_ids, model.config, "--data.eval-length")
-        liza = config.memory
-        is_idle = liza is not None and liza.writes == "evicted"
-        if is_idle and not runs_memory(model.config, liza):
-            console.print(_IDLE)
+        with failing_together():
+            description = describe_run(config)
+            check_output(config, description)
+            resumption = Resumption(config)
+            tokenizer = load_tokenizer(config.model)
+            data = _load_data(config, tokenizer, resumption, console)
+        model = _load_model(config, mesh, console)
+        with failing_together():
+            check_rows(data, model.config, tokenizer)
+            rows = fit_rows(
+                *(config, model, tokenizer, resumption.record.seed, console),
+                resumption.fit_files or resumption.files,
+            )
+        resumption.hash_base(model)
         run = cls(
             config=config,
             console=console,
             tokenizer=tokenizer,
             data=data,
-            fit_rows=fit_rows(
-                *(config, model, tokenizer, seed), resumption.fit_files or resumption.files
-            ),
+            fit_rows=rows,
             model=model,
             mesh=mesh,
             resumption=resumption,
         )
-        resumption.check_loaded(model, data, run.fit_rows)
-        return run, description
+        with failing_together():
+            resumption.check_loaded(data, rows)
+            if not config.dry_run and is_first_process():
+                run._claim_output(description)
+        return run
 
     def _claim_output(self, description: Description) -> None:
         output = self.config.output
@@ -204,11 +178,11 @@ class Run:
         seconds, trainable = 0.0, fitting.initial
         transfer, distillation = fitting.transfer(), fitting.distillation()
         if not distillation.is_started:
-            first = self._place(fitting.start_transfer())
+            first = self.placement.place(fitting.start_transfer())
             state, seconds, _ = transfer.run(first, self.console)
             trainable = state.trainable
         if fitting.distill_steps:
-            first = self._place(fitting.start_distillation(trainable))
+            first = self.placement.place(fitting.start_distillation(trainable))
             state, more, _ = distillation.run(first, self.console)
             seconds, trainable = seconds + more, state.trainable
         load_trainable(self.model, trainable, None)
@@ -240,6 +214,7 @@ class Run:
             return self._with_memory(partition, state, record, is_last=record.step == self.steps)
 
         best = BestState(self.config, describe_run(self.config), self.resumption.step or 0)
+        batches = self.batches
         stage = Stage(
             title="step",
             rate=("--learning-rate", "learning_rate", self.config.learning_rate),
@@ -247,14 +222,12 @@ class Run:
             steps=self.steps,
             checkpoint_every=self.config.checkpoint_every,
             step=step,
-            batch_at=self.batch_at,
-            rows_at=lambda number: self.data.train.rows_at(
-                number, self.config.rows_per_step, self.config.seed
-            ),
+            batch_at=batches.batch_at,
+            rows_at=batches.rows_at,
             to_record=functools.partial(_record, self.config.optimizer.schedule(self.steps)),
             finish_record=finish,
             is_over=best.is_over,
-            before_save=self._save_position,
+            before_save=batches.save_position,
             sound_step=self.resumption.step,
             is_last=True,
             trackers=self.trackers,
@@ -283,7 +256,7 @@ class Run:
             distill=self.config.distill,
             accumulate=self.config.accumulate,
         )
-        return partition, self._place(first), step
+        return partition, self.placement.place(first), step
 
     def _is_evaluated(self, step: int) -> bool:
         """Whether the held-out loss is measured after a step of training."""
@@ -305,7 +278,9 @@ class Run:
             return None
         long = source.sequence_length > self.config.data.sequence_length
         size = 1 if long else self.config.batch_size
-        return evaluate_held_out(model, source, self.put, batch_size=size, use_memory=use_memory)
+        return evaluate_held_out(
+            *(model, source, self.placement.put), batch_size=size, use_memory=use_memory
+        )
 
     def show_sample(self, when: str, model: CausalLM) -> None:
         """Prints the model's continuation of the sample prompt."""
@@ -333,31 +308,23 @@ class Run:
             seed=self.resumption.record.seed,
         )
 
-    def put(self, batch: TokenBatch) -> Batch:
-        """Moves a batch to the devices; rows are padded where the mesh divides their tokens."""
-        if self.mesh is None:
-            return Batch(*jax.device_put(tuple(batch)))
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        even = len(batch.tokens) % shards == 0
-        sharding = batch_sharding(self.mesh, divide_rows=even)
-        pad = ((0, 0), (0, -batch.tokens.shape[1] % self.mesh.shape["context"]))
-        return Batch(*(put(np.pad(array, pad), sharding) for array in batch))
-
-    def put_own(self, batch: TokenBatch) -> Batch:
-        """`put` of this process's part of a step's rows, see `own_rows`."""
-        if self.mesh is None or jax.process_count() == 1:
-            return self.put(batch)
-        sharding, padding = batch_sharding(self.mesh), -batch.tokens.shape[1]
-        pad = ((0, 0), (0, padding % self.mesh.shape["context"]))
-        arrays = [np.pad(array, pad) for array in batch]
-        whole = (self.config.rows_per_step, arrays[0].shape[1])
-        return Batch(*(jax.make_array_from_process_local_data(sharding, x, whole) for x in arrays))
+    @functools.cached_property
+    def placement(self) -> Placement:
+        """Where batches and states lie."""
+        return Placement(mesh=self.mesh, rows_per_step=self.config.rows_per_step)
 
     @functools.cached_property
-    def own_rows(self) -> slice:
-        """The rows of a step that this process reads: those that its devices work on."""
-        count = self.config.rows_per_step
-        return slice(0, count) if self.mesh is None else own_rows(self.mesh, count)
+    def batches(self) -> TrainingBatches:
+        """The batches of training."""
+        return TrainingBatches(
+            source=self.data.train,
+            placement=self.placement,
+            model=self.model.config,
+            tokenizer=self.tokenizer,
+            windows=self._windows(),
+            seed=self.config.seed,
+            output=self.config.output,
+        )
 
     def _fitting(self) -> Fitting:
         assert self.fit_rows is not None
@@ -367,7 +334,7 @@ class Run:
             folder=self.config.output,
             rows=self.fit_rows,
             windows=self._windows(),
-            put=self.put,
+            put=self.placement.put,
             seed=self.config.seed,
             checkpoint_every=self.config.checkpoint_every,
             trackers=self.trackers,
@@ -386,7 +353,7 @@ class Run:
         first = source.batch_at(0, 1, self.config.seed)
         row = begin_of(first, self.config.data.sequence_length, self.window)
         return Telemetry(
-            row=self.put(row), every=self.config.checkpoint_every, console=self.console
+            row=self.placement.put(row), every=self.config.checkpoint_every, console=self.console
         )
 
     def _with_memory(
@@ -407,53 +374,37 @@ class Run:
             self.config.window_range, None if liza is None else liza.softmax_window
         )
 
-    def batch_at(self, step: int) -> tuple[tuple[Batch, Any], int]:
-        """The batch of a step, on its way to the device, its window, its tokens.
-
-        Of several processes each reads its own rows, and counts its part of the tokens.
-        """
-        size, rows, source = self.config.rows_per_step, self.own_rows, self.data.train
-        if isinstance(source, StreamSource) and source.step != step:
-            source.go_to(step, read_position(self.config.output, step))
-        batch = source.batch_at(step, size, self.config.seed, rows)
-        if isinstance(source, StreamSource):
-            check_tokens(batch.tokens, self.model.config.vocab_size, self.tokenizer)
-            check_lengths(batch.segment_ids, self.model.config, "--data.sequence-length")
-        windows, window = self._windows(), None
-        if windows is not None:
-            window = jnp.asarray(windows.draw(self.config.seed, "train", step))
-        # Where devices of several processes share rows, each of them counts a part.
-        part = size / (len(batch.tokens) * jax.process_count())
-        tokens = round(np.count_nonzero(batch.segment_ids) * part)
-        return (self.put_own(batch), window), tokens
-
-    def _save_position(self, step: int) -> None:
-        source = self.data.train
-        if isinstance(source, StreamSource):
-            save_position(self.config.output, step, source.position_after(step))
-
-    def _place(self, state: TrainState) -> TrainState:
-        return state if self.mesh is None else place_state(state, self.mesh)
-
 
 def _load_data(
     config: FinetuneConfig,
     tokenizer: "PreTrainedTokenizerFast",
-    seed: int,
-    window: int | None,
-    files: FoundData,
+    resumption: Resumption,
+    console: Console,
 ) -> TokenData | StreamData:
-    if not config.data.streaming:
-        return load_token_data(
-            *(config.data, tokenizer, seed), window=window, files=files, strict=config.strict
+    window = None if config.memory is None else config.memory.softmax_window
+    data = load_run_data(config, tokenizer, resumption.record.seed, window, resumption.files)
+    console.print(data.describe(config.rows_per_step), markup=False)
+    print_bad_rows(data.bad_rows, console)
+    return data
+
+
+def _load_model(config: FinetuneConfig, mesh: "Mesh | None", console: Console) -> CausalLM:
+    # What a run has trained is read and compared by all processes.
+    together = contextlib.nullcontext() if find_checkpoint(config.model) else failing_together()
+    with together:
+        model = load_pretrained(
+            config.model,
+            config.memory,
+            config.adapters,
+            jnp.dtype(config.dtype),
+            mesh=mesh,
+            seed=config.seed,
         )
-    return load_stream(
-        *(config.data, tokenizer, seed),
-        rows_per_step=config.rows_per_step,
-        order_seed=config.seed,
-        files=files,
-        strict=config.strict,
-    )
+    liza = config.memory
+    is_idle = liza is not None and liza.writes == "evicted"
+    if is_idle and not runs_memory(model.config, liza):
+        console.print(_IDLE)
+    return model
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

@@ -18,7 +18,12 @@ from experiments.training.metrics import MetricsWriter, NoMetrics, StepRecord
 from experiments.training.prefetch import Prefetch
 from experiments.training.report import TrainingProgress
 from experiments.training.trackers import Trackers, scalars
-from tptt_jax.processes import failing_together, is_first_process, sums_of_all
+from tptt_jax.processes import (
+    failing_together,
+    is_first_process,
+    raised_together,
+    sums_of_all,
+)
 from tptt_jax.training.checkpoint import RunCheckpoints, latest_step
 from tptt_jax.training.train_step import TrainState
 
@@ -96,7 +101,8 @@ class Stage:
             state = initial
             if checkpoints.latest_step is not None:
                 state = checkpoints.restore(initial, sound=self.sound_step)
-                if (done := int(state.step)) < self.steps:
+                done = int(state.step)
+                if done < self.steps or (done == self.steps and not self.is_last):
                     console.print(f"{self.title}: resuming after {done} of {self.steps}")
             first = int(state.step)
             state, seconds = self._loop(state, checkpoints, console)
@@ -105,7 +111,7 @@ class Stage:
     def _loop(
         self, state: TrainState, checkpoints: RunCheckpoints, console: Console
     ) -> tuple[TrainState, float]:
-        first, total = int(state.step), 0.0
+        first, total, last = int(state.step), 0.0, False
         if first >= self.steps or self.is_over():
             # A run without steps still leaves what later commands load.
             checkpoints.save(state)
@@ -121,7 +127,8 @@ class Stage:
                 events = EventFile(self.folder, resume_step=first)
                 trackers.append(opened.enter_context(contextlib.closing(events)))
             for number in range(first, self.steps):
-                (batch, tokens), waited = prefetch.get()
+                with failing_together():
+                    (batch, tokens), waited = prefetch.get()
                 start = time.perf_counter()
                 state, metrics = self.step(state, *batch)
                 jax.block_until_ready(metrics)
@@ -131,42 +138,50 @@ class Stage:
                 record = self.to_record(number + 1, metrics, seconds, counted)
                 record = dataclasses.replace(record, wait_seconds=waited)
                 if not metrics.is_finite:
+                    self._keep(state, checkpoints)
                     with failing_together():
-                        raise self._not_finite(record, state, checkpoints)
+                        raise self._not_finite(record, kept=int(state.step))
                 record = self.finish_record(state, record)
                 writer.write(record)
                 for each in trackers:
                     each.log(record.step, scalars(record))
                 progress.update(record)
                 last = number + 1 == self.steps or self.is_over()
-                signals = sums_of_all([stop.requested, stop.is_termination])
-                stopped, terminated = (count > 0 for count in signals)
+                stopped, _ = _agreed(stop)
                 if last or stopped or (number + 1) % self.checkpoint_every == 0:
                     self.before_save(number + 1)
                     checkpoints.save(state)
                 checkpoints.check()
-                if stopped and (terminated or not (last and self.is_last)):
-                    checkpoints.wait()
-                    if terminated:
-                        raise TerminationError(
-                            f"stopped after {self.title} {number + 1} of {self.steps}, which is "
-                            "saved"
-                        )
-                    progress.note(f"stopped after step {number + 1}: the same command resumes")
-                    raise KeyboardInterrupt
-                if last:
+                if last or stopped:
                     break
+        # Also a signal that came after the last step.
+        stopped, terminated = _agreed(stop)
+        done = int(state.step)
+        if terminated or (stopped and not (last and self.is_last)):
+            checkpoints.wait()
+            raise raised_together(self._stopped(done, progress, is_termination=terminated))
         return state, total
 
-    def _not_finite(
-        self, record: StepRecord, state: TrainState, checkpoints: RunCheckpoints
-    ) -> ValueError:
-        """Saves the state before a step that is not finite, and returns the error."""
-        kept = int(state.step)
-        if kept:
+    def _stopped(
+        self, done: int, progress: TrainingProgress, *, is_termination: bool
+    ) -> KeyboardInterrupt:
+        """The exception that ends all processes after a signal to any of them."""
+        if is_termination:
+            return TerminationError(
+                f"stopped after {self.title} {done} of {self.steps}, which is saved"
+            )
+        progress.note(f"stopped after step {done}: the same command resumes")
+        return KeyboardInterrupt()
+
+    def _keep(self, state: TrainState, checkpoints: RunCheckpoints) -> None:
+        """Saves the state before a step that is not finite, if anything was trained."""
+        if kept := int(state.step):
             self.before_save(kept)
             checkpoints.save(state)
             checkpoints.wait()
+
+    def _not_finite(self, record: StepRecord, *, kept: int) -> ValueError:
+        """The error of a step that is not finite, after step `kept`."""
         rows = ", ".join(map(str, self.rows_at(record.step - 1)))
         norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
         option, setting, rate = self.rate
@@ -179,3 +194,9 @@ class Stage:
             f"{self.title} {record.step} is not finite (loss {record.loss:.4g}{norm}, packed rows "
             f"{rows}): {remedy}; {where}."
         )
+
+
+def _agreed(stop: StopRequest) -> tuple[bool, bool]:
+    """Whether a signal has requested a stop in any process, and whether SIGTERM did."""
+    stopped, terminated = sums_of_all([stop.requested, stop.is_termination])
+    return stopped > 0, terminated > 0

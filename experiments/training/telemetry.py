@@ -5,12 +5,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from experiments.data import TokenBatch
 from experiments.training.metrics import StepRecord
 from tptt_jax import CausalLM
+from tptt_jax.processes import fetch
 from tptt_jax.training.memory_health import MemoryHealth, measure_memory, memory_layers
 from tptt_jax.training.train_step import Batch
 
@@ -47,13 +49,14 @@ class Telemetry:
             return record
         after = model()
         layers = memory_layers(after)
-        health = measure_memory(after, self.row.tokens, self.row.segment_ids)
+        measured = measure_memory(after, self.row.tokens, self.row.segment_ids)
+        health = jax.tree.map(fetch, measured)
         for kind, line in find_dangers(health, layers).items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 self.console.print(f"warning: step {record.step}: {line}", markup=False)
         memory = {"layer": list(layers)}
-        memory |= {name: list(map(_finite, np.asarray(x))) for name, x in health._asdict().items()}
+        memory |= {name: list(map(_finite, x)) for name, x in health._asdict().items()}
         return dataclasses.replace(record, memory=memory)
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import json
+import logging
 import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +17,7 @@ from tptt_jax.durable import atomic_file
 
 TrackerName = Literal["trackio", "wandb"]
 
+_LOG = logging.getLogger("tptt_jax.trackers")
 _PROJECT = "tptt-jax"
 # In a run's directory: the name under which services know it.
 _IDENTITY = "trackers.json"
@@ -134,6 +137,9 @@ def open_trackers(
       output: the run's directory, whose name is the run's.
       settings: of the run, to show.
       is_continued: whether the run goes on from a checkpoint.
+
+    Raises:
+      ValueError: if a service cannot be reached.
     """
     with contextlib.ExitStack() as stack:
         for tracker in own:
@@ -142,7 +148,7 @@ def open_trackers(
         if modules:
             identity = _identity(output, is_continued)
             for name, module in modules.items():
-                tracker = _OPENERS[name](module, output, identity, settings)
+                tracker = _Service.open(name, module, output, identity, settings)
                 stack.callback(tracker.close)
                 opened.append(tracker)
         yield Trackers(opened, is_continued)
@@ -158,6 +164,46 @@ def _identity(output: Path, is_continued: bool) -> str:
     return identity
 
 
+class _Service:
+    """A tracker of a service: once it fails, the run goes on without it."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker, self._failed = name, tracker, False
+
+    @classmethod
+    def open(cls, name: str, *arguments: Any) -> "_Service":
+        try:
+            return cls(name, _OPENERS[name](*arguments))
+        except Exception as error:
+            raise ValueError(
+                f"--trackers {name} cannot start ({_one_line(error)}): {_REMEDIES[name]}, or leave "
+                "it out; the same command goes on."
+            ) from error
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._try(functools.partial(self._tracker.log, step, metrics))
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._failed = True
+            _LOG.warning(
+                "%s gets no more metrics (%s); those of all steps are in metrics.jsonl",
+                self._name,
+                _one_line(error),
+            )
+
+
+def _one_line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
+
+
 class _Wandb:
     def __init__(
         self, module: Any, output: Path, identity: str, settings: Mapping[str, Any]
@@ -171,8 +217,12 @@ class _Wandb:
             resume="allow",
         )
         # Stages count their own steps; wandb's own step would have to grow from call to call.
-        for stage in ("transfer", "distill", "train"):
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        try:
+            for stage in ("transfer", "distill", "train"):
+                self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        except BaseException:
+            self._run.finish()
+            raise
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         stages = {name.partition("/")[0] for name in metrics}
@@ -202,6 +252,10 @@ class _Trackio:
         self._module.finish()
 
 
+_REMEDIES = {
+    "trackio": "run `trackio show` to see whether it works",
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline",
+}
 _OPENERS: dict[str, Callable[[Any, Path, str, Mapping[str, Any]], Tracker]] = {
     "trackio": _Trackio,
     "wandb": _Wandb,

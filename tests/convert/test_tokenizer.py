@@ -205,6 +205,16 @@ def test_transformers_4_knows_the_names_in_an_export(hf_directory, tmp_path):
     assert "<extra>" in tokenizer.all_special_tokens
 
 
+def test_an_export_keeps_special_tokens_of_both_names(hf_directory, tmp_path):
+    path = hf_directory / "tokenizer_config.json"
+    settings = json.loads(path.read_text()) | {"additional_special_tokens": ["<tool>", "<extra>"]}
+    path.write_text(json.dumps(settings | {"extra_special_tokens": ["<extra>", "hello"]}))
+    exported(hf_directory, tmp_path / "out")
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["additional_special_tokens"] == ["<tool>", "<extra>", "hello"]
+    assert "extra_special_tokens" not in settings
+
+
 def test_a_hub_id_fetches_no_weights(hf_directory, monkeypatch):
     patterns: list[str] = []
 

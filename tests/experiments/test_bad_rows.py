@@ -1,10 +1,11 @@
 """Rows that cannot be read: left out, counted and named, or an error."""
 
+import dataclasses
 import json
 
 import pytest
 
-from experiments.data import DataConfig, load_token_data
+from experiments.data import DataConfig, load_stream, load_token_data, template_process, templates
 from experiments.data.bad_rows import BadRows
 from tests.tiny import CHATML, make_tokenizer
 
@@ -59,3 +60,22 @@ def test_a_wrong_format_is_noticed_early():
     with pytest.raises(ValueError, match="bad"):
         bad.read(fail)
     assert BadRows(strict=False).read(lambda: 3) == 3
+
+
+def test_rows_are_not_bad_where_no_process_renders_them(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(templates, "_PROCESS", template_process.TemplateProcess())
+    monkeypatch.setattr("subprocess.Popen", fail)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps({'messages': CHAT})}\n" * 3)
+    config = DataConfig(path=str(path), eval_rows=0, sequence_length=512)
+    message = r"row \d: the process that renders chat templates cannot be started .*: free some mem"
+    with pytest.raises(templates.FatalTemplateError, match=message):
+        load_token_data(config, TOKENIZER, strict=False)
+    streamed = dataclasses.replace(config, streaming=True)
+    source = load_stream(streamed, TOKENIZER, rows_per_step=1, seed=0, order_seed=0).train
+    with pytest.raises(templates.FatalTemplateError, match=message):
+        source.batch_at(0, 1, 0)

@@ -7,14 +7,18 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 from experiments.command_line import parse_arguments
 from experiments.finetune import finetune, run_finetune
+from experiments.process import distributed
 from experiments.process.distributed import DistributedConfig, joined
+from experiments.process.interrupts import TerminationError
 from experiments.training import FinetuneConfig
 from experiments.training.metrics import read_metrics
 from tests.devices import device_environment, start_processes
+from tptt_jax.processes import raised_together
 from tptt_jax.training.checkpoint import latest_step
 
 COORDINATOR = ["--distributed.coordinator", "127.0.0.1:8476"]
@@ -59,6 +63,53 @@ def test_without_a_cluster_the_remedy_is_named(monkeypatch):
     assert config == DistributedConfig(enabled=True)
     with pytest.raises(ValueError, match=r"finds no cluster .*start it with srun"), joined(config):
         pass
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Two processes by name only: where this one waits, and with which status it leaves."""
+    waited, left = [], []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "_initialize", lambda *_: None)
+    monkeypatch.setattr(distributed, "wait_for_all", waited.append)
+    monkeypatch.setattr(distributed.atexit, "register", lambda _, status: left.append(status))
+    return waited, left
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "status"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, 130),
+        (TerminationError("stopped"), TerminationError, 0),
+        (OSError("Connection reset by peer"), ConnectionError, 2),
+        (RuntimeError("a bug"), RuntimeError, 1),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "lost", "bug"],
+)
+def test_a_process_that_ends_alone_waits_for_no_other(error, raised, status, group):
+    with pytest.raises(raised), joined(DistributedConfig(enabled=True)):
+        raise error
+    assert group == ([], [status])
+
+
+@pytest.mark.parametrize(
+    ("kind", "places"),
+    [(KeyboardInterrupt, ["the end"]), (TerminationError, ["the end"]), (OSError, [])],
+)
+def test_processes_that_end_together_keep_their_error(kind, places, group):
+    error = raised_together(kind("Connection reset by peer"))
+    with pytest.raises(kind) as caught, joined(DistributedConfig(enabled=True)):
+        raise error
+    assert caught.value is error
+    assert group == (places, [])
+
+
+def test_another_process_prints_nothing_until_it_has_ended(group, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "is_first_process", lambda: False)
+    with joined(DistributedConfig(enabled=True)):
+        print("inside")
+    print("after")
+    assert capsys.readouterr().out == "after\n"
 
 
 def losses(output: Path) -> list[float]:

@@ -1,5 +1,6 @@
 """TensorBoard's event files, and the trackers beside them."""
 
+import logging
 import struct
 import sys
 from types import SimpleNamespace
@@ -189,3 +190,26 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"--trackers wandb needs .*pip install 'tptt-jax\[wandb"):
         import_trackers(("wandb",))
+
+
+def test_a_service_that_cannot_start_is_named(tmp_path):
+    module = SimpleNamespace(init=lambda **_: 1 / 0)
+    message = r"--trackers wandb cannot start \(division by zero\): run `wandb login`"
+    with (
+        pytest.raises(ValueError, match=message),
+        open_trackers({"wandb": module}, [], tmp_path, {}, is_continued=False),
+    ):
+        pass
+
+
+def test_a_run_goes_on_without_a_service_that_fails(tmp_path, caplog, monkeypatch):
+    wandb, own = Service(), Own()
+    monkeypatch.setattr(wandb, "log", lambda metrics: 1 / 0)
+    opened = open_trackers({"wandb": wandb}, [own], tmp_path, {}, is_continued=False)
+    with caplog.at_level(logging.WARNING, "tptt_jax.trackers"), opened as trackers:
+        for step in (1, 2):
+            trackers.of_stage("train", 0).log(step, {"loss": 0.5})
+    assert own.steps == [1, 2]
+    assert caplog.messages == [
+        "wandb gets no more metrics (division by zero); those of all steps are in metrics.jsonl"
+    ]

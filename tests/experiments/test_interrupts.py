@@ -1,11 +1,23 @@
-"""Ctrl-C while a command is importing."""
+"""Ctrl-C while a command is importing, and signals at the end of a stage."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import pytest
+from rich.console import Console
+
+from experiments.process.interrupts import TerminationError
+from experiments.training.event_files import EventFile
+from experiments.training.metrics import StepRecord
+from experiments.training.stage import Stage
+from tptt_jax.training.checkpoint import latest_step
+from tptt_jax.training.train_step import TrainState
 
 AS_SCRIPT = "import sys; sys.argv[0] = 'bin/tptt-jax'; "
 CALL = "from experiments.__main__ import main; main()"
@@ -45,3 +57,45 @@ def test_ctrl_c_before_the_script_starts_its_command(project_dir):
     command = [sys.executable, "-c", AS_SCRIPT + INTERRUPT, "generate"]
     ended = subprocess.run(command, cwd=project_dir, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+class Metrics(NamedTuple):
+    is_finite: bool = True
+
+
+@pytest.mark.parametrize(
+    ("number", "is_last", "expected"),
+    [
+        (signal.SIGINT, False, KeyboardInterrupt),
+        (signal.SIGINT, True, None),
+        (signal.SIGTERM, True, TerminationError),
+    ],
+    ids=["Ctrl-C", "Ctrl-C in the last stage", "SIGTERM"],
+)
+def test_a_signal_after_the_last_step_is_not_lost(number, is_last, expected, tmp_path, monkeypatch):
+    close = EventFile.close
+
+    def stop(self):
+        os.kill(os.getpid(), number)
+        close(self)
+
+    monkeypatch.setattr(EventFile, "close", stop)
+    stage = Stage(
+        title="step",
+        folder=tmp_path,
+        steps=2,
+        checkpoint_every=9,
+        step=lambda state: (state._replace(step=state.step + 1), Metrics()),
+        batch_at=lambda number: ((), 1),
+        to_record=lambda done, *_: StepRecord(step=done, loss=1.0, tokens_per_s=1.0, seconds=1.0),
+        is_last=is_last,
+    )
+    key, first = jax.random.key(0), jnp.int32(0)
+    state = TrainState(trainable={"a": jnp.ones(2)}, opt_state={}, share=None, step=first, key=key)
+    ended = None
+    try:
+        stage.run(state, Console(file=io.StringIO()))
+    except KeyboardInterrupt as error:
+        ended = type(error)
+    assert ended is expected
+    assert latest_step(tmp_path) == 2

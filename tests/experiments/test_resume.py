@@ -25,12 +25,15 @@ from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
 from experiments.models import load_model
+from experiments.process.distributed import DistributedConfig
+from experiments.process.interrupts import TerminationError
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
 from experiments.training.fingerprints import is_same_data, of_data
 from experiments.training.fit_config import FitConfig
 from experiments.training.outcome import Outcome
 from experiments.training.resume import (
+    Resumption,
     _is_compared,
     flag_of,
     flag_with_value,
@@ -238,6 +241,31 @@ def test_what_a_run_needs_is_not_its_output(started, tmp_path):
     (fresh.output / "distill" / "checkpoints").write_text("mine")
     with pytest.raises(ValueError, match="checkpoints is a file, but must be a directory"):
         check_output(fresh, describe_run(fresh))
+
+
+@pytest.mark.parametrize(
+    ("changes", "command"),
+    [
+        ({}, "The same command goes on, or:\n  python -m experiments.finetune --config "),
+        ({"resume": False}, "The same command without --no-resume goes on, or:\n  python -m "),
+        ({"distributed": DistributedConfig(enabled=True)}, "The same command goes on.\n"),
+    ],
+    ids=["resume", "no resume", "distributed"],
+)
+def test_what_a_stopped_run_prints_resumes_it(changes, command, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n')
+    config = FinetuneConfig(data=DataConfig(path=str(rows)), output=tmp_path, **changes)
+
+    def stop(*_):
+        Resumption(config).write()
+        raise TerminationError("stopped")
+
+    monkeypatch.setattr("experiments.finetune._finetune", stop)
+    monkeypatch.setattr("experiments.finetune.joined", contextlib.nullcontext)
+    assert finetune(config)["terminated"] == "stopped"
+    assert f"nothing is lost. {command}" in capsys.readouterr().out
+    assert parse_arguments(["--config", str(tmp_path / "config.yaml")], FinetuneConfig).resume
 
 
 @pytest.mark.parametrize(

@@ -299,6 +299,22 @@ def test_rows_to_fit_on_that_stay_in_the_window(config, tmp_path):
         job.fit()
 
 
+def test_bad_rows_to_fit_on_are_counted_and_named(config, tmp_path):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "short"}\n{"text": 5}\n' * 12)
+    fit = replace(config.fit, data=str(lines))
+    config = replace(config, output=tmp_path / "run", fit=fit)
+    out = io.StringIO()
+    Run.prepare(config, Console(file=out, soft_wrap=True))
+    assert "12 bad rows left out of those to fit on\n" in out.getvalue()
+    named = [line for line in out.getvalue().splitlines() if line.startswith("left out: ")]
+    expected = f"left out: {lines}, row 2: text must be text, got int"
+    assert named[0].startswith(expected)
+    assert len(named) == 10
+    with pytest.raises(ValueError, match=r"row 2: text must be text, got int"):
+        Run.prepare(replace(config, strict=True), Console(file=out))
+
+
 def test_rows_to_fit_on_come_from_their_own_text(config, tmp_path):
     job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
     assert job.fit_rows is not None

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from experiments.data import DataConfig, load_stream, load_token_data
-from experiments.data.data_files import find_data
+from experiments.data.data_files import FoundData, find_data
 from experiments.data.file_rows import read_file
 from experiments.data.hub_rows import iterate_dataset
 from experiments.data.indexed_rows import index_rows
 from experiments.data.permutation import Permutation, spread
+from experiments.data.stream_loading import sample_rows
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
 from experiments.training.metrics import read_metrics
@@ -53,8 +54,8 @@ def texts(tmp_path):
     )
 
 
-def stream(config, tokenizer, lanes=4, seed=0):
-    return load_stream(config, tokenizer, 0, rows_per_step=lanes, order_seed=seed).train
+def stream(config, tokenizer, lanes=4, seed=0, **options):
+    return load_stream(config, tokenizer, 0, rows_per_step=lanes, order_seed=seed, **options).train
 
 
 def batches(source, first, end, lanes=4, part=slice(None)):
@@ -122,6 +123,49 @@ def test_what_only_datasets_reads_is_streamed_by_it(tmp_path):
     commit, rows = iterate_dataset(str(tmp_path), "train")
     assert commit is None
     assert list(rows) == [{"text": "a"}, {"text": "b"}]
+
+
+def test_changed_files_of_a_folder_are_copied_again(tmp_path, monkeypatch):
+    card = "---\nconfigs:\n- config_name: default\n  data_files: '*.csv'\n  sep: ';'\n---\n"
+    for name in ("one", "other"):
+        folder = tmp_path / name / "data"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(card)
+        (folder / "rows.csv").write_text(f"text;n\n{name};1\n")
+
+    def texts():
+        found = find_data("data")
+        assert found.files is None, "only `datasets` reads another separator"
+        rows = index_rows(found, "train")
+        return [rows.read(i)["text"] for i in range(len(rows))]
+
+    for name in ("one", "other"):
+        monkeypatch.chdir(tmp_path / name)
+        assert texts() == [name]
+    (tmp_path / "other" / "data" / "rows.csv").write_text("text;n\nchanged;1\n")
+    assert texts() == ["changed"]
+
+
+def test_without_a_network_the_newest_copy_is_read(monkeypatch):
+    hub = {"commit": None, "text": ""}
+
+    def iterate(name, split, *, revision):
+        assert (name, split) == ("some/data", "train")
+        return hub["commit"], iter([{"text": f"{hub['text']} {revision}"}] if hub["text"] else [])
+
+    def text(revision=None):
+        found = FoundData(("some/data",), is_hub=True, files=None)
+        return index_rows(found, "train", revision).read(0)["text"]
+
+    monkeypatch.setattr("experiments.data.indexed_rows.iterate_dataset", iterate)
+    for commit, revision in (("c0ffee", None), ("beef", "v1"), ("facade", None)):
+        hub |= {"commit": commit, "text": commit}
+        assert text(revision) == f"{commit} {revision}"
+    hub |= {"commit": None, "text": ""}
+    assert text() == "facade None"
+    assert text("v1") == "beef v1"
+    with pytest.raises(ValueError, match="has no rows"):
+        text("v2")
 
 
 def test_a_text_becomes_blocks(tmp_path):
@@ -231,6 +275,51 @@ def test_a_row_that_cannot_be_used_is_named_and_left_out(tmp_path, tokenizer, ca
     assert {tokenizer.decode(row, skip_special_tokens=True) for row in rows} == {"good"}
     assert f"left out: {file}, row 2: text must be text, got int" in caplog.text
     assert f"left out: {file}, row 3, is not valid JSON" in caplog.text
+    strict = stream(replace(CONFIG, path=str(file)), tokenizer, lanes=1, strict=True)
+    with pytest.raises(ValueError, match=r"bad.jsonl, row [23]"):
+        batches(strict, 0, 4, lanes=1)
+
+
+@pytest.mark.parametrize("key", ["text", "prompt"])
+def test_bad_rows_that_are_held_out_or_fitted_on_are_left_out(key, tmp_path, tokenizer):
+    good = {"text": "good"} if key == "text" else {"prompt": "go", "completion": "od"}
+    rows = [good, {**good, key: 5}] * 50
+    config = replace(CONFIG, path=str(write_lines(tmp_path / "rows.jsonl", rows)), packing=False)
+    config = replace(config, eval_rows=DataConfig().eval_rows)
+    data = load_stream(config, tokenizer, 0, rows_per_step=4, order_seed=0)
+    assert data.eval is not None
+    # Of the 5% of 100 rows.
+    assert len(data.eval.tokens) + len(data.bad_rows) == 5
+    assert data.bad_rows
+    assert all(f"{key} must be text, got int" in line for line in data.bad_rows)
+    assert f"{len(data.bad_rows)} bad rows left out" in data.describe()
+    fitted, bad_rows = sample_rows(config, tokenizer, 0, 10)
+    assert len(fitted.tokens) == 10
+    assert bad_rows
+    assert not set(bad_rows) & set(data.bad_rows)
+    for each in (*data.eval.tokens, *fitted.tokens):
+        assert tokenizer.decode(each, skip_special_tokens=True) == "good"
+    with pytest.raises(ValueError, match=f"{key} must be text, got int"):
+        load_stream(config, tokenizer, 0, rows_per_step=4, order_seed=0, strict=True)
+    with pytest.raises(ValueError, match=f"{key} must be text, got int"):
+        sample_rows(config, tokenizer, 0, 10, strict=True)
+
+
+def test_a_table_without_a_good_row_says_why(tmp_path, tokenizer):
+    file = write_lines(tmp_path / "bad.jsonl", [{"text": 5}] * 20)
+    config = replace(CONFIG, path=str(file))
+    message = r"bad.jsonl, row \d+: text must be text, got int"
+    with pytest.raises(ValueError, match=message):
+        sample_rows(config, tokenizer, 0, 10)
+    with pytest.raises(ValueError, match=f"1,000 rows of .* cannot be used; the first .*{message}"):
+        stream(config, tokenizer).batch_at(0, 4, 0)
+
+
+def test_conversations_need_a_chat_template_from_the_start(tmp_path, tokenizer):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file = write_lines(tmp_path / "chat.jsonl", [{"messages": chat}] * 3)
+    with pytest.raises(ValueError, match="tokenizer of this model has no chat template"):
+        stream(replace(CONFIG, path=str(file)), tokenizer)
 
 
 def test_rows_without_an_end_are_an_error_not_a_loop(tmp_path, tokenizer):

@@ -43,7 +43,8 @@ def test_dangers_are_named_by_layer(change, kind, message):
 
 def test_the_memory_is_measured_now_and_then_and_a_danger_is_said_once(monkeypatch):
     shown, row = io.StringIO(), Batch(*[jnp.ones((1, 8), jnp.int32)] * 3)
-    health: Any = FINE._replace(state_norm=np.array([1.0, 1000.0]))
+    values = FINE._replace(share=np.array([0.25, 0.5]), state_norm=np.array([1.0, 1000.0]))
+    health = MemoryHealth(*map(jnp.asarray, values))
     monkeypatch.setattr(telemetry, "measure_memory", lambda *_: health)
     monkeypatch.setattr(telemetry, "memory_layers", lambda _: (0, 1))
     meter = Telemetry(row=row, every=2, console=Console(file=shown, width=500))
@@ -59,7 +60,7 @@ def test_the_memory_is_measured_now_and_then_and_a_danger_is_said_once(monkeypat
     assert [record.step for record in records if record.memory] == [2, 3, 4, 5]
     assert records[-1].memory == {
         "layer": [0, 1],
-        "share": [0.2, 0.1],
+        "share": [0.25, 0.5],
         "half_life": [50.0, None],
         "state_norm": [1.0, 1000.0],
         "condition": [20.0, 30.0],

@@ -11,11 +11,11 @@ import signal
 import pytest
 
 from experiments.command_line import run_configured
-from experiments.data import TokenBatchSource
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
 from experiments.training.event_files import read_frames
 from experiments.training.metrics import read_metrics
+from experiments.training.report import TrainingProgress
 from tptt_jax.training.checkpoint import latest_step
 
 
@@ -42,12 +42,12 @@ def run(tiny_model_dir, tmp_path_factory):
     arguments += ["--fit-steps", 0, "--liza.softmax-window", 8, "--checkpoint-every", 3]
     arguments += ["--batch-size", 1, "--sample-tokens", 2, "--sample-prompt", "a <b> $c"]
     own, printed = Own(), []
-    batch_at = TokenBatchSource.batch_at
+    update = TrainingProgress.update
 
-    def terminate(self, step, batch_size, seed):
-        if step == 2:
+    def terminate(self, record):
+        update(self, record)
+        if record.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return batch_at(self, step, batch_size, seed)
 
     def call(arguments):
         shown = io.StringIO()
@@ -59,7 +59,7 @@ def run(tiny_model_dir, tmp_path_factory):
         assert status == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TokenBatchSource, "batch_at", terminate)
+        patch.setattr(TrainingProgress, "update", terminate)
         call([*arguments, "--json"])
     assert latest_step(output) == 2, "the step at hand ends, and is saved"
     *_, command = [line for line in printed[0].splitlines() if "python -m" in line]

@@ -189,9 +189,10 @@ class RunCheckpoints:
         self._known = step
 
     def check(self) -> None:
-        """Raises OSError if a write has failed, without waiting for one."""
-        if self._pending is not None and self._pending.done():
-            self.wait()
+        """Raises OSError if this process's write has failed; waits for nothing and nobody."""
+        pending = self._pending
+        if pending is not None and pending.done() and pending.exception() is not None:
+            self._wait()
 
     def wait(self) -> None:
         """Waits until the saved step is on disk and verified, in all processes.

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.training import checkpoint
 from tptt_jax.training.checkpoint import (
     RunCheckpoints,
     latest_sound_step,
@@ -297,6 +299,22 @@ def test_a_failed_write_can_be_tried_again(setting, tmp_path, monkeypatch):
                 checkpoints.wait()
         checkpoints.save(setting[3]())
     assert latest_step(tmp_path) == 0
+
+
+def test_checking_for_a_failed_write_waits_for_no_process(setting, tmp_path, monkeypatch):
+    places = []
+    monkeypatch.setattr(checkpoint, "wait_for_all", places.append)
+    with RunCheckpoints(tmp_path) as checkpoints:
+        checkpoints.save(setting[-1]())
+        while latest_step(tmp_path) is None:
+            checkpoints.check()
+            time.sleep(0.01)
+        checkpoints.check()
+        # The others may still be writing, so all meet before the next step is saved.
+        assert places == ["checkpoints"]
+        checkpoints.wait()
+        checkpoints.check()
+        assert places == ["checkpoints", "checkpoint"]
 
 
 def test_an_optimizer_may_hold_infinity(setting, tmp_path):

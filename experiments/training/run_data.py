@@ -1,0 +1,130 @@
+"""The rows of a run: in memory or streamed, checked against the model, batch by batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from experiments.data import (
+    StreamData,
+    StreamSource,
+    TokenBatchSource,
+    TokenData,
+    load_stream,
+    load_token_data,
+)
+from experiments.data.data_files import FoundData
+from experiments.models.limits import check_lengths, check_tokens
+from experiments.training.config import FinetuneConfig
+from experiments.training.placement import Placement
+from experiments.training.positions import read_position, save_position
+from experiments.training.windows import WindowRange
+from tptt_jax import ModelConfig
+from tptt_jax.array_typing import Array
+from tptt_jax.training.train_step import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+# More would hide what follows.
+_NAMED_BAD_ROWS = 10
+
+
+def load_run_data(
+    config: FinetuneConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    window: int | None,
+    files: FoundData,
+) -> TokenData | StreamData:
+    """Reads or prepares the data of a run.
+
+    Args:
+      config: of the run.
+      tokenizer: of its model.
+      seed: chooses the held-out rows.
+      window: of softmax attention, beyond which recall rows hide things; None: there is none.
+      files: what was found for `config.data`.
+
+    Raises:
+      FileNotFoundError: if the data does not exist.
+      ValueError: if it cannot be read or leaves nothing to train on.
+    """
+    if not config.data.streaming:
+        return load_token_data(
+            *(config.data, tokenizer, seed), window=window, files=files, strict=config.strict
+        )
+    return load_stream(
+        *(config.data, tokenizer, seed),
+        rows_per_step=config.rows_per_step,
+        order_seed=config.seed,
+        files=files,
+        strict=config.strict,
+    )
+
+
+def print_bad_rows(bad_rows: Sequence[str], console: Console) -> None:
+    """Names the first rows that were left out because they cannot be read."""
+    for line in bad_rows[:_NAMED_BAD_ROWS]:
+        console.print(f"left out: {line}", markup=False)
+
+
+def check_rows(
+    data: TokenData | StreamData, model: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Raises ValueError for tokens or rows that a model cannot read; streams are checked later."""
+    if isinstance(data.train, TokenBatchSource):
+        check_tokens(data.train.tokens, model.vocab_size, tokenizer)
+        check_lengths(data.train.segment_ids, model, "--data.sequence-length")
+    if data.eval is not None:
+        check_tokens(data.eval.tokens, model.vocab_size, tokenizer)
+        check_lengths(data.eval.segment_ids, model, "--data.eval-length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBatches:
+    """The batches of training, on their way to the devices."""
+
+    source: TokenBatchSource | StreamSource
+    placement: Placement
+    model: ModelConfig
+    tokenizer: "PreTrainedTokenizerFast"
+    windows: WindowRange | None
+    """None: the model's own window in every step."""
+    seed: int
+    output: Path
+    """Where positions in streamed data are."""
+
+    def batch_at(self, step: int) -> tuple[tuple[Batch, Array | None], int]:
+        """The batch of a step, its window, its tokens.
+
+        Of several processes each reads its own rows, and counts its part of the tokens.
+        """
+        size, source = self.placement.rows_per_step, self.source
+        if isinstance(source, StreamSource) and source.step != step:
+            source.go_to(step, read_position(self.output, step))
+        batch = source.batch_at(step, size, self.seed, self.placement.own_rows)
+        if isinstance(source, StreamSource):
+            check_tokens(batch.tokens, self.model.vocab_size, self.tokenizer)
+            check_lengths(batch.segment_ids, self.model, "--data.sequence-length")
+        window = None
+        if self.windows is not None:
+            window = jnp.asarray(self.windows.draw(self.seed, "train", step))
+        # Where devices of several processes share rows, each of them counts a part.
+        part = size / (len(batch.tokens) * jax.process_count())
+        tokens = round(np.count_nonzero(batch.segment_ids) * part)
+        return (self.placement.put_own(batch), window), tokens
+
+    def rows_at(self, step: int) -> np.ndarray:
+        """The numbers of the rows of a step [B]."""
+        return self.source.rows_at(step, self.placement.rows_per_step, self.seed)
+
+    def save_position(self, step: int) -> None:
+        """Writes where streamed data stands after a step; rows in memory have no position."""
+        if isinstance(self.source, StreamSource):
+            save_position(self.output, step, self.source.position_after(step))
