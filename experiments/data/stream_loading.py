@@ -1,5 +1,6 @@
 """From a configuration to a stream of rows, and to the rows that are held out of it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -7,7 +8,7 @@ from experiments.data.bad_rows import BadRows
 from experiments.data.config import DataConfig
 from experiments.data.data_files import FoundData, find_parts
 from experiments.data.indexed_rows import index_rows
-from experiments.data.packing import TokenBatchSource, pack_examples
+from experiments.data.packing import Example, TokenBatchSource, pack_examples
 from experiments.data.stream_table import StreamTable
 from experiments.data.streaming import StreamSource
 
@@ -62,12 +63,7 @@ def load_stream(
       ValueError: if it cannot be read or leaves nothing to train on.
     """
     tables = _tables(config, tokenizer, seed, files)
-    examples, bad_rows = [], []
-    for table in tables:
-        bad = BadRows(strict=strict)
-        examples += table.held_out(bad)
-        bad_rows += bad.messages
-    held_out = pack_examples(examples, config.sequence_length, packing=config.packing)
+    held_out, bad_rows = _packed(tables, StreamTable.held_out, config, strict=strict)
     source = StreamSource(
         tables,
         config.weights or (1.0,),
@@ -81,7 +77,7 @@ def load_stream(
         train=source,
         eval=held_out if held_out.num_rows else None,
         tables=tables,
-        bad_rows=tuple(bad_rows),
+        bad_rows=bad_rows,
     )
 
 
@@ -102,10 +98,25 @@ def sample_rows(
       The rows, and what is wrong with each row that was left out because it cannot be read.
     """
     tables = _tables(config, tokenizer, seed, files)
-    examples, bad_rows = [], []
+    each = -(-count // len(tables))
+    return _packed(
+        tables, lambda table, bad: table.first_examples(each, bad), config, strict=strict
+    )
+
+
+def _packed(
+    tables: list[StreamTable],
+    take: Callable[[StreamTable, BadRows], list[Example]],
+    config: DataConfig,
+    *,
+    strict: bool,
+) -> tuple[TokenBatchSource, tuple[str, ...]]:
+    """Rows of the examples that `take` reads of each table, and what is wrong with bad rows."""
+    examples: list[Example] = []
+    bad_rows: list[str] = []
     for table in tables:
         bad = BadRows(strict=strict)
-        examples += table.first_examples(-(-count // len(tables)), bad)
+        examples += take(table, bad)
         bad_rows += bad.messages
     rows = pack_examples(examples, config.sequence_length, packing=config.packing)
     return rows, tuple(bad_rows)

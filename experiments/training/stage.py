@@ -17,7 +17,7 @@ from experiments.training.event_files import EventFile
 from experiments.training.metrics import MetricsWriter, NoMetrics, StepRecord
 from experiments.training.prefetch import Prefetch
 from experiments.training.report import TrainingProgress
-from experiments.training.trackers import Trackers, scalars
+from experiments.training.trackers import Tracker, Trackers, scalars
 from tptt_jax.processes import (
     failing_together,
     is_first_process,
@@ -119,10 +119,9 @@ class Stage:
         file = self.folder / "metrics.jsonl"
         writer = MetricsWriter(file, resume_step=first) if is_first_process() else NoMetrics()
         progress = TrainingProgress(self.steps, first_step=first, console=console, title=self.title)
-        tracker = self.trackers.of_stage(self.name, writer.logged)
+        trackers: list[Tracker] = [self.trackers.of_stage(self.name, writer.logged)]
         prefetch = Prefetch(self.batch_at, first, self.steps)
         with StopRequest() as stop, writer, progress, prefetch, contextlib.ExitStack() as opened:
-            trackers = [tracker]
             if is_first_process():
                 events = EventFile(self.folder, resume_step=first)
                 trackers.append(opened.enter_context(contextlib.closing(events)))

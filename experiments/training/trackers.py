@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from experiments.training.metrics import StepRecord
 from tptt_jax.durable import atomic_file
+from tptt_jax.training.orbax_files import first_line
 
 TrackerName = Literal["trackio", "wandb"]
 
@@ -176,8 +177,8 @@ class _Service:
             return cls(name, _OPENERS[name](*arguments))
         except Exception as error:
             raise ValueError(
-                f"--trackers {name} cannot start ({_one_line(error)}): {_REMEDIES[name]}, or leave "
-                "it out; the same command goes on."
+                f"--trackers {name} cannot start ({first_line(error, 200)}): {_REMEDIES[name]}, "
+                "or leave it out; the same command goes on."
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -196,12 +197,8 @@ class _Service:
             _LOG.warning(
                 "%s gets no more metrics (%s); those of all steps are in metrics.jsonl",
                 self._name,
-                _one_line(error),
+                first_line(error, 200),
             )
-
-
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()) or type(error).__name__:.200}"
 
 
 class _Wandb:
