@@ -1,12 +1,14 @@
-"""``python -m experiments.bench``: operators, training steps, decoding, contexts, scaling."""
+"""``python -m experiments.bench``: speed of the parts, cost and survival of runs."""
 
 import sys
 
 from convert.command_line import run_command
 from experiments.benchmarks.attention import bench_attention
+from experiments.benchmarks.kills import bench_kills
 from experiments.benchmarks.long_context import bench_context
 from experiments.benchmarks.model_work import bench_decode, bench_train
 from experiments.benchmarks.operator import bench_op
+from experiments.benchmarks.saves import bench_saves
 from experiments.benchmarks.scaling import bench_scaling
 
 COMMANDS = {
@@ -16,6 +18,8 @@ COMMANDS = {
     "attention": bench_attention,
     "context": bench_context,
     "scaling": bench_scaling,
+    "saves": bench_saves,
+    "kills": bench_kills,
 }
 
 

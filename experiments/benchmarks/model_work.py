@@ -76,26 +76,40 @@ def _training(work: TrainWork) -> Job:
 
 
 def _training_job(work: TrainWork, liza: LizaConfig | None) -> Job:
-    lora = LoraConfig(dropout=0.0) if work.train == "lora" else None
-    model = work.load(liza, lora)
-    config, memory = model.config, model.liza
-    partition, trainable, share = split_trainable(model, work.train)
-    optimizer = make_optimizer(OptimizerConfig(lr_schedule="constant"), 100)
-    step = make_train_step(partition, optimizer, remat=work.remat)
-    rows = np.random.default_rng(0).integers(10, 5000, (work.batch, work.tokens))
-    rows = jnp.asarray(rows % config.vocab_size)
-    data = Batch(rows, jnp.ones_like(rows), jnp.ones(rows.shape, bool))
-    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
-
-    def run() -> None:
-        nonlocal state
-        state, metrics = step(state, partition.frozen, data)
-        jax.block_until_ready(metrics)
-
+    steps = TrainingSteps(work, liza)
+    model = steps.model
     flops = training_flops(
-        config, memory, model.lora, batch=work.batch, tokens=work.tokens, mode=work.train
+        *(model.config, model.liza, model.lora),
+        **{"batch": work.batch, "tokens": work.tokens, "mode": work.train},
     )
-    return Job(run, work.batch * work.tokens, flops)
+    return Job(steps.run, work.batch * work.tokens, flops)
+
+
+class TrainingSteps:
+    """A model in training, always on the same random tokens.
+
+    Attributes:
+      model: with its adapters.
+      state: after the steps so far.
+    """
+
+    def __init__(self, work: TrainWork, liza: LizaConfig | None) -> None:
+        """Loads the model with this memory, and compiles nothing yet."""
+        lora = LoraConfig(dropout=0.0) if work.train == "lora" else None
+        self.model = work.load(liza, lora)
+        partition, trainable, share = split_trainable(self.model, work.train)
+        optimizer = make_optimizer(OptimizerConfig(lr_schedule="constant"), 100)
+        self._step = make_train_step(partition, optimizer, remat=work.remat)
+        self._frozen = partition.frozen
+        rows = np.random.default_rng(0).integers(10, 5000, (work.batch, work.tokens))
+        rows = jnp.asarray(rows % self.model.config.vocab_size)
+        self._data = Batch(rows, jnp.ones_like(rows), jnp.ones(rows.shape, bool))
+        self.state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+
+    def run(self) -> None:
+        """One step; returns when it is done."""
+        self.state, metrics = self._step(self.state, self._frozen, self._data)
+        jax.block_until_ready(metrics)
 
 
 def _decoding(work: DecodeWork) -> Job:

@@ -105,6 +105,10 @@ class FinetuneConfig:
     remat: Remat = "none"
     """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What happens at a training step whose loss, gradient or update is not finite. "stop": the run
+    ends with the state before it; "skip": the step is named and left out, and the tenth in
+    succession ends the run."""
     strict: tyro.conf.FlagCreatePairsOff[bool] = False
     """Stop at the first row of the data that cannot be read; otherwise such rows are left out,
     counted, and the first ten are named. Rows that --data.streaming reads while training are each

@@ -229,6 +229,7 @@ class Run:
             is_over=best.is_over,
             before_save=batches.save_position,
             sound_step=self.resumption.step,
+            skips_non_finite=self.config.non_finite == "skip",
             is_last=True,
             trackers=self.trackers,
         )

@@ -30,6 +30,9 @@ from tptt_jax.training.train_step import TrainState
 STAGES = ("transfer", "distill", ".")
 """Folders of checkpoints in a run's directory."""
 
+# So many in succession are no accident of a batch.
+_MOST_SKIPPED = 10
+
 Step = Callable[..., tuple[TrainState, Any]]
 """(state, *what `Stage.batch_at` gave) -> (state, metrics)."""
 
@@ -66,6 +69,8 @@ class Stage:
     """A step whose files this call has compared with what was written."""
     is_last: bool = False
     """Whether this is the last stage: Ctrl-C after its last step is not an interruption."""
+    skips_non_finite: bool = False
+    """Whether a step that is not finite is left out with a message, and not an error."""
     name: str = "train"
     """Put before the names of metrics for trackers."""
     trackers: Trackers = field(default_factory=Trackers)
@@ -94,7 +99,8 @@ class Stage:
         Raises:
           KeyboardInterrupt: after saving, if Ctrl-C requested a stop.
           TerminationError: likewise, if SIGTERM did.
-          ValueError: if a step is not finite; the state before it is saved.
+          ValueError: if a step is not finite; the state before it is saved. With
+            `skips_non_finite` only after ten such steps in succession.
           OSError: if a checkpoint cannot be written.
         """
         with RunCheckpoints(self.folder) as checkpoints:
@@ -111,7 +117,7 @@ class Stage:
     def _loop(
         self, state: TrainState, checkpoints: RunCheckpoints, console: Console
     ) -> tuple[TrainState, float]:
-        first, total, last = int(state.step), 0.0, False
+        first, total, last, skipped = int(state.step), 0.0, False, 0
         if first >= self.steps or self.is_over():
             # A run without steps still leaves what later commands load.
             checkpoints.save(state)
@@ -136,10 +142,15 @@ class Stage:
                 (counted,) = map(int, sums_of_all([tokens]))
                 record = self.to_record(number + 1, metrics, seconds, counted)
                 record = dataclasses.replace(record, wait_seconds=waited)
-                if not metrics.is_finite:
+                skipped = 0 if metrics.is_finite else skipped + 1
+                if skipped >= (_MOST_SKIPPED if self.skips_non_finite else 1):
                     self._keep(state, checkpoints)
                     with failing_together():
                         raise self._not_finite(record, kept=int(state.step))
+                if skipped:
+                    # The state is that before the step, which counts all the same.
+                    state = state._replace(step=state.step + 1)
+                    progress.note(f"left out: {self._named(record)}")
                 record = self.finish_record(state, record)
                 writer.write(record)
                 for each in trackers:
@@ -181,17 +192,23 @@ class Stage:
 
     def _not_finite(self, record: StepRecord, *, kept: int) -> ValueError:
         """The error of a step that is not finite, after step `kept`."""
-        rows = ", ".join(map(str, self.rows_at(record.step - 1)))
-        norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
         option, setting, rate = self.rate
         remedy = f"resume with {option} below {rate:g}"
         where = "nothing was trained yet"
         if kept:
             remedy += f" and --resume-allow {setting}"
             where = f"the state after step {kept} is kept in {self.folder}"
-        return ValueError(
+        if self.is_last and not self.skips_non_finite:
+            remedy += ", or leave such steps out with --non-finite skip"
+        return ValueError(f"{self._named(record)}: {remedy}; {where}.")
+
+    def _named(self, record: StepRecord) -> str:
+        """What a step that is not finite has read and given."""
+        rows = ", ".join(map(str, self.rows_at(record.step - 1)))
+        norm = "" if record.grad_norm is None else f", gradient norm {record.grad_norm:.4g}"
+        return (
             f"{self.title} {record.step} is not finite (loss {record.loss:.4g}{norm}, packed rows "
-            f"{rows}): {remedy}; {where}."
+            f"{rows})"
         )
 
 
