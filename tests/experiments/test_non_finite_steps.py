@@ -26,9 +26,9 @@ def run_stage(folder, broken, *, steps=STEPS, skips=True) -> tuple[TrainState, s
     optimizer, out = optax.sgd(1.0), io.StringIO()
 
     def step(state: TrainState, x: Any) -> tuple[TrainState, Metrics]:
-        new = state._replace(trainable={"w": state.trainable["w"] + x}, step=state.step + 1)
-        kept, is_finite = keep_finite(tuple(state[:4]), tuple(new[:4]), x)
-        return TrainState(*kept, key=state.key), Metrics(x, is_finite)
+        new = ({"w": state.trainable["w"] + x}, state.step + 1)
+        (trainable, count), is_finite = keep_finite((state.trainable, state.step), new, x)
+        return state._replace(trainable=trainable, step=count), Metrics(x, is_finite)
 
     stage = Stage(
         title="step",
