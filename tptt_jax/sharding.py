@@ -6,7 +6,7 @@ import math
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tptt_jax.ops.context import CONTEXT_AXIS
 from tptt_jax.processes import put
@@ -111,6 +111,11 @@ def divided_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]
     if mesh is None or mesh.shape[CONTEXT_AXIS] == 1:
         return contextlib.nullcontext()
     return jax.set_mesh(mesh)
+
+
+def undivided_rows() -> contextlib.AbstractContextManager[object]:
+    """The context manager in which models leave rows whole, also inside `divided_rows`."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

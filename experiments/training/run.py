@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 # Samples are not greedy: small models would repeat themselves.
 _TEMPERATURE = 0.7
 _TOP_P = 0.9
+# Tokens of a row that is measured whole where a mesh divides rows.
+_WHOLE_ROW = 4096
 _IDLE = (
     "the memory is idle: without a window nothing is ever evicted; give --liza.softmax-window, or "
     "--no-liza to leave it out"
@@ -344,15 +346,18 @@ class Run:
 
     @functools.cached_property
     def _telemetry(self) -> Telemetry | None:
-        """None: no memory runs, rows are divided, or only a stream has any."""
-        is_divided = self.mesh is not None and self.mesh.shape["context"] > 1
-        if is_divided or not runs_memory(self.model.config, self.model.liza):
+        """None: no memory runs, or only a stream has rows."""
+        if not runs_memory(self.model.config, self.model.liza):
             return None
         source = self.data.train if self.data.eval is None else self.data.eval
         if not isinstance(source, TokenBatchSource):
             return None
         first = source.batch_at(0, 1, self.config.seed)
-        row = begin_of(first, self.config.data.sequence_length, self.window)
+        length = self.config.data.sequence_length
+        if self.mesh is not None and self.mesh.shape["context"] > 1:
+            # Every device reads the row whole.
+            length = min(length, _WHOLE_ROW)
+        row = begin_of(first, length, self.window)
         return Telemetry(
             row=self.placement.put(row), every=self.config.checkpoint_every, console=self.console
         )

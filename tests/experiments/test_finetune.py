@@ -119,6 +119,12 @@ def test_rows_divided_between_two_devices_train_alike(finished, settings, tmp_pa
     for name in ("before", "window", "fitted", "after", "memory_off"):
         key = f"perplexity_{name}"
         np.testing.assert_allclose(two[key], one[key], rtol=1e-4)
+    for name in ("share", "half_life", "state_norm", "condition"):
+        last = [
+            read_metrics(each / "metrics.jsonl")[-1].memory or {}
+            for each in (whole, tmp_path / "run")
+        ]
+        np.testing.assert_allclose(last[1][name], last[0][name], rtol=1e-3)
 
 
 def wait_for_step(output, process, step):
