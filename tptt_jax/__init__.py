@@ -1,6 +1,7 @@
 """Pretrained transformers become Titans: linear-attention memory, LoRA, constant memory."""
 
 from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.decoder import DecodingState
 from tptt_jax.inference.generate import generate
 from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, save_state
@@ -14,6 +15,7 @@ __all__ = [
     "AdapterParam",
     "BaseParam",
     "CausalLM",
+    "DecodingState",
     "LinearAttention",
     "LizaConfig",
     "LoraConfig",
