@@ -10,6 +10,7 @@ from tptt_jax.layers.linear_attention import LinearAttention
 from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
 from tptt_jax.model import CausalLM, fix_context, init_cache
 from tptt_jax.version import __version__
+from tptt_jax.warm_up import warm_up
 
 __all__ = [
     "AdapterParam",
@@ -30,4 +31,5 @@ __all__ = [
     "read",
     "save_state",
     "state_bytes",
+    "warm_up",
 ]
