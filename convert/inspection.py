@@ -12,8 +12,7 @@ from jax.typing import DTypeLike
 from convert.adapters import describe_adapter, is_adapter, open_adapter
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tptt import describe_tptt, is_tptt, open_tptt
-from tptt_jax import CausalLM, LizaConfig, ModelConfig, init_cache
-from tptt_jax.decoder import Cache
+from tptt_jax import CausalLM, DecodingState, LizaConfig, ModelConfig, init_cache
 
 _SIZES = (
     *("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"),
@@ -99,11 +98,12 @@ class _State:
         config = config.at_length(0)
         self.model = nnx.eval_shape(lambda: CausalLM(config, liza, dtype=dtype, rngs=nnx.Rngs(0)))
 
-    def cache(self, context: int) -> Cache:
+    def cache(self, context: int) -> DecodingState:
         return jax.eval_shape(lambda: init_cache(self.model, 1, context))
 
     def nbytes(self, context: int) -> int:
-        return _nbytes(self.cache(context))
+        state = self.cache(context)
+        return _nbytes((state.stacks, state.length))
 
     def layer_rows(self) -> list[dict[str, Any]]:
         """The state of one layer: a row for each group of equal layers."""

@@ -1,6 +1,7 @@
 """Pretrained transformers become Titans: linear-attention memory, LoRA, constant memory."""
 
 from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.decoder import DecodingState
 from tptt_jax.inference.generate import generate
 from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, save_state
@@ -9,11 +10,13 @@ from tptt_jax.layers.linear_attention import LinearAttention
 from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
 from tptt_jax.model import CausalLM, fix_context, init_cache
 from tptt_jax.version import __version__
+from tptt_jax.warm_up import warm_up
 
 __all__ = [
     "AdapterParam",
     "BaseParam",
     "CausalLM",
+    "DecodingState",
     "LinearAttention",
     "LizaConfig",
     "LoraConfig",
@@ -28,4 +31,5 @@ __all__ = [
     "read",
     "save_state",
     "state_bytes",
+    "warm_up",
 ]

@@ -18,10 +18,11 @@ from tptt_jax.config import (
     layer_kinds,
 )
 from tptt_jax.decoder import (
-    Cache,
+    DecodingState,
     Stack,
-    check_cache,
-    init_stack_caches,
+    cache_capacity,
+    check_decoding_state,
+    init_decoding_state,
     layer_stacks,
 )
 from tptt_jax.layers.dropout import choose_dropout_key
@@ -47,14 +48,14 @@ class CausalLMOutput(NamedTuple):
     Attributes:
       logits: [B, T, V].
       hidden: after the last norm [B, T, E].
-      cache: the new cache if one was given.
+      cache: the state after the tokens if one was given.
       branches: both attention branches if requested, one entry per stack, with a leading axis of
         layers.
     """
 
     logits: Float[Array, "B T V"]
     hidden: Hidden
-    cache: Cache | None
+    cache: DecodingState | None
     branches: tuple[Branches, ...] | None
 
 
@@ -160,7 +161,7 @@ class CausalLM(nnx.Module):
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
         *,
-        cache: Cache | None = None,
+        cache: DecodingState | None = None,
         use_memory: bool = True,
         window: Int[Array, ""] | None = None,
         return_branches: bool = False,
@@ -175,7 +176,7 @@ class CausalLM(nnx.Module):
           segment_ids: [B, T]; different documents have different ids, 0 is padding.
             With a cache a row holds one document, and ids only tell padding apart.
           positions: [B, T] within the document; None counts them.
-          cache: from `init_cache` or from the call before.
+          cache: the decoding state, from `init_cache` or from the call before.
           use_memory: False leaves the memory out; a window stays.
           window: a window below the model's own, as a traced scalar: changing it does not
             recompile. Not with a cache.
@@ -193,8 +194,9 @@ class CausalLM(nnx.Module):
           TypeError: if tokens is no array.
           ValueError: if tokens are not integers [B, T] or, outside of `jax.jit`, the embedding has
             no row for one, the memory is left out of a purely linear model, a window comes with a
-            cache, the cache is of another model or window, remat is no choice, dropout is on
-            and has no randomness, or rows cannot be divided along a mesh's context axis.
+            cache, the cache is of another model, window, dtype or number of rows, remat is no
+            choice, dropout is on and has no randomness, or rows cannot be divided along a mesh's
+            context axis.
         """
         hidden, new_cache, branches = self.forward_hidden(
             tokens,
@@ -217,14 +219,14 @@ class CausalLM(nnx.Module):
         segment_ids: SegmentIds | None = None,
         positions: Positions | None = None,
         *,
-        cache: Cache | None = None,
+        cache: DecodingState | None = None,
         use_memory: bool = True,
         window: Int[Array, ""] | None = None,
         return_branches: bool = False,
         remat: Remat = "none",
         rngs: nnx.Rngs | None = None,
         dropout_key: Array | None = None,
-    ) -> tuple[Hidden, Cache | None, tuple[Branches, ...] | None]:
+    ) -> tuple[Hidden, DecodingState | None, tuple[Branches, ...] | None]:
         """`__call__` without the LM head: hidden states [B, T, E], cache, branches.
 
         Raises:
@@ -239,7 +241,12 @@ class CausalLM(nnx.Module):
             check_context_axis(self.liza, num_shards(), tokens.shape[1])
             dropout_key = self._dropout_key(dropout_key, rngs)
         else:
-            check_cache(self.config, self.liza, cache)
+            check_decoding_state(
+                *(self.config, self.liza, cache),
+                dtype=str(self.dtype),
+                rows=tokens.shape[0],
+                use_memory=use_memory,
+            )
         order = None
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
@@ -283,11 +290,9 @@ class CausalLM(nnx.Module):
                 branches = jax.tree.map(
                     lambda b: jax.vmap(take_places, (0, None))(b, inverse), branches
                 )
-        new_cache = None
         if cache is not None:
-            valid = tokens.shape[1] if segment_ids is None else jnp.sum(segment_ids != 0, axis=1)
-            new_cache = Cache(tuple(stack_caches), cache.length + valid)
-        return x, new_cache, tuple(branches) if return_branches else None
+            cache = cache.advance(tuple(stack_caches), tokens, segment_ids, x)
+        return x, cache, tuple(branches) if return_branches else None
 
     def _dropout_key(self, key: Array | None, rngs: nnx.Rngs | None) -> Array | None:
         rates = tuple(c.dropout for c in (self.lora, self.liza) if c is not None)
@@ -305,9 +310,15 @@ class CausalLM(nnx.Module):
 
 
 def init_cache(
-    model: CausalLM, batch_size: int, max_tokens: int, dtype: DTypeLike | None = None
-) -> Cache:
-    """The cache before the first token.
+    model: CausalLM,
+    batch_size: int,
+    max_tokens: int = 0,
+    dtype: DTypeLike | None = None,
+    *,
+    use_memory: bool = True,
+    growable: bool = False,
+) -> DecodingState:
+    """The decoding state before the first token.
 
     Args:
       model: whose layers it is for.
@@ -315,23 +326,29 @@ def init_cache(
       max_tokens: slots of layers without a window. They hold this many tokens and then drop the
         oldest. Layers with a window have as many slots as it is wide.
       dtype: of keys, values and raw tokens; None: the model's. Memories are float32.
+      use_memory: False leaves the memory out; calls of the model then need use_memory=False, too.
+      growable: True rounds max_tokens up (`cache_capacity`), so that few programs are compiled.
+        `read` and `generate` start so, and enlarge the state before it is full.
 
     Returns:
-      The empty cache. Its size does not depend on max_tokens if every layer has a window or no
+      The empty state. Its size does not depend on max_tokens if every layer has a window or no
       softmax.
 
     Raises:
       ValueError: if rotary frequencies depend on the length of such long texts (`fix_context`).
     """
     check_context(model.config, max_tokens)
-    stacks = init_stack_caches(
+    if growable:
+        max_tokens = cache_capacity(model.config, model.liza, max_tokens)
+    return init_decoding_state(
         model.config,
         model.liza,
-        batch=batch_size,
+        batch_size=batch_size,
         max_tokens=max_tokens,
-        dtype=jnp.dtype(model.dtype if dtype is None else dtype),
+        dtype=model.dtype,
+        cache_dtype=dtype,
+        use_memory=use_memory,
     )
-    return Cache(stacks, jnp.zeros((batch_size,), jnp.int32))
 
 
 def base_model(model: CausalLM) -> CausalLM:

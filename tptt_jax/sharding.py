@@ -2,20 +2,23 @@
 
 import contextlib
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from tptt_jax.layers.parameters import JoinedHeads
 from tptt_jax.ops.context import CONTEXT_AXIS
 from tptt_jax.processes import put
 
 # The last axes connect neighbouring devices: they carry the most bytes.
 MESH_AXES = ("data", "fsdp", CONTEXT_AXIS, "tensor")
 
-# Logical axis of a parameter -> mesh axis. Other axes are replicated.
-RULES: dict[str, str] = {
+# Logical axis of a parameter to mesh axis; rules of your own may replace them. Other axes are
+# replicated, such as "experts".
+RULES: Mapping[str, str] = {
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -54,27 +57,67 @@ def make_mesh(layout: str) -> Mesh:
     return Mesh(np.array(devices[:needed]).reshape(tuple(sizes.values())), MESH_AXES)
 
 
-def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    rules: Mapping[str, str] = RULES,
+) -> PartitionSpec:
     """The spec of a parameter with these logical axes.
 
     Args:
       axes: one name per trailing axis; leading axes without a name (stacked
         layers) are replicated.
-      shape: an axis that the mesh does not divide evenly is replicated.
-      mesh: from `make_mesh`.
+      shape: an axis that the mesh does not divide evenly is replicated, so are channels of heads
+        (`JoinedHeads`) if it does not divide the number of heads.
+      mesh: from `make_mesh`, or with axes of your own.
+      rules: from logical axes to mesh axes. If two axes of a parameter go to the same mesh axis,
+        the first one gets it.
+
+    Raises:
+      ValueError: if a rule names an axis that the mesh lacks.
     """
-    names = (None,) * (len(shape) - len(axes)) + tuple(RULES.get(axis) for axis in axes)
-    fits = [
-        name if name is not None and size % mesh.shape[name] == 0 else None
-        for name, size in zip(names, shape, strict=True)
-    ]
-    return PartitionSpec(*fits)
+    unknown = sorted(set(rules.values()) - set(mesh.axis_names))
+    if unknown:
+        raise ValueError(
+            f"the rules name the mesh axis {unknown[0]!r}, the mesh has "
+            f"{', '.join(mesh.axis_names)}: use one of these, or leave the rule out."
+        )
+    found: list[str | None] = [None] * (len(shape) - len(axes))
+    for axis, size in zip(axes, shape[len(found) :], strict=True):
+        parts = axis.count if isinstance(axis, JoinedHeads) else size
+        name = rules.get(axis)
+        fits = name is not None and name not in found and parts % mesh.shape[name] == 0
+        found.append(name if fits else None)
+    return PartitionSpec(*found)
 
 
-def sharding_of(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
-    """The sharding of a parameter, from its `axes` metadata and RULES."""
+def sharding_of(
+    variable: nnx.Variable, mesh: Mesh, rules: Mapping[str, str] = RULES
+) -> NamedSharding:
+    """The sharding of a parameter, from its `axes` metadata; see `partition_spec`."""
     axes = variable.get_metadata().get("axes", ())
-    return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh))
+    return NamedSharding(mesh, partition_spec(axes, variable.get_value().shape, mesh, rules))
+
+
+def name_axes(state: nnx.State, mesh: Mesh, rules: Mapping[str, str] = RULES) -> nnx.State:
+    """The same variables with the metadata that Flax's own functions read.
+
+    `nnx.get_partition_spec` and `nnx.get_named_sharding` then return what `shard_model` uses.
+
+    Args:
+      state: of a model, abstract or not; it is not changed.
+      mesh: from `make_mesh`, or with axes of your own.
+      rules: from logical axes to mesh axes.
+    """
+
+    def named(variable: nnx.Variable) -> nnx.Variable:
+        # A copy's metadata, as Flax places values by it when it makes variables inside of a mesh.
+        copy = variable.copy()
+        copy.set_metadata(out_sharding=tuple(sharding_of(variable, mesh, rules).spec))
+        return copy
+
+    return jax.tree.map(named, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh, *, divide_rows: bool = True) -> NamedSharding:
@@ -123,11 +166,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def shard_model(model: nnx.Module, mesh: Mesh) -> None:
-    """Moves every variable of a model to its place on the mesh."""
+def shard_model(model: nnx.Module, mesh: Mesh, rules: Mapping[str, str] = RULES) -> None:
+    """Moves every variable of a model to its place on the mesh.
+
+    Args:
+      model: its arrays are replaced.
+      mesh: from `make_mesh`, or with axes of your own.
+      rules: from logical axes to mesh axes.
+    """
     state = nnx.state(model)
     placed = jax.tree.map(
-        lambda variable: variable.replace(put(variable.get_value(), sharding_of(variable, mesh))),
+        lambda variable: variable.replace(
+            put(variable.get_value(), sharding_of(variable, mesh, rules))
+        ),
         state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )

@@ -23,7 +23,7 @@ from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import track
 from convert.sources import Source, find_checkpoint, locate, open_pretrained
 from convert.tokenizers import load_tokenizer
-from tptt_jax import CausalLM, LizaConfig
+from tptt_jax import CausalLM, LizaConfig, warm_up
 from tptt_jax.layers.gates import MassGate
 from tptt_jax.model import base_model
 
@@ -104,6 +104,7 @@ def verify_pretrained(
     own = is_run or _is_titan(source)
     titan = load_pretrained(source, None if own else LizaConfig(), dtype=dtype)
     titan = _behind_window(titan, max(num_tokens // 4, 1), is_fitted=own)
+    warm_up(titan)
     limit = tolerance or TOLERANCES[jnp.dtype(titan.dtype).name]
     tokens, text = _tokens(source, num_tokens, titan.config.vocab_size)
     plain, full = Runner(base_model(titan), tokens), Runner(titan, tokens)

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.process.memory_use import peak_gb, resident_gb
-from tptt_jax import CausalLM
+from tptt_jax import CausalLM, DecodingState, init_cache
 from tptt_jax.array_typing import Int
+from tptt_jax.decoder import cache_capacity
 from tptt_jax.inference.generate import Stops, stream
 from tptt_jax.inference.prefill import CALL_TOKENS, SEGMENT_TOKENS, read
-from tptt_jax.inference.state import ReadState, cache_capacity, grow_state, init_state
+from tptt_jax.inference.state import grow_state
 
 _BLOCK = 16
 
@@ -49,14 +50,14 @@ def measure_contexts(
         """Identifies the programs that run; equal for all contexts that fit the windows."""
         return cache_capacity(model.config, model.liza, context), context <= read_limit
 
-    state, length = init_state(model, 1, use_memory=use_memory), 0
+    state, length = init_cache(model, 1, use_memory=use_memory, growable=True), 0
     for context in contexts:
         # The decoded tokens are the last of the context.
         end, is_read = context - new_tokens, context <= read_limit
         alike = [other for other in contexts if programs(other) == programs(context)]
         if context == alike[0]:
             few = tokens[: alike[-1] - new_tokens] if is_read else tokens[:0]
-            empty = init_state(model, 1, context, use_memory=use_memory)
+            empty = init_cache(model, 1, context, use_memory=use_memory, growable=True)
             _run_all_programs(model, few, empty, new_tokens)
             del empty
         state = jax.block_until_ready(grow_state(model, state, context))
@@ -81,7 +82,7 @@ def measure_contexts(
 
 
 def _run_all_programs(
-    model: CausalLM, tokens: Int[np.ndarray, " L"], empty: ReadState, new_tokens: int
+    model: CausalLM, tokens: Int[np.ndarray, " L"], empty: DecodingState, new_tokens: int
 ) -> None:
     """Compiles and runs all programs that contexts with such a state need.
 
@@ -98,7 +99,7 @@ def _run_all_programs(
             pass
 
 
-def _decode_seconds(model: CausalLM, state: ReadState, new_tokens: int) -> float:
+def _decode_seconds(model: CausalLM, state: DecodingState, new_tokens: int) -> float:
     """Median over blocks of the time per token."""
     start, seconds = time.perf_counter(), []
     for block in _decode(model, state, new_tokens):
@@ -108,7 +109,7 @@ def _decode_seconds(model: CausalLM, state: ReadState, new_tokens: int) -> float
     return statistics.median(seconds[2:])
 
 
-def _decode(model: CausalLM, state: ReadState, new_tokens: int) -> Iterator[np.ndarray]:
+def _decode(model: CausalLM, state: DecodingState, new_tokens: int) -> Iterator[np.ndarray]:
     return stream(
         model,
         np.zeros((1, 0), np.int32),
@@ -120,7 +121,6 @@ def _decode(model: CausalLM, state: ReadState, new_tokens: int) -> Iterator[np.n
     )
 
 
-def _of_length(state: ReadState, length: int) -> ReadState:
+def _of_length(state: DecodingState, length: int) -> DecodingState:
     """The same state with another nominal length."""
-    cache = state.cache._replace(length=jnp.full_like(state.cache.length, length))
-    return state._replace(cache=cache)
+    return state._replace(length=jnp.full_like(state.length, length))

@@ -11,7 +11,7 @@ from flax import nnx
 from convert import load_pretrained
 from convert.sources import DEFAULT_MODEL
 from experiments.benchmarks.timing import check_positive
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, warm_up
 from tptt_jax.config import Writes
 
 Shape = Literal["tiny", "smollm2-135m", "gemma3-270m", "llama3.2-1b"]
@@ -67,7 +67,10 @@ class ModelChoice:
         """Builds the model with this memory and these adapters; random weights have `dtype`."""
         dtype = jnp.dtype(self.dtype)
         if self.model is not None:
-            return load_pretrained(self.model, liza, lora, dtype)
-        assert self.random_weights is not None
-        config = SHAPES[self.random_weights]()
-        return CausalLM(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(0))
+            model = load_pretrained(self.model, liza, lora, dtype)
+        else:
+            assert self.random_weights is not None
+            config = SHAPES[self.random_weights]()
+            model = CausalLM(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(0))
+        warm_up(model)
+        return model

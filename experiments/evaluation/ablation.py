@@ -19,7 +19,7 @@ from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary
 from experiments.evaluation.variants import MEMORY, Column
 from experiments.training.pictures import new_figure, save_figure
-from tptt_jax import CausalLM
+from tptt_jax import CausalLM, warm_up
 from tptt_jax.array_typing import Array, Float, Tokens
 from tptt_jax.layers.gates import MassGate
 from tptt_jax.layers.liza import LizaAttention
@@ -135,7 +135,11 @@ def without_part(model: CausalLM, part: str, tokens: np.ndarray) -> CausalLM | N
         "deltas": {"memory_rank": 0},
     }[part]
     changed = dataclasses.replace(liza, **changes)
-    return None if changed == liza else replace_memory(model, changed)
+    if changed == liza:
+        return None
+    model = replace_memory(model, changed)
+    warm_up(model)
+    return model
 
 
 def _with_constant_share(model: CausalLM, tokens: np.ndarray) -> CausalLM | None:

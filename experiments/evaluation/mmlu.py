@@ -35,9 +35,8 @@ from experiments.evaluation.mmlu_data import (
 )
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
-from tptt_jax import CausalLM, generate, read
+from tptt_jax import CausalLM, DecodingState, generate, read
 from tptt_jax.array_typing import Array, Float
-from tptt_jax.inference.state import ReadState
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -162,7 +161,7 @@ class Mmlu:
 
 
 def _answers(
-    model: CausalLM, tokenizer: "PreTrainedTokenizerFast", state: ReadState, *, use_memory: bool
+    model: CausalLM, tokenizer: "PreTrainedTokenizerFast", state: DecodingState, *, use_memory: bool
 ) -> list[str]:
     """Greedy continuations, up to the end of the line."""
     result = generate(
@@ -180,7 +179,7 @@ def _answers(
     return [text.split(_STOP)[0] for text in texts]
 
 
-def _next_token_chances(model: CausalLM, state: ReadState) -> Float[np.ndarray, "B V"]:
+def _next_token_chances(model: CausalLM, state: DecodingState) -> Float[np.ndarray, "B V"]:
     return np.asarray(_log_softmax(model, state.hidden))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import DEFAULT_MODEL, find_checkpoint
-from tptt_jax import CausalLM, LizaConfig, fix_context
+from tptt_jax import CausalLM, LizaConfig, fix_context, warm_up
 from tptt_jax.training.base_weights import same_base_weights
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -84,6 +84,7 @@ def load_model(
         weights = _load_weights(source, over, tuned, changed, dtype)
         if context is not None:
             weights = fix_context(weights, context)
+        warm_up(weights)
         return Loaded(weights, tokenizer.result())
 
 

@@ -11,11 +11,10 @@ import jax
 import numpy as np
 
 from experiments.models.limits import check_tokens
-from tptt_jax import CausalLM
+from tptt_jax import CausalLM, DecodingState
 from tptt_jax.inference.generate import Stops, TokenStream, stream
 from tptt_jax.inference.prefill import read
 from tptt_jax.inference.sampling import Sampling
-from tptt_jax.inference.state import ReadState
 from tptt_jax.inference.text import TextStream
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ class Writer:
     show: bool
     """Print text as it is generated, not at the end."""
     key: jax.Array
-    state: ReadState | None = None
+    state: DecodingState | None = None
 
     def read(self, pieces: Iterable[np.ndarray]) -> Reading:
         """Reads pieces of one text; reports on stderr."""
@@ -108,7 +107,7 @@ class Writer:
             text=text,
             new_tokens=len(tokens),
             tokens_per_s=speed,
-            context_tokens=int(self.state.cache.length[0]),
+            context_tokens=int(self.state.length[0]),
             state_bytes=self.state.num_bytes,
         )
         return written, tokens

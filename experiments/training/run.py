@@ -37,7 +37,7 @@ from experiments.training.stage import STAGES, Stage
 from experiments.training.telemetry import Telemetry, begin_of
 from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
-from tptt_jax import CausalLM, generate
+from tptt_jax import CausalLM, generate, warm_up
 from tptt_jax.config import runs_memory
 from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.training.checkpoint import remove_checkpoints
@@ -406,6 +406,7 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None", console: Console) -
             mesh=mesh,
             seed=config.seed,
         )
+    warm_up(model)
     liza = config.memory
     is_idle = liza is not None and liza.writes == "evicted"
     if is_idle and not runs_memory(model.config, liza):

@@ -85,7 +85,7 @@ def test_results(arguments, tokens, capsys):
 def test_the_result_says_which_program_ran(agree, capsys, monkeypatch):
     """As if a GPU were there whose kernels are right, or wrong."""
     monkeypatch.setattr(delta_product_choice, "compute_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(kernel_trial, "kernels_agree", lambda kind: agree)
+    monkeypatch.setattr(kernel_trial, "earlier_verdict", lambda kind: agree)
     result = run("op --tokens 3 --heads 1 --head-dim 16 --dtype bfloat16 --repeats 1", capsys)
     assert result["implementation"] == ("pallas" if agree else "xla")
 

@@ -67,7 +67,8 @@ def test_ids_of_one_document_are_the_same_as_none():
     want, gone_on = run(tokens[:, :1], None, cache)
     assert_close(logits[1], want[1], 1e-6, "the other row")
     for old, new, both in zip(*map(jax.tree.leaves, (cache, waited, gone_on)), strict=True):
-        axis = 0 if old.ndim == 1 else 1
+        # Length, hidden and seen have the rows first, caches their layers.
+        axis = 0 if old.ndim < 3 else 1
         assert_array_equal(new.take(0, axis), old.take(0, axis))
         assert_close(new.take(1, axis), both.take(1, axis), 1e-6, "the other row's cache")
 
@@ -418,20 +419,49 @@ def test_dropout_needs_a_key_and_differs_between_layers():
     assert (dropped[0] != dropped[1]).any()
 
 
+def _one_layer(liza=None, **options):
+    return CausalLM(ModelConfig.tiny(num_layers=1), liza, rngs=nnx.Rngs(0), **options)
+
+
+def _windowed(window=8, **changes):
+    return LizaConfig(softmax_window=window, **changes)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("liza", "options", "message"),
     [
-        ({"softmax_window": 16}, "window: 8 in the state, 16 in the model"),
-        ({"softmax_sinks": 2}, "softmax_sinks: 4 in the state, 2 in the model"),
+        (_windowed(16), {}, "window: 8 in the state, 16 in the model"),
+        (_windowed(None), {}, "window: 8 in the state, none in the model"),
+        (None, {}, "window: 8 in the state, none in the model"),
+        (_windowed(softmax_sinks=2), {}, "softmax_sinks: 4 in the state, 2 in the model"),
+        (_windowed(), {"dtype": jnp.bfloat16}, "dtype: float32 in the state, bfloat16 in the"),
+        (_windowed(writes="all"), {}, "writes: evicted in the state, all in the model"),
     ],
 )
-def test_a_cache_of_another_window_is_refused(changes, message):
-    def model(**changes):
-        liza = LizaConfig(**{"softmax_window": 8} | changes)
-        return CausalLM(ModelConfig.tiny(num_layers=1), liza, rngs=nnx.Rngs(0))
+def test_a_state_of_another_model_is_refused(liza, options, message):
+    other, tokens = _one_layer(liza, **options), jnp.ones((1, 1), jnp.int32)
+    # What a state was made for outlives transformations, which leave it static.
+    state = jax.tree.map(jnp.copy, jax.jit(lambda x: x)(init_cache(_one_layer(_windowed()), 1)))
+    for call in (other, lambda *args, **kw: jax.eval_shape(lambda: other(*args, **kw).cache)):
+        with pytest.raises(ValueError, match=message) as error:
+            call(tokens, cache=state)
+        assert "\n" not in str(error.value)
 
-    reader, other = model(), model(**changes)
-    tokens, cache = jnp.ones((1, 1), jnp.int32), init_cache(reader, 1, 32)
-    jax.eval_shape(lambda: reader(tokens, cache=cache).cache)
-    with pytest.raises(ValueError, match=message):
-        other(tokens, cache=cache)
+
+def test_a_full_cache_of_as_many_slots_as_a_window_is_not_misread():
+    """Shapes alone do not tell them apart."""
+    state = init_cache(_one_layer(), 1, 16)
+    liza = _windowed(16, softmax_sinks=0, writes="none")
+    with pytest.raises(ValueError, match="window: none in the state, 16 in the model"):
+        _one_layer(liza)(jnp.ones((1, 1), jnp.int32), cache=state)
+
+
+def test_rows_and_memory_of_a_state_are_those_of_the_call():
+    model, tokens = _one_layer(_windowed()), jnp.ones((2, 1), jnp.int32)
+    with pytest.raises(ValueError, match="the state has 1 rows, the prompts have 2: fork_state"):
+        model(tokens, cache=init_cache(model, 1))
+    without = init_cache(model, 2, use_memory=False)
+    with pytest.raises(ValueError, match="without the memory: continue with use_memory=False"):
+        model(tokens, cache=without)
+    after = jax.eval_shape(lambda: model(tokens, cache=without, use_memory=False).cache)
+    assert jax.tree.structure(after) == jax.tree.structure(without)

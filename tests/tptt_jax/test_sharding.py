@@ -1,6 +1,8 @@
 """Meshes, specs, and training on eight simulated devices."""
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from tests.devices import run_on_devices
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.sharding import (
     MESH_AXES,
+    RULES,
     batch_sharding,
     make_mesh,
+    name_axes,
     partition_spec,
     replicated,
     shard_model,
@@ -78,12 +82,58 @@ def test_specs(axes, shape, want):
     assert partition_spec(axes, shape, MESH) == want
 
 
-def test_every_parameter_of_a_titan_has_a_place():
-    model = nnx.eval_shape(lambda: CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
-    places = {
-        ".".join(map(str, path)): sharding_of(variable, MESH).spec
+def _places(model, mesh, **options):
+    return {
+        ".".join(map(str, path)): sharding_of(variable, mesh, **options).spec
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
+
+
+def test_channels_of_a_head_stay_together():
+    """Four devices divide the channels of two KV heads evenly, but not the heads."""
+    mesh = AbstractMesh((1, 1, 1, 4), MESH_AXES)
+    model = nnx.eval_shape(lambda: CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
+    places, layer = _places(model, mesh), "stacks.0.self_attn"
+    assert (CONFIG.num_heads, CONFIG.num_kv_heads) == (4, 2)
+    for name in ("k_proj.kernel", "v_proj.kernel", "k_proj.lora.b", "memory.v_delta.b"):
+        assert "tensor" not in places[f"{layer}.{name}"], name
+    assert places[f"{layer}.q_proj.kernel"] == P(None, "fsdp", "tensor")
+    assert places[f"{layer}.o_proj.kernel"] == P(None, "tensor", "fsdp")
+    axis = model.stacks[0].self_attn.k_proj.kernel.get_metadata()["axes"][1]
+    assert copy.deepcopy(axis) == axis == "kv_heads"
+    assert pickle.loads(pickle.dumps(axis)).count == 2
+
+
+def test_rules_can_be_given():
+    model = nnx.eval_shape(lambda: CausalLM(EXPERTS, rngs=nnx.Rngs(0)))
+    up, with_experts = "stacks.0.mlp.up_proj.kernel", {**RULES, "experts": "tensor"}
+    assert _places(model, MESH)[up] == P(None, None, "fsdp", "tensor")
+    five = AbstractMesh((1, 1, 1, 5), MESH_AXES)
+    assert _places(model, five, rules=with_experts)[up] == P(None, "tensor", "fsdp", None)
+    # An axis of the mesh is used once: by the axis that comes first.
+    sizes = (("experts", "embed", "mlp"), (4, 8, 8), MESH)
+    assert partition_spec(*sizes, with_experts) == P("tensor", "fsdp", None)
+    mine = AbstractMesh((2, 2), ("rows", "model"))
+    assert _places(model, mine, rules={"mlp": "model"})[up] == P(None, None, None, "model")
+    with pytest.raises(ValueError, match="the mesh axis 'data', the mesh has rows, model: use"):
+        partition_spec(("mlp",), (8,), mine, {"mlp": "data"})
+
+
+def test_flax_sees_where_parameters_are():
+    model = nnx.eval_shape(lambda: CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
+    state = nnx.state(model)
+    specs = nnx.get_partition_spec(name_axes(state, MESH))
+    found = {".".join(map(str, path)): x for path, x in nnx.to_flat_state(specs)}
+    found = {name: getattr(x, "get_value", lambda x=x: x)() for name, x in found.items()}
+    assert found == _places(model, MESH)
+    assert not any(
+        "out_sharding" in variable.get_metadata() for _, variable in nnx.to_flat_state(state)
+    )
+
+
+def test_every_parameter_of_a_titan_has_a_place():
+    model = nnx.eval_shape(lambda: CausalLM(CONFIG, LIZA, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
+    places = _places(model, MESH)
     layer = "stacks.0.self_attn"
     assert places["embed.embedding"] == P("tensor", "fsdp")
     assert places[f"{layer}.q_proj.kernel"] == P(None, "fsdp", "tensor")

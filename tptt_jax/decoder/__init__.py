@@ -1,4 +1,4 @@
-"""Decoder layers: one layer, stacks of layers of one shape, and the caches of a stack."""
+"""Decoder layers: one layer, stacks of layers of one shape, and the decoding state."""
 
 from tptt_jax.decoder.layer import DecoderLayer, apply_norm
 from tptt_jax.decoder.places import (
@@ -8,18 +8,27 @@ from tptt_jax.decoder.places import (
     memory_location,
 )
 from tptt_jax.decoder.stack import REMAT_POLICIES, Stack, StackOutput
-from tptt_jax.decoder.stack_cache import Cache, StackCache, check_cache, init_stack_caches
+from tptt_jax.decoder.stack_cache import StackCache
+from tptt_jax.decoder.state import (
+    DecodingState,
+    StateLayout,
+    cache_capacity,
+    init_decoding_state,
+)
+from tptt_jax.decoder.state_checks import check_decoding_state
 
 __all__ = [
     "REMAT_POLICIES",
-    "Cache",
     "DecoderLayer",
+    "DecodingState",
     "Stack",
     "StackCache",
     "StackOutput",
+    "StateLayout",
     "apply_norm",
-    "check_cache",
-    "init_stack_caches",
+    "cache_capacity",
+    "check_decoding_state",
+    "init_decoding_state",
     "is_memory",
     "layer_location",
     "layer_stacks",

@@ -1,4 +1,4 @@
-"""The caches of a stack's layers and of a whole model."""
+"""The caches of a stack's layers."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from tptt_jax.array_typing import Array, Int
+from tptt_jax.array_typing import Array
 from tptt_jax.config import LayerKind, LizaConfig, ModelConfig, layer_kinds
 from tptt_jax.decoder.places import layer_stacks
 from tptt_jax.layers.cache import (
@@ -16,7 +16,6 @@ from tptt_jax.layers.cache import (
     init_key_value_cache,
     init_memory_state,
 )
-from tptt_jax.layers.cache_checks import check_equal, check_ring
 from tptt_jax.layers.softmax_attention import TokenContext, extend_cache
 
 
@@ -33,18 +32,6 @@ class StackCache(NamedTuple):
     memory: MemoryState | None
 
 
-class Cache(NamedTuple):
-    """The state of a model between calls.
-
-    Attributes:
-      stacks: one per stack of layers.
-      length: tokens of each row so far [B], int32.
-    """
-
-    stacks: tuple[StackCache, ...]
-    length: Int[Array, "B"]
-
-
 def init_stack_caches(
     config: ModelConfig,
     liza: LizaConfig | None,
@@ -53,7 +40,7 @@ def init_stack_caches(
     max_tokens: int,
     dtype: DTypeLike,
 ) -> tuple[StackCache, ...]:
-    """The empty caches of all stacks; see `tptt_jax.init_cache`."""
+    """The empty caches of all stacks; see `init_decoding_state`."""
 
     def stacked(layer: Any, count: int) -> Any:
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), layer)
@@ -107,15 +94,3 @@ def extend_stack_cache(
         write = functools.partial(extend_cache, contexts[kind])
         softmax[kind] = jax.vmap(write)(old, keys[mine], values[mine])
     return StackCache(softmax, memory)
-
-
-def check_cache(config: ModelConfig, liza: LizaConfig | None, cache: Cache) -> None:
-    """Raises ValueError unless a cache fits these layers and their windows."""
-    stacks, of_layers = layer_stacks(config), layer_kinds(config, liza)
-    check_equal("stacks of layers", len(cache.stacks), len(stacks))
-    for layers, stack in zip(stacks, cache.stacks, strict=True):
-        kinds = {of_layers[i] for i in layers}
-        if stack.softmax is not None:
-            check_equal("kinds of layers", sorted(stack.softmax), sorted(kinds))
-        for kind, ring in (stack.softmax or {}).items():
-            check_ring(config, liza, kind, ring)

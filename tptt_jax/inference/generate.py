@@ -11,17 +11,18 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, HostTokens, Int, Key, SegmentIds, Tokens
+from tptt_jax.decoder import DecodingState
 from tptt_jax.inference.prefill import (
     align_prompts,
     check_positions,
     extend_state,
 )
 from tptt_jax.inference.sampling import Sampling, sample
-from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.inference.state import fork_state, grow_state
 from tptt_jax.inference.state_checks import check_state
 from tptt_jax.inference.text import Decode, TextStream, check_stop_strings
 from tptt_jax.inference.unstack import unstack_layers
-from tptt_jax.model import CausalLM
+from tptt_jax.model import CausalLM, init_cache
 
 # Steps between two checks of the host: whether rows are done, and whether caches must grow.
 LONGEST_BLOCK = 64
@@ -43,7 +44,7 @@ class GenerateResult(NamedTuple):
 
     tokens: Int[Array, "B T"]
     lengths: Int[Array, "B"]
-    state: ReadState
+    state: DecodingState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class Stops:
 class _Decoding(NamedTuple):
     """The state of decoding from token to token."""
 
-    state: ReadState
+    state: DecodingState
     done: Array  # [B]: whether the row has ended
     keys: Array  # [B]
 
@@ -86,7 +87,7 @@ def generate(
     stop_tokens: tuple[int, ...] | None = None,
     stop_strings: tuple[str, ...] = (),
     decode: Decode | None = None,
-    state: ReadState | None = None,
+    state: DecodingState | None = None,
     use_memory: bool = True,
 ) -> GenerateResult:
     """Continues prompts.
@@ -148,7 +149,7 @@ def stream(
     sampling: Sampling | None = None,
     stops: Stops | None = None,
     segment_ids: SegmentIds | HostTokens | None = None,
-    state: ReadState | None = None,
+    state: DecodingState | None = None,
     use_memory: bool = True,
     block: int = STREAM_BLOCK,
 ) -> "TokenStream":
@@ -176,13 +177,13 @@ def stream(
     rows = len(prompts.counts)
     if state is None:
         room = int(prompts.counts.max()) + min(max_new_tokens, _ROOM)
-        state = init_state(model, rows, room, use_memory=use_memory)
+        state = init_cache(model, rows, room, use_memory=use_memory, growable=True)
     else:
         check_state(model, state, rows, use_memory=use_memory)
-        if (np.asarray(state.cache.length) + prompts.counts == 0).any():
+        if (np.asarray(state.length) + prompts.counts == 0).any():
             raise ValueError("every row needs at least one token, in the state or in the prompt.")
         state = fork_state(state)
-    longest = int(np.max(np.asarray(state.cache.length) + prompts.counts))
+    longest = int(np.max(np.asarray(state.length) + prompts.counts))
     check_positions(model, longest + max_new_tokens)
     state = extend_state(model, prompts, state)
     decoding = _Decoding(state, jnp.zeros((rows,), bool), _row_keys(key, rows))
@@ -227,7 +228,7 @@ class TokenStream:
             self._texts = [TextStream(stops.decode, stops.strings) for _ in range(rows)]
 
     @property
-    def state(self) -> ReadState:
+    def state(self) -> DecodingState:
         """After the tokens so far."""
         return self._decoding.state
 
@@ -320,19 +321,13 @@ def _decode(
         token = sample(logits, sampling, split[:, 1], state.seen)
         token = jnp.where(done, padding, token).astype(jnp.int32)
         live = ~done
-        hidden, cache, _ = model.forward_hidden(
+        _, state, _ = model.forward_hidden(
             token[:, None],
             live.astype(jnp.int32)[:, None],
-            cache=state.cache,
+            cache=state,
             use_memory=use_memory,
         )
-        assert cache is not None
-        fresh = jnp.arange(state.seen.shape[1]) == token[:, None]
-        state = ReadState(
-            cache,
-            jnp.where(live[:, None], hidden[:, 0], state.hidden),
-            state.seen | (fresh & live[:, None]),
-        )
+        assert state is not None
         out = lax.dynamic_update_index_in_dim(out, token, step, axis=1)
         return _Decoding(state, done | jnp.isin(token, stops), split[:, 0]), out, step + 1
 

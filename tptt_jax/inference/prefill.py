@@ -10,9 +10,10 @@ from flax import nnx
 from jax import lax
 
 from tptt_jax.array_typing import Array, HostTokens, Int, SegmentIds, Tokens
-from tptt_jax.inference.state import ReadState, fork_state, grow_state, init_state
+from tptt_jax.decoder import DecodingState
+from tptt_jax.inference.state import fork_state, grow_state
 from tptt_jax.inference.state_checks import check_state
-from tptt_jax.model import CausalLM, check_context
+from tptt_jax.model import CausalLM, check_context, init_cache
 from tptt_jax.token_ids import check_token_ids, token_rows
 
 # A prompt is read in long segments, CALL_TOKENS in one call of the device, and its remainder in
@@ -39,9 +40,9 @@ def read(
     tokens: Tokens | HostTokens,
     segment_ids: SegmentIds | HostTokens | None = None,
     *,
-    state: ReadState | None = None,
+    state: DecodingState | None = None,
     use_memory: bool = True,
-) -> ReadState:
+) -> DecodingState:
     """Reads prompts into a state, which can be generated from, forked, saved and extended.
 
     Device memory does not depend on the length if every layer has a window.
@@ -61,7 +62,8 @@ def read(
     """
     prompts = align_prompts(tokens, segment_ids, may_be_empty=state is not None)
     if state is None:
-        state = init_state(model, len(prompts.counts), use_memory=use_memory)
+        rows = len(prompts.counts)
+        state = init_cache(model, rows, use_memory=use_memory, growable=True)
     else:
         check_state(model, state, len(prompts.counts), use_memory=use_memory)
         # The initial state is donated to XLA.
@@ -93,12 +95,12 @@ def align_prompts(
     return Prompts(tokens[:, : counts.max(initial=0)], counts)
 
 
-def extend_state(model: CausalLM, prompts: Prompts, state: ReadState) -> ReadState:
+def extend_state(model: CausalLM, prompts: Prompts, state: DecodingState) -> DecodingState:
     """`read` for aligned prompts; the arrays of `state` are donated."""
-    seen = int(np.max(state.cache.length, initial=0))
+    seen = int(np.max(state.length, initial=0))
     valid = np.arange(prompts.tokens.shape[1]) < prompts.counts[:, None]
     check_token_ids(prompts.tokens[valid], model.config.vocab_size)
-    check_positions(model, int(np.max(np.asarray(state.cache.length) + prompts.counts)))
+    check_positions(model, int(np.max(np.asarray(state.length) + prompts.counts)))
     graphdef, weights = nnx.split(model)
     width = prompts.tokens.shape[1]
     whole = width - width % SEGMENT_TOKENS
@@ -133,8 +135,8 @@ def _read(
     weights: nnx.State,
     tokens: Array,
     counts: Array,
-    state: ReadState,
-) -> ReadState:
+    state: DecodingState,
+) -> DecodingState:
     """Reads the first `counts` of `tokens` [B, T] in segments of `size`, which divides T.
 
     `lax.scan` would fix the number of segments at compilation; a loop with a dynamic number needs
@@ -142,26 +144,13 @@ def _read(
     """
     model: CausalLM = nnx.merge(graphdef, weights)
 
-    def read_segment(index: Array, state: ReadState) -> ReadState:
+    def read_segment(index: Array, state: DecodingState) -> DecodingState:
         part = lax.dynamic_slice_in_dim(tokens, index * size, size, axis=1)
         valid = index * size + jnp.arange(size) < counts[:, None]
-        return _read_segment(model, part, valid, state)
+        _, after, _ = model.forward_hidden(
+            part, valid.astype(jnp.int32), cache=state, use_memory=state.has_memory
+        )
+        assert after is not None
+        return after
 
     return lax.fori_loop(0, -(-jnp.max(counts) // size), read_segment, state)
-
-
-def _read_segment(model: CausalLM, tokens: Array, valid: Array, state: ReadState) -> ReadState:
-    """One segment [B, T]; the last hidden state stays in rows that have no token in it."""
-    hidden, cache, _ = model.forward_hidden(
-        tokens, valid.astype(jnp.int32), cache=state.cache, use_memory=state.has_memory
-    )
-    assert cache is not None
-    count = jnp.sum(valid, axis=1)
-    last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    rows = jnp.arange(tokens.shape[0])[:, None]
-    place = jnp.where(valid, tokens, state.seen.shape[1])
-    return ReadState(
-        cache,
-        jnp.where(count[:, None] > 0, last, state.hidden),
-        state.seen.at[rows, place].set(True, mode="drop"),
-    )

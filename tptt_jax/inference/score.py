@@ -9,9 +9,10 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.decoder import DecodingState
 from tptt_jax.inference.prefill import SEGMENT_TOKENS, check_positions
-from tptt_jax.inference.state import ReadState, grow_state, init_state
-from tptt_jax.model import CausalLM
+from tptt_jax.inference.state import grow_state
+from tptt_jax.model import CausalLM, init_cache
 from tptt_jax.ops.cross_entropy import token_cross_entropy
 
 
@@ -35,7 +36,7 @@ def token_losses(
       ValueError: if the text is longer than the learned positions.
     """
     split = nnx.split(model)
-    state = init_state(model, 1, use_memory=use_memory)
+    state = init_cache(model, 1, use_memory=use_memory, growable=True)
     read, left = 0, np.zeros(0, np.int32)
     for piece in pieces:
         left = np.concatenate([left, piece])
@@ -51,11 +52,11 @@ def token_losses(
 def _score(
     model: CausalLM,
     split: tuple[nnx.GraphDef, nnx.State],
-    state: ReadState,
+    state: DecodingState,
     read: int,
     tokens: np.ndarray,
     count: int,
-) -> tuple[ReadState, np.ndarray]:
+) -> tuple[DecodingState, np.ndarray]:
     """Losses of `count` tokens after the first of `tokens`."""
     check_positions(model, read + count)
     state = grow_state(model, state, read + count)
@@ -69,19 +70,17 @@ def _score(
 def _score_segment(
     graphdef: nnx.GraphDef,
     weights: nnx.State,
-    state: ReadState,
+    state: DecodingState,
     inputs: Array,
     targets: Array,
     count: Array,
-) -> tuple[ReadState, Array]:
+) -> tuple[DecodingState, Array]:
     model: CausalLM = nnx.merge(graphdef, weights)
     valid = (jnp.arange(inputs.shape[1]) < count)[None].astype(jnp.int32)
-    hidden, cache, _ = model.forward_hidden(
-        inputs, valid, cache=state.cache, use_memory=state.has_memory
-    )
-    assert cache is not None
+    hidden, after, _ = model.forward_hidden(inputs, valid, cache=state, use_memory=state.has_memory)
+    assert after is not None
     head, vocab_axis = model.head_matrix()
     losses = token_cross_entropy(
         hidden, head, targets, softcap=model.config.final_softcap, vocab_axis=vocab_axis
     )
-    return state._replace(cache=cache), losses
+    return after, losses

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tptt_jax.config import RopeConfig
+from tptt_jax.decoder import DecodingState
 from tptt_jax.durable import atomic_file
-from tptt_jax.inference.state import ReadState, init_state
 from tptt_jax.inference.state_checks import check_state
-from tptt_jax.model import CausalLM
+from tptt_jax.model import CausalLM, init_cache
 
 _FORMAT = "tptt_jax read state 1"
 _SHOWN = 3
@@ -95,7 +95,7 @@ def _drop_later_scalings(rope: dict[str, Any] | None) -> None:
             del rope[name]
 
 
-def save_state(path: str | os.PathLike[str], model: CausalLM, state: ReadState) -> None:
+def save_state(path: str | os.PathLike[str], model: CausalLM, state: DecodingState) -> None:
     """Writes a state; the file appears under its name only when it is complete.
 
     Args:
@@ -140,7 +140,7 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def load_state(path: str | os.PathLike[str], model: CausalLM) -> ReadState:
+def load_state(path: str | os.PathLike[str], model: CausalLM) -> DecodingState:
     """Reads a state that the same model saved, here or elsewhere.
 
     Args:
@@ -222,7 +222,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
+def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> DecodingState:
     """Builds a state from arrays, and checks each against an empty state."""
     if "hidden" not in arrays:
         raise ValueError("it lacks hidden")
@@ -230,7 +230,7 @@ def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> ReadState:
         raise ValueError(f"hidden must be [B, E], got shape {arrays['hidden'].shape}")
     rows = len(arrays["hidden"])
     use_memory = any("memory" in name for name in arrays)
-    empty = jax.eval_shape(lambda: init_state(model, rows, use_memory=use_memory))
+    empty = jax.eval_shape(lambda: init_cache(model, rows, use_memory=use_memory, growable=True))
     leaves = []
     for name, leaf in _named_leaves(empty):
         if name not in arrays:
@@ -259,11 +259,14 @@ def _checked(name: str, value: np.ndarray, dtype: Any) -> np.ndarray:
     return value
 
 
-def _named_leaves(state: ReadState) -> list[tuple[str, Any]]:
-    return [
+def _named_leaves(state: DecodingState) -> list[tuple[str, Any]]:
+    """The arrays under their names in the file."""
+    named = [
         (jax.tree_util.keystr(path, simple=True, separator="."), leaf)
         for path, leaf in jax.tree.leaves_with_path(state)
     ]
+    # The format is older than `DecodingState`: stacks and lengths were a part named cache.
+    return [(name if name in ("hidden", "seen") else f"cache.{name}", leaf) for name, leaf in named]
 
 
 def _bits_dtype(dtype: Any) -> np.dtype:

@@ -14,6 +14,16 @@ def check_equal(name: str, found: Any, expected: Any) -> None:
         )
 
 
+def check_setting(name: str, found: int | None, expected: int | None) -> None:
+    """Raises ValueError if a setting of the model is not that of the state's reading."""
+    if found != expected:
+        before, now = ("none" if x is None else x for x in (found, expected))
+        raise ValueError(
+            f"{name}: {before} in the state, {now} in the model; use the {name} of its reading, "
+            "or read the document again."
+        )
+
+
 def check_ring(
     config: ModelConfig, liza: LizaConfig | None, kind: LayerKind, cache: KeyValueCache
 ) -> None:
@@ -42,13 +52,6 @@ def check_ring(
         )
     window, expected_sinks = softmax_window(config, liza, kind), num_sinks(config, liza, kind)
     # Only a window that a memory adds keeps sinks.
-    if slots != window if window is not None else sinks != {0}:
-        raise ValueError(
-            f"window: {slots} in the state, {window or 'none'} in the model; use the window of "
-            "its reading, or read the document again."
-        )
-    if sinks != {expected_sinks}:
-        raise ValueError(
-            f"softmax_sinks: {min(sinks)} in the state, {expected_sinks} in the model; use the "
-            "number of its reading, or read the document again."
-        )
+    if window is not None or sinks != {0}:
+        check_setting("window", slots, window)
+    check_setting("softmax_sinks", min(sinks), expected_sinks)

@@ -11,6 +11,7 @@ from tptt_jax.layers.cache import MemoryState, init_memory_state
 from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
+from tptt_jax.layers.parameters import JoinedHeads
 
 
 class LinearAttention(nnx.Module):
@@ -82,10 +83,11 @@ class LinearAttention(nnx.Module):
             return Projection(*size, path=name, axes=axes, bias=use_bias, dtype=dtype, rngs=rngs)
 
         width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
-        self.q_proj = projection("q_proj", (embed_dim, width), ("embed", "heads"))
-        self.k_proj = projection("k_proj", (embed_dim, kv_width), ("embed", "kv_heads"))
-        self.v_proj = projection("v_proj", (embed_dim, kv_width), ("embed", "kv_heads"))
-        self.o_proj = projection("o_proj", (width, embed_dim), ("heads", "embed"))
+        heads, kv_heads = JoinedHeads("heads", num_heads), JoinedHeads("kv_heads", num_kv_heads)
+        self.q_proj = projection("q_proj", (embed_dim, width), ("embed", heads))
+        self.k_proj = projection("k_proj", (embed_dim, kv_width), ("embed", kv_heads))
+        self.v_proj = projection("v_proj", (embed_dim, kv_width), ("embed", kv_heads))
+        self.o_proj = projection("o_proj", (width, embed_dim), (heads, "embed"))
         self.memory = DeltaMemory(
             *(embed_dim, num_heads, num_kv_heads, self.head_dim),
             config,

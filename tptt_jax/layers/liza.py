@@ -18,6 +18,7 @@ from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 from tptt_jax.layers.mixing import match_rms, mix_heads, mix_projected, root_mean_square
 from tptt_jax.layers.norm import NormLayer, query_key_norm
+from tptt_jax.layers.parameters import JoinedHeads
 from tptt_jax.layers.softmax_attention import (
     TokenContext,
     apply_softmax,
@@ -150,17 +151,19 @@ class LizaAttention(nnx.Module):
                 *size, path=path, axes=axes, bias=bias, lora=lora, dtype=dtype, rngs=rngs
             )
 
-        bias = config.attention_bias
+        bias, heads = config.attention_bias, JoinedHeads("heads", self.num_heads)
         self.qkv_proj = self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
         if config.fused_qkv:
             size = (embed, width + 2 * kv_width)
-            self.qkv_proj = projection("qkv_proj", size, ("embed", "heads"), bias)
+            every = JoinedHeads("heads", self.num_heads + 2 * self.num_kv_heads)
+            self.qkv_proj = projection("qkv_proj", size, ("embed", every), bias)
         else:
-            self.q_proj = projection("q_proj", (embed, width), ("embed", "heads"), bias)
-            self.k_proj = projection("k_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
-            self.v_proj = projection("v_proj", (embed, kv_width), ("embed", "kv_heads"), bias)
+            kv_heads = JoinedHeads("kv_heads", self.num_kv_heads)
+            self.q_proj = projection("q_proj", (embed, width), ("embed", heads), bias)
+            self.k_proj = projection("k_proj", (embed, kv_width), ("embed", kv_heads), bias)
+            self.v_proj = projection("v_proj", (embed, kv_width), ("embed", kv_heads), bias)
         out_bias = config.attention_out_bias
-        self.o_proj = projection("o_proj", (width, embed), ("heads", "embed"), out_bias)
+        self.o_proj = projection("o_proj", (width, embed), (heads, "embed"), out_bias)
         self.q_norm = self.k_norm = nnx.data(None)
         if config.qk_norm is not None:
             self.q_norm = query_key_norm(config, config.num_heads, dtype)

@@ -17,7 +17,7 @@ from tptt_jax.layers.cache import (
 from tptt_jax.layers.gates import GateLogits, ReadScale, WriteGates
 from tptt_jax.layers.lora import LowRank, path_number
 from tptt_jax.layers.norm import rms_normalize
-from tptt_jax.layers.parameters import MemoryParam
+from tptt_jax.layers.parameters import JoinedHeads, MemoryParam
 from tptt_jax.ops.context import is_split
 from tptt_jax.ops.delta_product import (
     chunk_delta_product,
@@ -120,7 +120,7 @@ class DeltaMemory(nnx.Module):
                     heads * head_dim,
                     rank=rank,
                     scale=config.memory_alpha / rank,
-                    axes=(source[1], axis),
+                    axes=(source[1], JoinedHeads(axis, heads)),
                     param=MemoryParam,
                     rngs=rngs,
                 )

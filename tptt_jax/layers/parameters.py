@@ -4,6 +4,8 @@ The types are filters for `nnx.split`, `nnx.DiffState` and the `wrt` of `nnx.Opt
 `nnx.LoRAParam` means everything that was added to the pretrained model, `nnx.Param` everything.
 """
 
+from typing import Self
+
 from flax import nnx
 
 
@@ -25,3 +27,22 @@ class MemoryParam(AddedParam):
 
 class MagParam(MemoryParam):
     """A parameter of the memory's share; it has a separate learning rate."""
+
+
+class JoinedHeads(str):
+    """The name of a logical axis on which the channels of several heads lie side by side.
+
+    It is a name like any other; `tptt_jax.sharding` divides such an axis between heads only.
+    """
+
+    count: int
+
+    def __new__(cls, name: str, count: int) -> Self:
+        """Names an axis of `count` heads."""
+        axis = super().__new__(cls, name)
+        axis.count = count
+        return axis
+
+    def __getnewargs__(self) -> tuple[str, int]:
+        """What copies and pickles are made of."""
+        return str(self), self.count

@@ -3,6 +3,7 @@
 from tptt_jax.ops.delta_product import chunk_delta_product, naive_delta_product, step_delta_product
 from tptt_jax.ops.delta_product.inputs import activate_state
 from tptt_jax.ops.delta_product.triangular import invert_unit_lower, solve_unit_lower
+from tptt_jax.ops.delta_product.warm_up import warm_up_kernels
 from tptt_jax.ops.documents import document_ordinals
 from tptt_jax.ops.gates import causal_mean, compute_beta, compute_gate, compute_log_decay
 from tptt_jax.ops.token_shift import shift_tokens
@@ -22,4 +23,5 @@ __all__ = [
     "shift_tokens",
     "solve_unit_lower",
     "step_delta_product",
+    "warm_up_kernels",
 ]

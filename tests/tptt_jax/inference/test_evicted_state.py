@@ -17,12 +17,12 @@ from tests.contracts import (
     randomize,
     relative_error,
 )
-from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
+from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate, init_cache
 from tptt_jax.inference import prefill
 from tptt_jax.inference.prefill import read
 from tptt_jax.inference.score import token_losses
 from tptt_jax.inference.snapshot import load_state, save_state
-from tptt_jax.inference.state import fork_state, init_state, state_bytes
+from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.inference.unstack import unstack_layers
 
 TINY = ModelConfig.tiny(num_layers=2, mlp_dim=16)
@@ -71,7 +71,7 @@ def test_reading_on_and_generating_on_is_reading_at_once(config):
     rest = generate(model, TOKENS[:, :0], 7, state=first.state)
     assert np.array_equal(np.concatenate([first.tokens, rest.tokens], 1), want.tokens)
     assert_trees_close(rest.state, want.state, 1e-5, "state")
-    assert rest.state.cache.length.tolist() == [52, 52]
+    assert rest.state.length.tolist() == [52, 52]
 
 
 def test_rows_of_different_lengths_get_what_they_get_alone(config):
@@ -81,12 +81,12 @@ def test_rows_of_different_lengths_get_what_they_get_alone(config):
     segments[0, 5:] = 0
     segments[1, 9:12] = segments[1, -2:] = 0
     together = generate(model, TOKENS, 8, segment_ids=segments)
-    assert together.state.cache.length.tolist() == [13, 43]
+    assert together.state.length.tolist() == [13, 43]
     for row in range(2):
         alone = generate(model, TOKENS[row : row + 1, segments[row] != 0], 8)
         assert np.array_equal(together.tokens[row], alone.tokens[0])
-        mine = jax.tree.map(lambda x, row=row: x[:, row], together.state.cache.stacks)
-        other = jax.tree.map(lambda x: x[:, 0], alone.state.cache.stacks)
+        mine = jax.tree.map(lambda x, row=row: x[:, row], together.state.stacks)
+        other = jax.tree.map(lambda x: x[:, 0], alone.state.stacks)
         assert_trees_close(mine, other, 1e-5, f"row {row}")
 
 
@@ -118,14 +118,14 @@ def test_a_hybrid_goes_on_from_any_state_and_grows_with_the_text(tmp_path, monke
     segments = np.ones(text.shape, np.int32)
     segments[0, 500:] = segments[1, 9:12] = 0
     want = generate(model, text, 12, segment_ids=segments)
-    slots = {kind: x.keys.shape[2] for kind, x in want.state.cache.stacks[0].softmax.items()}
+    slots = {kind: x.keys.shape[2] for kind, x in want.state.stacks[0].softmax.items()}
     assert slots == {"full": 7, "kept": 1024}
     # The longer row has no padding at its end, where the last tokens stand.
     row = np.concatenate([text[1, segments[1] != 0], want.tokens[1]])
     logits = whole_rows(model)(row[None])[0, 516:-1]
     assert np.array_equal(logits.argmax(-1), want.tokens[1])
     first = read(model, text[:, :30], segments[:, :30])
-    assert first.cache.stacks[0].softmax["kept"].keys.shape[2] == 512
+    assert first.stacks[0].softmax["kept"].keys.shape[2] == 512
     save_state(tmp_path / "first.state", model, first)
     monkeypatch.setattr("tptt_jax.inference.unstack._WORTHWHILE_BYTES", 0)
     apart = unstack_layers(model)
@@ -228,7 +228,7 @@ IDLE = {"no window": (TINY, LizaConfig(memory_rank=2)), "all layers slide": (
 @pytest.mark.parametrize(("config", "liza"), IDLE.values(), ids=IDLE)
 def test_a_memory_that_never_holds_anything_is_in_no_state(config, liza, tmp_path):
     model = make(config, liza)
-    state = init_state(model, 2)
+    state = init_cache(model, 2, growable=True)
     assert not state.has_memory
     assert state_bytes(config, liza) == state_bytes(config)
     result = generate(model, TOKENS, 6)
@@ -255,6 +255,6 @@ def test_no_drift_after_ten_thousand_tokens():
     model = make(liza=dataclasses.replace(LIZA, softmax_window=16))
     prompt = random_tokens((1, 100))
     decoded = generate(model, prompt, 10_000, temperature=1.0, stop_tokens=())
-    assert decoded.state.cache.length.tolist() == [10_100]
+    assert decoded.state.length.tolist() == [10_100]
     fresh = read(model, np.concatenate([prompt, decoded.tokens], axis=1))
     assert_trees_close(decoded.state, fresh, 1e-4, "state")

@@ -238,7 +238,7 @@ def test_decoding_writes_its_state_in_place(model):
     blocks = stream(model, TOKENS, 20, block=8)
     before = blocks.state
     next(blocks)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.cache.stacks))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.stacks))
 
 
 def test_the_prompt_s_state_is_not_used_up(model):

@@ -207,6 +207,13 @@ def test_settings_that_do_not_count_are_not_named(saved):
     assert told.startswith("load the weights, adapter, dtype")
 
 
+def test_names_in_a_file_are_those_of_the_first_states(content):
+    caches = [f"softmax.full.{x}" for x in ("keys", "values", "sink_keys", "sink_values")]
+    memory = [f"memory.{x}" for x in ("state", "history.keys", "history.values")]
+    stack = [f"cache.stacks.0.{name}" for name in (*caches, *memory)]
+    assert sorted(content[0]) == sorted(["cache.length", "hidden", "seen", *stack])
+
+
 def test_a_state_in_memory_is_not_read_with_another_window():
     state = read(make(), TOKENS)
     for change, reason in (
@@ -279,7 +286,7 @@ def test_impossible_states_are_refused(content, spoil, reason, tmp_path):
     assert len(str(error.value).splitlines()) == 1
     # Whole files of those days are as good as ever.
     save_file(arrays, tmp_path / "a.state", metadata=old)
-    assert load_state(tmp_path / "a.state", make()).cache.length.tolist() == [30, 30]
+    assert load_state(tmp_path / "a.state", make()).length.tolist() == [30, 30]
 
 
 def test_a_flipped_bit_is_noticed(saved, tmp_path):

@@ -11,7 +11,7 @@ from tests.contracts import assert_close, assert_trees_close, random_tokens, ran
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate, init_cache
 from tptt_jax.inference import prefill
 from tptt_jax.inference.prefill import read
-from tptt_jax.inference.state import fork_state, init_state, state_bytes
+from tptt_jax.inference.state import fork_state, state_bytes
 from tptt_jax.inference.unstack import unstack_layers
 from tptt_jax.layers import softmax_attention
 
@@ -52,8 +52,12 @@ def test_only_caches_without_a_window_grow():
 
 def test_slots_are_those_of_the_window_or_as_many_as_asked_for():
     for name, want in (("window", {"full": 7}), ("sliding and full", {"sliding": 600, "full": 1})):
-        (stack,) = init_cache(make(*CONFIGS[name]), 1, 1).stacks
-        assert {kind: ring.keys.shape[2] for kind, ring in stack.softmax.items()} == want
+        model = make(*CONFIGS[name])
+        for growable in (False, True):
+            (stack,) = init_cache(model, 1, 1, growable=growable).stacks
+            slots = {kind: ring.keys.shape[2] for kind, ring in stack.softmax.items()}
+            # Room that grows starts with 512 tokens; windows are as wide as ever.
+            assert slots == {kind: 512 if growable and n == 1 else n for kind, n in want.items()}
 
 
 def test_a_linear_model_keeps_states_and_raw_tokens_only():
@@ -73,19 +77,31 @@ def test_reading_on_and_generating_on_is_reading_at_once(config, liza):
     assert np.array_equal(np.concatenate([first.tokens, rest.tokens], 1), want.tokens)
     assert np.array_equal(again.tokens, want.tokens)
     assert_trees_close(rest.state, want.state, 1e-5, "state")
-    assert rest.state.cache.length.tolist() == [52, 52]
+    assert rest.state.length.tolist() == [52, 52]
+
+
+def test_calls_of_the_model_advance_the_same_state():
+    """Read with the model's own call, and with padding anywhere, then generated from."""
+    model = make(*CONFIGS["window"])
+    graphdef, weights = nnx.split(model)
+    call = jax.jit(lambda x, ids, state: nnx.merge(graphdef, weights)(x, ids, cache=state).cache)
+    padded, ids = np.full((2, 45), 3, np.int32), np.zeros((2, 45), np.int32)
+    for row, places in enumerate((np.arange(5, 45), np.r_[0:20, 25:45])):
+        padded[row, places], ids[row, places] = TOKENS[row], 1
+    state = call(padded, ids, init_cache(model, 2))
+    assert_trees_close(state, read(model, TOKENS), 1e-5, "state")
 
 
 def test_caches_grow_while_decoding_and_change_nothing():
     model = make(*CONFIGS["sliding and full"])
     prompt = random_tokens((1, 500))
     short = generate(model, prompt, 600, stop_tokens=())
-    assert short.state.cache.stacks[0].softmax["full"].keys.shape[2] == 2048
-    assert short.state.cache.stacks[0].softmax["sliding"].keys.shape[2] == 600
+    assert short.state.stacks[0].softmax["full"].keys.shape[2] == 2048
+    assert short.state.stacks[0].softmax["sliding"].keys.shape[2] == 600
     small = read(model, prompt)
-    assert small.cache.stacks[0].softmax["full"].keys.shape[2] == 512
+    assert small.stacks[0].softmax["full"].keys.shape[2] == 512
     # A ring has its whole window from the start: it never grows.
-    assert small.cache.stacks[0].softmax["sliding"].keys.shape[2] == 600
+    assert small.stacks[0].softmax["sliding"].keys.shape[2] == 600
     grown = generate(model, prompt[:, :0], 600, stop_tokens=(), state=small)
     assert np.array_equal(grown.tokens, short.tokens)
     text = np.concatenate([prompt, grown.tokens], axis=1)
@@ -106,9 +122,9 @@ def test_forked_rows_go_their_own_way():
 
 def test_what_reading_starts_from_is_written_in_place():
     model = make(*CONFIGS["window"])
-    state = init_state(model, 2)
+    state = init_cache(model, 2, growable=True)
     prefill.extend_state(model, prefill.align_prompts(TOKENS, None), state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.cache.stacks))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.stacks))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +139,7 @@ def test_what_reading_starts_from_is_written_in_place():
 )
 def test_a_state_that_does_not_fit_is_refused(options, message):
     model = make(*CONFIGS["window"])
-    arguments = {"tokens": TOKENS, "state": init_state(model, 2)} | options
+    arguments = {"tokens": TOKENS, "state": init_cache(model, 2, growable=True)} | options
     with pytest.raises(ValueError, match=message):
         read(model, **arguments)
 
@@ -133,7 +149,7 @@ def test_a_state_of_another_shape_is_refused():
     with pytest.raises(
         ValueError, match=r"hidden: float32\[2, 16\] in the state, float32\[2, 32\] in the model"
     ):
-        read(make(*CONFIGS["base"]), TOKENS, state=init_state(other, 2))
+        read(make(*CONFIGS["base"]), TOKENS, state=init_cache(other, 2, growable=True))
 
 
 def test_learned_positions_end():
@@ -174,6 +190,6 @@ def test_no_drift_after_ten_thousand_tokens(name):
     model = CausalLM(config, liza, rngs=nnx.Rngs(0))
     prompt = random_tokens((1, 100))
     decoded = generate(model, prompt, 10_000, temperature=1.0, stop_tokens=())
-    assert decoded.state.cache.length.tolist() == [10_100]
+    assert decoded.state.length.tolist() == [10_100]
     fresh = read(model, np.concatenate([prompt, decoded.tokens], axis=1))
     assert_trees_close(decoded.state, fresh, 1e-4, "state")

@@ -8,8 +8,8 @@ from flax import nnx
 
 from tests.tptt_jax.ops.test_delta_product import make_inputs
 from tests.tptt_jax.ops.test_delta_product_kernel import half_precision
-from tptt_jax import LinearAttention, LizaConfig
-from tptt_jax.ops import chunk_delta_product
+from tptt_jax import CausalLM, LinearAttention, LizaConfig, ModelConfig, init_cache, warm_up
+from tptt_jax.ops import chunk_delta_product, warm_up_kernels
 from tptt_jax.ops.delta_product import choice as delta_product_choice
 from tptt_jax.ops.delta_product import trial as kernel_trial
 from tptt_jax.ops.delta_product.kernel import kernel_delta_product
@@ -26,9 +26,9 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def untried():
-    kernel_trial._find_problem.cache_clear()
+    kernel_trial._PROBLEMS.clear()
     yield
-    kernel_trial._find_problem.cache_clear()
+    kernel_trial._PROBLEMS.clear()
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_several_processes_do_not_choose_apart(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert kernels_agree(PLAIN)
     break_kernels(monkeypatch, lambda q, k, v: (2 * q, k, v))
-    kernel_trial._find_problem.cache_clear()
+    kernel_trial._PROBLEMS.clear()
     with pytest.raises(RuntimeError, match="Set TPTT_JAX_PALLAS=0 in all processes"):
         kernels_agree(PLAIN)
 
@@ -128,11 +128,10 @@ def traced(inputs, **arguments):
     return str(jax.make_jaxpr(lambda x: chunk_delta_product(**x, **arguments))(inputs))
 
 
-def test_the_operator_takes_kernels_that_were_tried(on_hopper):
-    """In the middle of a trace, with a mesh, precisions and a loop around it."""
+def test_the_operator_takes_kernels_that_were_tried(on_hopper, monkeypatch):
+    """With a mesh, precisions and a loop around it."""
     inputs = small_inputs(decay=True)
 
-    @jax.jit
     def loop(inputs):
         def body(carry, _):
             return carry + chunk_delta_product(**inputs)[0].astype(jnp.float32), None
@@ -146,17 +145,66 @@ def test_the_operator_takes_kernels_that_were_tried(on_hopper):
         jax.enable_x64(True),
         jax.debug_nans(True),
     ):
+        assert list(warm_up_kernels(loop, inputs).values()) == [True]
+        # Later traces, of whatever is compiled, try nothing.
+        monkeypatch.setattr(kernel_trial, "_find_problem", None)
         assert str(jax.make_jaxpr(loop)(inputs)).count("pallas_call") == 3
-        got = loop(inputs)
+        got = jax.jit(loop)(inputs)
     want = chunk_delta_product(**inputs, implementation="xla")[0]
     np.testing.assert_allclose(got, want, atol=2e-2 * np.abs(want).max())
-    assert kernel_trial._find_problem.cache_info().misses == 1
+
+
+def test_nothing_is_tried_while_a_function_is_traced(on_hopper, monkeypatch):
+    monkeypatch.setattr(kernel_trial, "_find_problem", None)
+    with pytest.warns(
+        UserWarning, match=r"not tried before.* Call tptt_jax.warm_up\(model\) first"
+    ):
+        assert "pallas_call" not in traced(small_inputs())
+    tried = []
+    monkeypatch.setattr(kernel_trial, "_find_problem", tried.append)
+    # Outside of a trace the first call is the trial.
+    chunk_delta_product(**small_inputs())
+    assert len(tried) == 1
+    assert "pallas_call" in traced(small_inputs())
+    assert warm_up_kernels(lambda x: chunk_delta_product(**x), small_inputs()) == {tried[0]: True}
+    assert len(tried) == 1
+
+
+@pytest.mark.parametrize("setting", ["0", "1", None])
+def test_a_warm_up_tries_nothing_where_it_could_not_matter(setting, monkeypatch):
+    if setting is not None:
+        monkeypatch.setattr(delta_product_choice, "compute_capability", lambda *_: (9, 0))
+        monkeypatch.setenv("TPTT_JAX_PALLAS", setting)
+    assert warm_up_kernels(None) == {}
+
+
+def test_the_warm_up_of_a_model_finds_the_kernels_of_every_call(on_hopper, monkeypatch):
+    monkeypatch.setattr(kernel_trial, "_find_problem", lambda kind: None)
+    config, liza = ModelConfig.tiny(num_layers=1), LizaConfig(softmax_window=8)
+    model = CausalLM(config, liza, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    kinds = warm_up(model)
+    assert {(kind.dim, kind.steps, kind.group, kind.gate) for kind in kinds} == {
+        (16, 1, 2, "float32")
+    }
+    # Evicted tokens have ids even if the row has none.
+    assert all(kind.decay and kind.documents for kind in kinds)
+    graphdef, weights = nnx.split(model)
+    tokens, state = jnp.ones((2, 12), jnp.int32), init_cache(model, 2)
+    monkeypatch.setattr(kernel_trial, "_find_problem", None)
+    for ids in (None, tokens):
+        for cache in (None, state):
+
+            def call(weights, ids=ids, cache=cache):
+                return nnx.merge(graphdef, weights)(tokens, ids, cache=cache).logits
+
+            assert "pallas_call" in str(jax.make_jaxpr(call)(weights))
 
 
 def test_the_operator_leaves_kernels_that_fail(on_hopper, monkeypatch):
     break_kernels(monkeypatch, lambda q, k, v: (2 * q, k, v))
     with pytest.warns(UserWarning, match="XLA's program is used"):
-        assert "pallas_call" not in traced(small_inputs())
+        warm_up_kernels(lambda x: chunk_delta_product(**x), small_inputs())
+    assert "pallas_call" not in traced(small_inputs())
     monkeypatch.setenv("TPTT_JAX_PALLAS", "1")
     assert "pallas_call" in traced(small_inputs())
 
@@ -170,7 +218,9 @@ def test_each_kind_has_its_own_trial(on_hopper, monkeypatch):
         ({"decay": True, "heads": 6}, {"segment_ids": ids}),
         ({"vector": True}, {}),
     ):
-        traced(small_inputs(**options), **arguments)
+        warm_up_kernels(
+            lambda x, a=arguments: chunk_delta_product(**x, **a), small_inputs(**options)
+        )
     assert [each[3:] for each in tried] == [
         (2, "bfloat16", False, False, False),
         (3, "bfloat16", False, True, True),
@@ -184,7 +234,7 @@ def test_a_model_in_half_precision_has_gates_in_float32(on_hopper, monkeypatch):
     monkeypatch.setattr(kernel_trial, "kernels_agree", lambda kind: bool(tried.append(kind)))
     config = LizaConfig(writes="all", operator="gated_delta_product")
     layer = LinearAttention(32, 2, config=config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    layer(jnp.ones((1, 9, 32), jnp.bfloat16))
+    warm_up_kernels(layer, jnp.ones((1, 9, 32), jnp.bfloat16))
     assert [each.gate for each in tried] == ["float32"]
 
 

@@ -2,10 +2,13 @@
 
 import importlib.util
 import os
-from typing import Literal
+import warnings
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.ops.delta_product.inputs import compute_dtype, is_default_precision
@@ -16,6 +19,34 @@ from tptt_jax.ops.manual_axes import varying_axes
 _HOPPER = 9
 # Largest sizes that the kernels support.
 _MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
+
+
+class KernelKind(NamedTuple):
+    """What a trial is for; another number of chunks or heads is taken to be the same.
+
+    Attributes:
+      dim: channels D of queries and keys.
+      value_dim: channels Dv of values.
+      steps: Householder steps N.
+      group: query heads of a KV head.
+      gate: dtype of the write gate.
+      per_channel: whether the write gate has a value for every channel.
+      decay: whether there is a forget gate.
+      documents: whether there are document ids.
+    """
+
+    dim: int
+    value_dim: int
+    steps: int
+    group: int
+    gate: str
+    per_channel: bool
+    decay: bool
+    documents: bool
+
+
+# Kinds of kernels that a warm-up has found in a function; None: no warm-up is looking for them.
+wanted_kernels: ContextVar[set[KernelKind] | None] = ContextVar("wanted_kernels", default=None)
 
 
 def choose_implementation(
@@ -30,8 +61,9 @@ def choose_implementation(
     """Chooses the Pallas kernels where they were measured to be faster than XLA's program.
 
     That is for bfloat16 inputs at the default precision on a Hopper GPU, where they are five to
-    eight times as fast. A trial checks them first, see `kernels_agree`; TPTT_JAX_PALLAS=0 disables
-    the kernels, 1 skips the trial.
+    eight times as fast, and once a trial has found them right, see `warm_up_kernels`. While a
+    function is traced no trial is run: without a warm-up XLA's program is chosen. Outside of a
+    trace the first call is the trial. TPTT_JAX_PALLAS=0 disables the kernels, 1 skips the trial.
 
     Args:
       q: queries.
@@ -58,9 +90,6 @@ def choose_implementation(
         return "xla"
     if setting == "1":
         return "pallas"
-    # Imported lazily: only GPUs need Pallas.
-    from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
-
     kind = KernelKind(
         dim=q.shape[3],
         value_dim=v.shape[-1],
@@ -71,7 +100,40 @@ def choose_implementation(
         decay=log_decay is not None,
         documents=segment_ids is not None,
     )
-    return "pallas" if kernels_agree(kind) else "xla"
+    return "pallas" if _is_right(kind, is_traced=_is_traced(q, k, v, beta)) else "xla"
+
+
+def _is_right(kind: KernelKind, *, is_traced: bool) -> bool:
+    """Whether kernels were tried and agree; a trial runs outside of traces only."""
+    wanted = wanted_kernels.get()
+    if wanted is not None:
+        wanted.add(kind)
+        return False
+    # Imported lazily: only GPUs need Pallas.
+    from tptt_jax.ops.delta_product.trial import earlier_verdict, kernels_agree
+
+    verdict = earlier_verdict(kind)
+    if verdict is None and not is_traced:
+        return kernels_agree(kind)
+    if verdict is None:
+        warnings.warn(
+            "the Pallas kernels for DeltaProduct were not tried before this function was traced: "
+            "XLA's program is used, which computes the same in more time. Call "
+            f"tptt_jax.warm_up(model) first, or set TPTT_JAX_PALLAS=0 ({kind}).",
+            stacklevel=2,
+        )
+    return bool(verdict)
+
+
+def _is_traced(*arrays: Any) -> bool:
+    return any(isinstance(x, Tracer) for x in arrays)
+
+
+def may_try_kernels() -> bool:
+    """Whether a trial could matter: the default device runs the kernels, and nobody has chosen."""
+    capability = compute_capability()
+    is_hopper = capability is not None and capability[0] == _HOPPER
+    return is_hopper and _has_compiler() and os.environ.get("TPTT_JAX_PALLAS") not in ("0", "1")
 
 
 def check_kernels(

@@ -1,14 +1,14 @@
-"""A trial that compares the Pallas kernels with the recurrence on this machine."""
+"""A trial that compares the Pallas kernels with the recurrence on this machine; see `warm_up`."""
 
-import functools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tptt_jax.ops.delta_product.choice import KernelKind
 from tptt_jax.ops.delta_product.kernel import kernel_delta_product
 from tptt_jax.ops.delta_product.naive import naive_delta_product
 from tptt_jax.ops.delta_product.plan import kernel_chunk_size
@@ -19,36 +19,16 @@ _ROWS, _KV_HEADS, _CHUNKS = 2, 2, 4
 _LARGEST_ERROR = 0.1
 
 
-class KernelKind(NamedTuple):
-    """What a trial is for; another number of chunks or heads is taken to be the same.
-
-    Attributes:
-      dim: channels D of queries and keys.
-      value_dim: channels Dv of values.
-      steps: Householder steps N.
-      group: query heads of a KV head.
-      gate: dtype of the write gate.
-      per_channel: whether the write gate has a value for every channel.
-      decay: whether there is a forget gate.
-      documents: whether there are document ids.
-    """
-
-    dim: int
-    value_dim: int
-    steps: int
-    group: int
-    gate: str
-    per_channel: bool
-    decay: bool
-    documents: bool
+# What trials of this process have found; None: the kernels are right.
+_PROBLEMS: dict[KernelKind, str | None] = {}
 
 
 def kernels_agree(kind: KernelKind) -> bool:
     """Compares the kernels with `naive_delta_product` on random inputs; warns if they differ.
 
     Outputs and all gradients of a few chunks, the inputs in bfloat16 at the default precision.
-    Kernel compilers have silently miscompiled, see `kernels.backward`. The verdict is cached per
-    process; the trial may run while another function is being traced.
+    Kernel compilers have silently miscompiled, see `kernels.backward`. The verdict is kept for the
+    process.
 
     Args:
       kind: of the kernels.
@@ -59,7 +39,9 @@ def kernels_agree(kind: KernelKind) -> bool:
     Raises:
       RuntimeError: if they fail and there are other processes, which would run another program.
     """
-    problem = _find_problem(kind)
+    if kind not in _PROBLEMS:
+        _PROBLEMS[kind] = _find_problem(kind)
+    problem = _PROBLEMS[kind]
     if problem is None:
         return True
     text = (
@@ -76,7 +58,11 @@ def kernels_agree(kind: KernelKind) -> bool:
     return False
 
 
-@functools.cache
+def earlier_verdict(kind: KernelKind) -> bool | None:
+    """What `kernels_agree` has found in this process; None: these kernels were not tried."""
+    return _PROBLEMS[kind] is None if kind in _PROBLEMS else None
+
+
 def _find_problem(kind: KernelKind) -> str | None:
     try:
         errors = _compare(kind)
