@@ -33,22 +33,22 @@ def check_ring(
             "the arrays of a cache must have 5 axes ([layers, B, S, K, D]), got shapes "
             f"{shapes}: read the document again."
         )
-    slots, value_slots = cache.keys.shape[2], cache.values.shape[2]
-    sinks = {x.shape[2] for x in (cache.sink_keys, cache.sink_values)}
-    if slots != value_slots or len(sinks) != 1:
-        raise ValueError(
-            f"the state has {slots} slots for keys but {value_slots} for values: read the document "
-            "again."
-        )
+    slots, value_slots, sinks, value_sinks = (x.shape[2] for x in cache)
+    for what, keys, values in (("slots", slots, value_slots), ("sinks", sinks, value_sinks)):
+        if keys != values:
+            raise ValueError(
+                f"the state has {keys} {what} for keys but {values} for values: read the document "
+                "again."
+            )
     window, expected_sinks = softmax_window(config, liza, kind), num_sinks(config, liza, kind)
     # Only a window that a memory adds keeps sinks.
-    if slots != window if window is not None else sinks != {0}:
+    if slots != window if window is not None else sinks != 0:
         raise ValueError(
             f"window: {slots} in the state, {window or 'none'} in the model; use the window of "
             "its reading, or read the document again."
         )
-    if sinks != {expected_sinks}:
+    if sinks != expected_sinks:
         raise ValueError(
-            f"softmax_sinks: {min(sinks)} in the state, {expected_sinks} in the model; use the "
+            f"softmax_sinks: {sinks} in the state, {expected_sinks} in the model; use the "
             "number of its reading, or read the document again."
         )
