@@ -13,7 +13,13 @@ import tyro
 
 from convert.sources import DEFAULT_MODEL
 from experiments.command_line import run_configured
-from experiments.data.prompts import chat_stops, chat_tokens, document_tokens, text_tokens
+from experiments.data.prompts import (
+    chat_stops,
+    chat_tokens,
+    check_text_file,
+    document_tokens,
+    text_tokens,
+)
 from experiments.models import apply_revision, is_tuned, load_model
 from experiments.models.writer import Writer, report
 from experiments.process.compilation_cache import prepare_process
@@ -51,7 +57,7 @@ class GenerateConfig:
     """Text to continue, after the file or the state if there is one; with --chat, the only
     message. None: "The capital of France is" without file and state."""
     prompt_file: Path | None = None
-    """UTF-8 text of any length to read first."""
+    """UTF-8 text of any length to read first; a regular file, not a pipe."""
     chat: tyro.conf.FlagCreatePairsOff[bool] = False
     """Answers messages from stdin, one per line, with the tokenizer's chat template."""
     save_state: Path | None = None
@@ -117,6 +123,8 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     prepare_process()
     if config.save_state is not None:
         check_output_file(config.save_state, "--save-state")
+    if config.prompt_file is not None:
+        check_text_file(config.prompt_file)
     if config.compare and config.adapter is None and not is_tuned(config.model or DEFAULT_MODEL):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     loaded = load_model(

@@ -21,16 +21,29 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
     Yields:
       The path to write to. It is removed if the block raises.
+
+    Raises:
+      ValueError: if `target` is a pipe, a device or a socket, which a file must not replace.
     """
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ValueError(f"{target} is a pipe, a device or a socket: name a regular file.")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = sibling(target, "partial")
     try:
         yield temporary
         sync_path(temporary)
-        temporary.replace(target)
+        _rename(temporary, target)
         sync_path(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    try:
+        temporary.replace(target)
+    except OSError as error:
+        # The user knows the name of the target, and never that of the temporary file.
+        raise OSError(error.errno, error.strerror, str(target)) from None
 
 
 def swap_directory(new: Path, target: Path, old: Path) -> None:

@@ -85,7 +85,7 @@ def partition_spec(
         )
     found: list[str | None] = [None] * (len(shape) - len(axes))
     for axis, size in zip(axes, shape[len(found) :], strict=True):
-        parts = axis.count if isinstance(axis, JoinedHeads) else size
+        parts = axis.heads if isinstance(axis, JoinedHeads) else size
         name = rules.get(axis)
         fits = name is not None and name not in found and parts % mesh.shape[name] == 0
         found.append(name if fits else None)

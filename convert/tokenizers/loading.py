@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face directories and of GGUF files, without torch."""
 
 import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,16 +124,32 @@ def export_tokenizer(source: Source, path: Path) -> None:
       path: an existing directory.
 
     Raises:
-      ConversionError: if the tokenizer of a GGUF file or tokenizer_config.json cannot be read.
+      ConversionError: if the tokenizer of a GGUF file, tokenizer.json or tokenizer_config.json
+        cannot be read.
     """
     place = locate_tokenizer(source)
     if place.is_dir():
         copy_tokenizer_files(place, path)
+        _check_copy(path / TOKENIZER_FILE, place / TOKENIZER_FILE)
     else:
         tokenizer = load_tokenizer(place)
         with refusing(f"the tokenizer cannot be written to {path}", "free some space"):
             tokenizer.save_pretrained(path)
     make_portable(path, place)
+
+
+def _check_copy(copy: Path, original: Path) -> None:
+    """Refuses a tokenizer.json that is empty or cut: no one could load the export."""
+    if not copy.is_file():
+        return
+    try:
+        is_object = isinstance(json.loads(copy.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise ConversionError(
+            f"{original} is not a JSON object, so it is empty, cut or damaged: fetch it again."
+        )
 
 
 def tokenizer_class_of(model_type: str) -> str:

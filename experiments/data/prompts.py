@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convert.formats.files import check_regular
 from experiments.data.special_tokens import begin_once, begin_tokens, end_token
 from experiments.data.templates import ChatTemplate
 from experiments.data.text_files import open_text
@@ -21,12 +22,28 @@ _CHARACTERS_AT_A_TIME = 1 << 18
 _PROBE = ("One line of text.\n", "Another line.\n\n", "And a paragraph.")
 
 
+def check_text_file(path: Path) -> None:
+    """Refuses what cannot be read as a text file; call it before loading a model.
+
+    A pipe without a writer would block for ever.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if it is a directory, a pipe, a device or a socket.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no such file: {path}; check the path of the text.")
+    check_regular(path)
+
+
 def read_text(path: Path) -> Iterator[str]:
     """The pieces of a text file, cut where a line begins with a letter.
 
     Raises:
-      ValueError: if the file is not UTF-8 or the encoding of its byte-order mark.
+      ValueError: if the file is not UTF-8 or the encoding of its byte-order mark, or it is no
+        regular file.
     """
+    check_text_file(path)
     left = ""
     with open_text(path) as file:
         while more := file.read(_CHARACTERS_AT_A_TIME):

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.formats.files import check_regular
+
 Result = dict[str, Any]
 
 
@@ -12,13 +14,17 @@ class RowStore:
     """Results of rows, by a key of all settings, in a file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the results of earlier calls; an incomplete last line is dropped."""
+        """Reads the results of earlier calls; an incomplete last line is dropped.
+
+        Raises:
+          ValueError: if another line is damaged, or the path is no regular file.
+        """
         self._path = path
         self._results: dict[str, Result] = {}
+        check_regular(path)
         whole = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-        for line in whole.splitlines():
-            saved = json.loads(line)
-            self._results[saved["key"]] = saved["result"]
+        for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
+            self._results |= _read(line, f"{path}, line {number},")
         # An incomplete line would merge with the next one.
         if path.is_file():
             with path.open("r+b") as file:
@@ -34,6 +40,18 @@ class RowStore:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "result": result}) + "\n")
         self._results[key] = result
+
+
+def _read(line: bytes, place: str) -> dict[str, Result]:
+    """The key and the result of a line."""
+    try:
+        saved = json.loads(line)
+        key, result = saved["key"], saved["result"]
+        if isinstance(key, str) and isinstance(result, dict):
+            return {key: result}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass
+    raise ValueError(f"{place} holds no result of a row: remove the line to measure it again.")
 
 
 def row_key(**parts: Any) -> str:

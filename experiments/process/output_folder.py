@@ -57,6 +57,10 @@ def check_output_file(file: Path, option: str) -> None:
     try:
         if file.is_dir():
             raise ValueError(f"{option} {file} is a directory: name a file.")
+        if file.exists() and not file.is_file():
+            raise ValueError(
+                f"{option} {file} is a pipe, a device or a socket: name a regular file."
+            )
         if file.is_symlink() and not file.exists():
             target = os.readlink(file)
             raise ValueError(

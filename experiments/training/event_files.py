@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from convert.formats.files import check_regular
 from tptt_jax.durable import atomic_file
 
 _PATTERN = "events.out.tfevents.*.tptt_jax"
@@ -32,6 +33,7 @@ class EventFile:
         """Opens a new file in a folder, and keeps steps up to `resume_step` of ours in it."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(_PATTERN):
+            check_regular(file)
             _keep_until(file, resume_step)
         stamp = time.time_ns()
         # TensorBoard reads the files of a folder in the order of their names.

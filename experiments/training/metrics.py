@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+import operator
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
+from convert.formats.files import check_regular
 from tptt_jax.durable import atomic_file
 
 
@@ -52,7 +54,12 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
-        """Opens `path`, and keeps the steps of an earlier run up to `resume_step`; 0: none."""
+        """Opens `path`, and keeps the steps of an earlier run up to `resume_step`; 0: none.
+
+        Raises:
+          ValueError: if it is no regular file, or holds other lines than these.
+        """
+        check_regular(path)
         self.logged = _last_step(path)
         earlier = read_metrics(path) if resume_step and path.exists() else []
         kept = [record for record in earlier if record.step <= resume_step]
@@ -116,10 +123,12 @@ def read_metrics(path: Path) -> list[StepRecord]:
     """The steps of a file by `MetricsWriter`; null becomes NaN, except in optional fields.
 
     Raises:
-      ValueError: if a line other than an incomplete last one is damaged.
+      ValueError: if a line other than an incomplete last one is damaged, or it is no regular file.
     """
+    check_regular(path)
     optional = {f.name for f in dataclasses.fields(StepRecord) if f.default is None}
-    lines = path.read_text(encoding="utf-8").split("\n")
+    # Other bytes than UTF-8 are no JSON, which the line's error says.
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     steps = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
@@ -127,8 +136,9 @@ def read_metrics(path: Path) -> list[StepRecord]:
                 name: math.nan if value is None and name not in optional else value
                 for name, value in json.loads(line).items()
             }
-            steps.append(StepRecord(**values))
-        except (json.JSONDecodeError, TypeError, AttributeError):
+            record = StepRecord(**values)
+            steps.append(replace(record, step=operator.index(record.step), loss=record.loss + 0.0))
+        except (json.JSONDecodeError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f"{path}, line {number}, holds no metrics of a step: remove the line or the file."
             ) from None

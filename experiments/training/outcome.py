@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from convert.errors import ConversionError
+from convert.formats.files import read_json
 from experiments.training.evaluation import HeldOut, recovered_gap
 from experiments.training.pictures import plot_memory, plot_stages
 from experiments.training.questions import Answers
@@ -45,9 +48,8 @@ class Outcome:
         self._found: dict[State, _Measured] = {}
         self.is_new = not run.was_complete
         """Whether this call has measured or trained anything."""
-        if self._file.is_file():
-            saved = json.loads(self._file.read_text(encoding="utf-8"))
-            self._found = {name: _from_json(part) for name, part in saved.items()}
+        if self._file.exists():
+            self._found = _read(self._file)
         ended = self._found.keys() & {"after", "memory_off"}
         if ended and not run.was_complete:
             # The run continues, so measurements of its end are outdated; in the file too, as it may
@@ -220,6 +222,25 @@ class Outcome:
         return table
 
 
+def _read(file: Path) -> dict[State, _Measured]:
+    """The measurements of earlier calls.
+
+    Raises:
+      ValueError: if the file is damaged.
+    """
+    try:
+        saved = read_json(file)
+    except ConversionError as error:
+        raise ValueError(f"{error} Remove it to measure again.") from None
+    try:
+        found: dict[State, _Measured] = {
+            name: _from_json(saved[name]) for name in _LABELS if name in saved
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}): remove it to measure again.") from None
+    return found
+
+
 def _to_json(measured: _Measured) -> dict[str, Any]:
     held_out, answers = measured
     part: dict[str, Any] = {"nats": held_out.nats.tolist(), "counts": held_out.counts.tolist()}
@@ -227,6 +248,8 @@ def _to_json(measured: _Measured) -> dict[str, Any]:
 
 
 def _from_json(part: dict[str, Any]) -> _Measured:
-    held_out = HeldOut(np.array(part["nats"]), np.array(part["counts"]))
+    held_out = HeldOut(*(np.array(part[name], np.float64) for name in ("nats", "counts")))
+    if held_out.nats.ndim != 1 or held_out.nats.shape != held_out.counts.shape:
+        raise ValueError(f"nats {held_out.nats.shape}, counts {held_out.counts.shape}")
     answers = part.get("answers")
     return _Measured(held_out, None if answers is None else Answers(**answers))

@@ -11,10 +11,13 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, get_args, get_origin, get_type_hints
 
 import yaml
 
+from convert.errors import ConversionError
+from convert.formats.files import check_regular, read_json
 from experiments.command_line import read_yaml, resolved_yaml
 from experiments.data.data_files import find_data, find_parts
 from experiments.models import is_tuned
@@ -76,20 +79,44 @@ class Record:
         """Reads a directory's record; None: there is none, as in older runs.
 
         Raises:
-          ValueError: if the file is damaged.
+          ValueError: if the file is damaged, or something else has its name.
         """
         file = output / RECORD
-        if not file.is_file():
+        if not file.exists():
             return None
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
+        except ConversionError as error:
+            raise ValueError(f"{error} Remove it to resume without comparison.") from None
+        try:
             if values.pop("format") != _FORMAT:
                 raise ValueError(f'its "format" is not {_FORMAT!r}')
-            return cls(**values)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            record = cls(**values)
+            record._check_types()
+            return record
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): remove it to resume without comparison."
             ) from None
+
+    def _check_types(self) -> None:
+        """Raises an error if a value has another type than declared, or cannot be described."""
+        for name, hint in get_type_hints(type(self)).items():
+            hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+            kinds, value = tuple(get_origin(each) or each for each in hints), getattr(self, name)
+            if not isinstance(value, kinds):
+                raise ValueError(f"{name} cannot be {value!r:.100}")
+        for data in (self.data, self.fit_data):
+            fingerprints.describe_data(data)
+        self.notes()
+
+    def notes(self) -> str:
+        """The permitted changes as comments of config.yaml."""
+        return "".join(
+            f"# after step {each['step']}, by --resume-allow: {each['name']} "
+            f"{each['before']} -> {each['now']}\n"
+            for each in self.changes
+        )
 
     def write(self, output: Path) -> None:
         """Writes `run.json`."""
@@ -203,11 +230,6 @@ class Resumption:
             self.record.changes.append(entry | {"before": change.before, "now": change.now})
         self._changes = []
         self.record.write(output)
-        notes = [
-            f"# after step {each['step']}, by --resume-allow: {each['name']} "
-            f"{each['before']} -> {each['now']}\n"
-            for each in self.record.changes
-        ]
         # Another call may have other processes.
         alone = DistributedConfig()
         # The file is for going on, also after --no-resume.
@@ -215,7 +237,7 @@ class Resumption:
             self._config, config=None, resume=True, resume_allow=(), distributed=alone
         )
         with atomic_file(output / "config.yaml") as path:
-            path.write_text("".join(notes) + resolved_yaml(settings), encoding="utf-8")
+            path.write_text(self.record.notes() + resolved_yaml(settings), encoding="utf-8")
 
     def _changed_files(self) -> list[Change]:
         earlier, found = self._earlier, []
@@ -264,7 +286,13 @@ def _check_names(config: FinetuneConfig) -> None:
 
 def _saved_settings(output: Path) -> dict[str, Any]:
     file = output / "config.yaml"
-    return _flat(read_yaml(file)) if file.is_file() else {}
+    check_regular(file)
+    if not file.is_file():
+        return {}
+    settings = read_yaml(file)
+    if not settings:
+        raise ValueError(f"{file} is empty: remove it to resume without comparison.")
+    return _flat(settings)
 
 
 def _changed_settings(saved: Mapping[str, Any], config: FinetuneConfig) -> list[Change]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from convert.formats.files import read_json
 from experiments.training.metrics import StepRecord
 from tptt_jax.durable import atomic_file
 from tptt_jax.training.orbax_files import first_line
@@ -157,8 +158,10 @@ def open_trackers(
 
 def _identity(output: Path, is_continued: bool) -> str:
     file = output / _IDENTITY
-    if is_continued and file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))["id"]
+    if is_continued and file.exists():
+        known = read_json(file).get("id")
+        if isinstance(known, str):
+            return known
     identity = secrets.token_hex(4)
     with atomic_file(file) as temporary:
         temporary.write_text(json.dumps({"id": identity}) + "\n", encoding="utf-8")

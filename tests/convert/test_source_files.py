@@ -138,6 +138,14 @@ def test_settings_that_are_no_json(tmp_path):
         export_tokenizer(tmp_path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", ["", '{"model": {"vo', "[]", "[" * 100_000])
+def test_a_damaged_tokenizer_is_not_exported(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConversionError, match=rf"^{tmp_path}/tokenizer.json is not a JSON object"):
+        export_tokenizer(tmp_path, tmp_path / "out")
+
+
 def test_many_strangers_are_one_short_line(tmp_path, capsys):
     for number in range(300):
         (tmp_path / f"file{number:03d}").touch()

@@ -85,8 +85,10 @@ def test_a_folder_that_may_not_be_written(tmp_path):
 def test_an_impossible_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
     for name, message in (
         (".", "is a directory"),
+        ("pipe", "is a pipe, a device or a socket"),
         ("link", "is a link to"),
         ("file/state", "not writable"),
         ("x" * 300, "File name too long"),

@@ -1,11 +1,14 @@
 """Texts and conversations as tokens."""
 
+import os
+
 import numpy as np
 import pytest
 
 from convert import load_tokenizer
 from experiments.data import prompts
 from experiments.data.prompts import chat_tokens, document_tokens, read_text, text_tokens
+from experiments.generate import GenerateConfig, generate_text
 from tests.tiny import BOS, make_tokenizer
 
 
@@ -89,3 +92,18 @@ def test_a_chat_begins_only_at_the_beginning():
     assert chat_tokens(tokenizer, messages, begin=False) == tokens[1:]
     with pytest.raises(ValueError, match="chat template"):
         chat_tokens(make_tokenizer(begin=True), messages)
+
+
+def test_a_prompt_file_is_checked_before_a_model_is_loaded(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name, error, message in (
+        ("pipe", ValueError, "pipe is a pipe, a device or a socket"),
+        ("folder", ValueError, "folder is a directory"),
+        ("missing", FileNotFoundError, "no such file: .*missing"),
+    ):
+        config = GenerateConfig(model="/nowhere", prompt_file=tmp_path / name)
+        with pytest.raises(error, match=message):
+            generate_text(config)
+        with pytest.raises(error, match=message):
+            next(read_text(tmp_path / name))

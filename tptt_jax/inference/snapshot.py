@@ -179,7 +179,10 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> DecodingState:
 
 def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
     """The settings that differ between the state's model and this one."""
-    saved = json.loads(metadata.get("settings", "{}"))
+    try:
+        saved = json.loads(metadata.get("settings", "{}"))
+    except (ValueError, RecursionError):
+        saved = {}
     saved = _counted(saved) if isinstance(saved, dict) else {}
     ours = _counted(_flat_settings(model)) if saved else {}
     names = dict.fromkeys([*saved, *ours])

@@ -35,14 +35,14 @@ class JoinedHeads(str):
     It is a name like any other; `tptt_jax.sharding` divides such an axis between heads only.
     """
 
-    count: int
+    heads: int
 
-    def __new__(cls, name: str, count: int) -> Self:
-        """Names an axis of `count` heads."""
+    def __new__(cls, name: str, heads: int) -> Self:
+        """Names an axis of so many heads."""
         axis = super().__new__(cls, name)
-        axis.count = count
+        axis.heads = heads
         return axis
 
-    def __getnewargs__(self) -> tuple[str, int]:
+    def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
         """What copies and pickles are made of."""
-        return str(self), self.count
+        return type(self), (str(self), self.heads)

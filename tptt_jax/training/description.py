@@ -60,7 +60,7 @@ def read_description(path: str | os.PathLike[str]) -> Description:
             f"{path} has no {_DESCRIPTION}: point to the --output directory of a finetune run."
         )
     try:
-        values = json.loads(target.read_text())
+        values = _parse(target.read_text(encoding="utf-8"))
         version = values.pop("format", None)
         if version not in (_FORMAT, _FIRST_FORMAT):
             raise ValueError(f'its "format" is not {_FORMAT!r}')
@@ -72,11 +72,21 @@ def read_description(path: str | os.PathLike[str]) -> Description:
                 values[name] = kind(**values[name])
         _check_types(Description, values)
         return Description(**values)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{target} is not the description of a checkpoint ({error}): point to the "
             "--output directory of a finetune run."
         ) from None
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"it must hold a JSON object, it holds a {type(values).__name__}")
+    return values
 
 
 def _check_types(kind: type, values: Mapping[str, Any]) -> None:

@@ -144,18 +144,28 @@ def _write_manifest(folder: Path) -> None:
 
 def _read_manifest(file: Path) -> dict[str, tuple[int, str]]:
     try:
+        _refuse_special(file, MANIFEST)
         files = json.loads(file.read_text(encoding="utf-8"))["files"]
         return {str(name): (int(size), str(digest)) for name, (size, digest) in files.items()}
     except OSError as error:
         if not is_lost(error):
             raise
         raise DamagedStep(f"{MANIFEST}: {error.strerror}") from None
+    except DamagedStep:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedStep(f"{MANIFEST} is damaged") from None
 
 
+def _refuse_special(file: Path, name: str) -> None:
+    """Raises DamagedStep for a pipe, which would block for ever, and the like."""
+    if file.exists() and not file.is_file():
+        raise DamagedStep(f"{name} is not a regular file")
+
+
 def _check_file(folder: Path, name: str, size: int, digest: str) -> None:
     try:
+        _refuse_special(folder / name, name)
         found = (folder / name).stat().st_size
         if found != size:
             raise DamagedStep(f"{name} has {found:,} bytes, {size:,} were written")

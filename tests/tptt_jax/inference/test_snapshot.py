@@ -228,7 +228,9 @@ def test_a_state_in_memory_is_not_read_with_another_window():
             generate(other, TOKENS, 2, state=state)
 
 
-KEYS, VALUES = (f"cache.stacks.0.softmax.full.{name}" for name in ("keys", "values"))
+KEYS, VALUES, SINKS = (
+    f"cache.stacks.0.softmax.full.{name}" for name in ("keys", "values", "sink_keys")
+)
 
 
 def spoiled_lengths(value):
@@ -250,6 +252,10 @@ SPOILED = {
     "slots": (
         lambda x: x | {KEYS: x[KEYS][:, :, :5]},
         "has 5 slots for keys but ",
+    ),
+    "sinks": (
+        lambda x: x | {SINKS: x[SINKS][:, :, :1]},
+        "has 1 sinks for keys but ",
     ),
     "window": (
         lambda x: x | {name: x[name][:, :, :5] for name in (KEYS, VALUES)},
@@ -287,6 +293,14 @@ def test_impossible_states_are_refused(content, spoil, reason, tmp_path):
     # Whole files of those days are as good as ever.
     save_file(arrays, tmp_path / "a.state", metadata=old)
     assert load_state(tmp_path / "a.state", make()).length.tolist() == [30, 30]
+
+
+@pytest.mark.parametrize("settings", ["{", "[" * 100_000, "[1]", '{"model.rope": 3}'])
+def test_damaged_settings_of_another_model_are_one_line(content, settings, tmp_path):
+    arrays, metadata = content
+    changed = metadata | {"model": "0" * 64, "settings": settings}
+    save_file(arrays, tmp_path / "a.state", metadata=changed)
+    assert "\n" not in difference(tmp_path / "a.state", make())
 
 
 def test_a_flipped_bit_is_noticed(saved, tmp_path):
