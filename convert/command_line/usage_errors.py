@@ -53,6 +53,7 @@ _SYNONYMS = {
     "--save-steps": "--checkpoint-every",
     "--seq-len": "--data.sequence-length",
     "--seq-length": "--data.sequence-length",
+    "--save-total-limit": "--keep-last",
     "--sequence-length": "--data.sequence-length",
     "--target-modules": "--lora.targets",
     "--tasks": "--task",
