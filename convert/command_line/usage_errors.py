@@ -27,6 +27,8 @@ _SYNONYMS = {
     "--eval-steps": "--eval-every",
     "--fp16": "--dtype",
     "--gradient-checkpointing": "--remat",
+    "--hub-model-id": "--push-to-hub",
+    "--hub-private-repo": "--hub-private",
     "--input": "--data",
     "--learning-rate-schedule": "--lr-schedule",
     "--lora-alpha": "--lora.alpha",

@@ -13,6 +13,7 @@ from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.process.distributed import DistributedConfig
 from experiments.training.fit_config import FitConfig
+from experiments.training.hub_config import HubConfig
 from experiments.training.output_names import DEFAULT_OUTPUT, name_output
 from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
@@ -140,6 +141,7 @@ class FinetuneConfig:
     """Prompt to continue before and after training."""
     sample_tokens: int = 32
     """Length of that continuation; 0: none."""
+    hub: HubConfig = field(default_factory=HubConfig)
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load everything and compile a step, say what would be trained and how much memory it takes,
     and end; nothing is written."""
