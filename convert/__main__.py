@@ -1,4 +1,4 @@
-"""`python -m convert`: import, export, inspect and verify pretrained models."""
+"""`python -m convert`: import, export, push, inspect and verify pretrained models."""
 
 import sys
 from dataclasses import asdict
@@ -15,6 +15,7 @@ from convert.model_card import read_results
 from convert.overwriting import check_overwrite
 from convert.pretrained import export_pretrained, load_pretrained
 from convert.progress import progress_bars
+from convert.pushing import push_model
 from convert.sources import with_revision
 from tptt_jax import fix_context
 
@@ -67,8 +68,7 @@ def export_model(
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights). Those of peft are float32 as they were trained.
       overwrite: replace an earlier model in that directory.
-      results: results.json of experiments.evaluate, which the model card of merged and titan
-        (README.md) quotes.
+      results: results.json of experiments.evaluate, which the model card (README.md) quotes.
       context: fixes rotary frequencies that depend on the length ("dynamic" and "longrope"
         scaling) for texts of so many tokens, as titan needs it; others stay as they are.
     """
@@ -148,6 +148,7 @@ def main() -> int:
     commands = {
         "import": import_model,
         "export": export_model,
+        "push": push_model,
         "inspect": inspect_model,
         "verify": verify_model,
     }

@@ -55,6 +55,21 @@ def write_merged(
     _write_directory(model, directory, base, content, plan, variables)
 
 
+def check_titan(model: CausalLM) -> None:
+    """Raises ConversionError if the "titan" file cannot run a model; nothing is computed."""
+    config, liza = model.config, model.liza
+    if config.fixed_up_to is not None:
+        raise ConversionError(
+            f"the rotary frequencies of this model change beyond {config.fixed_up_to} tokens, "
+            'which the "titan" file cannot do: fix them for the longest text, with --context '
+            "TOKENS, or export tptt_jax.fix_context(model, tokens)."
+        )
+    if liza is not None and liza.operator == "tptt_reference":
+        raise ConversionError(
+            'operator "tptt_reference" is not in the "titan" file; use format "tptt".'
+        )
+
+
 def write_titan(
     model: CausalLM, directory: Path, base: Pretrained | None, tokenizer: Source | None = None
 ) -> None:
@@ -70,17 +85,8 @@ def write_titan(
       ConversionError: if the memory has the reference's operator, rotary frequencies depend on
         the length of the text, or a weight is NaN or infinite.
     """
+    check_titan(model)
     config, liza = model.config, model.liza
-    if config.fixed_up_to is not None:
-        raise ConversionError(
-            f"the rotary frequencies of this model change beyond {config.fixed_up_to} tokens, "
-            'which the "titan" file cannot do: fix them for the longest text, with --context '
-            "TOKENS, or export tptt_jax.fix_context(model, tokens)."
-        )
-    if liza is not None and liza.operator == "tptt_reference":
-        raise ConversionError(
-            'operator "tptt_reference" is not in the "titan" file; use format "tptt".'
-        )
     variables = variables_of(model)
     plan = plan_for(titan.FAMILY.rules(config), model, variables, memory=True)
     content = titan.FAMILY.config_json(config) | {

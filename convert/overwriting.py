@@ -62,10 +62,14 @@ def check_overwrite(output: Path, source: Source | None) -> None:
                 f"{output} cannot be overwritten: {source} is loaded from {path}; "
                 "choose another directory."
             )
-    names = sorted(entry.name for entry in output.iterdir())
-    others = [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]
-    if others:
+    if others := foreign_names(output):
         raise ConversionError(
             f"{output} also holds {listing(others[:5])}, which is not part of an export: move it, "
             "or choose another directory."
         )
+
+
+def foreign_names(directory: Path) -> list[str]:
+    """The files and folders of a directory that no export writes, in order."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    return [name for name in names if not any(fnmatch.fnmatch(name, each) for each in _OURS)]

@@ -9,17 +9,25 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from convert.adapters import FittedAdapter, fit_adapter, open_adapter, without_copies, write_adapter
+from convert.adapters import (
+    FittedAdapter,
+    check_adapter,
+    fit_adapter,
+    open_adapter,
+    without_copies,
+    write_adapter,
+)
 from convert.bases import has_base, locate_base, resolve_base
 from convert.errors import ConversionError
-from convert.exporting import write_merged, write_titan
+from convert.exporting import check_titan, write_merged, write_titan
+from convert.families import family_of
 from convert.formats.files import atomic_directory
 from convert.loading import load_model
-from convert.model_card import read_results, write_card
+from convert.model_card import find_origin, load_results, write_card
 from convert.overwriting import check_overwrite
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tokenizers import export_tokenizer
-from convert.tptt import FittedTptt, fit_tptt, is_tptt, open_tptt, write_tptt
+from convert.tptt import FittedTptt, check_tptt, fit_tptt, is_tptt, open_tptt, write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.training.base_weights import same_base_weights
 
@@ -150,7 +158,8 @@ def export_pretrained(
         tptt reads it again.
       overwrite: whether an earlier model at `path` is replaced. Refused if the model is loaded
         from there, or other files than an export's are there.
-      results: results.json of experiments.evaluate, which the model card (README.md) then quotes.
+      results: results.json of experiments.evaluate, which the model card (README.md) then quotes,
+        beside what a run has measured itself and what experiments.evaluate left in its directory.
 
     Raises:
       ConversionError: if the format is unknown or not available yet, `path` may not be
@@ -164,9 +173,12 @@ def export_pretrained(
     target = Path(path).expanduser()
     if overwrite:
         check_overwrite(target, source)
-    tasks = None if results is None else read_results(Path(results).expanduser(), str(source))
+    found = None if results is None else load_results(Path(results).expanduser(), str(source))
+    is_run = source is not None and find_checkpoint(source) is not None
+    run = Path(source).expanduser() if source is not None and is_run else None
     base = None if source is None else resolve_base(source)
     opened = None if base is None or format == "peft" else open_pretrained(locate(base))
+    origin = find_origin(base, None if opened is None else opened.path)
     with atomic_directory(target, overwrite=overwrite) as directory:
         if format == "peft":
             write_adapter(model, directory, base)
@@ -177,4 +189,26 @@ def export_pretrained(
         else:
             write = write_titan if format == "titan" else write_merged
             write(model, directory, opened, source)
-            write_card(directory, Path(path).name, model, format, base, tasks)
+        write_card(directory, target.absolute().name, model, format, origin, found, run)
+
+
+def check_export(model: CausalLM, format: ExportFormat, source: Source) -> None:
+    """Refuses what `export_pretrained` would refuse, without the values of any weight.
+
+    Args:
+      model: as it will be exported, with other values.
+      format: of `export_pretrained`.
+      source: the source of the model.
+
+    Raises:
+      ConversionError: if the format cannot express the model.
+    """
+    base = resolve_base(source)
+    if format == "peft":
+        check_adapter(model, base)
+    elif format == "tptt":
+        check_tptt(model, base, open_pretrained(locate(base)))
+    elif format == "titan":
+        check_titan(model)
+    else:
+        family_of(model.config.family).config_json(model.config)

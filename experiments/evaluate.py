@@ -13,6 +13,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from convert.model_card import local_paths, name_paths
 from experiments.command_line import run_configured
 from experiments.data import DataConfig
 from experiments.evaluation.ablation import Ablation
@@ -34,6 +35,7 @@ from experiments.process.memory_use import peak_gb
 from experiments.process.output_folder import locked_output
 from experiments.reports.environment import describe_environment
 from experiments.reports.html import Section, write_report
+from experiments.reports.tables import table_texts
 from tptt_jax.durable import atomic_file
 
 TaskName = Literal[
@@ -206,6 +208,18 @@ def _result(
     return {"output": str(config.output), "models": models}
 
 
+def _with_tables(
+    result: dict[str, Any], summaries: dict[str, list[Summary]], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The result with the tables that model cards show, which name files without their folders."""
+    models = {}
+    for i, (label, model) in enumerate(result["models"].items()):
+        tables = {name: [table_texts(each[i].table)] for name, each in summaries.items()}
+        known = local_paths([settings, label])
+        models[label] = model | {"tables": name_paths(tables, known)}
+    return result | {"models": models}
+
+
 def _write(
     config: EvaluateConfig,
     tasks: list[Task],
@@ -214,8 +228,11 @@ def _write(
     result: dict[str, Any],
 ) -> None:
     config.output.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]])
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     with atomic_file(config.output / "results.json") as path:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        content = _with_tables(result, summaries, settings) | {"command": command}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     sections = []
     for number, found in enumerate(findings):
         # Every model's own; the first one's has the plain name.
@@ -231,9 +248,8 @@ def _write(
         )
         each = summaries[task.name]
         sections.append(Section(task.name, [s.table for s in each], [s.sample for s in each], png))
-    settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     about = {
-        "Command": shlex.join(["python", "-m", "experiments.evaluate", *sys.argv[1:]]),
+        "Command": command,
         "Configuration": yaml.safe_dump(settings, sort_keys=False),
         "Environment": describe_environment(),
     }

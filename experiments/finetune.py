@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 
+from convert.pretrained import ExportFormat
 from experiments.command_line import run_configured
 from experiments.process.compilation_cache import prepare_process
 from experiments.process.distributed import joined
@@ -19,9 +21,11 @@ from experiments.training.checks import check_output, describe_run
 from experiments.training.dry_run import dry_run
 from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
+from experiments.training.push import check_push, choose_pushed_format, push_run
 from experiments.training.resume import flat_settings
 from experiments.training.run import Run
 from experiments.training.run_report import write_run_report
+from experiments.training.summary import write_summary
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
 from tptt_jax.processes import failing_together, is_first_process
@@ -44,9 +48,24 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
     try:
         with joined(config.distributed), termination_raises():
             report = _finetune(config, trackers)
+        if config.hub.push_to_hub is not None and not config.dry_run:
+            report |= _push(config, report.pop("push_format"))
     except TerminationError as stop:
         report = _say_how_to_go_on(config, stop) if is_first_process() else {}
     return report if is_first_process() else {}
+
+
+def _push(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
+    """Pushes the run from the first process; the others have ended."""
+    if jax.process_count() > 1:
+        # Otherwise they would take a process that uploads for lost.
+        jax.distributed.shutdown()
+    if not is_first_process():
+        return {}
+    with termination_raises():
+        pushed = push_run(config, format)
+    print(f"pushed to {pushed['url']}")
+    return {"pushed": pushed}
 
 
 def _say_how_to_go_on(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
@@ -70,9 +89,13 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
             modules = import_trackers(config.trackers) if is_first_process() else {}
             config = with_written_layers(config)
             check_output(config, describe_run(config))
+            if is_first_process():
+                check_push(config)
             if is_first_process() and not config.dry_run:
                 lock.enter_context(locked_output(config.output))
         run = Run.prepare(config, console)
+        with failing_together():
+            format = choose_pushed_format(run)
         if config.dry_run:
             with divided_rows(run.mesh):
                 return dry_run(run)
@@ -83,7 +106,8 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
             is_continued=run.resumption.is_started,
         )
         with opened as run.trackers, divided_rows(run.mesh):
-            return _run(run)
+            report = _run(run)
+        return report if format is None else report | {"push_format": format}
 
 
 def _run(run: Run) -> dict[str, Any]:
@@ -109,6 +133,7 @@ def _run(run: Run) -> dict[str, Any]:
     outcome.plot()
     if is_first_process():
         write_run_report(run, outcome)
+        write_summary(run, outcome, state)
     outcome.print(run.console)
     return report | outcome.report()
 

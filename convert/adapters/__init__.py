@@ -5,7 +5,7 @@ Offered: recognising, opening, fitting, describing and writing them.
 
 from convert.adapters.config import is_adapter, read_adapter_config
 from convert.adapters.embeddings import without_copies
-from convert.adapters.export import write_adapter
+from convert.adapters.export import check_adapter, write_adapter
 from convert.adapters.reading import (
     Adapter,
     FittedAdapter,
@@ -17,6 +17,7 @@ from convert.adapters.reading import (
 __all__ = [
     "Adapter",
     "FittedAdapter",
+    "check_adapter",
     "describe_adapter",
     "fit_adapter",
     "is_adapter",

@@ -21,19 +21,13 @@ from convert.sources import parse_hub_name
 from tptt_jax import CausalLM, LoraConfig
 
 
-def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
-    """Writes a model's LoRA adapters for PEFT, bit for bit.
+def check_adapter(
+    model: CausalLM, base: str | None
+) -> tuple[list[Place], Variables, Family | None]:
+    """Raises ConversionError if PEFT cannot hold a model's adapters; nothing is computed.
 
-    Layers whose a and b are zero have no adapter (see `FittedAdapter.load_into`) and get none.
-
-    Args:
-      model: the model; its memory is left out.
-      directory: an existing, empty directory.
-      base: value of base_model_name_or_path.
-
-    Raises:
-      ConversionError: if the model has no adapters, has adapters on projections that are not
-        separate modules in Hugging Face's model, or has values that are NaN or infinite.
+    Returns:
+      Places of the adapters, the model's variables, and the family of a "titan" base.
     """
     if model.lora is None:
         raise ConversionError(
@@ -49,6 +43,25 @@ def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
             f"{listing(lost)} have adapters but are not separate modules in Hugging Face's "
             'model, so peft cannot hold them; use format "merged".'
         )
+    return places, variables, family
+
+
+def write_adapter(model: CausalLM, directory: Path, base: str | None) -> None:
+    """Writes a model's LoRA adapters for PEFT, bit for bit.
+
+    Layers whose a and b are zero have no adapter (see `FittedAdapter.load_into`) and get none.
+
+    Args:
+      model: the model; its memory is left out.
+      directory: an existing, empty directory.
+      base: value of base_model_name_or_path.
+
+    Raises:
+      ConversionError: if the model has no adapters, has adapters on projections that are not
+        separate modules in Hugging Face's model, or has values that are NaN or infinite.
+    """
+    places, variables, family = check_adapter(model, base)
+    assert model.lora is not None, "check_adapter refuses what has no adapters"
     tensors = {place: stored_pair(place, variables) for place in places}
     tensors = {place: pair for place, pair in tensors.items() if any(x.any() for x in pair)}
     if not tensors:

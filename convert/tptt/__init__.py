@@ -5,10 +5,11 @@ Offered: recognising, opening, fitting, describing and writing them.
 
 from convert.tptt.checkpoint import FittedTptt, describe_tptt, fit_tptt, open_tptt
 from convert.tptt.config import is_tptt, read_tptt_config
-from convert.tptt.export import write_tptt
+from convert.tptt.export import check_tptt, write_tptt
 
 __all__ = [
     "FittedTptt",
+    "check_tptt",
     "describe_tptt",
     "fit_tptt",
     "is_tptt",

@@ -16,7 +16,7 @@ from convert.families.rotary import shortest
 from convert.formats import TensorSpec, write_safetensors
 from convert.formats.files import write_json
 from convert.formats.finite_values import check_finite
-from convert.loading import plan_for, variables_of
+from convert.loading import Variables, plan_for, variables_of
 from convert.plan import Conversion
 from convert.sources import Pretrained
 from convert.tptt.config import GATES, MODEL_TYPE, TRICKS, wrapped_name
@@ -27,23 +27,13 @@ from tptt_jax.config import OPERATORS
 _MODULES = {"configuration_tptt": "TpttConfig", "modeling_tptt": "TpttModel"}
 
 
-def write_tptt(
-    model: CausalLM, directory: Path, base: str | None, pretrained: Pretrained | None
-) -> None:
-    """Writes config.json, adapters and changed weights, for `TpttModel.from_pretrained`.
+def check_tptt(
+    model: CausalLM, base: str | None, pretrained: Pretrained | None
+) -> tuple[dict[str, Any], list[Place], Variables]:
+    """Raises ConversionError if the package cannot express a model; nothing is computed.
 
-    Without adapters the attention projections are written whole, as the package does; every other
-    weight that differs from the base model's is written in any case.
-
-    Args:
-      model: the model.
-      directory: an existing, empty directory.
-      base: the base model's name for config.json.
-      pretrained: the base model, opened.
-
-    Raises:
-      ConversionError: if the package cannot express the model, or cannot read the base model, or
-        a weight is NaN or infinite.
+    Returns:
+      The memory in the package's terms, places of the adapters, and the model's variables.
     """
     if base is None or pretrained is None:
         raise ConversionError(
@@ -69,6 +59,29 @@ def write_tptt(
             f"{listing(lost)} have adapters but are not separate modules in Hugging Face's "
             'model, so tptt cannot hold them; use format "merged".'
         )
+    return memory, places, variables
+
+
+def write_tptt(
+    model: CausalLM, directory: Path, base: str | None, pretrained: Pretrained | None
+) -> None:
+    """Writes config.json, adapters and changed weights, for `TpttModel.from_pretrained`.
+
+    Without adapters the attention projections are written whole, as the package does; every other
+    weight that differs from the base model's is written in any case.
+
+    Args:
+      model: the model.
+      directory: an existing, empty directory.
+      base: the base model's name for config.json.
+      pretrained: the base model, opened.
+
+    Raises:
+      ConversionError: if the package cannot express the model, or cannot read the base model, or
+        a weight is NaN or infinite.
+    """
+    memory, places, variables = check_tptt(model, base, pretrained)
+    assert pretrained is not None, "check_tptt refuses what has no base model"
     tensors = _adapters(places, variables) | _weights(model, places, pretrained)
     content = {
         "architectures": ["TpttModel"],

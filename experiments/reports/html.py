@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
+from experiments.reports.tables import plain_text
 from tptt_jax.durable import atomic_file
 
 _PAGE = """<!doctype html>
@@ -82,7 +82,4 @@ def _table(table: Table) -> str:
 
 def _plain(cell: object) -> str:
     """A cell of a rich table as HTML."""
-    console = Console(width=10_000, color_system=None, force_terminal=False, quiet=False)
-    with console.capture() as captured:
-        console.print(cell, end="")
-    return html.escape(captured.get())
+    return html.escape(plain_text(cell))

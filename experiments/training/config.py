@@ -13,6 +13,7 @@ from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.process.distributed import DistributedConfig
 from experiments.training.fit_config import FitConfig
+from experiments.training.hub_config import HubConfig
 from experiments.training.output_names import DEFAULT_OUTPUT, name_output
 from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
@@ -121,6 +122,10 @@ class FinetuneConfig:
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
     checkpoint_every: int = 20
     """Steps between checkpoints; the last step always saves one."""
+    keep_last: int = 2
+    """Newest checkpoints that stay on disk, in each stage; older ones are removed once a newer one
+    is complete. With 1 a kill still loses nothing, but a checkpoint that is damaged later has none
+    before it to fall back on."""
     eval_every: int = 0
     """Steps between evaluations on the held-out part; 0: only before and after."""
     early_stop: int | None = None
@@ -136,6 +141,7 @@ class FinetuneConfig:
     """Prompt to continue before and after training."""
     sample_tokens: int = 32
     """Length of that continuation; 0: none."""
+    hub: HubConfig = field(default_factory=HubConfig)
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False
     """Load everything and compile a step, say what would be trained and how much memory it takes,
     and end; nothing is written."""
@@ -152,7 +158,7 @@ class FinetuneConfig:
         if self.output == DEFAULT_OUTPUT:
             object.__setattr__(self, "output", name_output(self.model, self.data.path))
         minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
-        minima |= {"full_layers_auto": 0}
+        minima |= {"keep_last": 1, "full_layers_auto": 0}
         for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:

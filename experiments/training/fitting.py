@@ -48,6 +48,7 @@ class Fitting:
     """Moves a batch to the devices."""
     seed: int
     checkpoint_every: int
+    keep_last: int
     trackers: Trackers
     finish_record: Callable[..., StepRecord]
     """(partition, state, record, is_last=...) -> the record with what is measured now and then."""
@@ -134,6 +135,7 @@ class Fitting:
             folder=self.folder / name,
             steps=steps,
             checkpoint_every=self.checkpoint_every,
+            keep_last=self.keep_last,
             step=step,
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),

@@ -150,9 +150,9 @@ class Outcome:
         lines = {_LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
         if self._run.window is not None and lines:
             png = config.output / "memory.png"
-            plot_memory(png, lines, window=self._run.window, title=title, summary=self._headline())
+            plot_memory(png, lines, window=self._run.window, title=title, summary=self.headline())
 
-    def _headline(self) -> str:
+    def headline(self) -> str:
         """What the memory is worth, in one line; empty if it was not measured on and off."""
         pairs: tuple[tuple[State, State], ...] = (("memory_off", "after"), ("window", "fitted"))
         for off, on in pairs:

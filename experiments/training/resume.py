@@ -34,10 +34,9 @@ _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
 _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
-    *("early_stop", "keep_best", "dry_run"),
+    *("early_stop", "keep_best", "keep_last", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
-    "non_finite",
-    "distributed",
+    *("non_finite", "distributed", "hub"),
     *("model", "liza", "no_liza", "lora", "train", "dtype"),
 )
 # Compared by content, not by name.

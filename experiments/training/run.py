@@ -223,6 +223,7 @@ class Run:
             folder=self.config.output,
             steps=self.steps,
             checkpoint_every=self.config.checkpoint_every,
+            keep_last=self.config.keep_last,
             step=step,
             batch_at=batches.batch_at,
             rows_at=batches.rows_at,
@@ -340,6 +341,7 @@ class Run:
             put=self.placement.put,
             seed=self.config.seed,
             checkpoint_every=self.config.checkpoint_every,
+            keep_last=self.config.keep_last,
             trackers=self.trackers,
             finish_record=self._with_memory,
         )

@@ -47,7 +47,9 @@ def write_run_report(run: Run, outcome: Outcome) -> None:
     about = {
         "Next": outcome.next_commands(),
         "The same run again": "python -m experiments.finetune --config "
-        f"{shlex.quote(str(settings))} --output ANOTHER",
+        f"{shlex.quote(str(settings))} --output ANOTHER"
+        # Another run must not overwrite what this one has pushed.
+        + (" --push-to-hub None" if config.hub.push_to_hub else ""),
         "Configuration": settings.read_text(encoding="utf-8") if settings.is_file() else "",
         "Environment": describe_environment(),
     }

@@ -65,6 +65,8 @@ class Stage:
     """Saves what belongs to a checkpoint, by its step."""
     is_over: Callable[[], bool] = lambda: False
     """Whether the stage ends after the steps that are done."""
+    keep_last: int = 2
+    """Checkpoints that stay; older ones are removed once a newer one is on disk."""
     sound_step: int | None = None
     """A step whose files this call has compared with what was written."""
     is_last: bool = False
@@ -103,7 +105,7 @@ class Stage:
             `skips_non_finite` only after ten such steps in succession.
           OSError: if a checkpoint cannot be written.
         """
-        with RunCheckpoints(self.folder) as checkpoints:
+        with RunCheckpoints(self.folder, keep=self.keep_last) as checkpoints:
             state = initial
             if checkpoints.latest_step is not None:
                 state = checkpoints.restore(initial, sound=self.sound_step)

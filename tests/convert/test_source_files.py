@@ -11,7 +11,7 @@ from convert.tokenizers import export_tokenizer
 from tests.convert.checkpoints import LLAMA, write_directory
 
 CODE = {"AutoModelForCausalLM": "modeling_mine.Mine"}
-STRANGERS = ("modeling_mine.py", "tokenizer_mine.py", "pytorch_model.bin", "README.md", "tokenizer")
+STRANGERS = ("modeling_mine.py", "tokenizer_mine.py", "pytorch_model.bin", "notes.md", "tokenizer")
 
 
 @pytest.fixture

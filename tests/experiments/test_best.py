@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -58,6 +59,8 @@ def config(tiny_model_dir, tmp_path_factory):
         eval_every=2,
         early_stop=2,
         keep_best=True,
+        checkpoint_every=2,
+        keep_last=3,
         sample_tokens=0,
         output=tmp_path_factory.mktemp("runs") / "early",
     )
@@ -70,12 +73,16 @@ def printed(config: FinetuneConfig) -> str:
     return out.getvalue()
 
 
+def kept(output: Path) -> list[int]:
+    return sorted(int(folder.name) for folder in (output / "checkpoints").iterdir())
+
+
 def test_a_run_ends_early_and_goes_on_when_asked(config):
     output = config.output
     told = printed(config)
     assert "trained to step 6 (stopped early); the lowest held-out loss was at step 2" in told
     assert f", kept in {output / 'best'}\n" in told
-    assert latest_step(output) == 6
+    assert kept(output) == [2, 4, 6]
     assert latest_step(output / "best") == 2
     measured = [r.step for r in read_metrics(output / "metrics.jsonl") if r.eval_loss is not None]
     assert measured == [2, 4, 6]
@@ -85,7 +92,9 @@ def test_a_run_ends_early_and_goes_on_when_asked(config):
     assert (output / "metrics.jsonl").read_bytes() == before
 
     # The last step is evaluated too, as it could be the best one.
-    assert "trained to step 9; the lowest held-out" in printed(replace(config, early_stop=9))
+    longer = replace(config, early_stop=9, keep_last=1)
+    assert "trained to step 9; the lowest held-out" in printed(longer)
+    assert kept(output) == [9]
     measured = [r.step for r in read_metrics(output / "metrics.jsonl") if r.eval_loss is not None]
     assert measured == [2, 4, 6, 8, 9]
 
@@ -114,3 +123,5 @@ def test_evaluations_are_needed(changes):
         FinetuneConfig(**changes)
     with pytest.raises(ValueError, match="early_stop must be at least 1, got 0"):
         FinetuneConfig(early_stop=0, eval_every=1)
+    with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
+        FinetuneConfig(keep_last=0)

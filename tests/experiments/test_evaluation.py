@@ -381,7 +381,14 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
     assert len(calls) == 6
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report.pop("peak_gb") > 0
-    assert report == json.loads((output / "results.json").read_text())
+    saved = json.loads((output / "results.json").read_text())
+    # The file has more for model cards: the command, and tables of texts.
+    assert saved.pop("command").startswith("python -m experiments.evaluate ")
+    for model in saved["models"].values():
+        (table,) = model.pop("tables")["perplexity"]
+        assert table["rows"][-1][0] in ("all", "of the window's loss recovered")
+        assert len(table["columns"]) == len(table["rows"][0])
+    assert report == saved
     tuned, base = (report["models"][str(path)] for path in (titan, tiny_model_dir))
     assert tuned["windows"] == {FULL: None, ALONE: 16, EQUAL: 24, MEMORY: 16}
     assert base["windows"] == {FULL: None}
