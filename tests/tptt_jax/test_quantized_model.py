@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from experiments.benchmarks.step_memory import step_memory
 from tests.contracts import (
     QUICK,
     assert_close,
@@ -20,13 +21,7 @@ from tptt_jax.model import base_model, replace_memory
 from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.sharding import sharding_of
 from tptt_jax.training.loss import causal_lm_loss
-from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tptt_jax.training.partition import (
-    Partition,
-    restore_targets,
-    split_trainable,
-)
-from tptt_jax.training.train_step import Batch, init_train_state, make_train_step
+from tptt_jax.training.partition import restore_targets, split_trainable
 
 LIZA = LizaConfig(softmax_window=6, softmax_sinks=1)
 CONFIGS = {
@@ -148,24 +143,13 @@ def test_codes_and_scales_are_divided_alike():
 
 def step_bytes(config: ModelConfig, base_dtype: BaseDtype | None) -> tuple[int, int]:
     """Bytes of frozen weights, and of all that a compiled step of LoRA training holds."""
-    kept: list[Partition] = []
-
-    def parts():
-        model = CausalLM(config, None, LoraConfig(rank=4), base_dtype=base_dtype, rngs=nnx.Rngs(0))
-        partition, trainable, _ = split_trainable(model, "lora")
-        kept.append(partition)
-        return partition.frozen, trainable
-
-    frozen, trainable = jax.eval_shape(parts)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
-    key = jax.random.key(0)
-    state = jax.eval_shape(lambda x: init_train_state(x, None, optimizer, key), trainable)
-    ids = jax.ShapeDtypeStruct((1, 16), jnp.int32)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct((1, 16), jnp.bool))
-    step = make_train_step(kept[0], optimizer).lower(state, frozen, batch).compile(**QUICK)
-    analysis = step.memory_analysis()
-    base = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
-    return base, analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    sizes = step_memory(
+        *(config, LoraConfig(rank=4), (1, 16)),
+        dtype=jnp.dtype("float32"),
+        base_dtype=base_dtype,
+        compiler_options=QUICK["compiler_options"],
+    )
+    return sizes["base_bytes"], sizes["total_bytes"]
 
 
 def test_a_step_needs_half_of_bfloat16s_memory():
