@@ -105,8 +105,8 @@ def step_memory(
     optimizer = make_optimizer(OptimizerConfig(), 10)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda x: init_train_state(x, None, optimizer, key), trainable)
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.bool))
+    kinds = (jnp.int32, jnp.int32, jnp.bool)
+    batch: Any = Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
     step: Any = make_train_step(parts[0], optimizer, remat=remat)
     compiled = step.lower(state, frozen, batch).compile(compiler_options)
     base, of_state = (sum(_bytes(x) for x in jax.tree.leaves(tree)) for tree in (frozen, state))
@@ -116,5 +116,5 @@ def step_memory(
 
 
 def _bytes(x: jax.ShapeDtypeStruct) -> int:
-    is_key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return 8 if is_key else x.size * x.dtype.itemsize

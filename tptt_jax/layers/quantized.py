@@ -29,7 +29,8 @@ class QuantizedWeight(nnx.Module):
         # What lies along the axis is divided among devices block by block.
         self.codes = BaseParam(codes, axes=(*names[: place + 1], "block", *names[place + 1 :]))
         self.scales = BaseParam(scales, axes=tuple(names))
-        self.format, self.axis, self.length = format, axis, value.shape[axis]
+        self.format: BlockFormat = format
+        self.axis, self.length = axis, value.shape[axis]
 
     def get_value(self) -> QuantizedArray:
         """The matrix as one value."""

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ class QuantizedArray:
       length: of that axis.
     """
 
-    codes: Array
-    scales: Array
+    # Any: trees of shapes, shardings and the like are of this class, too.
+    codes: Any
+    scales: Any
     format: BlockFormat = field(metadata={"static": True})
     axis: int = field(metadata={"static": True})
     length: int = field(metadata={"static": True})

@@ -5,7 +5,7 @@ A matrix is cut into blocks along the axis that products sum over: the last but 
 codes, scales and values are divided among devices alike.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def quantize(x: AnyArray, format: BlockFormat, axis: int) -> tuple[AnyArray, Any
       Codes [..., n, b, ...], int8 or (NF4) uint8 with b / 2; scales [..., n, ...], float16. A value
       too large for a scale makes it infinite.
     """
-    xp = np if isinstance(x, np.ndarray) else jnp
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
     blocks = _cut(x.astype(np.float32), format, axis)
     largest = xp.max(xp.abs(blocks), axis=axis)
     with np.errstate(over="ignore"):
@@ -98,7 +98,10 @@ def dequantize(
     if format == "int8":
         values = codes.astype(jnp.float32) * wide
     else:
-        halves = [_look_up(codes & 15), _look_up(codes >> 4)]
+        # Without a tie to the codes, a scan over layers would compute 16 constant matrices before
+        # it starts, and keep them.
+        codes, table = jax.lax.optimization_barrier((codes, jnp.asarray(NF4)))
+        halves = [_look_up(codes & 15, table), _look_up(codes >> 4, table)]
         values = jnp.concatenate(halves, axis=axis) * wide
     place = values.ndim + axis
     before, after = values.shape[: place - 1], values.shape[place + 1 :]
@@ -111,15 +114,15 @@ def dequantize(
 def _cut(x: AnyArray, format: BlockFormat, axis: int) -> AnyArray:
     """[..., I, ...] -> [..., n, b, ...], filled up with zeros."""
     size, place = BLOCK_SIZES[format], x.ndim + axis
-    xp = np if isinstance(x, np.ndarray) else jnp
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
     if missing := -x.shape[axis] % size:
         x = xp.pad(x, [(0, missing if each == place else 0) for each in range(x.ndim)])
     return x.reshape(*x.shape[:place], -1, size, *x.shape[place + 1 :])
 
 
-def _look_up(codes: Array) -> Array:
-    """Entries of NF4's table, chosen bit by bit: a gather takes ten times as long on a CPU."""
-    values: list[Array] = [jnp.float32(value) for value in NF4]
+def _look_up(codes: Array, table: Array) -> Array:
+    """Entries of the table, chosen bit by bit: a gather takes ten times as long on a CPU."""
+    values: list[Array] = list(table)
     for bit in range(4):
         is_set = (codes >> bit) & 1 == 1
         pairs = zip(values[::2], values[1::2], strict=True)
