@@ -105,8 +105,8 @@ def step_memory(
     optimizer = make_optimizer(OptimizerConfig(), 10)
     key = jax.random.key(0)
     state = jax.eval_shape(lambda x: init_train_state(x, None, optimizer, key), trainable)
-    kinds = (jnp.int32, jnp.int32, jnp.bool)
-    batch: Any = Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
+    rows: Any = [jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.int32, jnp.bool)]
+    batch = Batch(*rows)
     step: Any = make_train_step(parts[0], optimizer, remat=remat)
     compiled = step.lower(state, frozen, batch).compile(compiler_options)
     base, of_state = (sum(_bytes(x) for x in jax.tree.leaves(tree)) for tree in (frozen, state))

@@ -15,6 +15,7 @@ from tests.contracts import (
     quick_jit,
     random_tokens,
 )
+from tests.devices import run_on_devices
 from tptt_jax import BaseParam, CausalLM, LizaConfig, LoraConfig, ModelConfig, init_cache
 from tptt_jax.layers.quantized import QuantizedWeight, count_parameters
 from tptt_jax.model import base_model, replace_memory
@@ -139,6 +140,42 @@ def test_codes_and_scales_are_divided_alike():
     assert found["up_proj"] == [(None, "fsdp", None, "tensor"), (None, "fsdp", "tensor")]
     assert found["down_proj"] == [(None, "tensor", None, "fsdp"), (None, "tensor", "fsdp")]
     assert found["embed"] == [(None, "fsdp", None), (None, "fsdp")]
+
+
+# Two blocks of inputs and two of the MLP's, so that a mesh of two by two divides them.
+SHARDED = """
+import jax
+from flax import nnx
+from tests.contracts import assert_close, assert_trees_close, quick_jit, random_tokens
+from tptt_jax import CausalLM, LoraConfig, ModelConfig
+from tptt_jax.sharding import make_mesh, shard_model
+from tptt_jax.training.loss import causal_lm_loss
+from tptt_jax.training.partition import split_trainable
+
+config = ModelConfig.tiny(vocab_size=96, embed_dim=128, mlp_dim=128, num_layers=1)
+model = CausalLM(config, None, LoraConfig(rank=2), base_dtype="nf4", rngs=nnx.Rngs(0))
+partition, trainable, _ = split_trainable(model, "lora")
+moved = {name: value + 0.1 for name, value in trainable.items()}
+model = partition.merge(moved, None, partition.frozen)
+tokens = random_tokens((2, 8), vocab_size=96)
+
+def measure(model):
+    partition, trainable, _ = split_trainable(model, "lora")
+    loss = lambda x, frozen: causal_lm_loss(partition.merge(x, None, frozen), tokens)[0]
+    return quick_jit(jax.value_and_grad(loss))(trainable, partition.frozen)
+
+loss, gradient = measure(model)
+shard_model(model, make_mesh("fsdp=2,tensor=2"))
+codes = model.stacks[0].mlp.up_proj.kernel.codes.get_value()
+assert codes.addressable_shards[0].data.size == codes.size // 4, codes.sharding
+divided, theirs = measure(model)
+assert_close(divided, loss, 1e-5, "loss")
+assert_trees_close(jax.device_get(theirs), jax.device_get(gradient), 1e-4, "gradient")
+"""
+
+
+def test_a_mesh_computes_the_same(project_dir):
+    run_on_devices(4, SHARDED, project_dir)
 
 
 def step_bytes(config: ModelConfig, base_dtype: BaseDtype | None) -> tuple[int, int]:
