@@ -16,13 +16,16 @@ from convert.errors import ConversionError, listing
 from convert.formats.tensors import empty_aligned
 from convert.plan import Conversion, Slot, build_plan, check_tensors, match_names
 from convert.progress import track
+from convert.quantizing import quantize_tensor, quantized_weights
 from convert.rules import Rule
 from convert.sources import Pretrained
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import is_memory, layer_location, memory_location
 from tptt_jax.layers.parameters import BaseParam
+from tptt_jax.layers.quantized import QuantizedWeight
 from tptt_jax.ops.devices import platform_of
+from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.processes import put
 from tptt_jax.sharding import sharding_of
 
@@ -66,7 +69,10 @@ def plan_for(
 
 
 def load_model(
-    pretrained: Pretrained, build: Callable[[], CausalLM], mesh: Mesh | None
+    pretrained: Pretrained,
+    build: Callable[[BaseDtype | None], CausalLM],
+    mesh: Mesh | None,
+    base_dtype: BaseDtype | None = None,
 ) -> CausalLM:
     """Builds a model with the weights of a checkpoint.
 
@@ -75,8 +81,9 @@ def load_model(
 
     Args:
       pretrained: the opened checkpoint.
-      build: creates the model with random weights; only traced, never run.
+      build: creates the model with random weights, quantised or not; only traced, never run.
       mesh: where the parameters go; None: the default device.
+      base_dtype: quantises its matrices, tensor by tensor; None: they stay as they are.
 
     Returns:
       The model.
@@ -84,19 +91,22 @@ def load_model(
     Raises:
       ConversionError: if tensors are missing, unexpected or misshapen, or hold NaN or Inf.
     """
-    abstract = nnx.eval_shape(build)
-    variables = variables_of(abstract)
+    plain = nnx.eval_shape(lambda: build(None))
     memory = pretrained.liza is not None
-    plan = plan_for(pretrained.rules, abstract, variables, memory=memory)
+    plan = plan_for(pretrained.rules, plain, variables_of(plain), memory=memory)
     plan = match_names(plan, pretrained.tensors.tensors, pretrained.family.prefix)
     check_tensors(plan, pretrained.tensors.tensors, pretrained.is_ignored)
     _check_tied_head(pretrained, plan)
+    abstract = plain if base_dtype is None else nnx.eval_shape(lambda: build(base_dtype))
+    variables = variables_of(abstract)
     shardings = {
         name: None if mesh is None else sharding_of(variable, mesh)
         for name, (_, variable) in variables.items()
     }
-    values = _read_parameters(pretrained, plan, variables, shardings)
-    values |= _init_others(build, [name for name in variables if name not in values], shardings)
+    store = _Store(variables, shardings, quantized_weights(abstract))
+    values = _read_parameters(pretrained, plan, store)
+    others = [name for name in variables if name not in values]
+    values |= _init_others(lambda: build(base_dtype), others, shardings)
     flat = [(path, variable.replace(values[name])) for name, (path, variable) in variables.items()]
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
 
@@ -123,13 +133,8 @@ def _check_tied_head(pretrained: Pretrained, plan: Sequence[Conversion]) -> None
 
 
 def _read_parameters(
-    pretrained: Pretrained,
-    plan: Sequence[Conversion],
-    variables: Variables,
-    shardings: Mapping[str, NamedSharding | None],
+    pretrained: Pretrained, plan: Sequence[Conversion], store: "_Store"
 ) -> dict[str, Array]:
-    values: dict[str, Array] = {}
-    stacks: dict[str, np.ndarray] = {}
     invalid: list[str] = []
     sizes = [sum(pretrained.tensors.tensors[name].nbytes for name in move.sources) for move in plan]
     for move in track(plan, "Reading weights", sizes):
@@ -137,23 +142,57 @@ def _read_parameters(
         arrays = list(move.transform.forward(stored, [slot.shape for slot in move.slots]))
         del stored
         for slot in move.slots:
-            template, sharding = variables[slot.path][1].get_value(), shardings[slot.path]
-            on_host = bool(slot.index) and _adopts_host_memory(sharding)
-            part = _host_part(stacks, slot, template) if on_host else None
-            # Free the host buffer before copying to the device: hence pop, and the wait.
-            array, is_finite = _cast(arrays.pop(0), template.dtype, part)
-            if not is_finite:
+            # Free the host buffer before copying to the device: hence lists, and the waits.
+            if not store.add(slot, [arrays.pop(0)]):
                 invalid.extend(move.sources)
-            elif not slot.index:
-                values[slot.path] = put(array, sharding).block_until_ready()
-            elif not on_host:
-                _put_part(values, slot, template, array, sharding)
     if invalid:
         raise ConversionError(
             f"{pretrained.path} holds NaN or infinite values (or too large ones for the chosen "
             f"dtype) in {listing(set(invalid))}: fetch or train them again, or choose float32."
         )
-    return values | jax.device_put(stacks)
+    return store.values | jax.device_put(store.stacks)
+
+
+class _Store:
+    """Parameters while they are read: on their devices, or stacked in host memory."""
+
+    def __init__(
+        self,
+        variables: Variables,
+        shardings: Mapping[str, NamedSharding | None],
+        quantized: Mapping[str, QuantizedWeight],
+    ) -> None:
+        """Takes the model's abstract variables, where they go, and its quantised matrices."""
+        self._variables, self._shardings = variables, shardings
+        self._quantized = quantized
+        self.values: dict[str, Array] = {}
+        self.stacks: dict[str, np.ndarray] = {}
+
+    def add(self, slot: Slot, arrays: list[np.ndarray]) -> bool:
+        """Stores a tensor, the only one of the list, which is emptied; False: it is not finite."""
+        weight = self._quantized.get(slot.path)
+        if weight is None:
+            return self._add(slot.path, slot.index, arrays)
+        codes, scales = quantize_tensor(arrays.pop(0), weight)
+        names = (f"{slot.path}.codes", f"{slot.path}.scales")
+        added = [
+            self._add(names[0], slot.index, [codes]),
+            self._add(names[1], slot.index, [scales]),
+        ]
+        return all(added)
+
+    def _add(self, name: str, index: tuple[int, ...], arrays: list[np.ndarray]) -> bool:
+        template, sharding = self._variables[name][1].get_value(), self._shardings[name]
+        on_host = bool(index) and _adopts_host_memory(sharding)
+        part = _host_part(self.stacks, name, index, template) if on_host else None
+        array, is_finite = _cast(arrays.pop(0), template.dtype, part)
+        if not is_finite or on_host:
+            return is_finite
+        if not index:
+            self.values[name] = put(array, sharding).block_until_ready()
+        else:
+            _put_part(self.values, name, index, template, array, sharding)
+        return True
 
 
 def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
@@ -161,27 +200,30 @@ def _adopts_host_memory(sharding: NamedSharding | None) -> bool:
     return sharding is None and platform_of() == "cpu"
 
 
-def _host_part(stacks: dict[str, np.ndarray], slot: Slot, template: Array) -> np.ndarray:
+def _host_part(
+    stacks: dict[str, np.ndarray], name: str, index: tuple[int, ...], template: Array
+) -> np.ndarray:
     """The view of one layer, or of one of its experts, in a stacked parameter."""
-    if slot.path not in stacks:
-        stacks[slot.path] = empty_aligned(template.shape, template.dtype)
+    if name not in stacks:
+        stacks[name] = empty_aligned(template.shape, template.dtype)
     # Ellipsis: a view even if the part is a single number.
-    return stacks[slot.path][(*slot.index, ...)]
+    return stacks[name][(*index, ...)]
 
 
 def _put_part(
     values: dict[str, Array],
-    slot: Slot,
+    name: str,
+    index: tuple[int, ...],
     template: Array,
     array: np.ndarray,
     sharding: NamedSharding | None,
 ) -> None:
     """Writes a part into the stacked parameter on its devices."""
-    if slot.path not in values:
-        values[slot.path] = jnp.zeros(template.shape, template.dtype, device=sharding)
-    part = put(array, _part_sharding(sharding, len(slot.index)))
-    update, index = _part_update(sharding), np.array(slot.index, np.int32)
-    values[slot.path] = update(values[slot.path], part, index).block_until_ready()
+    if name not in values:
+        values[name] = jnp.zeros(template.shape, template.dtype, device=sharding)
+    part = put(array, _part_sharding(sharding, len(index)))
+    update, place = _part_update(sharding), np.array(index, np.int32)
+    values[name] = update(values[name], part, place).block_until_ready()
 
 
 def _cast(

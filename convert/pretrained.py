@@ -1,7 +1,7 @@
 """Loading and exporting models: the public interface of `convert`."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +29,7 @@ from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pr
 from convert.tokenizers import export_tokenizer
 from convert.tptt import FittedTptt, check_tptt, fit_tptt, is_tptt, open_tptt, write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
+from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.training.base_weights import same_base_weights
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -41,6 +42,7 @@ def load_pretrained(
     lora: LoraConfig | None = None,
     dtype: DTypeLike | Literal["auto"] = jnp.float32,
     *,
+    base_dtype: BaseDtype | None = None,
     adapter: Source | None = None,
     mesh: Mesh | None = None,
     seed: int = 0,
@@ -59,6 +61,8 @@ def load_pretrained(
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
         stores them in (float32 for float64 and quantised weights). Adapters are float32.
+      base_dtype: "int8" or "nf4" quantises the matrices of the base model while they are read;
+        `dtype` is then that of everything else. None: they have `dtype`.
       adapter: a PEFT or tptt directory (its LoRA adapters, or its trained weights) to load on top
         of `source`, whatever base model it names. If it adapts only some of the layers that are
         stacked together, the others get a = b = 0, which has no effect and stays so in training.
@@ -76,6 +80,11 @@ def load_pretrained(
     """
     if dtype != "auto" and not _is_supported(dtype):
         raise ConversionError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}.")
+    if base_dtype is not None and base_dtype not in get_args(BaseDtype):
+        raise ConversionError(
+            f"base_dtype must be None or one of {', '.join(get_args(BaseDtype))}, got "
+            f"{base_dtype!r}."
+        )
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(
@@ -87,8 +96,10 @@ def load_pretrained(
 
         run, base = Path(source).expanduser(), described.source
         liza, lora = liza or described.liza, lora or described.lora
-        model = load_pretrained(base, liza, lora, dtype, mesh=mesh, seed=seed)
-        with same_base_weights(run, model, base, described.dtype):
+        model = load_pretrained(
+            *(base, liza, lora, dtype), base_dtype=base_dtype, mesh=mesh, seed=seed
+        )
+        with same_base_weights(run, model, described):
             restore_trainable(run, model)
         return model
     path = locate(source)
@@ -98,18 +109,25 @@ def load_pretrained(
                 f"{source} is an adapter itself; give the base model of {adapter}."
             )
         base = locate_base(path)
-        return load_pretrained(base, liza, lora, dtype, adapter=path, mesh=mesh, seed=seed)
+        options: Any = {"base_dtype": base_dtype, "mesh": mesh, "seed": seed}
+        return load_pretrained(base, liza, lora, dtype, adapter=path, **options)
     pretrained = open_pretrained(path)
     liza = liza or pretrained.liza
     fitted = None if adapter is None else _fit(locate(adapter), pretrained)
     chosen = lora if fitted is None else fitted.agreed(lora)
+    if base_dtype is not None and isinstance(fitted, FittedTptt):
+        raise ConversionError(
+            f"{adapter} has trained weights of its own, which a base in {base_dtype} cannot hold: "
+            "leave base_dtype out."
+        )
     memory = fitted.liza if liza is None and isinstance(fitted, FittedTptt) else liza
     weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
 
-    def build() -> CausalLM:
-        return CausalLM(pretrained.config, memory, chosen, dtype=weights, rngs=nnx.Rngs(seed))
+    def build(base_dtype: BaseDtype | None) -> CausalLM:
+        options: Any = {"dtype": weights, "base_dtype": base_dtype, "rngs": nnx.Rngs(seed)}
+        return CausalLM(pretrained.config, memory, chosen, **options)
 
-    model = load_model(pretrained, build, mesh)
+    model = load_model(pretrained, build, mesh, base_dtype)
     if fitted is not None:
         fitted.load_into(model)
     return model
@@ -164,11 +182,17 @@ def export_pretrained(
     Raises:
       ConversionError: if the format is unknown or not available yet, `path` may not be
         replaced, the results are of other models, the family cannot express the model, there
-        are no adapters for "peft", or tptt cannot express the memory.
+        are no adapters for "peft", the base weights are quantised and not left out, or tptt
+        cannot express the memory.
     """
     if format not in ("merged", "titan", "peft", "tptt"):
         raise ConversionError(
             f'format must be "merged", "titan", "peft" or "tptt", got {format!r}.'
+        )
+    if model.base_dtype is not None and format != "peft":
+        raise ConversionError(
+            f"the base weights are quantised ({model.base_dtype}), but {format} has them in full "
+            "precision: load the model without base_dtype, then export it."
         )
     target = Path(path).expanduser()
     if overwrite:

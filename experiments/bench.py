@@ -10,6 +10,7 @@ from experiments.benchmarks.model_work import bench_decode, bench_train
 from experiments.benchmarks.operator import bench_op
 from experiments.benchmarks.saves import bench_saves
 from experiments.benchmarks.scaling import bench_scaling
+from experiments.benchmarks.step_memory import bench_memory
 
 COMMANDS = {
     "op": bench_op,
@@ -17,6 +18,7 @@ COMMANDS = {
     "decode": bench_decode,
     "attention": bench_attention,
     "context": bench_context,
+    "memory": bench_memory,
     "scaling": bench_scaling,
     "saves": bench_saves,
     "kills": bench_kills,

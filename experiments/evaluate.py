@@ -37,6 +37,7 @@ from experiments.reports.environment import describe_environment
 from experiments.reports.html import Section, write_report
 from experiments.reports.tables import table_texts
 from tptt_jax.durable import atomic_file
+from tptt_jax.ops.quantization import BaseDtype
 
 TaskName = Literal[
     "perplexity",
@@ -107,6 +108,9 @@ class EvaluateConfig:
     """Seed of the hidden texts and their places."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and activations."""
+    base_dtype: BaseDtype | None = None
+    """Quantises the base model's matrices, as finetune does; None: they have --dtype, also under
+    adapters that were trained on quantised ones."""
 
     def __post_init__(self) -> None:
         """Rejects invalid values."""
@@ -131,8 +135,8 @@ class EvaluateConfig:
     def sources(self) -> list[Source]:
         """The models, in order."""
         if self.models:
-            return [Source.named(name, self.context) for name in self.models]
-        return [Source(self.model, self.adapter, self.context)]
+            return [Source.named(name, self.context, self.base_dtype) for name in self.models]
+        return [Source(self.model, self.adapter, self.context, self.base_dtype)]
 
     @property
     def tasks(self) -> list[Task]:

@@ -30,6 +30,7 @@ from tptt_jax.inference.generate import Stops
 from tptt_jax.inference.sampling import Sampling
 from tptt_jax.inference.snapshot import load_state, save_state
 from tptt_jax.model import base_model
+from tptt_jax.ops.quantization import BaseDtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -94,6 +95,9 @@ class GenerateConfig:
     """Also prints the base model's continuation, before the fine-tuned one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and activations."""
+    base_dtype: BaseDtype | None = None
+    """Quantises the base model's matrices, as finetune does; None: they have --dtype, also under
+    adapters that were trained on quantised ones."""
 
     def __post_init__(self) -> None:
         """Rejects invalid values."""
@@ -132,6 +136,7 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
         window=config.window,
         context=config.context,
         dtype=jnp.dtype(config.dtype),
+        base_dtype=config.base_dtype,
     )
     model = loaded.model
     written: dict[str, Any] = {"prompt": _prompt(config)}

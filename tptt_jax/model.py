@@ -1,6 +1,6 @@
 """The language model: embeddings, scanned stacks of layers, the LM head."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,14 +27,16 @@ from tptt_jax.decoder import (
 )
 from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.liza import Branches
-from tptt_jax.layers.lora import Projection, fold_path
+from tptt_jax.layers.lora import HEAD, Projection, fold_path
 from tptt_jax.layers.norm import residual_norm
 from tptt_jax.layers.parameters import BaseParam
+from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, quantize_modules, stored
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.context import is_split, num_shards, take_split_tokens
 from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.documents import count_positions, order_padding, take_places
+from tptt_jax.ops.quantization import BaseDtype, Weight, dense, table_format
 from tptt_jax.token_ids import check_model_tokens
 
 
@@ -69,7 +71,8 @@ class Embedding(nnx.Module):
             values = jax.random.normal(rngs.params(), (rows, config.embed_dim), jnp.float32)
             return (values * config.embed_dim**-0.5).astype(dtype)
 
-        self.embedding = BaseParam(table(config.vocab_size), axes=("vocab", "embed"))
+        values = table(config.vocab_size)
+        self.embedding: StoredWeight = BaseParam(values, axes=("vocab", "embed"))
         self.positions = nnx.data(None)
         if config.position_embedding == "learned":
             self.positions = BaseParam(table(config.max_positions), axes=("positions", "embed"))
@@ -78,13 +81,20 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Tokens, positions: Positions) -> Hidden:
         """[B, T] -> [B, T, E] in the model's dtype; learned positions end with the last one."""
-        x = self.embedding[...][tokens].astype(self.dtype)
+        rows = jax.tree.map(lambda part: part[tokens], stored(self.embedding))
+        x = dense(rows, self.dtype)
         if self.scale is not None:
             x = x * jnp.asarray(self.scale, x.dtype)
         if self.positions is not None:
             table = self.positions[...].astype(self.dtype)
             x = x + table[jnp.clip(positions, 0, table.shape[0] - 1)]
         return x
+
+    def quantize_weights(self, base_dtype: BaseDtype) -> None:
+        """Quantises the table in place; learned positions are few."""
+        if isinstance(self.embedding, BaseParam):
+            format = table_format(base_dtype)
+            self.embedding = QuantizedWeight(self.embedding, format, axis=-1)
 
 
 class CausalLM(nnx.Module):
@@ -106,6 +116,7 @@ class CausalLM(nnx.Module):
         lora: LoraConfig | None = None,
         *,
         dtype: DTypeLike = jnp.float32,
+        base_dtype: BaseDtype | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         """Creates random weights.
@@ -116,12 +127,15 @@ class CausalLM(nnx.Module):
           lora: adapters; None: none.
           dtype: of the base weights and of the computation; adapters, shares and
             memory states are float32.
+          base_dtype: quantises the matrices of the base model, which can then not be trained;
+            None: they have `dtype`.
           rngs: its stream "params" is used.
 
         Raises:
           ValueError: if a LoRA target names no projection.
         """
         self.config, self.liza, self.lora = config, liza, lora
+        self.base_dtype: BaseDtype | None = base_dtype
         self.deterministic = True  # train() and eval() change it
         self.embed = Embedding(config, dtype=dtype, rngs=rngs)
 
@@ -144,11 +158,13 @@ class CausalLM(nnx.Module):
         if not config.tie_embeddings:
             size = (config.embed_dim, config.vocab_size)
             self.lm_head = Projection(
-                *size, path="lm_head", axes=("embed", "vocab"), dtype=dtype, rngs=rngs
+                *size, path=HEAD, axes=("embed", "vocab"), dtype=dtype, rngs=rngs
             )
         self.mag_share = nnx.data(None)
         if liza is not None and liza.mag == "scheduled" and liza.softmax:
             self.mag_share = MagShare(jnp.asarray(liza.mag_init, jnp.float32), axes=())
+        if base_dtype is not None:
+            quantize_modules(self, base_dtype)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -302,11 +318,11 @@ class CausalLM(nnx.Module):
         """The LM head: [..., E] -> [..., V], in at least float32."""
         return apply_softcap(head_product(hidden, *self.head_matrix()), self.config.final_softcap)
 
-    def head_matrix(self) -> tuple[Array, int]:
+    def head_matrix(self) -> tuple[Weight, int]:
         """The LM head [V, E] or [E, V], tied or not, and which axis is the vocabulary."""
         if self.lm_head is None:
-            return self.embed.embedding[...], 0
-        return self.lm_head.kernel[...], 1
+            return stored(self.embed.embedding), 0
+        return stored(self.lm_head.kernel), 1
 
 
 def init_cache(
@@ -416,8 +432,9 @@ def _rebuild(
     lora: LoraConfig | None,
     changes: dict[str, Array],
 ) -> CausalLM:
+    settings: Any = {"dtype": model.dtype, "base_dtype": model.base_dtype}
     abstract = nnx.eval_shape(
-        lambda: CausalLM(model.config, liza, lora, dtype=model.dtype, rngs=nnx.Rngs(0))
+        lambda: CausalLM(model.config, liza, lora, **settings, rngs=nnx.Rngs(0))
     )
     known, flat = dict(nnx.to_flat_state(nnx.state(model))), []
     for path, variable in nnx.to_flat_state(nnx.state(abstract)):

@@ -87,7 +87,9 @@ def partition_spec(
     for axis, size in zip(axes, shape[len(found) :], strict=True):
         parts = axis.heads if isinstance(axis, JoinedHeads) else size
         name = rules.get(axis)
-        fits = name is not None and name not in found and parts % mesh.shape[name] == 0
+        # Of quantised weights the axis has blocks, fewer than channels: both have to divide.
+        even = math.gcd(parts, size)
+        fits = name is not None and name not in found and even % mesh.shape[name] == 0
         found.append(name if fits else None)
     return PartitionSpec(*found)
 

@@ -94,8 +94,9 @@ class Runner:
     def _keyed(
         self, task: Task, found: Findings, source: Source, variant: Variant
     ) -> Iterator[tuple[Row, str]]:
-        # Without it, keys are those that were written before there was the option.
-        fixed = {} if source.context is None else {"context": source.context}
+        # Without them, keys are those that were written before there were the options.
+        options = {"context": source.context, "base_dtype": source.base_dtype}
+        given = {name: value for name, value in options.items() if value is not None}
         for row in found.rows[task.name]:
             yield (
                 row,
@@ -108,7 +109,7 @@ class Runner:
                     memory=variant.use_memory,
                     task=task.name,
                     row=row.about,
-                    **fixed,
+                    **given,
                 ),
             )
 

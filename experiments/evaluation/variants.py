@@ -12,6 +12,7 @@ from convert.sources import DEFAULT_MODEL
 from experiments.models import Loaded, load_model
 from tptt_jax import LizaConfig, ModelConfig, state_bytes
 from tptt_jax.config import runs_memory
+from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.training.description import is_checkpoint
 
 Column = Literal["full softmax", "window alone", "window of equal bytes", "memory on"]
@@ -37,14 +38,18 @@ class Source:
     adapter: Path | None = None
     context: int | None = None
     """Tokens that rotary frequencies are fixed for, if they depend on the length."""
+    base_dtype: BaseDtype | None = None
+    """Of the base model's matrices if they are quantised."""
 
     @classmethod
-    def named(cls, name: str, context: int | None = None) -> "Source":
+    def named(
+        cls, name: str, context: int | None = None, base_dtype: BaseDtype | None = None
+    ) -> "Source":
         """A run of finetune or an adapter's directory, or else a base model."""
         path = Path(name).expanduser()
         if is_checkpoint(path) or has_base(path):
-            return cls(None, path, context)
-        return cls(name, None, context)
+            return cls(None, path, context, base_dtype)
+        return cls(name, None, context, base_dtype)
 
     @property
     def label(self) -> str:
@@ -79,6 +84,7 @@ class Source:
             is_full=is_full,
             context=self.context,
             dtype=dtype,
+            base_dtype=self.base_dtype,
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -13,6 +13,7 @@ from convert import load_pretrained, load_tokenizer
 from convert.bases import has_base
 from convert.sources import DEFAULT_MODEL, find_checkpoint
 from tptt_jax import CausalLM, LizaConfig, fix_context, warm_up
+from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.training.base_weights import same_base_weights
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -41,6 +42,7 @@ def load_model(
     is_full: bool = False,
     context: int | None = None,
     dtype: jnp.dtype,
+    base_dtype: BaseDtype | None = None,
 ) -> Loaded:
     """Loads a model and its tokenizer in parallel; both take about as long.
 
@@ -56,6 +58,7 @@ def load_model(
       context: the length in tokens for which rotary frequencies that depend on it are fixed; None:
         they are not.
       dtype: of the weights.
+      base_dtype: of the base model's matrices if they are quantised; None: `dtype`.
 
     Raises:
       ValueError: if the adapter is neither, or the window impossible.
@@ -81,7 +84,8 @@ def load_model(
                 return None if liza is None else dataclasses.replace(liza, softmax_window=None)
             return windowed(liza, window, sinks)
 
-        weights = _load_weights(source, over, tuned, changed, dtype)
+        options: Any = {"dtype": dtype, "base_dtype": base_dtype}
+        weights = _load_weights(source, over, tuned, changed, options)
         if context is not None:
             weights = fix_context(weights, context)
         warm_up(weights)
@@ -104,26 +108,27 @@ def _load_weights(
     adapter: Path | None,
     tuned: Description | None,
     changed: Callable[[LizaConfig | None], LizaConfig | None],
-    dtype: jnp.dtype,
+    options: dict[str, Any],
 ) -> CausalLM:
+    """The model with its adapter; `options` are the dtypes, as `load_pretrained` takes them."""
     if tuned is None:
         trained = find_checkpoint(source)
         liza = None if trained is None else trained.liza
         if has_base(adapter or Path(source).expanduser()):
             # The memory of a tptt directory is known only after loading.
-            loaded = load_pretrained(source, dtype=dtype, adapter=adapter)
+            loaded = load_pretrained(source, adapter=adapter, **options)
             if changed(loaded.liza) == loaded.liza:
                 return loaded
             liza = loaded.liza
-        return load_pretrained(source, changed(liza), dtype=dtype, adapter=adapter)
+        return load_pretrained(source, changed(liza), adapter=adapter, **options)
     assert adapter is not None, "what was tuned lies somewhere"
     # Here, as importing orbax takes a quarter of a second.
     from tptt_jax.training.checkpoint import restore_trainable
 
-    loaded = load_pretrained(source, changed(tuned.liza), tuned.lora, dtype)
+    loaded = load_pretrained(source, changed(tuned.liza), tuned.lora, **options)
     # Whoever names another base model means it.
     is_own = source == tuned.source
-    same = same_base_weights(adapter, loaded, source, tuned.dtype) if is_own else nullcontext()
+    same = same_base_weights(adapter, loaded, tuned) if is_own else nullcontext()
     with same:
         restore_trainable(adapter, loaded)
     return loaded

@@ -31,6 +31,7 @@ def describe_run(config: FinetuneConfig) -> Description:
         lora=config.adapters,
         train=config.train,
         dtype=config.dtype,
+        base_dtype=config.base_dtype,
     )
 
 
@@ -61,7 +62,7 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
 
 def _differences(before: Description, now: Description) -> list[str]:
     """Settings that differ between a run and the current call."""
-    names = ("source", "train", "dtype")
+    names = ("source", "train", "dtype", "base_dtype")
     pairs = [(name, getattr(before, name), getattr(now, name)) for name in names]
     for name in ("liza", "lora"):
         old, new = getattr(before, name), getattr(now, name)

@@ -9,6 +9,7 @@ from rich.table import Table
 from convert.command_line import readable_size
 from experiments.training.run import Run
 from tptt_jax import state_bytes
+from tptt_jax.layers.quantized import count_parameters
 
 
 def dry_run(run: Run) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def dry_run(run: Run) -> dict[str, Any]:
         ),
     }
     counts = {
-        "base_parameters": _count(frozen),
+        "base_parameters": count_parameters(run.model, frozen),
         "trainable_parameters": _count(state.trainable.values()),
     }
     rows = run.config.rows_per_step
@@ -66,7 +67,7 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
         shown = "unknown" if size is None else readable_size(size)
         table.add_row(label, "" if count is None else f"{count:,}", shown)
 
-    kind = config.dtype
+    kind = config.dtype if config.base_dtype is None else f"{config.base_dtype}, {config.dtype}"
     add(f"frozen weights ({kind})", report["base_bytes"], report["base_parameters"])
     add("trained (float32)", report["trainable_bytes"], report["trainable_parameters"])
     add("optimizer", report["optimizer_bytes"])

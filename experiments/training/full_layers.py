@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from rich.console import Console
@@ -83,7 +83,8 @@ def _load(
     alone = LizaConfig(
         writes="none", softmax_window=liza.softmax_window, softmax_sinks=liza.softmax_sinks
     )
-    model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), mesh=mesh)
+    options: Any = {"base_dtype": config.base_dtype, "mesh": mesh}
+    model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), **options)
     tokenizer = load_tokenizer(config.model)
     return model, long_rows(config, model.config, tokenizer, config.seed, console)
 

@@ -405,6 +405,7 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None", console: Console) -
             config.memory,
             config.adapters,
             jnp.dtype(config.dtype),
+            base_dtype=config.base_dtype,
             mesh=mesh,
             seed=config.seed,
         )

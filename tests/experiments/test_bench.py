@@ -69,6 +69,16 @@ COMMAND_LINES = {
 }
 
 
+def test_memory_is_counted_without_a_run(capsys):
+    result = run("memory --random-weights tiny --tokens 8 --base-dtype int8", capsys)
+    parts = [result[f"{name}_bytes"] for name in ("base", "state", "step")]
+    assert min(parts) > 0
+    assert result["total_bytes"] == sum(parts)
+    # Of 12 bytes each, adapters of rank 8.
+    assert result["state_bytes"] > 12 * 8 * 2 * 32
+    assert result["workload"]["base_dtype"] == "int8"
+
+
 @pytest.mark.parametrize(("arguments", "tokens"), COMMAND_LINES.values(), ids=COMMAND_LINES)
 def test_results(arguments, tokens, capsys):
     result = run(arguments, capsys)

@@ -10,8 +10,13 @@ from jax.typing import DTypeLike
 from tptt_jax.array_typing import Array, Float
 from tptt_jax.config import LoraConfig
 from tptt_jax.layers.parameters import AdapterParam, AddedParam, BaseParam
+from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, stored
 from tptt_jax.ops.context import is_split
+from tptt_jax.ops.quantization import BaseDtype, dense, table_format
 from tptt_jax.ops.residuals import save_mixed, save_product
+
+HEAD, ROUTER = "lm_head", "mlp.router"
+"""Paths of projections that differ from the others."""
 
 
 class LowRank(nnx.Module):
@@ -74,7 +79,7 @@ class Projection(nnx.Module):
         """Creates kernel [in_dim, out_dim] and bias [out_dim] in `dtype`."""
         self.path = path
         kernel = jax.random.normal(rngs.params(), (in_dim, out_dim), jnp.float32) * in_dim**-0.5
-        self.kernel = BaseParam(kernel.astype(dtype), axes=axes)
+        self.kernel: StoredWeight = BaseParam(kernel.astype(dtype), axes=axes)
         self.bias = nnx.data(None)
         if bias:
             self.bias = BaseParam(jnp.zeros((out_dim,), dtype), axes=axes[1:])
@@ -98,16 +103,22 @@ class Projection(nnx.Module):
         use_bias: bool = True,
     ) -> Float[Array, "... O"]:
         """Projects the last axis; the result has the kernel's dtype promoted with x's."""
-        y = x @ self.kernel[...].astype(x.dtype)
+        y = x @ dense(stored(self.kernel), x.dtype)
         if self.bias is not None and use_bias:
             y += self.bias[...].astype(y.dtype)
         if self.lora is not None:
             y += self.lora(x, fold_path(dropout_key, self.path)).astype(y.dtype)
         return save_product(y)
 
+    def quantize_weights(self, base_dtype: BaseDtype) -> None:
+        """Quantises the kernel in place, but not a router's: it is small, and decides much."""
+        if isinstance(self.kernel, BaseParam) and self.path != ROUTER:
+            format = table_format(base_dtype) if self.path == HEAD else base_dtype
+            self.kernel = QuantizedWeight(self.kernel, format, axis=-2)
+
     def merged_kernel(self) -> Float[Array, "I O"]:
         """Kernel and adapter as one float32 matrix."""
-        kernel = self.kernel[...].astype(jnp.float32)
+        kernel = dense(stored(self.kernel), jnp.float32)
         return kernel if self.lora is None else kernel + self.lora.delta()
 
 

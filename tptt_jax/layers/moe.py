@@ -7,10 +7,12 @@ from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LoraConfig, ModelConfig
-from tptt_jax.layers.lora import Projection
+from tptt_jax.layers.lora import ROUTER, Projection
 from tptt_jax.layers.mlp import ACTIVATIONS
 from tptt_jax.layers.parameters import BaseParam
+from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, stored
 from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
+from tptt_jax.ops.quantization import BaseDtype
 
 
 class ExpertKernels(nnx.Module):
@@ -29,7 +31,12 @@ class ExpertKernels(nnx.Module):
         """Creates them in `dtype`."""
         shape = (num_experts, in_dim, out_dim)
         kernel = jax.random.normal(rngs.params(), shape, jnp.float32) * in_dim**-0.5
-        self.kernel = BaseParam(kernel.astype(dtype), axes=("experts", *axes))
+        self.kernel: StoredWeight = BaseParam(kernel.astype(dtype), axes=("experts", *axes))
+
+    def quantize_weights(self, base_dtype: BaseDtype) -> None:
+        """Quantises the matrices in place."""
+        if isinstance(self.kernel, BaseParam):
+            self.kernel = QuantizedWeight(self.kernel, base_dtype, axis=-2)
 
 
 class ExpertsMLP(nnx.Module):
@@ -49,7 +56,7 @@ class ExpertsMLP(nnx.Module):
         self.normalize = config.normalize_expert_weights
         self.router = Projection(
             *(embed, count),
-            path="mlp.router",
+            path=ROUTER,
             axes=("embed", "experts"),
             lora=lora,
             dtype=dtype,
@@ -69,11 +76,11 @@ class ExpertsMLP(nnx.Module):
         """[B, T, E] -> [B, T, E]."""
         rows = x.reshape(-1, x.shape[-1])
         weights, experts = self._route(rows, dropout_key)
-        grouping = group_rows(experts.reshape(-1), self.up_proj.kernel[...].shape[0])
+        grouping = group_rows(experts.reshape(-1), stored(self.up_proj.kernel).shape[0])
         repeated = jnp.repeat(rows, self.experts_per_token, axis=0)
 
         def multiply(y: Array, kernels: ExpertKernels) -> Array:
-            return grouped_matmul(y, kernels.kernel[...], grouping)
+            return grouped_matmul(y, stored(kernels.kernel), grouping)
 
         activation, up = ACTIVATIONS[self.activation], multiply(repeated, self.up_proj)
         if self.gate_proj is None:

@@ -12,11 +12,14 @@ from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
 from tptt_jax.ops.context import rows_as_shards, shards_as_rows
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
+from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weight, take_weight
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
 LOGITS_AT_A_TIME = 1 << 25
 _CACHED_LOGITS = 1 << 22
 _MAX_TOKENS = 4096
+# Values of a quantised head that are dense at a time: 64 MiB in bfloat16.
+DENSE_AT_A_TIME = 1 << 25
 
 
 class _Plan(NamedTuple):
@@ -30,7 +33,7 @@ class _Plan(NamedTuple):
 
 def token_cross_entropy(
     hidden: Hidden,
-    head: Float[Array, "V E"] | Float[Array, "E V"],
+    head: Float[Array, "V E"] | Float[Array, "E V"] | QuantizedArray,
     tokens: Int[Array, "B T"],
     *,
     softcap: float | None = None,
@@ -47,7 +50,8 @@ def token_cross_entropy(
 
     Args:
       hidden: [B, T, E].
-      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype; it gets no gradient.
+      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype or quantised; it gets no
+        gradient. Of a quantised head one block is dense at a time.
       tokens: what to predict [B, T].
       softcap: logits x become softcap * tanh(x / softcap).
       vocab_axis: of the head.
@@ -78,6 +82,7 @@ def token_cross_entropy(
             # Heads of a power of two times something divide evenly.
             fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
             block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
+            block = min(block, dense_rows(head, vocab_axis))
         return _Plan(softcap, vocab_axis, size, min(block, vocab))
 
     plans = PerPlatform(plan(on_cpu=True), plan(on_cpu=False))
@@ -89,14 +94,44 @@ def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
     return apply_softcap(head_product(hidden, head, 0).astype(jnp.float32), softcap)
 
 
-def head_product(hidden: Array, head: Array, vocab_axis: int) -> Array:
+def dense_rows(head: Weight, vocab_axis: int) -> int:
+    """Entries of a head that are dense at a time: all, unless it is quantised."""
+    entries, width = head.shape[vocab_axis], head.shape[1 - vocab_axis]
+    is_quantized = isinstance(head, QuantizedArray)
+    return min(entries, max(1, DENSE_AT_A_TIME // width)) if is_quantized else entries
+
+
+def head_product(hidden: Array, head: Weight, vocab_axis: int) -> Array:
     """Hidden states times the head [..., V], in at least float32.
 
     In half precision logits are rounded by so much that probabilities of a token exceed 1.
     """
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    if isinstance(head, QuantizedArray):
+        return _block_products(hidden, head, vocab_axis)
     form = "...e,ve->...v" if vocab_axis == 0 else "...e,ev->...v"
     return jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=wide)
+
+
+def _block_products(hidden: Array, head: QuantizedArray, vocab_axis: int) -> Array:
+    """`head_product` with a few entries of a quantised head at a time."""
+    vocab, block = head.shape[vocab_axis], dense_rows(head, vocab_axis)
+
+    def products(first: Array | int) -> Array:
+        piece = slice_weight(head, first, block, vocab_axis)
+        return head_product(hidden, dense(piece, hidden.dtype), vocab_axis)
+
+    if block == vocab:
+        return products(0)
+
+    def visit(number: Array, logits: Array) -> Array:
+        # The last block overlaps the one before.
+        first = jnp.minimum(number * block, vocab - block)
+        return lax.dynamic_update_slice_in_dim(logits, products(first), first, axis=-1)
+
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    logits = jnp.zeros((*hidden.shape[:-1], vocab), dtype)
+    return lax.fori_loop(0, -(-vocab // block), visit, logits)
 
 
 def slice_rows(x: Array, size: int) -> Array:
@@ -106,18 +141,18 @@ def slice_rows(x: Array, size: int) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _losses(hidden: Array, head: Array, tokens: Array, plans: PerPlatform) -> Array:
+def _losses(hidden: Array, head: Weight, tokens: Array, plans: PerPlatform) -> Array:
     run = functools.partial(_each_slice, with_gradient=False)
     return run_per_platform(run, plans, hidden, head, tokens)[0]
 
 
 def _losses_forward(hidden: Any, head: Any, tokens: Any, plans: PerPlatform) -> tuple[Array, Array]:
-    if head.perturbed:
+    if any(part.perturbed for part in jax.tree.leaves(head)):
         raise ValueError(
             "this loss gives the LM head no gradient, but one is requested: pass train_head=True "
             "to the loss, or differentiate other weights only."
         )
-    hidden, head, tokens = hidden.value, head.value, tokens.value
+    hidden, head, tokens = jax.tree.map(lambda part: part.value, (hidden, head, tokens))
     run = functools.partial(_each_slice, with_gradient=True)
     losses, gradient = run_per_platform(run, plans, hidden, head, tokens)
     assert gradient is not None
@@ -135,7 +170,7 @@ _losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _each_slice(
-    plan: _Plan, hidden: Array, head: Array, tokens: Array, *, with_gradient: bool
+    plan: _Plan, hidden: Array, head: Weight, tokens: Array, *, with_gradient: bool
 ) -> tuple[Array, Array | None]:
     """Losses [B, T], and their gradients for `hidden`."""
     batch, length, _ = hidden.shape
@@ -153,7 +188,7 @@ def _each_slice(
 
 
 def _slice_losses(
-    hidden: Array, tokens: Array, head: Array, plan: _Plan, with_gradient: bool
+    hidden: Array, tokens: Array, head: Weight, plan: _Plan, with_gradient: bool
 ) -> tuple[Array, Array | None]:
     """Losses of a few tokens of each row, block by block of the vocabulary."""
     vocab = head.shape[plan.vocab_axis]
@@ -164,7 +199,8 @@ def _slice_losses(
         top, total, gradient = carry
         # The last block overlaps the one before; its repeated entries do not count.
         first = jnp.minimum(number * plan.vocab, vocab - plan.vocab)
-        piece = _rows(lax.dynamic_slice_in_dim(head, first, plan.vocab, plan.vocab_axis), plan)
+        piece = slice_weight(head, first, plan.vocab, plan.vocab_axis)
+        piece = _rows(dense(piece, hidden.dtype), plan)
         logits = head_logits(hidden, piece, plan.softcap)
         if vocab % plan.vocab:
             fresh = first + jnp.arange(plan.vocab) >= number * plan.vocab
@@ -181,7 +217,8 @@ def _slice_losses(
 
     blocks = -(-vocab // plan.vocab)
     top, total, gradient = lax.fori_loop(0, blocks, visit, (start, jnp.zeros(tokens.shape), grown))
-    rows = _rows(jnp.take(head, tokens.ravel(), plan.vocab_axis), plan)
+    rows = take_weight(head, tokens.ravel(), plan.vocab_axis)
+    rows = _rows(dense(rows, hidden.dtype), plan)
     rows = rows.reshape(hidden.shape).astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
     chosen = apply_softcap(chosen, plan.softcap)

@@ -18,7 +18,7 @@ class PerPlatform(NamedTuple):
     other: Any
 
 
-def run_per_platform(run: Callable[..., T], setting: PerPlatform, *arrays: jax.Array) -> T:
+def run_per_platform(run: Callable[..., T], setting: PerPlatform, *arrays: Any) -> T:
     """run(value, *arrays) with the value for the platform that the program is compiled for.
 
     A traced function is compiled with one of the two only. Not for what is differentiated: the
@@ -27,7 +27,7 @@ def run_per_platform(run: Callable[..., T], setting: PerPlatform, *arrays: jax.A
     Args:
       run: traced once for each value if they differ.
       setting: the values.
-      arrays: further arguments.
+      arrays: further arguments, or trees of them.
     """
     if setting.cpu == setting.other:
         return run(setting.cpu, *arrays)

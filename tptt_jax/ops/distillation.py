@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden
 from tptt_jax.ops.attention.softcap import softcap_slope
-from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, head_logits, head_product
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, dense_rows, head_logits, head_product
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
+from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weight
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.
 _CACHED_LOGITS = 1 << 21
@@ -36,7 +37,7 @@ class _Plan(NamedTuple):
 def token_divergence(
     hidden: Hidden,
     teacher_hidden: Hidden,
-    head: Float[Array, "V E"] | Float[Array, "E V"],
+    head: Float[Array, "V E"] | Float[Array, "E V"] | QuantizedArray,
     *,
     softcap: float | None = None,
     vocab_axis: int = 0,
@@ -50,7 +51,7 @@ def token_divergence(
     Args:
       hidden: of the student [B, T, E].
       teacher_hidden: [B, T, E].
-      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype.
+      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype or quantised.
       softcap: logits x become softcap * tanh(x / softcap).
       vocab_axis: of the head.
       vocab_at_a_time: entries in a block; None: what suits the backend.
@@ -59,24 +60,25 @@ def token_divergence(
       Nats, float32 [B, T].
     """
     batch, tokens, _ = hidden.shape
-    vocab = head.shape[vocab_axis]
 
     def plan(room: int) -> _Plan:
         block = vocab_at_a_time
         if block is None:
             block = max(1024, 1 << (room // max(batch * tokens, 1)).bit_length())
-        return _Plan(softcap, vocab_axis, min(block, vocab))
+        return _Plan(softcap, vocab_axis, min(block, dense_rows(head, vocab_axis)))
 
     plans = PerPlatform(cpu=plan(_CACHED_LOGITS), other=plan(LOGITS_AT_A_TIME))
     return _divergence(hidden, teacher_hidden, head, plans)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _divergence(hidden: Array, teacher: Array, head: Array, plans: PerPlatform) -> Array:
+def _divergence(hidden: Array, teacher: Array, head: Weight, plans: PerPlatform) -> Array:
     return run_per_platform(_run, plans, hidden, teacher, head)[0]
 
 
-def _forward(hidden: Array, teacher: Array, head: Array, plans: PerPlatform) -> tuple[Array, Array]:
+def _forward(
+    hidden: Array, teacher: Array, head: Weight, plans: PerPlatform
+) -> tuple[Array, Array]:
     return run_per_platform(_run, plans, hidden, teacher, head)
 
 
@@ -87,7 +89,7 @@ def _backward(plans: PerPlatform, gradient: Array, scale: Array) -> tuple:
 _divergence.defvjp(_forward, _backward)
 
 
-def _run(plan: _Plan, hidden: Array, teacher: Array, head: Array) -> tuple[Array, Array]:
+def _run(plan: _Plan, hidden: Array, teacher: Array, head: Weight) -> tuple[Array, Array]:
     """Divergences [B, T] and their gradients for `hidden` [B, T, E]."""
     vocab = head.shape[plan.vocab_axis]
     zeros = jnp.zeros(hidden.shape, jnp.float32)
@@ -97,7 +99,8 @@ def _run(plan: _Plan, hidden: Array, teacher: Array, head: Array) -> tuple[Array
         mine, theirs, gaps = carry
         # The last block goes back over entries that have been counted already.
         first = jnp.minimum(number * plan.block, vocab - plan.block)
-        piece = lax.dynamic_slice_in_dim(head, first, plan.block, plan.vocab_axis)
+        piece = slice_weight(head, first, plan.block, plan.vocab_axis)
+        piece = dense(piece, hidden.dtype)
         piece = piece if plan.vocab_axis == 0 else piece.T
         fresh = None
         if vocab % plan.block:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tptt_jax.array_typing import Array, Float, Int
+from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, take_entry
 from tptt_jax.ops.residuals import save_product
 
 
@@ -52,7 +53,7 @@ def group_rows(group_of_row: Int[Array, "M"], num_groups: int) -> Grouping:
 
 
 def grouped_matmul(
-    x: Float[Array, "M I"], weights: Float[Array, "X I O"], grouping: Grouping
+    x: Float[Array, "M I"], weights: Float[Array, "X I O"] | QuantizedArray, grouping: Grouping
 ) -> Float[Array, "M O"]:
     """Multiplies every row with the matrix of its group, reading each matrix about once.
 
@@ -61,7 +62,7 @@ def grouped_matmul(
 
     Args:
       x: rows [M, I].
-      weights: a matrix per group [X, I, O].
+      weights: a matrix per group [X, I, O]; quantised ones are made dense one at a time.
       grouping: from `group_rows`; several products may share it.
 
     Returns:
@@ -69,7 +70,9 @@ def grouped_matmul(
     """
     blocks = jnp.zeros((grouping.num_slots, x.shape[1]), x.dtype).at[grouping.slots].set(x)
     blocks = blocks.reshape(grouping.groups.shape[0], -1, x.shape[1])
-    out = _multiply_blocks(blocks, weights.astype(x.dtype), grouping.groups)
+    if not isinstance(weights, QuantizedArray):
+        weights = weights.astype(x.dtype)
+    out = _multiply_blocks(blocks, weights, grouping.groups)
     return save_product(out.reshape(grouping.num_slots, -1)[grouping.slots])
 
 
@@ -82,23 +85,28 @@ def _block_rows(rows: int, num_groups: int) -> int:
 
 
 @jax.custom_vjp
-def _multiply_blocks(x: Array, weights: Array, groups: Array) -> Array:
+def _multiply_blocks(x: Array, weights: Weight, groups: Array) -> Array:
     """[blocks, rows, I] x [X, I, O] -> [blocks, rows, O]."""
-    return lax.map(lambda each: each[0] @ _matrix(weights, each[1]), (x, groups))
+
+    def multiply(each: tuple[Array, Array]) -> Array:
+        return each[0] @ dense(take_entry(weights, each[1]), x.dtype)
+
+    return lax.map(multiply, (x, groups))
 
 
-def _matrix(weights: Array, group: Array) -> Array:
-    # A slice, which the product reads in place; weights[group] would be a gather.
-    return lax.dynamic_index_in_dim(weights, group, axis=0, keepdims=False)
-
-
-def _multiply_forward(x: Array, weights: Array, groups: Array) -> tuple[Array, tuple]:
+def _multiply_forward(x: Array, weights: Weight, groups: Array) -> tuple[Array, tuple]:
     return _multiply_blocks(x, weights, groups), (x, weights, groups)
 
 
-def _multiply_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array, None]:
+def _multiply_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array | None, None]:
     x, weights, groups = residuals
-    to_x = lax.map(lambda each: each[0] @ _matrix(weights, each[1]).T, (cotangent, groups))
+
+    def multiply(each: tuple[Array, Array]) -> Array:
+        return each[0] @ dense(take_entry(weights, each[1]), x.dtype).T
+
+    to_x = lax.map(multiply, (cotangent, groups))
+    if isinstance(weights, QuantizedArray):
+        return to_x, None, None
 
     # Differentiating the map would add a whole array of zeros per block.
     def add(total: Array, each: tuple) -> tuple[Array, None]:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from tptt_jax.model import CausalLM
 from tptt_jax.processes import fetch
+from tptt_jax.training.description import Description
 from tptt_jax.training.partition import dotted, is_base_weight
 
 RECORD = "run.json"
@@ -44,7 +45,7 @@ def hash_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def same_base_weights(run: Path, model: CausalLM, source: str, dtype: str) -> Iterator[None]:
+def same_base_weights(run: Path, model: CausalLM, described: Description) -> Iterator[None]:
     """Refuses a base that has changed since a run began; runs without a record pass.
 
     The trained values are restored within the context: what they replace may have changed.
@@ -52,13 +53,14 @@ def same_base_weights(run: Path, model: CausalLM, source: str, dtype: str) -> It
     Args:
       run: its directory.
       model: the base model.
-      source: its name, for messages.
-      dtype: of the base weights in the run; weights loaded in another one are not compared.
+      described: the run; weights loaded in another dtype are not compared.
 
     Raises:
       ValueError: if values or shapes differ.
     """
-    expected = _recorded(run / RECORD) if np.dtype(model.dtype).name == dtype else {}
+    dtypes = (np.dtype(model.dtype).name, model.base_dtype)
+    is_alike = dtypes == (described.dtype, described.base_dtype)
+    expected = _recorded(run / RECORD) if is_alike else {}
     adapters = any(".lora." in name for name in expected)
     found = hash_weights(model, adapters=adapters) if expected else {}
     changed = [name for name in found if found[name] != expected.get(name, found[name])]
@@ -68,8 +70,8 @@ def same_base_weights(run: Path, model: CausalLM, source: str, dtype: str) -> It
     restored = hash_weights(model, adapters=adapters)
     if kept := [name for name in changed if restored[name] == found[name]]:
         raise ValueError(
-            f"{len(kept)} tensors of {source} are not those that {run} was trained on, first "
-            f"{kept[0]}: restore the base model, or remove {run / RECORD} to use it as it is."
+            f"{len(kept)} tensors of {described.source} are not those that {run} was trained on, "
+            f"first {kept[0]}: restore the base model, or remove {run / RECORD} to use it as it is."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.durable import atomic_file
+from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.training.partition import TrainMode
 
 _DESCRIPTION = "checkpoint.json"
@@ -29,6 +30,8 @@ class Description:
     lora: LoraConfig | None
     train: TrainMode
     dtype: str = "float32"
+    base_dtype: BaseDtype | None = None
+    """Of quantised base weights; None: `dtype`."""
 
     def to_json(self) -> str:
         """One indented JSON object."""

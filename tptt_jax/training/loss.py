@@ -18,6 +18,7 @@ from tptt_jax.ops.cross_entropy import (
     token_cross_entropy,
 )
 from tptt_jax.ops.distillation import token_divergence
+from tptt_jax.ops.quantization import QuantizedArray
 
 
 class Targets(NamedTuple):
@@ -55,7 +56,7 @@ def next_token_targets(
 
 def chunked_cross_entropy(
     hidden: Hidden,
-    head: Float[Array, "V E"] | Float[Array, "E V"],
+    head: Float[Array, "V E"] | Float[Array, "E V"] | QuantizedArray,
     targets: Targets,
     *,
     softcap: float | None = None,
@@ -68,7 +69,7 @@ def chunked_cross_entropy(
 
     Args:
       hidden: [B, T, E].
-      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype.
+      head: [V, E], or [E, V] with vocab_axis 1, in any float dtype or quantised.
       targets: tokens to predict and their weights.
       softcap: logits x become softcap * tanh(x / softcap).
       train_head: also gives a gradient for `head`; logits are then computed twice.
@@ -80,6 +81,7 @@ def chunked_cross_entropy(
       float32 scalar; divide by sum(targets.weights) for the mean.
     """
     if train_head:
+        assert not isinstance(head, QuantizedArray), "quantised weights are never trained"
         head = head if vocab_axis == 0 else head.T
         return _sum_recomputed(hidden, targets, head, softcap, tokens_at_a_time)
     losses = token_cross_entropy(

@@ -82,8 +82,13 @@ def split_trainable(model: CausalLM, mode: TrainMode) -> tuple[Partition, Traina
       model's dtype), and the scheduled share or None.
 
     Raises:
-      ValueError: if nothing is trainable.
+      ValueError: if nothing is trainable, or quantised weights would have to be.
     """
+    if mode in ("projections", "full") and model.base_dtype is not None:
+        raise ValueError(
+            f'train="{mode}" needs base weights in full precision, not in {model.base_dtype}: '
+            'train="lora", or load the model without base_dtype.'
+        )
     graphdef, chosen, _, frozen = nnx.split(
         model, lambda path, x: is_trainable(mode, path, x), MagShare, ...
     )
@@ -116,6 +121,11 @@ def restore_targets(
     """
     flat = {dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
     for name, shape in shapes.items():
+        if model.base_dtype is not None and name not in flat and is_base_weight(name):
+            raise ValueError(
+                f"the checkpoint has trained {name}, which a base in {model.base_dtype} cannot "
+                "hold: leave base_dtype out, or export the run as merged and load that."
+            )
         expected = flat[name].shape if name in flat else None
         if expected != tuple(shape):
             raise ValueError(
