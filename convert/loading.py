@@ -25,7 +25,7 @@ from tptt_jax.decoder import is_memory, layer_location, memory_location
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.quantized import QuantizedWeight
 from tptt_jax.ops.devices import platform_of
-from tptt_jax.ops.quantization import BaseDtype
+from tptt_jax.ops.quantization import BaseDtype, are_finite
 from tptt_jax.processes import put
 from tptt_jax.sharding import sharding_of
 
@@ -174,6 +174,8 @@ class _Store:
         if weight is None:
             return self._add(slot.path, slot.index, arrays)
         codes, scales = quantize_tensor(arrays.pop(0), weight)
+        if not are_finite(scales, weight.format):
+            return False
         names = (f"{slot.path}.codes", f"{slot.path}.scales")
         added = [
             self._add(names[0], slot.index, [codes]),

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax.layers.quantized import QuantizedWeight
-from tptt_jax.ops.quantization import quantize, stored_shapes
+from tptt_jax.ops.quantization import PACKED, SCALE_DTYPES, quantize, stored_shapes
 
 _ELEMENTS_AT_ONCE = 1 << 20
 
@@ -31,9 +31,8 @@ def quantize_tensor(array: np.ndarray, weight: QuantizedWeight) -> tuple[np.ndar
       Codes and scales, as `tptt_jax.ops.quantization.quantize` returns them.
     """
     shapes = stored_shapes(array.shape, weight.format, weight.axis)
-    is_packed = weight.format == "nf4"
-    codes = np.empty(shapes[0], np.uint8 if is_packed else np.int8)
-    scales = np.empty(shapes[1], np.float16)
+    codes = np.empty(shapes[0], np.uint8 if weight.format in PACKED else np.int8)
+    scales = np.empty(shapes[1], SCALE_DTYPES[weight.format])
     # Along the axis that is not cut into blocks: the last, or the one before it.
     axis = -1 if weight.axis == -2 else -2
     rows = array.shape[axis]

@@ -36,7 +36,7 @@ from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.context import is_split, num_shards, take_split_tokens
 from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.documents import count_positions, order_padding, take_places
-from tptt_jax.ops.quantization import BaseDtype, Weight, dense, table_format
+from tptt_jax.ops.quantization import TABLE_FORMAT, BaseDtype, Weight, dense
 from tptt_jax.token_ids import check_model_tokens
 
 
@@ -93,8 +93,7 @@ class Embedding(nnx.Module):
     def quantize_weights(self, base_dtype: BaseDtype) -> None:
         """Quantises the table in place; learned positions are few."""
         if isinstance(self.embedding, BaseParam):
-            format = table_format(base_dtype)
-            self.embedding = QuantizedWeight(self.embedding, format, axis=-1)
+            self.embedding = QuantizedWeight(self.embedding, TABLE_FORMAT, axis=-1)
 
 
 class CausalLM(nnx.Module):

@@ -106,8 +106,9 @@ class FinetuneConfig:
     """Dtype of the base weights and the activations; trained parameters stay float32."""
     base_dtype: BaseDtype | None = None
     """Quantises the base model's matrices, which --train lora and memory leave as they are: "nf4"
-    takes a quarter to a third of bfloat16's memory, "int8" half, and embedding and head are int8 in
-    both. None: they have --dtype."""
+    and "int4" take a quarter to a third of bfloat16's memory, "int8" half, and embedding and head
+    are int8 in all. "int4" keeps a Q4_1 GGUF file as it is, "int8" a Q8_0. None: they have
+    --dtype."""
     remat: Remat = "none"
     """What the backward pass recomputes. "none": only cheap intermediates; "dots": everything but
     products with weights; "full": whole layers: a third slower, a quarter of the memory."""

@@ -13,7 +13,7 @@ from tptt_jax.layers.quantized import QuantizedWeight
 from tptt_jax.ops.quantization import quantize
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize(("axis", "shape"), [(-1, (70, 96)), (-2, (96, 70)), (-2, (3, 96, 70))])
 def test_a_tensor_in_parts_is_the_same(monkeypatch, format, axis, shape):
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
@@ -30,7 +30,7 @@ def test_a_tensor_in_parts_is_the_same(monkeypatch, format, axis, shape):
         np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
+@pytest.mark.parametrize("base_dtype", ["int8", "int4", "nf4"])
 def test_a_model_has_the_codes_of_its_weights(tiny_model_dir, base_dtype):
     plain = load_pretrained(tiny_model_dir, lora=LoraConfig(rank=2))
     model = load_pretrained(tiny_model_dir, lora=LoraConfig(rank=2), base_dtype=base_dtype)
@@ -52,6 +52,17 @@ def test_a_model_has_the_codes_of_its_weights(tiny_model_dir, base_dtype):
 
 def test_other_formats_are_refused(tiny_model_dir):
     with pytest.raises(
-        ConversionError, match="base_dtype must be None or one of int8, nf4, got 'i"
+        ConversionError, match="base_dtype must be None or one of int8, int4, nf4, got 'int2'"
     ):
-        load_pretrained(tiny_model_dir, base_dtype="int4")  # pyright: ignore[reportArgumentType]
+        load_pretrained(tiny_model_dir, base_dtype="int2")  # pyright: ignore[reportArgumentType]
+
+
+def test_blocks_of_a_gguf_file_stay_as_they_are(smollm_path):
+    """SmolLM2's matrices are stored as Q4_1, its embedding as Q8_0."""
+    plain = load_pretrained(smollm_path)
+    model = load_pretrained(smollm_path, base_dtype="int4")
+    dense = {".".join(map(str, p)): x for p, x in nnx.to_flat_state(nnx.state(plain))}
+    weights = quantized_weights(model)
+    assert len(weights) == 8
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(weight.get_value().dequantize(), dense[name].get_value())

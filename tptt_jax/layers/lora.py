@@ -12,7 +12,7 @@ from tptt_jax.config import LoraConfig
 from tptt_jax.layers.parameters import AdapterParam, AddedParam, BaseParam
 from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, stored
 from tptt_jax.ops.context import is_split
-from tptt_jax.ops.quantization import BaseDtype, dense, table_format
+from tptt_jax.ops.quantization import TABLE_FORMAT, BaseDtype, dense
 from tptt_jax.ops.residuals import save_mixed, save_product
 
 HEAD, ROUTER = "lm_head", "mlp.router"
@@ -113,7 +113,7 @@ class Projection(nnx.Module):
     def quantize_weights(self, base_dtype: BaseDtype) -> None:
         """Quantises the kernel in place, but not a router's: it is small, and decides much."""
         if isinstance(self.kernel, BaseParam) and self.path != ROUTER:
-            format = table_format(base_dtype) if self.path == HEAD else base_dtype
+            format = TABLE_FORMAT if self.path == HEAD else base_dtype
             self.kernel = QuantizedWeight(self.kernel, format, axis=-2)
 
     def merged_kernel(self) -> Float[Array, "I O"]:

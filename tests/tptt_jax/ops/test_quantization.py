@@ -1,4 +1,4 @@
-"""Blocks of int8 and NF4 against a reference in NumPy, and products with quantised matrices."""
+"""Blocks of int8, int4 and NF4 against a reference in NumPy; products with quantised matrices."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from tptt_jax.ops.distillation import token_divergence
 from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
 from tptt_jax.ops.quantization import (
     QuantizedArray,
+    are_finite,
     quantize,
     slice_weight,
     stored_shapes,
@@ -28,11 +29,15 @@ TABLE = np.array(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
-BLOCK = {"int8": 32, "nf4": 64}
-# Of a block's scale: half a step, and what rounding the scale to float16 adds at its end.
-BOUND = {"int8": 0.5 + 127 * 2**-11, "nf4": (1 - 0.6961928009986877) / 2 + 2**-11}
+BLOCK = {"int8": 32, "int4": 32, "nf4": 64}
+# Of a block's scale: half a step, and what rounding to float16 adds at the block's ends.
+BOUND = {
+    "int8": 0.5 + 127 * 2**-11,
+    "int4": 0.5 + 2 * 15 * 2**-11,
+    "nf4": (1 - 0.6961928009986877) / 2 + 2**-11,
+}
 
-formats = pytest.mark.parametrize("format", ["int8", "nf4"])
+formats = pytest.mark.parametrize("format", ["int8", "int4", "nf4"])
 axes = pytest.mark.parametrize("axis", [-1, -2], ids=["table", "kernel"])
 
 
@@ -45,22 +50,35 @@ def quantized(x, format, axis):
     return QuantizedArray(codes, scales, format, axis, x.shape[axis])
 
 
+def half(x):
+    """Rounded to float16."""
+    return x.astype(np.float16).astype(np.float64)
+
+
 def reference(x, format, axis):
     """Dequantised values and scales of every value, one block at a time."""
     x = np.moveaxis(x.astype(np.float64), axis, -1)
     out, scales = np.empty_like(x), np.empty_like(x)
     for begin in range(0, x.shape[-1], BLOCK[format]):
         part = (..., slice(begin, begin + BLOCK[format]))
-        largest = np.abs(x[part]).max(-1, keepdims=True)
-        steps = 127 if format == "int8" else 1
-        scale = (largest.astype(np.float32) / np.float32(steps)).astype(np.float16)
-        scale = scale.astype(np.float64)
-        relative = x[part] / scale
-        if format == "int8":
-            found = np.clip(np.round(relative), -127, 127)
+        filled = np.pad(
+            x[part], [(0, 0)] * (x.ndim - 1) + [(0, -x[part].shape[-1] % BLOCK[format])]
+        )
+        largest, least = (each(-1, keepdims=True) for each in (filled.max, filled.min))
+        if format == "int4":
+            scale = half((largest.astype(np.float32) - least.astype(np.float32)) / np.float32(15))
+            found = np.clip(np.round((x[part] - half(least)) / scale), 0, 15)
+            out[part] = found * scale + half(least)
         else:
-            found = TABLE[np.abs(relative[..., None] - TABLE).argmin(-1)]
-        out[part], scales[part] = found * scale, np.broadcast_to(scale, x[part].shape)
+            largest = np.maximum(largest, -least)
+            scale = half(largest.astype(np.float32) / np.float32(127 if format == "int8" else 1))
+            relative = x[part] / scale
+            if format == "int8":
+                found = np.clip(np.round(relative), -127, 127)
+            else:
+                found = TABLE[np.abs(relative[..., None] - TABLE).argmin(-1)]
+            out[part] = found * scale
+        scales[part] = np.broadcast_to(scale, x[part].shape)
     return np.moveaxis(out, -1, axis), np.moveaxis(scales, -1, axis)
 
 
@@ -78,9 +96,9 @@ def test_values_are_those_of_the_reference(format, axis):
     values = np.asarray(found.dequantize(), np.float64)
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-12)
     assert (np.abs(values - x) <= BOUND[format] * scales).all()
-    # Of normal values NF4 loses a tenth, int8 half a percent.
+    # Of normal values NF4 and int4 lose a tenth, int8 half a percent.
     lost = np.linalg.norm(values - x) / np.linalg.norm(x)
-    assert lost < {"int8": 0.006, "nf4": 0.1}[format]
+    assert lost < {"int8": 0.006, "int4": 0.1, "nf4": 0.1}[format]
 
 
 def test_known_bytes_of_nf4():
@@ -105,6 +123,26 @@ def test_blocks_of_ggufs_q8_0_stay_as_they_are():
     np.testing.assert_array_equal(found[1], scales)
 
 
+@axes
+def test_blocks_of_ggufs_q4_1_stay_as_they_are(axis):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (5, 3, 32))
+    codes[..., 4], codes[..., 9] = 0, 15
+    step, least = ((2.0 ** rng.uniform(-12, 3, (2, 5, 3, 1))) * [[[[1]]], [[[-7]]]]).astype(
+        np.float16
+    )
+    values = (codes * step.astype(np.float32) + least.astype(np.float32)).reshape(5, 96)
+    matrix = values if axis == -1 else values.T
+    # Fused, the sum is rounded once and not twice.
+    found = quantized(matrix, "int4", axis).dequantize()
+    np.testing.assert_allclose(found, matrix, rtol=1e-6, atol=1e-6)
+    packed, pair = quantize(values, "int4", -1)
+    np.testing.assert_array_equal(packed & 15, codes[..., :16])
+    np.testing.assert_array_equal(packed >> 4, codes[..., 16:])
+    numbers = pair.view(np.float16).reshape(5, 3, 2)  # little-endian: the low half comes first
+    np.testing.assert_array_equal(numbers, np.concatenate([step, least], axis=-1))
+
+
 @formats
 def test_zeros_tiny_and_invalid_values(format):
     x = np.zeros((4, 128), np.float32)
@@ -113,11 +151,11 @@ def test_zeros_tiny_and_invalid_values(format):
     values = np.asarray(quantized(x, format, -1).dequantize())
     assert not values[0].any()
     # Half of float16's smallest step, at the largest code.
-    assert np.abs(values[1] - x[1]).max() <= (127 if format == "int8" else 1) * 2**-25
+    largest = {"int8": 127, "int4": 16, "nf4": 1}[format]
+    assert np.abs(values[1] - x[1]).max() <= largest * 2**-25
     # Loading refuses a tensor whose scales are not finite.
-    assert np.isfinite(scales[:2]).all()
-    assert not np.isfinite(scales[2]).all()
-    assert not np.isfinite(scales[3]).all()
+    found = [are_finite(scales[rows], format) for rows in (slice(2), 2, 3)]
+    assert found == [True, False, False]
     assert codes.dtype == (np.int8 if format == "int8" else np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Frozen weights in blocks of 8-bit integers or 4-bit quantiles, each block with its own scale."""
+"""Frozen weights in blocks of 8 or 4 bits a value, each block with its own scale."""
 
 from tptt_jax.ops.quantization.array import (
     QuantizedArray,
@@ -8,20 +8,29 @@ from tptt_jax.ops.quantization.array import (
     take_entry,
     take_weight,
 )
-from tptt_jax.ops.quantization.blocks import count_blocks, quantize, stored_shapes
-from tptt_jax.ops.quantization.formats import BaseDtype, BlockFormat, table_format
+from tptt_jax.ops.quantization.blocks import are_finite, count_blocks, quantize, stored_shapes
+from tptt_jax.ops.quantization.formats import (
+    PACKED,
+    SCALE_DTYPES,
+    TABLE_FORMAT,
+    BaseDtype,
+    BlockFormat,
+)
 
 __all__ = [
+    "PACKED",
+    "SCALE_DTYPES",
+    "TABLE_FORMAT",
     "BaseDtype",
     "BlockFormat",
     "QuantizedArray",
     "Weight",
+    "are_finite",
     "count_blocks",
     "dense",
     "quantize",
     "slice_weight",
     "stored_shapes",
-    "table_format",
     "take_entry",
     "take_weight",
 ]

@@ -13,13 +13,15 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array
-from tptt_jax.ops.quantization.formats import BLOCK_SIZES, NF4, BlockFormat
+from tptt_jax.ops.quantization.formats import BLOCK_SIZES, NF4, PACKED, BlockFormat
 
 AnyArray = TypeVar("AnyArray", np.ndarray, jax.Array)
 
 # Between neighbouring entries of the table.
 _BOUNDS = (NF4[1:] + NF4[:-1]) / 2
 _LARGEST = 127
+# Steps between the least and the largest value of a block of int4.
+_STEPS = 15
 
 
 def count_blocks(size: int, format: BlockFormat) -> int:
@@ -38,21 +40,22 @@ def stored_shapes(
       axis: that is cut into n blocks of b values, negative.
 
     Returns:
-      [..., n, b, ...], with b / 2 bytes of NF4, and [..., n, ...].
+      [..., n, b, ...], with b / 2 bytes if two codes share one, and [..., n, ...].
     """
     place = len(shape) + axis
     before, after = shape[:place], shape[place + 1 :]
     blocks, size = count_blocks(shape[axis], format), BLOCK_SIZES[format]
-    stored = size // 2 if format == "nf4" else size
+    stored = size // 2 if format in PACKED else size
     return (*before, blocks, stored, *after), (*before, blocks, *after)
 
 
 def quantize(x: AnyArray, format: BlockFormat, axis: int) -> tuple[AnyArray, AnyArray]:
     """The nearest codes of a matrix, and the scale of each block.
 
-    int8 stores round(x / scale) with scale = max |x| / 127, NF4 (arXiv:2305.14314, section 3) the
-    index of the nearest entry of its table to x / max |x|, two in a byte: the first half of a block
-    is in the low bits. Scales are rounded to float16 before codes are chosen.
+    int8 stores round(x / scale) with scale = max |x| / 127; int4 round((x - min x) / step) with
+    step = (max x - min x) / 15; NF4 (arXiv:2305.14314, section 3) the index of the nearest entry of
+    its table to x / max |x|. Of 4 bits two share a byte: the first half of a block is in the low
+    bits. Scales are rounded to float16 before codes are chosen.
 
     Args:
       x: values, of NumPy or JAX; the result is of the same.
@@ -60,25 +63,75 @@ def quantize(x: AnyArray, format: BlockFormat, axis: int) -> tuple[AnyArray, Any
       axis: to cut into blocks, negative.
 
     Returns:
-      Codes [..., n, b, ...], int8 or (NF4) uint8 with b / 2; scales [..., n, ...], float16. A value
-      too large for a scale makes it infinite.
+      Codes [..., n, b, ...], int8, or uint8 with b / 2 if two share a byte; scales [..., n, ...] of
+      `SCALE_DTYPES`. A value too large for a scale makes it infinite, see `are_finite`.
     """
     xp: Any = np if isinstance(x, np.ndarray) else jnp
     blocks = _cut(x.astype(np.float32), format, axis)
+    if format == "int4":
+        return _quantize_affine(blocks, axis)
     largest = xp.max(xp.abs(blocks), axis=axis)
     with np.errstate(over="ignore"):
         steps = _LARGEST if format == "int8" else 1
         scales = (largest / np.float32(steps)).astype(np.float16)
-    wide = xp.expand_dims(scales.astype(np.float32), axis)
-    relative = xp.where(wide > 0, blocks / xp.where(wide > 0, wide, 1), 0)
+    relative = _divide(blocks, xp.expand_dims(scales.astype(np.float32), axis))
     if format == "int8":
         codes = xp.clip(xp.rint(relative), -_LARGEST, _LARGEST).astype(np.int8)
         return codes, scales
     codes = xp.zeros(relative.shape, np.uint8)
     for bound in _BOUNDS:
         codes = codes + (relative > bound).astype(np.uint8)
+    return _pack(codes, axis), scales
+
+
+def _quantize_affine(blocks: AnyArray, axis: int) -> tuple[AnyArray, AnyArray]:
+    """Codes of int4 and the two numbers of each block."""
+    xp: Any = np if isinstance(blocks, np.ndarray) else jnp
+    least, largest = xp.min(blocks, axis=axis), xp.max(blocks, axis=axis)
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = ((largest - least) / np.float32(_STEPS)).astype(np.float16)
+        least = least.astype(np.float16)
+        wide = (xp.expand_dims(each.astype(np.float32), axis) for each in (step, least))
+        step_of, least_of = wide
+        codes = xp.clip(xp.rint(_divide(blocks - least_of, step_of)), 0, _STEPS)
+        codes = xp.where(codes == codes, codes, 0).astype(np.uint8)
+    low, high = (_bits(each).astype(np.uint32) for each in (step, least))
+    return _pack(codes, axis), low | (high << 16)
+
+
+def _divide(x: AnyArray, scale: AnyArray) -> AnyArray:
+    """Relative values; 0 where the scale is 0."""
+    xp: Any = np if isinstance(x, np.ndarray) else jnp
+    return xp.where(scale > 0, x / xp.where(scale > 0, scale, 1), 0)
+
+
+def _pack(codes: AnyArray, axis: int) -> AnyArray:
+    """Two codes of 4 bits in each byte."""
+    xp: Any = np if isinstance(codes, np.ndarray) else jnp
     low, high = xp.split(codes, 2, axis=axis)
-    return low | (high << 4), scales
+    return low | (high << 4)
+
+
+def _bits(x: AnyArray) -> AnyArray:
+    """float16 as uint16."""
+    if isinstance(x, np.ndarray):
+        return x.view(np.uint16)
+    return jax.lax.bitcast_convert_type(x, jnp.uint16)
+
+
+def _step_and_least(scales: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """The two numbers of each block of int4, float16."""
+    pair = (scales & 0xFFFF).astype(np.uint16), (scales >> 16).astype(np.uint16)
+    if isinstance(scales, np.ndarray):
+        return pair[0].view(np.float16), pair[1].view(np.float16)
+    low, high = (jax.lax.bitcast_convert_type(each, jnp.float16) for each in pair)
+    return low, high
+
+
+def are_finite(scales: np.ndarray, format: BlockFormat) -> bool:
+    """Whether all scales of a matrix are finite, and with them its values."""
+    parts = _step_and_least(scales) if format == "int4" else (scales,)
+    return all(bool(np.isfinite(part).all()) for part in parts)
 
 
 def dequantize(
@@ -94,10 +147,15 @@ def dequantize(
       size: its size; what fills up the last block is left out.
       dtype: of the result, which is computed in float32.
     """
-    wide = jnp.expand_dims(scales.astype(jnp.float32), axis)
-    if format == "int8":
-        values = codes.astype(jnp.float32) * wide
+    if format == "int4":
+        pair = (x.astype(jnp.float32) for x in _step_and_least(scales))
+        step, least = (jnp.expand_dims(x, axis) for x in pair)
+        halves = jnp.concatenate([codes & 15, codes >> 4], axis=axis)
+        values = halves.astype(jnp.float32) * step + least
+    elif format == "int8":
+        values = codes.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), axis)
     else:
+        wide = jnp.expand_dims(scales.astype(jnp.float32), axis)
         # Without a tie to the codes, a scan over layers would compute 16 constant matrices before
         # it starts, and keep them.
         codes, table = jax.lax.optimization_barrier((codes, jnp.asarray(NF4)))
