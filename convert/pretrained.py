@@ -61,7 +61,7 @@ def load_pretrained(
       lora: adapters; None: none, or those of `adapter`, which a `lora` must agree with.
       dtype: of the base weights: float32, bfloat16, float16, or "auto": the one that the source
         stores them in (float32 for float64 and quantised weights). Adapters are float32.
-      base_dtype: "int8", "int4" or "nf4" quantises the matrices of the base model while they are read;
+      base_dtype: "int8", "int4" or "nf4" quantises the base model's matrices while they are read;
         `dtype` is then that of everything else. None: they have `dtype`.
       adapter: a PEFT or tptt directory (its LoRA adapters, or its trained weights) to load on top
         of `source`, whatever base model it names. If it adapts only some of the layers that are
