@@ -1,8 +1,10 @@
 """Writes and reads trees of arrays in orbax's format, without its log output."""
 
 import contextlib
+import functools
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +32,7 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
     Raises:
       OSError: if it cannot be written, in one line, or the files differ from the trees.
     """
+    _ignore_late_writes()
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         with _quiet(), _plain_path(folder) as place:
@@ -55,6 +58,7 @@ def start_trees(folder: Path, trees: Mapping[str, Any]) -> Callable[[], None]:
     """
     if any(character in str(folder.absolute()) for character in _GLOB_CHARACTERS):
         raise OSError(f"several processes cannot write below a name with one of {_GLOB_CHARACTERS}")
+    _ignore_late_writes()
     handlers: Any = {name: ocp.StandardCheckpointHandler() for name in PARTS}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -151,13 +155,31 @@ class _NotOrbax(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences orbax for one call, without changing other loggers."""
+    """Silences orbax for one call, without changing other loggers.
+
+    The threads of a call that failed may still log later, so the filter stays then.
+    """
     logger, silence = logging.getLogger("absl"), _NotOrbax()
     logger.addFilter(silence)
-    try:
-        yield
-    finally:
-        logger.removeFilter(silence)
+    yield
+    logger.removeFilter(silence)
+
+
+@functools.cache
+def _ignore_late_writes() -> None:
+    """Silences writes that end after another one failed, for the rest of the process.
+
+    tensorstore's threads report them to an event loop that is closed by then, which would print
+    one traceback each.
+    """
+    previous = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = report
 
 
 def first_line(error: Exception, length: int) -> str:
