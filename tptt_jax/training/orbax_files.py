@@ -32,7 +32,6 @@ def write_trees(folder: Path, trees: Mapping[str, Any]) -> None:
     Raises:
       OSError: if it cannot be written, in one line, or the files differ from the trees.
     """
-    _ignore_late_writes()
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     try:
         with _quiet(), _plain_path(folder) as place:
@@ -58,7 +57,6 @@ def start_trees(folder: Path, trees: Mapping[str, Any]) -> Callable[[], None]:
     """
     if any(character in str(folder.absolute()) for character in _GLOB_CHARACTERS):
         raise OSError(f"several processes cannot write below a name with one of {_GLOB_CHARACTERS}")
-    _ignore_late_writes()
     handlers: Any = {name: ocp.StandardCheckpointHandler() for name in PARTS}
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
     arguments: Any = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
@@ -159,6 +157,7 @@ def _quiet() -> Iterator[None]:
 
     The threads of a call that failed may still log later, so the filter stays then.
     """
+    _ignore_late_results()
     logger, silence = logging.getLogger("absl"), _NotOrbax()
     logger.addFilter(silence)
     yield
@@ -166,8 +165,8 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _ignore_late_writes() -> None:
-    """Silences writes that end after another one failed, for the rest of the process.
+def _ignore_late_results() -> None:
+    """Silences reads and writes that end after another one failed, for the rest of the process.
 
     tensorstore's threads report them to an event loop that is closed by then, which would print
     one traceback each.
