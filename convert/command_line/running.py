@@ -1,6 +1,7 @@
 """One way to run every command line of the project: arguments, errors, JSON, exit status."""
 
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -24,6 +25,7 @@ _EPILOG = "Also takes --json (one JSON object as the last line of stdout) and --
 _INTERRUPTED = 130
 _BAD_INPUT = 2
 _FAILED = 1
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def run_command(
@@ -75,8 +77,13 @@ def run_command(
 
 
 def _sentence(error: Exception) -> str:
-    """An exception's text; an error of the system without its number."""
-    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+    """An exception's text; an error of the system without its number, a full disk with a remedy."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    if error.errno in _NO_ROOM:
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror}: make room, and give the same command again."
+    if error.filename is None:
         return str(error)
     if isinstance(error, FileNotFoundError):
         return f"no such file: {error.filename}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import ConversionError
+from convert.formats.files import check_regular
 from convert.model_card.markdown import render_command, render_rows, render_table
 from convert.model_card.public_text import (
     command_words,
@@ -45,8 +46,9 @@ def load_results(path: Path, label: str) -> Results:
       label: the model's name in --models or --adapter; ignored for a single model.
 
     Raises:
-      ConversionError: if the file is not one of evaluate's, or holds other models.
+      ConversionError: if the file is no regular file, not one of evaluate's, or holds other models.
     """
+    check_regular(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         labels = [key for key, found in content["models"].items() if "tasks" in found]
@@ -54,7 +56,7 @@ def load_results(path: Path, label: str) -> Results:
         raise ConversionError(
             f"cannot read {path} ({error.strerror}): give the results.json of experiments.evaluate."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path} is not a results.json of experiments.evaluate: give the file in its --output."
         ) from error
@@ -85,10 +87,11 @@ def find_results(run: Path) -> list[Results]:
     found = []
     for file in sorted([*run.glob(_RESULTS), *run.glob(f"*/{_RESULTS}")]):
         try:
+            check_regular(file)
             content = json.loads(file.read_text(encoding="utf-8"))
             own = [label for label in content["models"] if _is_run(label, run)]
             found += [Results.of(content, label) for label in own[:1]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return found
 

@@ -8,9 +8,14 @@ from convert.errors import ConversionError, listing
 from convert.formats.hf_directory import INDEX_FILE, SINGLE_FILE
 from convert.notices import say
 
+VOCABULARY_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json"),
+    *("vocab.json", "vocab.txt"),
+)
+"""A directory with none of these has no tokenizer."""
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "tekken.json"),
+    *VOCABULARY_FILES,
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
 """Exports copy these names and no others, beside the templates below."""

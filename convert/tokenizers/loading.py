@@ -14,7 +14,7 @@ from convert.formats.files import atomic_directory, check_regular
 from convert.notices import say
 from convert.sources import Source, find_checkpoint, locate
 from convert.sources.demo import cache_directory
-from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files
+from convert.sources.source_files import TOKENIZER_FILES, VOCABULARY_FILES, copy_tokenizer_files
 from convert.tokenizers.directory import (
     TOKENIZER_FILE,
     import_transformers,
@@ -120,7 +120,7 @@ def export_tokenizer(source: Source, path: Path) -> None:
     Args:
       source: what `load_tokenizer` takes. The tokenizer files of a directory are copied
         unchanged, if it has any (see `copy_tokenizer_files`), except for settings that
-        transformers 4 would not read (see `make_portable`).
+        transformers 4 would not read (see `make_portable`). A notice says if it has none.
       path: an existing directory.
 
     Raises:
@@ -131,6 +131,8 @@ def export_tokenizer(source: Source, path: Path) -> None:
     if place.is_dir():
         copy_tokenizer_files(place, path)
         _check_copy(path / TOKENIZER_FILE, place / TOKENIZER_FILE)
+        if not any((path / name).is_file() for name in VOCABULARY_FILES):
+            say(f"the export has no tokenizer, as {place} has none: add its {TOKENIZER_FILE}")
     else:
         tokenizer = load_tokenizer(place)
         with refusing(f"the tokenizer cannot be written to {path}", "free some space"):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from convert.formats.files import check_regular
+
 _FORM = "the result of an earlier run, from --output or --json"
 _MEASURED = ("median_s", "first_run_s", "peak_gb")
 
@@ -20,6 +22,7 @@ def read_baseline(path: Path, bench: str, workload: dict[str, Any]) -> dict[str,
       ValueError: if the file holds something else.
       OSError: if it cannot be read.
     """
+    check_regular(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.formats.files import check_regular
 from experiments.benchmarks.timing import write_result
 from experiments.training.pictures import save_figure
 
@@ -48,6 +49,7 @@ def read_peer(path: Path) -> Runs:
     Raises:
       ValueError: if the file has another form.
     """
+    check_regular(path)
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
         for name, results in runs.items():

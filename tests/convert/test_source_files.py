@@ -154,3 +154,17 @@ def test_many_strangers_are_one_short_line(tmp_path, capsys):
     assert "file000, " in said
     assert "and 288 more" in said
     assert said.count("\n") == 1
+
+
+def test_an_export_without_a_tokenizer_says_so(tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    (source / "tokenizer_config.json").write_text("{}")
+    os.mkfifo(source / "tokenizer.json")
+    export_tokenizer(source, out)
+    assert capsys.readouterr().err.startswith(f"the export has no tokenizer, as {source} has none")
+    (source / "tokenizer.json").unlink()
+    (source / "vocab.json").write_text("{}")
+    export_tokenizer(source, out)
+    assert capsys.readouterr().err == ""

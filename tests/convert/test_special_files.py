@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from convert import ConversionError, load_pretrained, load_tokenizer
+from convert.model_card.results import find_results, read_results
 from convert.sources import open_pretrained
 from tests.convert.checkpoints import LLAMA, write_directory
 from tests.convert.test_adapters import write_adapter_files
@@ -93,3 +94,12 @@ def test_a_tokenizer_that_is_nested_deeply(whole, tmp_path):
     path = replaced(whole, tmp_path / "m", "tokenizer.json", put)
     with pytest.raises(ConversionError, match="no tokenizer that can be read"):
         load_tokenizer(path)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("put", PLACES.values(), ids=PLACES)
+def test_results_of_an_evaluation(tmp_path, put):
+    put(tmp_path / "results.json")
+    with pytest.raises(ConversionError, match=r"results.json is a .*must be a regular file"):
+        read_results(tmp_path / "results.json", "m")
+    assert find_results(tmp_path) == []

@@ -1,5 +1,6 @@
 """A mistake in the arguments is answered with the name that was meant."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,14 @@ def test_a_missing_file_has_no_error_number(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: no such file: {tmp_path / 'x'}\n"
     assert run_command(read, ["--path", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+@pytest.mark.parametrize("name", [None, "x"])
+def test_a_full_disk_has_a_remedy(name, capsys):
+    def write() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    assert run_command(write, []) == 2
+    place = f"{name}: " if name else ""
+    expected = f"error: {place}No space left on device: make room, and give the same command again."
+    assert capsys.readouterr().err == f"{expected}\n"

@@ -1,8 +1,10 @@
 """Writes and reads trees of arrays in orbax's format, without its log output."""
 
 import contextlib
+import functools
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -151,13 +153,32 @@ class _NotOrbax(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences orbax for one call, without changing other loggers."""
+    """Silences orbax for one call, without changing other loggers.
+
+    The threads of a call that failed may still log later, so the filter stays then.
+    """
+    _ignore_late_results()
     logger, silence = logging.getLogger("absl"), _NotOrbax()
     logger.addFilter(silence)
-    try:
-        yield
-    finally:
-        logger.removeFilter(silence)
+    yield
+    logger.removeFilter(silence)
+
+
+@functools.cache
+def _ignore_late_results() -> None:
+    """Silences reads and writes that end after another one failed, for the rest of the process.
+
+    tensorstore's threads report them to an event loop that is closed by then, which would print
+    one traceback each.
+    """
+    previous = sys.unraisablehook
+
+    def report(unraisable: "sys.UnraisableHookArgs") -> None:
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            previous(unraisable)
+
+    sys.unraisablehook = report
 
 
 def first_line(error: Exception, length: int) -> str:

@@ -17,7 +17,7 @@ from tptt_jax.durable import swap_directory, sync_path
 MANIFEST = "manifest.json"
 _FORMAT = "tptt_jax step 1"
 # Errors of lost data. All others may be temporary.
-_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 
 
 class DamagedStep(ValueError):

@@ -367,7 +367,8 @@ sys.path.insert(0, sys.argv[2])
 import jax, jax.numpy as jnp, optax
 from tptt_jax.training.checkpoint import RunCheckpoints
 from tptt_jax.training.train_step import init_train_state
-state = init_train_state({"a": jnp.ones(9000)}, None, optax.adam(1e-3), jax.random.key(0))
+arrays = {f"a{number}": jnp.ones(900) for number in range(40)}
+state = init_train_state(arrays, None, optax.adam(1e-3), jax.random.key(0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with RunCheckpoints(sys.argv[1]) as checkpoints:
     checkpoints.save(state)

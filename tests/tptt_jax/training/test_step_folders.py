@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from tptt_jax.training import step_folders
-from tptt_jax.training.step_folders import check_step, list_steps, remove_leftovers, write_step
+from tptt_jax.training.step_folders import (
+    DamagedStep,
+    check_step,
+    list_steps,
+    remove_leftovers,
+    write_step,
+)
 
 
 class Killed(BaseException):
@@ -62,3 +68,12 @@ def test_what_cannot_be_filled_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="no space"):
         write_step(tmp_path, 1, failing)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_itself_is_damage(tmp_path):
+    write_step(tmp_path, 1, fill)
+    data = tmp_path / "1" / "weights" / "data"
+    data.unlink()
+    data.symlink_to(data)
+    with pytest.raises(DamagedStep, match="weights/data: Too many levels of symbolic links"):
+        check_step(tmp_path / "1", ("weights",))
