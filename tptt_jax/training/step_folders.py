@@ -8,6 +8,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,7 +106,8 @@ def is_lost(error: OSError) -> bool:
 
 def has_manifest(folder: Path) -> bool:
     """Whether a step has a manifest, so that its bytes can be checked; older ones have none."""
-    return (folder / MANIFEST).exists()
+    # Also a link to nothing: what cannot be compared is not to be trusted.
+    return os.path.lexists(folder / MANIFEST)
 
 
 def remove_steps(folder: Path, steps: Sequence[int]) -> None:
