@@ -91,10 +91,12 @@ def _quantize_affine(blocks: AnyArray, axis: int) -> tuple[AnyArray, AnyArray]:
     with np.errstate(over="ignore", invalid="ignore"):
         step = ((largest - least) / np.float32(_STEPS)).astype(np.float16)
         least = least.astype(np.float16)
-        wide = (xp.expand_dims(each.astype(np.float32), axis) for each in (step, least))
-        step_of, least_of = wide
-        codes = xp.clip(xp.rint(_divide(blocks - least_of, step_of)), 0, _STEPS)
-        codes = xp.where(codes == codes, codes, 0).astype(np.uint8)
+        wide_step, wide_least = (
+            xp.expand_dims(each.astype(np.float32), axis) for each in (step, least)
+        )
+        codes = xp.clip(xp.rint(_divide(blocks - wide_least, wide_step)), 0, _STEPS)
+        # NaN has no integer; its block is not finite and is refused.
+        codes = xp.where(xp.isnan(codes), 0, codes).astype(np.uint8)
     low, high = (_bits(each).astype(np.uint32) for each in (step, least))
     return _pack(codes, axis), low | (high << 16)
 
