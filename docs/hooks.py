@@ -22,8 +22,11 @@ COMMANDS: dict[str, Sequence[str]] = {
     "experiments.finetune": ("",),
     "experiments.generate": ("",),
     "experiments.evaluate": ("",),
-    "convert": ("import", "export", "inspect", "verify"),
-    "experiments.bench": ("op", "train", "decode", "attention", "context", "scaling"),
+    "convert": ("import", "export", "push", "inspect", "verify"),
+    "experiments.bench": (
+        *("op", "train", "decode", "attention", "context"),
+        *("memory", "scaling", "saves", "kills"),
+    ),
     "experiments.bench_gpu": ("",),
     "experiments.grid": ("",),
     "experiments.state_tracking": ("",),

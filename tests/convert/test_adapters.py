@@ -425,7 +425,7 @@ def test_round_trip(tmp_path, adapter, llama):
         load_pretrained(adapter, LizaConfig(softmax_window=5)), tmp_path / "b", "peft", adapter
     )
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
-        *("adapter_config.json", "adapter_model.safetensors")
+        *("README.md", "adapter_config.json", "adapter_model.safetensors")
     ]
     first, second = read_tensors(adapter), read_tensors(tmp_path / "b")
     assert first.keys() == second.keys()

@@ -39,7 +39,7 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
         (["trian"], "there is no command trian: did you mean train?"),
         (
             ["x"],
-            "there is no command x: choose from op, train, decode, attention, context, scaling.",
+            "there is no command x: choose from op, train, decode, attention, context, memory, ",
         ),
         # What other programs call so is no option here.
         (["op", "--lr", "1"], "there is no option --lr; --help lists the options."),
@@ -54,7 +54,7 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
             "--precision expects one of auto, highest, high, default, got 'higest': "
             "did you mean highest? --help lists the options.",
         ),
-        ([], "name a command: op, train, decode, attention, context, scaling; --help"),
+        ([], "name a command: op, train, decode, attention, context, memory, "),
         (["op", "--heads"], "--heads needs a value; --help"),
     ],
     ids=[

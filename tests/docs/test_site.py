@@ -66,7 +66,7 @@ def test_the_command_line_page_has_every_command():
     assert modules <= set(re.findall(r'^    "([\w.]+)":', commands[0], re.MULTILINE))
     from experiments.bench import COMMANDS as PARTS
 
-    for part in (*PARTS, "import", "export", "inspect", "verify"):
+    for part in (*PARTS, "import", "export", "push", "inspect", "verify"):
         assert f'"{part}"' in commands[0]
 
 

@@ -383,7 +383,7 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
     assert report.pop("peak_gb") > 0
     saved = json.loads((output / "results.json").read_text())
     # The file has more for model cards: the command, and tables of texts.
-    assert saved.pop("command").startswith("python -m experiments.evaluate ")
+    assert saved.pop("command").startswith("python -m experiments.evaluate")
     for model in saved["models"].values():
         (table,) = model.pop("tables")["perplexity"]
         assert table["rows"][-1][0] in ("all", "of the window's loss recovered")

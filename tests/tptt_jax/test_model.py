@@ -423,25 +423,27 @@ def _one_layer(liza=None, **options):
     return CausalLM(ModelConfig.tiny(num_layers=1), liza, rngs=nnx.Rngs(0), **options)
 
 
-def _windowed(window=8, **changes):
+def _behind_window(window=8, **changes):
     return LizaConfig(softmax_window=window, **changes)
 
 
 @pytest.mark.parametrize(
     ("liza", "options", "message"),
     [
-        (_windowed(16), {}, "window: 8 in the state, 16 in the model"),
-        (_windowed(None), {}, "window: 8 in the state, none in the model"),
+        (_behind_window(16), {}, "window: 8 in the state, 16 in the model"),
+        (_behind_window(None), {}, "window: 8 in the state, none in the model"),
         (None, {}, "window: 8 in the state, none in the model"),
-        (_windowed(softmax_sinks=2), {}, "softmax_sinks: 4 in the state, 2 in the model"),
-        (_windowed(), {"dtype": jnp.bfloat16}, "dtype: float32 in the state, bfloat16 in the"),
-        (_windowed(writes="all"), {}, "writes: evicted in the state, all in the model"),
+        (_behind_window(softmax_sinks=2), {}, "softmax_sinks: 4 in the state, 2 in the model"),
+        (_behind_window(), {"dtype": jnp.bfloat16}, "dtype: float32 in the state, bfloat16 in the"),
+        (_behind_window(writes="all"), {}, "writes: evicted in the state, all in the model"),
     ],
 )
 def test_a_state_of_another_model_is_refused(liza, options, message):
     other, tokens = _one_layer(liza, **options), jnp.ones((1, 1), jnp.int32)
     # What a state was made for outlives transformations, which leave it static.
-    state = jax.tree.map(jnp.copy, jax.jit(lambda x: x)(init_cache(_one_layer(_windowed()), 1)))
+    state = jax.tree.map(
+        jnp.copy, jax.jit(lambda x: x)(init_cache(_one_layer(_behind_window()), 1))
+    )
     for call in (other, lambda *args, **kw: jax.eval_shape(lambda: other(*args, **kw).cache)):
         with pytest.raises(ValueError, match=message) as error:
             call(tokens, cache=state)
@@ -451,13 +453,13 @@ def test_a_state_of_another_model_is_refused(liza, options, message):
 def test_a_full_cache_of_as_many_slots_as_a_window_is_not_misread():
     """Shapes alone do not tell them apart."""
     state = init_cache(_one_layer(), 1, 16)
-    liza = _windowed(16, softmax_sinks=0, writes="none")
+    liza = _behind_window(16, softmax_sinks=0, writes="none")
     with pytest.raises(ValueError, match="window: none in the state, 16 in the model"):
         _one_layer(liza)(jnp.ones((1, 1), jnp.int32), cache=state)
 
 
 def test_rows_and_memory_of_a_state_are_those_of_the_call():
-    model, tokens = _one_layer(_windowed()), jnp.ones((2, 1), jnp.int32)
+    model, tokens = _one_layer(_behind_window()), jnp.ones((2, 1), jnp.int32)
     with pytest.raises(ValueError, match="the state has 1 rows, the prompts have 2: fork_state"):
         model(tokens, cache=init_cache(model, 1))
     without = init_cache(model, 2, use_memory=False)

@@ -101,7 +101,7 @@ def test_channels_of_a_head_stay_together():
     assert places[f"{layer}.o_proj.kernel"] == P(None, "tensor", "fsdp")
     axis = model.stacks[0].self_attn.k_proj.kernel.get_metadata()["axes"][1]
     assert copy.deepcopy(axis) == axis == "kv_heads"
-    assert pickle.loads(pickle.dumps(axis)).count == 2
+    assert pickle.loads(pickle.dumps(axis)).heads == 2
 
 
 def test_rules_can_be_given():
