@@ -11,8 +11,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Self, get_args, get_origin, get_type_hints
+from typing import Any, Self
 
 import yaml
 
@@ -29,6 +28,7 @@ from tptt_jax import CausalLM
 from tptt_jax.durable import atomic_file
 from tptt_jax.training.base_weights import RECORD, hash_weights
 from tptt_jax.training.checkpoint import latest_sound_step, latest_step
+from tptt_jax.training.description import check_types
 
 _FORMAT = "tptt_jax run 1"
 # Not compared here: length, place and display. `checks.py` compares the model.
@@ -90,21 +90,17 @@ class Record:
         try:
             if values.pop("format") != _FORMAT:
                 raise ValueError(f'its "format" is not {_FORMAT!r}')
+            check_types(cls, values)
             record = cls(**values)
-            record._check_types()
+            record._check_descriptions()
             return record
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{file} is damaged ({error}): remove it to resume without comparison."
             ) from None
 
-    def _check_types(self) -> None:
-        """Raises an error if a value has another type than declared, or cannot be described."""
-        for name, hint in get_type_hints(type(self)).items():
-            hints = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-            kinds, value = tuple(get_origin(each) or each for each in hints), getattr(self, name)
-            if not isinstance(value, kinds):
-                raise ValueError(f"{name} cannot be {value!r:.100}")
+    def _check_descriptions(self) -> None:
+        """Raises an error if data or a change cannot be described."""
         for data in (self.data, self.fit_data):
             fingerprints.describe_data(data)
         self.notes()

@@ -71,9 +71,9 @@ def read_description(path: str | os.PathLike[str]) -> Description:
             values["liza"] = {"writes": "all"} | values["liza"]
         for name, kind in (("liza", LizaConfig), ("lora", LoraConfig)):
             if values[name] is not None:
-                _check_types(kind, values[name])
+                check_types(kind, values[name])
                 values[name] = kind(**values[name])
-        _check_types(Description, values)
+        check_types(Description, values)
         return Description(**values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
@@ -92,8 +92,13 @@ def _parse(text: str) -> dict[str, Any]:
     return values
 
 
-def _check_types(kind: type, values: Mapping[str, Any]) -> None:
-    """Raises ValueError if a JSON value has another type than the dataclass declares."""
+def check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raises ValueError if a JSON value has another type than a dataclass declares.
+
+    Args:
+      kind: the dataclass.
+      values: by field; missing ones are not checked, nor what dicts and lists hold.
+    """
     for name, hint in get_type_hints(kind).items():
         if name in values and not _fits(values[name], hint):
             raise ValueError(f"{name} cannot be {values[name]!r:.100}")
@@ -105,6 +110,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(value is not True and value == option for option in options)
     if kind is tuple:
         return isinstance(value, list | tuple) and all(_fits(each, options[0]) for each in value)
+    if kind in (dict, list):
+        return isinstance(value, kind)
     if options:
         return any(_fits(value, each) for each in options)
     if hint is float:
