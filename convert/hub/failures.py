@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from convert.errors import ConversionError
+from tptt_jax.error_text import first_line
 
 _LATER = "try again later"
 
@@ -72,13 +73,12 @@ def _explain(error: BaseException, name: str) -> tuple[str, str]:
     if isinstance(status, int) and status >= 500:
         return f"the hub has a fault (status {status})", _LATER
     if isinstance(status, int):
-        return f"the hub refuses it (status {status}: {_first_line(error)})", "correct that"
+        return f"the hub refuses it (status {status}: {_short(error)})", "correct that"
     if isinstance(error, ValueError) or getattr(error, "filename", None) is not None:
-        return _first_line(error), "correct that"
+        return _short(error), "correct that"
     remedy = f"check the network and HF_ENDPOINT, and {_LATER}"
-    return f"no answer from {endpoint()} ({_first_line(error)})", remedy
+    return f"no answer from {endpoint()} ({_short(error)})", remedy
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
+def _short(error: BaseException) -> str:
+    return first_line(error, 200).rstrip(".")

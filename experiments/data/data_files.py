@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from experiments.data.file_rows import kind_of
 from experiments.data.hub_files import hub_files
-from experiments.data.hub_rows import first_line, folder_files, slice_splits
+from experiments.data.hub_rows import folder_files, slice_splits
+from tptt_jax.error_text import first_line
 
 PYTHON_DOCS = "python-docs"
 """Names the demo text, the Python language reference that comes with every CPython."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tptt_jax.error_text import first_line
+
 _ROWS_AT_ONCE = 256
 
 
@@ -169,11 +171,6 @@ def quiet_errors(shown: str | Path) -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
         if had_bars:
             datasets.enable_progress_bars()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its class name."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

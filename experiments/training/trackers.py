@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from convert.formats.files import read_json
 from experiments.training.metrics import StepRecord
 from tptt_jax.durable import atomic_file
-from tptt_jax.training.orbax_files import first_line
+from tptt_jax.error_text import first_line
 
 TrackerName = Literal["trackio", "wandb"]
 

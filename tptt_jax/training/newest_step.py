@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
-from tptt_jax.training.orbax_files import first_line
+from tptt_jax.error_text import first_line
 from tptt_jax.training.step_folders import (
     DamagedStep,
     check_step,

@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from tptt_jax.error_text import first_line
+
 PARTS = ("weights", "progress")
 """Parts of a checkpoint: weights for the model, and the rest for training."""
 _GLOB_CHARACTERS = "*?["
@@ -179,10 +181,3 @@ def _ignore_late_results() -> None:
             previous(unraisable)
 
     sys.unraisablehook = report
-
-
-def first_line(error: Exception, length: int) -> str:
-    """The first line of an error's text, up to `length` characters, or its class name."""
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    # tensorstore appends the whole specification of the operation.
-    return text.partition(" [tensorstore_spec")[0][:length]
