@@ -13,16 +13,24 @@ from experiments.benchmarks import kills
 from experiments.benchmarks.kills import KillWork, bench_kills, compare_runs
 from tests.experiments.test_kills import CHILD, STEPS, run_stage
 
+# The first start never ends by itself before it is killed, on the fastest machine, too.
+LINGER = """
+import os, time
+if not os.path.exists(sys.argv[3]):
+    open(sys.argv[3], "w").close()
+    time.sleep(30)
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FewNumbers(KillWork):
-    """The stage of test_kills in place of a run, with a pause in which it dies."""
+    """The stage of test_kills in place of a run."""
 
     project: str
 
     def command(self, output):
-        pause = "import time; time.sleep(0.3)\n"
-        return [sys.executable, "-c", CHILD + pause, str(output), self.project]
+        marker = output.parent / "started"
+        return [sys.executable, "-c", CHILD + LINGER, str(output), self.project, str(marker)]
 
 
 @pytest.fixture(scope="module")
