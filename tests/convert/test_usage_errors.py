@@ -39,7 +39,8 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
         (["trian"], "there is no command trian: did you mean train?"),
         (
             ["x"],
-            "there is no command x: choose from op, train, decode, attention, context, memory, ",
+            "there is no command x: choose from op, train, decode, attention, context, memory, "
+            "scaling, saves, kills.",
         ),
         # What other programs call so is no option here.
         (["op", "--lr", "1"], "there is no option --lr; --help lists the options."),
@@ -54,7 +55,11 @@ def test_finetune_names_the_option_that_was_meant(flag, meant):
             "--precision expects one of auto, highest, high, default, got 'higest': "
             "did you mean highest? --help lists the options.",
         ),
-        ([], "name a command: op, train, decode, attention, context, memory, "),
+        (
+            [],
+            "name a command: op, train, decode, attention, context, memory, scaling, saves, kills; "
+            "--help",
+        ),
         (["op", "--heads"], "--heads needs a value; --help"),
     ],
     ids=[

@@ -220,7 +220,8 @@ def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
         ValueError, match=r"step 2 is not finite \(loss .*, packed rows \d+, \d+\)"
     ) as no:
         run(exploding)
-    assert "--learning-rate below 1e+30 and --resume-allow learning_rate, or leave" in str(no.value)
+    remedy = "--learning-rate below 1e+30 and --resume-allow learning_rate, or leave such steps out"
+    assert f"{remedy} with --non-finite skip;" in str(no.value)
     assert "the state after step 1 is kept" in str(no.value)
     assert latest_step(exploding.output) == 1
     model = load_pretrained(started.model, None, started.lora)

@@ -70,6 +70,16 @@ def test_what_cannot_be_filled_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_manifest_that_leads_nowhere_is_not_an_older_step_without_one(tmp_path):
+    write_step(tmp_path, 1, fill)
+    manifest = tmp_path / "1" / "manifest.json"
+    manifest.unlink()
+    check_step(tmp_path / "1", ("weights",))
+    manifest.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedStep, match=r"manifest.json: No such file"):
+        check_step(tmp_path / "1", ("weights",))
+
+
 def test_a_link_to_itself_is_damage(tmp_path):
     write_step(tmp_path, 1, fill)
     data = tmp_path / "1" / "weights" / "data"
