@@ -56,8 +56,8 @@ def push_model(
             raise ConversionError(
                 f"{source} is no run, and is pushed as it is: leave --format and --context out."
             )
-        check_directory(source)
-        return push_directory(source, check_access(target, again), again)
+        files = check_directory(source)
+        return push_directory(source, files, check_access(target, again), again)
     check_finished(source)
     target = check_access(target, again)
     model = load_pretrained(source, dtype=dtype)
@@ -67,7 +67,9 @@ def push_model(
     with tempfile.TemporaryDirectory(prefix="tptt_jax_push_") as folder:
         exported = Path(folder) / target.name.partition("/")[2]
         export_pretrained(model, exported, chosen, source)
-        return {"format": chosen} | push_directory(exported, target, again)
+        return {"format": chosen} | push_directory(
+            exported, check_directory(exported), target, again
+        )
 
 
 def check_finished(run: Path) -> None:

@@ -90,13 +90,16 @@ def _check_weights(path: Path) -> None:
         ) from None
 
 
-def push_directory(directory: Path, target: HubTarget, again: str) -> dict[str, str]:
+def push_directory(
+    directory: Path, files: list[Path], target: HubTarget, again: str
+) -> dict[str, str]:
     """Makes the repository and the branch, and uploads a directory in one commit.
 
     Weights and settings that an earlier export left there are replaced, other files stay.
 
     Args:
       directory: written by `export_pretrained`; not changed.
+      files: its files, from `check_directory`.
       target: from `check_access`.
       again: what is safe, and the command that pushes again, for errors.
 
@@ -104,9 +107,8 @@ def push_directory(directory: Path, target: HubTarget, again: str) -> dict[str, 
       "repository", "commit" and "url".
 
     Raises:
-      ConversionError: if the directory may not be pushed, or the hub does not take it.
+      ConversionError: if the hub does not take it.
     """
-    files = check_directory(directory)
     with tempfile.TemporaryDirectory(prefix="tptt_jax_push_") as folder:
         staged = Path(folder) / "model"
         _stage(directory, files, staged, target.name)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.hub import HubTarget, check_access, choose_format, push_directory
+from convert.hub import HubTarget, check_access, check_directory, choose_format, push_directory
 from convert.pretrained import ExportFormat, check_export
 from convert.pushing import check_finished, push_command
 from experiments.training.config import FinetuneConfig
@@ -76,7 +76,9 @@ def push_run(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="tptt_jax_push_") as folder:
         exported = Path(folder) / target.name.partition("/")[2]
         _export(output, exported, format, again)
-        return {"format": format} | push_directory(exported, target, again)
+        return {"format": format} | push_directory(
+            exported, check_directory(exported), target, again
+        )
 
 
 def _target(config: FinetuneConfig) -> HubTarget:
