@@ -25,8 +25,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     Raises:
       ValueError: if `target` is a pipe, a device or a socket, which a file must not replace.
     """
-    if target.exists() and not target.is_file() and not target.is_dir():
-        raise ValueError(f"{target} is a pipe, a device or a socket: name a regular file.")
+    check_replaceable(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = sibling(target, "partial")
     try:
@@ -36,6 +35,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
         sync_path(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path, name: str | None = None) -> None:
+    """Raises ValueError if a path is a pipe, a device or a socket, which a file must not replace.
+
+    Args:
+      target: it may be missing.
+      name: for the message; None: the path.
+    """
+    if target.exists() and not target.is_file() and not target.is_dir():
+        raise ValueError(f"{name or target} is a pipe, a device or a socket: name a regular file.")
 
 
 def _rename(temporary: Path, target: Path) -> None:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from tptt_jax.durable import check_replaceable
+
 _LOCK = "run.lock"
 # Longest path of checkpoints, weights and temporary files inside it.
 _LONGEST_BELOW = 160
@@ -57,10 +59,7 @@ def check_output_file(file: Path, option: str) -> None:
     try:
         if file.is_dir():
             raise ValueError(f"{option} {file} is a directory: name a file.")
-        if file.exists() and not file.is_file():
-            raise ValueError(
-                f"{option} {file} is a pipe, a device or a socket: name a regular file."
-            )
+        check_replaceable(file, f"{option} {file}")
         if file.is_symlink() and not file.exists():
             target = os.readlink(file)
             raise ValueError(
