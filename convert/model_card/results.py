@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert.errors import ConversionError
-from convert.formats.files import check_regular
+from convert.formats.files import check_regular, read_json
 from convert.model_card.markdown import render_command, render_rows, render_table
 from convert.model_card.public_text import (
     command_words,
@@ -87,11 +87,10 @@ def find_results(run: Path) -> list[Results]:
     found = []
     for file in sorted([*run.glob(_RESULTS), *run.glob(f"*/{_RESULTS}")]):
         try:
-            check_regular(file)
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file)
             own = [label for label in content["models"] if _is_run(label, run)]
             found += [Results.of(content, label) for label in own[:1]]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return found
 

@@ -163,8 +163,7 @@ def _kill_until_complete(work: KillWork, run: Path, log: Path) -> dict[str, Any]
                 raise ValueError(f"the run ended with status {status}: {log} says why.")
             continue
         kills += 1
-        left = [each for stage in STAGES for each in (run / stage).glob("checkpoints/.*")]
-        saving += bool(left)
+        saving += any(any((run / stage).glob("checkpoints/.*")) for stage in STAGES)
         repeated += _steps_to_repeat(run)
     return {
         "minutes": (time.monotonic() - begin) / 60,
@@ -181,8 +180,8 @@ def _steps_to_repeat(run: Path) -> int:
     for stage in STAGES:
         file = run / stage / "metrics.jsonl"
         if file.exists():
-            done = [record.step for record in read_metrics(file)]
-            count += max([0, *done]) - (latest_step(run / stage) or 0) if done else 0
+            last = max((record.step for record in read_metrics(file)), default=0)
+            count += max(0, last - (latest_step(run / stage) or 0))
     return count
 
 

@@ -34,6 +34,11 @@ class Metrics(NamedTuple):
     is_finite: Any = True
 
 
+def to_record(step: int, metrics: Metrics, seconds: float, tokens: int) -> StepRecord:
+    """What such a stage writes down of a step."""
+    return StepRecord(step=step, loss=float(metrics.loss), tokens_per_s=1.0, seconds=seconds)
+
+
 def run_stage(folder: Path) -> TrainState:
     """Trains a few numbers, with a checkpoint after every step."""
     optimizer = optax.adam(1e-2)
@@ -56,9 +61,7 @@ def run_stage(folder: Path) -> TrainState:
         checkpoint_every=1,
         step=step,
         batch_at=lambda number: ((jnp.linspace(0, number + 1, 4096),), 1),
-        to_record=lambda step, metrics, seconds, tokens: StepRecord(
-            step=step, loss=float(metrics.loss), tokens_per_s=1.0, seconds=seconds
-        ),
+        to_record=to_record,
         is_last=True,
     )
     first = init_train_state({"w": jnp.ones(4096)}, None, optimizer, jax.random.key(0))

@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 
 from experiments.training import FinetuneConfig
-from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.metrics import read_metrics
 from experiments.training.stage import Stage
-from tests.experiments.test_kills import Metrics
+from tests.experiments.test_kills import Metrics, to_record
 from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.train_step import TrainState, init_train_state
@@ -38,9 +38,7 @@ def run_stage(folder, broken, *, steps=STEPS, skips=True) -> tuple[TrainState, s
         step=step,
         batch_at=lambda number: ((jnp.asarray(jnp.nan if number in broken else number + 1.0),), 1),
         rows_at=lambda number: np.array([7, number]),
-        to_record=lambda step, metrics, seconds, tokens: StepRecord(
-            step=step, loss=float(metrics.loss), tokens_per_s=1.0, seconds=seconds
-        ),
+        to_record=to_record,
         skips_non_finite=skips,
         is_last=True,
     )

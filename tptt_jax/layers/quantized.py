@@ -14,7 +14,7 @@ class QuantizedWeight(nnx.Module):
 
     Attributes:
       codes: [..., n, b, O] of a kernel [..., I, O], [..., V, n, b] of a table [..., V, E].
-      scales: [..., n, O] or [..., V, n], float16.
+      scales: [..., n, O] or [..., V, n], of the format's dtype in `SCALE_DTYPES`.
       format: of the blocks.
       axis: that is cut into blocks: -2 of a kernel, -1 of a table.
       length: of that axis.

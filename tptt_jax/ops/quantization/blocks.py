@@ -149,20 +149,22 @@ def dequantize(
       size: its size; what fills up the last block is left out.
       dtype: of the result, which is computed in float32.
     """
+
+    def spread(x: Array) -> Array:
+        return jnp.expand_dims(x.astype(jnp.float32), axis)
+
     if format == "int4":
-        pair = (x.astype(jnp.float32) for x in _step_and_least(scales))
-        step, least = (jnp.expand_dims(x, axis) for x in pair)
+        step, least = map(spread, _step_and_least(scales))
         halves = jnp.concatenate([codes & 15, codes >> 4], axis=axis)
         values = halves.astype(jnp.float32) * step + least
     elif format == "int8":
-        values = codes.astype(jnp.float32) * jnp.expand_dims(scales.astype(jnp.float32), axis)
+        values = codes.astype(jnp.float32) * spread(scales)
     else:
-        wide = jnp.expand_dims(scales.astype(jnp.float32), axis)
         # Without a tie to the codes, a scan over layers would compute 16 constant matrices before
         # it starts, and keep them.
         codes, table = jax.lax.optimization_barrier((codes, jnp.asarray(NF4)))
         halves = [_look_up(codes & 15, table), _look_up(codes >> 4, table)]
-        values = jnp.concatenate(halves, axis=axis) * wide
+        values = jnp.concatenate(halves, axis=axis) * spread(scales)
     place = values.ndim + axis
     before, after = values.shape[: place - 1], values.shape[place + 1 :]
     joined = values.reshape(*before, -1, *after)
