@@ -85,6 +85,10 @@ def bench_kills(
     whole, killed = output / "undisturbed", output / "killed"
     if undisturbed:
         _finish(work.command(whole), output / "undisturbed.log")
+    elif latest_step(whole) != work.steps:
+        raise ValueError(
+            f"{whole} has no run of {work.steps} steps to compare with: leave --no-undisturbed out."
+        )
     report: dict[str, Any] = {
         "bench": "kills",
         **machine(),

@@ -45,6 +45,8 @@ def bench_saves(
       checkpoint over the time without, minus 1; `copy_s`, the median time for which `save` itself
       stops the steps; `write_s`, the median until it is on disk; `checkpoint_bytes`.
     """
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--folder {folder} is no directory: name one on the disk to be measured.")
     prepare_process()
     steps = TrainingSteps(work, work.memory(work.window))
     steps.run()

@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
 
 def test_a_run_is_killed_until_it_is_complete(whole, tmp_path, project_dir):
     shutil.copytree(whole, tmp_path / "undisturbed")
-    work = FewNumbers(project=str(project_dir), minutes=0.2, between=(2.0, 7.0))
+    work = FewNumbers(project=str(project_dir), steps=STEPS, minutes=0.2, between=(2.0, 7.0))
     report = bench_kills(work, tmp_path, undisturbed=False)
     assert report["kills"] > 0
     assert report["failed_starts"] == 0
@@ -85,6 +85,13 @@ def test_the_cost_of_a_checkpoint(capsys):
     assert result["without_s"] > 0
     assert result["write_s"] > 0
     assert result["checkpoint_bytes"] > 1000
+
+
+def test_what_is_missing_is_named_before_anything_is_run(tmp_path, capsys):
+    assert run_command(COMMANDS, ["kills", "--no-undisturbed", "--output", str(tmp_path)]) == 2
+    assert "undisturbed has no run of 2000 steps to compare with" in capsys.readouterr().err
+    assert run_command(COMMANDS, ["saves", "--folder", str(tmp_path / "x")]) == 2
+    assert "x is no directory: name one on the disk" in capsys.readouterr().err
 
 
 def test_times_out_of_order_are_refused(capsys):
