@@ -132,7 +132,7 @@ def export_tokenizer(source: Source, path: Path) -> None:
         copy_tokenizer_files(place, path)
         _check_copy(path / TOKENIZER_FILE, place / TOKENIZER_FILE)
         if not any((path / name).is_file() for name in VOCABULARY_FILES):
-            say(f"the export has no tokenizer, as {place} has none: add its {TOKENIZER_FILE}")
+            say(f"no tokenizer was written, as {place} has none: add its {TOKENIZER_FILE}")
     else:
         tokenizer = load_tokenizer(place)
         with refusing(f"the tokenizer cannot be written to {path}", "free some space"):

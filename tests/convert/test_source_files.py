@@ -163,7 +163,7 @@ def test_an_export_without_a_tokenizer_says_so(tmp_path, capsys):
     (source / "tokenizer_config.json").write_text("{}")
     os.mkfifo(source / "tokenizer.json")
     export_tokenizer(source, out)
-    assert capsys.readouterr().err.startswith(f"the export has no tokenizer, as {source} has none")
+    assert capsys.readouterr().err.startswith(f"no tokenizer was written, as {source} has none")
     (source / "tokenizer.json").unlink()
     (source / "vocab.json").write_text("{}")
     export_tokenizer(source, out)
