@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from convert.command_line.help_texts import join_help_lines
 from convert.command_line.readable import print_readable
 from convert.command_line.usage_errors import list_options, usage_sentence
 
@@ -136,6 +137,8 @@ def _parse(
 
 
 def _deferred(function: Command) -> Callable[..., Callable[[], dict[str, Any] | None]]:
+    join_help_lines(function)
+
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], dict[str, Any] | None]:
         return functools.partial(function, *args, **kwargs)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from convert.command_line import list_options, run_command, usage_sentence
+from convert.command_line import join_help_lines, list_options, run_command, usage_sentence
 from experiments.command_line.yaml_defaults import (
     config_path,
     read_yaml,
@@ -44,6 +44,7 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
     path = config_path(argv)
     values = {} if path is None else _modernized(read_yaml(path))
     default = unresolved_defaults(cls, None, values, where=str(path))
+    join_help_lines(cls)
     description = f"{inspect.getdoc(cls)}\n\n{_SHARED_FLAGS}"
 
     def parse(args: Sequence[str]) -> Config:

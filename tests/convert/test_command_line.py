@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -56,6 +57,38 @@ def test_help_names_defaults_and_common_flags(capsys):
     text = capsys.readouterr().out
     for part in ("Counts.", "how far", "(default: a)", "--json", "--debug"):
         assert part in text
+
+
+@dataclasses.dataclass
+class Options:
+    """Options."""
+
+    first: int = 1
+    """A sentence that breaks
+    "before" marks,
+    (before) brackets
+    and words."""
+
+
+def reports(options: Options, second: int = 2) -> None:
+    """Reports.
+
+    Args:
+      options: more.
+      second: another sentence with
+        "marks" and
+        words.
+    """
+
+
+def test_help_texts_break_where_the_terminal_ends(capsys, monkeypatch):
+    """tyro alone keeps the line breaks of docstrings."""
+    monkeypatch.setenv("COLUMNS", "100")
+    for _ in range(2):
+        assert run_command(reports, ["--help"]) == 0
+        text = capsys.readouterr().out
+        assert 'A sentence that breaks "before" marks, (before) brackets and words.' in text
+        assert 'another sentence with "marks" and words. (default: 2)' in text
 
 
 @pytest.mark.parametrize(
