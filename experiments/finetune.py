@@ -19,13 +19,18 @@ from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
 from experiments.training.dry_run import dry_run
+from experiments.training.fitting import fit_memory
 from experiments.training.full_layers import with_written_layers
 from experiments.training.outcome import Outcome
+from experiments.training.prepare import prepare_run
 from experiments.training.push import check_push, choose_pushed_format, push_run
-from experiments.training.resume import flat_settings
+from experiments.training.resume.settings import flat_settings
 from experiments.training.run import Run
 from experiments.training.run_report import write_run_report
+from experiments.training.samples import show_sample
+from experiments.training.stage import Stage
 from experiments.training.summary import write_summary
+from experiments.training.text_training import train_on_text
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
 from tptt_jax.processes import failing_together, is_first_process
@@ -63,7 +68,7 @@ def _push(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
     if not is_first_process():
         return {}
     with termination_raises():
-        pushed = push_run(config, format)
+        pushed = push_run(config.hub, config.output, format)
     print(f"pushed to {pushed['url']}")
     return {"pushed": pushed}
 
@@ -90,12 +95,12 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
             config = with_written_layers(config)
             check_output(config, describe_run(config))
             if is_first_process():
-                check_push(config)
+                check_push(config.hub, config.output)
             if is_first_process() and not config.dry_run:
                 lock.enter_context(locked_output(config.output))
-        run = Run.prepare(config, console)
+        run = prepare_run(config, console)
         with failing_together():
-            format = choose_pushed_format(run)
+            format = choose_pushed_format(config.hub, run.model, config.model)
         if config.dry_run:
             with divided_rows(run.mesh):
                 return dry_run(run)
@@ -114,22 +119,22 @@ def _run(run: Run) -> dict[str, Any]:
     # Keeps adapters that the source may have.
     outcome, base = Outcome(run), replace_memory(run.model, None)
     outcome.measure("before", base, use_memory=False)
-    run.show_sample("before", base)
+    show_sample(run, "before", base)
     if run.window is not None:
         outcome.measure("window", run.model, use_memory=False)
     report: dict[str, Any] = {"output": str(run.config.output), "steps": run.steps}
     if run.data.bad_rows:
         report["bad_rows"] = len(run.data.bad_rows)
-    if run.fit_rows is not None and not run.is_training:
-        report["fit_seconds"] = run.fit()
+    if run.fit_rows is not None and not Stage.is_started_in(run.config.output):
+        report["fit_seconds"] = fit_memory(run)
         outcome.measure("fitted", run.model)
-    state, report["train_seconds"], report["resumed_at"] = run.train()
+    state, report["train_seconds"], report["resumed_at"] = train_on_text(run)
     load_trainable(run.model, state.trainable, state.share)
     if run.steps:
         outcome.measure("after", run.model)
     if run.steps and run.has_memory:
         outcome.measure("memory_off", run.model, use_memory=False)
-    run.show_sample("after", run.model)
+    show_sample(run, "after", run.model)
     outcome.plot()
     if is_first_process():
         write_run_report(run, outcome)

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.training.config import FinetuneConfig
 from experiments.training.metrics import StepRecord, read_metrics
 from tptt_jax.processes import is_first_process
 from tptt_jax.training.checkpoint import (
@@ -53,18 +52,28 @@ def records_until(output: Path, step: int | None) -> list[StepRecord]:
 class BestState:
     """Follows the held-out loss, and keeps the state where it is lowest."""
 
-    def __init__(self, config: FinetuneConfig, description: Description, first_step: int) -> None:
+    def __init__(
+        self,
+        output: Path,
+        description: Description,
+        first_step: int,
+        *,
+        keep_best: bool,
+        early_stop: int | None,
+    ) -> None:
         """Reads the evaluations of the steps that earlier calls have done.
 
         Args:
-          config: of the run.
+          output: of the run.
           description: what loads a checkpoint.
           first_step: steps that are done.
+          keep_best: whether the state is kept; otherwise only the losses are followed.
+          early_stop: see `has_stopped_early`.
         """
-        self._folder = config.output / BEST if config.keep_best else None
+        self._folder = output / BEST if keep_best else None
         self._description = description
-        self._early_stop = config.early_stop
-        self._records = records_until(config.output, first_step)
+        self._early_stop = early_stop
+        self._records = records_until(output, first_step)
         if self._folder is not None and is_first_process():
             # The steps after the last checkpoint are run again.
             remove_checkpoints_after(self._folder, first_step)

@@ -11,7 +11,7 @@ from convert.sources import PACKAGED_SOURCES
 from experiments.process.output_folder import check_path
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
-from tptt_jax.config import check_context_axis
+from tptt_jax.config import LizaConfig, check_context_axis
 from tptt_jax.sharding import make_mesh
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
@@ -76,14 +76,19 @@ def _differences(before: Description, now: Description) -> list[str]:
     return [f"{name}: {a} in the run, {b} now" for name, a, b in pairs if a != b]
 
 
-def make_run_mesh(config: FinetuneConfig) -> "Mesh | None":
+def make_run_mesh(layout: str | None, batch_size: int, memory: LizaConfig | None) -> "Mesh | None":
     """The mesh of a run; None: one device.
+
+    Args:
+      layout: of --mesh; None: one device, or of several processes all of theirs.
+      batch_size: rows at a time, which the mesh divides.
+      memory: of the model.
 
     Raises:
       ValueError: if it is invalid, or a batch or its rows cannot be divided over it, or it leaves
         out devices of a process.
     """
-    count, layout = jax.process_count(), config.mesh
+    count = jax.process_count()
     if layout is None and count > 1:
         layout = f"data={jax.device_count()}"
     if layout is None:
@@ -94,16 +99,16 @@ def make_run_mesh(config: FinetuneConfig) -> "Mesh | None":
             f"--mesh {layout} has {mesh.size} of the {jax.device_count()} devices of {count} "
             "processes: with --distributed it must have all of them."
         )
-    check_rows(config, mesh)
+    _check_division(mesh, batch_size, memory)
     return mesh
 
 
-def check_rows(config: FinetuneConfig, mesh: "Mesh") -> None:
+def _check_division(mesh: "Mesh", batch_size: int, memory: LizaConfig | None) -> None:
     """Raises if a batch or its rows cannot be divided over the mesh."""
-    shards, size = mesh.shape["data"] * mesh.shape["fsdp"], config.batch_size
-    if size % shards:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % shards:
         raise ValueError(
-            f"--batch-size {size} cannot be split evenly over data x fsdp = {shards} "
+            f"--batch-size {batch_size} cannot be split evenly over data x fsdp = {shards} "
             "devices: use a multiple."
         )
-    check_context_axis(config.memory, mesh.shape["context"])
+    check_context_axis(memory, mesh.shape["context"])

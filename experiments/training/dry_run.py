@@ -8,6 +8,7 @@ from rich.table import Table
 
 from convert.command_line import readable_size
 from experiments.training.run import Run
+from experiments.training.text_training import training_parts
 from tptt_jax import state_bytes
 from tptt_jax.layers.quantized import count_parameters
 
@@ -24,7 +25,7 @@ def dry_run(run: Run) -> dict[str, Any]:
       of what one step holds besides (activations, gradients, buffers), as the compiler plans it for
       one device, and `state_bytes_per_sequence` of decoding.
     """
-    partition, state, step = run.training_parts()
+    partition, state, step = training_parts(run)
     frozen = jax.tree.leaves(partition.frozen)
     arguments, tokens = run.batches.batch_at(0)
     compiled = jax.jit(step, donate_argnums=0).lower(state, partition.frozen, *arguments).compile()

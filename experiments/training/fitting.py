@@ -1,8 +1,6 @@
 """The stages before training on text: attention transfer and distillation."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,14 +10,12 @@ import numpy as np
 from experiments.data import TokenBatch, TokenBatchSource
 from experiments.training.fit_config import FitConfig
 from experiments.training.metrics import StepRecord
+from experiments.training.run import Run
 from experiments.training.stage import Stage
-from experiments.training.trackers import Trackers
-from experiments.training.windows import WindowRange
-from tptt_jax import CausalLM
 from tptt_jax.training.fit import FitMetrics, make_fit_optimizer, make_fit_step
 from tptt_jax.training.gate_fit import fit_gates
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from tptt_jax.training.partition import Partition, Trainable, split_trainable
+from tptt_jax.training.partition import Partition, Trainable, load_trainable, split_trainable
 from tptt_jax.training.train_step import (
     Batch,
     StepMetrics,
@@ -28,38 +24,50 @@ from tptt_jax.training.train_step import (
     make_train_step,
 )
 
-Put = Callable[[TokenBatch], Batch]
-
 _GATE_BATCHES = 2
 # Both take about 15 minutes on two CPU cores for 135 million parameters (docs/memory.md).
 _TRANSFER_STEPS = 30
 _DISTILL_STEPS = 150
 
 
+def fit_memory(run: Run) -> float:
+    """Fits the memory of `run.model` to the base model; returns the seconds spent in steps."""
+    fitting = Fitting.of(run)
+    seconds, trainable = 0.0, fitting.initial
+    transfer, distillation = fitting.transfer(), fitting.distillation()
+    if not distillation.is_started:
+        first = run.placement.place(fitting.start_transfer())
+        state, seconds, _ = transfer.run(first, run.console)
+        trainable = state.trainable
+    if fitting.distill_steps:
+        first = run.placement.place(fitting.start_distillation(trainable))
+        state, more, _ = distillation.run(first, run.console)
+        seconds, trainable = seconds + more, state.trainable
+    load_trainable(run.model, trainable, None)
+    return seconds
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
-    """Fits the memory's parameters to the base model."""
+    """Fits the memory's parameters of a run's model to its base model."""
 
-    config: FitConfig
-    folder: Path
+    run: Run
     rows: TokenBatchSource
-    windows: WindowRange | None
-    put: Put
-    """Moves a batch to the devices."""
-    seed: int
-    checkpoint_every: int
-    keep_last: int
-    trackers: Trackers
-    finish_record: Callable[..., StepRecord]
-    """(partition, state, record, is_last=...) -> the record with what is measured now and then."""
     partition: Partition
     initial: Trainable
+    """The memory's parameters before the fit."""
 
     @classmethod
-    def of(cls, model: CausalLM, config: FitConfig, **options: Any) -> "Fitting":
-        """Collects the memory's parameters of a model."""
-        partition, trainable, _ = split_trainable(model, "memory")
-        return cls(config=config, partition=partition, initial=trainable, **options)
+    def of(cls, run: Run) -> "Fitting":
+        """Collects the memory's parameters of a run's model, which has rows to fit on."""
+        assert run.fit_rows is not None, "callers ask first"
+        partition, trainable, _ = split_trainable(run.model, "memory")
+        return cls(run=run, rows=run.fit_rows, partition=partition, initial=trainable)
+
+    @property
+    def config(self) -> FitConfig:
+        """The options of the fit."""
+        return self.run.config.fit
 
     @property
     def transfer_steps(self) -> int:
@@ -104,26 +112,29 @@ class Fitting:
         """
         optimizer = make_fit_optimizer(self.config.learning_rate, self.transfer_steps)
         rows = [self._batch_at("gates", i, self.config.batch_size) for i in range(_GATE_BATCHES)]
-        batches = [(self.put(batch).tokens, self.put(batch).segment_ids) for batch in rows]
+        put = self.run.placement.put
+        batches = [(put(batch).tokens, put(batch).segment_ids) for batch in rows]
         solved = fit_gates(self.partition, self.initial, self.partition.frozen, batches)
         trainable = _with_limits(self.initial, solved) if _is_fitted(self.initial) else solved
-        return init_train_state(trainable, None, optimizer, jax.random.key(self.seed))
+        return init_train_state(trainable, None, optimizer, jax.random.key(self.run.config.seed))
 
     def start_distillation(self, trainable: Trainable) -> TrainState:
         """The state before distillation."""
         rate, steps = self.config.distill_learning_rate, self.distill_steps
         optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
-        return init_train_state(trainable, None, optimizer, jax.random.key(self.seed))
+        return init_train_state(trainable, None, optimizer, jax.random.key(self.run.config.seed))
 
     def _stage(self, name: str, title: str, steps: int, size: int, step: Any) -> Stage:
+        config, windows = self.run.config, self.run.windows
+
         def batch_at(number: int) -> tuple[tuple[Any, ...], int]:
             rows = self._batch_at(name, number, size)
             window = None
-            if self.windows is not None:
-                window = jnp.asarray(self.windows.draw(self.seed, name, number))
+            if windows is not None:
+                window = jnp.asarray(windows.draw(config.seed, name, number))
             # All processes read all rows here, and each counts a part of them.
             tokens = np.count_nonzero(rows.segment_ids) / jax.process_count()
-            return (self.put(rows), window), round(tokens)
+            return (self.run.placement.put(rows), window), round(tokens)
 
         if name == "transfer":
             rate = ("--fit-learning-rate", "fit.learning_rate", self.config.learning_rate)
@@ -132,17 +143,17 @@ class Fitting:
             rate = ("--distill-learning-rate", "fit.distill_learning_rate", now)
         return Stage(
             title=title,
-            folder=self.folder / name,
+            folder=config.output / name,
             steps=steps,
-            checkpoint_every=self.checkpoint_every,
-            keep_last=self.keep_last,
+            checkpoint_every=config.checkpoint_every,
+            keep_last=config.keep_last,
             step=step,
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),
             rate=rate,
             name=name,
-            trackers=self.trackers,
-            finish_record=lambda state, record: self.finish_record(
+            trackers=self.run.trackers,
+            finish_record=lambda state, record: self.run.with_memory(
                 self.partition, state, record, is_last=record.step == steps
             ),
             to_record=_transfer_record if name == "transfer" else _distillation_record,
@@ -153,7 +164,8 @@ class Fitting:
 
     def _seed_of(self, name: str) -> int:
         """A separate seed, and thus order of rows, for each stage."""
-        return int(np.random.SeedSequence([self.seed, *name.encode()]).generate_state(1)[0])
+        seed = self.run.config.seed
+        return int(np.random.SeedSequence([seed, *name.encode()]).generate_state(1)[0])
 
 
 def _is_fitted(trainable: Trainable) -> bool:

@@ -12,27 +12,36 @@ from convert.errors import ConversionError
 from convert.hub import HubTarget, check_access, check_directory, choose_format, push_directory
 from convert.pretrained import ExportFormat, check_export
 from convert.pushing import check_finished, push_command
-from experiments.training.config import FinetuneConfig
-from experiments.training.run import Run
+from experiments.training.hub_config import HubConfig
+from tptt_jax import CausalLM
 
 
-def check_push(config: FinetuneConfig) -> None:
+def check_push(hub: HubConfig, output: Path) -> None:
     """Asks the hub, before anything is computed, whether the run may be pushed.
+
+    Args:
+      hub: what is pushed where, if anything.
+      output: of the run.
 
     Raises:
       ConversionError: if not, or if the hub cannot be reached.
     """
-    if config.hub.push_to_hub is not None:
-        flags = shlex.join(["python", "-m", "convert", "push", str(config.output), "ID"])
+    if hub.push_to_hub is not None:
+        flags = shlex.join(["python", "-m", "convert", "push", str(output), "ID"])
         check_access(
-            _target(config),
+            _target(hub),
             f"Nothing was trained; without --push-to-hub the run needs no hub, and later {flags} "
             "pushes it.",
         )
 
 
-def choose_pushed_format(run: Run) -> ExportFormat | None:
+def choose_pushed_format(hub: HubConfig, model: CausalLM, source: str) -> ExportFormat | None:
     """Chooses, before training, the format to push, and checks that the run can be exported so.
+
+    Args:
+      hub: what is pushed, if anything.
+      model: of the run.
+      source: of that model, as given with --model.
 
     Returns:
       None: nothing is pushed.
@@ -40,12 +49,11 @@ def choose_pushed_format(run: Run) -> ExportFormat | None:
     Raises:
       ConversionError: if the format cannot express the model.
     """
-    hub = run.config.hub
     if hub.push_to_hub is None:
         return None
-    format = choose_format(hub.format, run.model.liza)
+    format = choose_format(hub.format, model.liza)
     try:
-        check_export(run.model, format, run.config.model)
+        check_export(model, format, source)
     except ConversionError as error:
         raise ConversionError(
             f"--push-to-hub would push format {format}, but {error} --push-format has others."
@@ -53,14 +61,15 @@ def choose_pushed_format(run: Run) -> ExportFormat | None:
     return format
 
 
-def push_run(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
+def push_run(hub: HubConfig, output: Path, format: ExportFormat) -> dict[str, Any]:
     """Exports a finished run to a temporary directory, and pushes that.
 
     The export is a process of its own, on the CPU: the model that was trained may fill the
     accelerator, or lie on several hosts.
 
     Args:
-      config: of the run.
+      hub: what is pushed where.
+      output: of the run.
       format: from `choose_pushed_format`.
 
     Returns:
@@ -69,9 +78,9 @@ def push_run(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
     Raises:
       ConversionError: if it could not be pushed; the run is complete all the same.
     """
-    target, output = _target(config), config.output
+    target = _target(hub)
     check_finished(output)
-    again = push_command(output, target, config.hub.format)
+    again = push_command(output, target, hub.format)
     target = check_access(target, again)
     with tempfile.TemporaryDirectory(prefix="tptt_jax_push_") as folder:
         exported = Path(folder) / target.name.partition("/")[2]
@@ -81,8 +90,7 @@ def push_run(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
         )
 
 
-def _target(config: FinetuneConfig) -> HubTarget:
-    hub = config.hub
+def _target(hub: HubConfig) -> HubTarget:
     assert hub.push_to_hub is not None, "callers ask first"
     return HubTarget(name=hub.push_to_hub, private=hub.private, revision=hub.revision)
 

@@ -10,17 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.data import (
-    StreamData,
-    StreamSource,
-    TokenBatchSource,
-    TokenData,
-    load_stream,
-    load_token_data,
-)
-from experiments.data.data_files import FoundData
+from experiments.data import StreamData, StreamSource, TokenBatchSource, TokenData
 from experiments.models.limits import check_lengths, check_tokens
-from experiments.training.config import FinetuneConfig
 from experiments.training.placement import Placement
 from experiments.training.positions import read_position, save_position
 from experiments.training.windows import WindowRange
@@ -33,39 +24,6 @@ if TYPE_CHECKING:
 
 # More would hide what follows.
 _NAMED_BAD_ROWS = 10
-
-
-def load_run_data(
-    config: FinetuneConfig,
-    tokenizer: "PreTrainedTokenizerFast",
-    seed: int,
-    window: int | None,
-    files: FoundData,
-) -> TokenData | StreamData:
-    """Reads or prepares the data of a run.
-
-    Args:
-      config: of the run.
-      tokenizer: of its model.
-      seed: chooses the held-out rows.
-      window: of softmax attention, beyond which recall rows hide things; None: there is none.
-      files: what was found for `config.data`.
-
-    Raises:
-      FileNotFoundError: if the data does not exist.
-      ValueError: if it cannot be read or leaves nothing to train on.
-    """
-    if not config.data.streaming:
-        return load_token_data(
-            *(config.data, tokenizer, seed), window=window, files=files, strict=config.strict
-        )
-    return load_stream(
-        *(config.data, tokenizer, seed),
-        rows_per_step=config.rows_per_step,
-        order_seed=config.seed,
-        files=files,
-        strict=config.strict,
-    )
 
 
 def print_bad_rows(bad_rows: Sequence[str], console: Console) -> None:

@@ -104,15 +104,15 @@ def test_the_best_weights_load_like_a_run(config):
     assert restore_trainable(config.output / "best", model) == 2
 
 
-def test_a_better_step_that_a_kill_has_undone_is_forgotten(config, tmp_path):
+def test_a_better_step_that_a_kill_has_undone_is_forgotten(tmp_path):
     """Its weights are of a course that is run again from the last checkpoint."""
-    config = replace(config, output=tmp_path)
-    best = BestState(config, None, 0)  # pyright: ignore[reportArgumentType]
+    given: dict = {"description": None, "keep_best": True, "early_stop": None}
+    best = BestState(tmp_path, first_step=0, **given)
     assert best.step is None
     assert best.kept_in is None
     (tmp_path / "best" / "checkpoints" / "4").mkdir(parents=True)
     assert latest_step(tmp_path / "best") == 4
-    BestState(config, None, 2)  # pyright: ignore[reportArgumentType]
+    BestState(tmp_path, first_step=2, **given)
     assert latest_step(tmp_path / "best") is None
 
 

@@ -16,7 +16,7 @@ from experiments.command_line import run_configured
 from experiments.data import DataConfig, TokenBatchSource
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
-from experiments.training import run as module
+from experiments.training import text_training as module
 from experiments.training.metrics import read_metrics
 from tests.devices import device_environment
 from tptt_jax.training.checkpoint import latest_step

@@ -13,7 +13,7 @@ from experiments.finetune import finetune
 from experiments.training import FinetuneConfig, full_layers
 from experiments.training.fit_config import FitConfig
 from experiments.training.full_layers import with_written_layers
-from experiments.training.run import Run
+from experiments.training.prepare import prepare_run
 from tptt_jax import LizaConfig
 from tptt_jax.training.description import read_description
 from tptt_jax.training.layer_gaps import choose_full_layers
@@ -22,7 +22,7 @@ from tptt_jax.training.layer_gaps import choose_full_layers
 def prepared(config):
     """What a run writes before it trains, and what it prints."""
     out = io.StringIO()
-    run = Run.prepare(config, Console(file=out, soft_wrap=True))
+    run = prepare_run(config, Console(file=out, soft_wrap=True))
     return run, out.getvalue()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.data.data_files import find_data
 from experiments.data.rows import load_rows
-from experiments.training.fingerprints import of_data
+from experiments.training.resume.fingerprints import of_data
 
 DATED = {"text": "2024-05-01"}
 LATE = {"text": "a", "late": [{"x": 1}, {"y": "007"}]}

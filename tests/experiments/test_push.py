@@ -13,8 +13,7 @@ from convert import load_pretrained
 from convert.model_card.licenses import split_card
 from experiments import finetune as module
 from experiments.finetune import finetune, run_finetune
-from experiments.training import FinetuneConfig
-from experiments.training import run as run_module
+from experiments.training import FinetuneConfig, prepare
 from experiments.training.hub_config import HubConfig
 from experiments.training.metrics import read_metrics
 from tests.tiny import write_tiny_model
@@ -111,7 +110,7 @@ def test_a_run_is_pushed_when_it_has_finished_and_again_when_that_failed(
 def test_a_typo_is_refused_before_anything_is_loaded(
     changes, message, arguments, hub, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run_module, "load_tokenizer", None)
+    monkeypatch.setattr(prepare, "load_tokenizer", None)
     output = tmp_path / "run"
     assert run_finetune(finetune, [*arguments, "--output", str(output), *changes]) == 2
     told = capsys.readouterr().err
@@ -135,7 +134,7 @@ def test_only_the_first_process_pushes(monkeypatch):
     ended = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: ended.append(1))
-    monkeypatch.setattr(module, "push_run", lambda config, format: {"url": format})
+    monkeypatch.setattr(module, "push_run", lambda hub, output, format: {"url": format})
     config = FinetuneConfig(hub=HubConfig(push_to_hub="me/x"))
     for is_first in (True, False):
         monkeypatch.setattr(module, "is_first_process", lambda is_first=is_first: is_first)

@@ -29,17 +29,17 @@ from experiments.process.distributed import DistributedConfig
 from experiments.process.interrupts import TerminationError
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
-from experiments.training.fingerprints import is_same_data, of_data
 from experiments.training.fit_config import FitConfig
 from experiments.training.outcome import Outcome
-from experiments.training.resume import (
-    Resumption,
-    _is_compared,
+from experiments.training.prepare import prepare_run
+from experiments.training.resume import Resumption
+from experiments.training.resume.fingerprints import is_same_data, of_data
+from experiments.training.resume.settings import (
     flag_of,
     flag_with_value,
     flat_settings,
+    is_compared,
 )
-from experiments.training.run import Run
 from tests.tiny import write_tiny_model, write_untrained_run
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.checkpoint import latest_step, restore_trainable
@@ -207,7 +207,7 @@ def test_what_was_measured_at_an_earlier_end_is_gone_before_the_run_goes_on(star
     shutil.copytree(started.output, longer.output)
     saved = longer.output / "evaluation.json"
     assert json.loads(saved.read_text()).keys() >= {"before", "after"}
-    Outcome(Run.prepare(longer, Console(file=io.StringIO())))
+    Outcome(prepare_run(longer, Console(file=io.StringIO())))
     assert "after" not in json.loads(saved.read_text())
     assert "before" in json.loads(saved.read_text())
 
@@ -295,7 +295,7 @@ def test_every_remedy_can_be_typed():
     )
     for config in (FinetuneConfig(), changed):
         asked = flat_settings(config)
-        names = [name for name in asked if _is_compared(name)]
+        names = [name for name in asked if is_compared(name)]
         given = [flag_with_value(name, asked[name]) for name in names]
         line = " ".join(["--liza.softmax-window 8", *(each for each in given if each)])
         parsed = flat_settings(parse_arguments(shlex.split(line), FinetuneConfig))
@@ -317,16 +317,16 @@ def test_a_folder_of_data_may_hold_the_run(started, tmp_path, monkeypatch):
     shutil.copytree(started.output, inside.output)
     inside = replace(inside, resume_allow=("learning_rate", "seed"))
     searched = counting(monkeypatch, "experiments.data.data_files._find_in_folder")
-    rows = Run.prepare(inside, Console(file=io.StringIO())).data.train
+    rows = prepare_run(inside, Console(file=io.StringIO())).data.train
     assert len(searched) == 1
     # Nor is what is not read compared.
     (folder / "test.jsonl").write_text('{"text": "something else"}\n')
-    again = Run.prepare(inside, Console(file=io.StringIO())).data.train
+    again = prepare_run(inside, Console(file=io.StringIO())).data.train
     np.testing.assert_array_equal(again.tokens, rows.tokens)
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(ValueError, match=r"data.path: .* in the run"):
-        Run.prepare(inside, Console(file=io.StringIO()))
+        prepare_run(inside, Console(file=io.StringIO()))
 
 
 def test_names_of_data_are_not_compared(started, tmp_path):

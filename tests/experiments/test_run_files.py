@@ -9,7 +9,8 @@ from experiments.evaluation.store import RowStore
 from experiments.training.event_files import EventFile
 from experiments.training.metrics import MetricsWriter, read_metrics
 from experiments.training.outcome import _read
-from experiments.training.resume import Record, _saved_settings
+from experiments.training.resume.record import Record
+from experiments.training.resume.settings import saved_settings
 from tptt_jax.durable import atomic_file
 
 RECORD = {"format": "tptt_jax run 1", "seed": 0}
@@ -17,7 +18,7 @@ CHANGE = {"step": 1, "name": "seed", "before": "0", "now": "1"}
 STEP = {"step": 1, "loss": 2.0, "tokens_per_s": 3.0, "seconds": 4.0}
 READERS = {
     "run.json": lambda file: Record.read(file.parent),
-    "config.yaml": lambda file: _saved_settings(file.parent),
+    "config.yaml": lambda file: saved_settings(file.parent),
     "evaluation.json": _read,
     "metrics.jsonl": read_metrics,
     "rows.jsonl": RowStore,

@@ -19,13 +19,14 @@ from convert import load_pretrained
 from experiments.data import DataConfig
 from experiments.data.packing import Example, pack_examples
 from experiments.finetune import finetune
-from experiments.training import FinetuneConfig, fitting, run
+from experiments.training import FinetuneConfig, fitting, text_training
 from experiments.training.evaluation import HeldOut, evaluate_held_out, recovered_gap
 from experiments.training.fit_config import FitConfig
+from experiments.training.fitting import Fitting, fit_memory
 from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
+from experiments.training.prepare import prepare_run
 from experiments.training.report import TrainingProgress
-from experiments.training.run import Run
 from experiments.training.windows import WindowRange
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
@@ -36,7 +37,10 @@ from tptt_jax.training.partition import split_trainable
 from tptt_jax.training.train_step import Batch, StepMetrics
 
 FIT = FitConfig(steps=12, distill_steps=6, length=64, learning_rate=0.01)
-STEP_MAKERS = [(fitting, "make_fit_step"), (fitting, "make_train_step"), (run, "make_train_step")]
+STEP_MAKERS = [
+    *((fitting, "make_fit_step"), (fitting, "make_train_step")),
+    (text_training, "make_train_step"),
+]
 STATES = ["before", "window", "fitted", "after", "memory_off"]
 
 
@@ -161,9 +165,9 @@ def test_the_measurements_are_kept_and_shown(whole):
 
 
 def test_fitting_changes_the_memory_alone(config, tmp_path):
-    job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
+    job = prepare_run(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
     before = values(job.model)
-    job.fit()
+    fit_memory(job)
     of_memory = nnx.to_flat_state(nnx.split(job.model, MemoryParam, ...)[1])
     memory = {path for path, _ in of_memory}
     changed = {path for path, new in values(job.model).items() if (new != before[path]).any()}
@@ -242,8 +246,8 @@ def test_a_fit_goes_on_from_a_memory_that_was_fitted_before(fitted, tmp_path):
     first, _, _ = fitted
     longer = replace(first.fit, steps=0, distill_steps=1, length=80)
     second = replace(first, model=str(first.output), output=tmp_path / "run", fit=longer)
-    job = Run.prepare(second, Console(file=io.StringIO()))
-    start = job._fitting().start_transfer().trainable
+    job = prepare_run(second, Console(file=io.StringIO()))
+    start = Fitting.of(job).start_transfer().trainable
     known = trained(first)
     for name, value in start.items():
         if name.endswith(".mag.limit"):
@@ -282,7 +286,7 @@ def test_a_window_alone_has_no_memory_to_fit(whole, tmp_path):
 def test_an_idle_memory_is_said_in_one_line(no_liza, config, tmp_path):
     out = io.StringIO()
     idle = replace(config, output=tmp_path / "run", liza=LizaConfig(), no_liza=no_liza)
-    job = Run.prepare(idle, Console(file=out, soft_wrap=True))
+    job = prepare_run(idle, Console(file=out, soft_wrap=True))
     notices = [line for line in out.getvalue().splitlines() if "the memory is idle" in line]
     assert len(notices) == (0 if no_liza else 1)
     assert all("--liza.softmax-window" in line and "--no-liza" in line for line in notices)
@@ -294,9 +298,9 @@ def test_rows_to_fit_on_that_stay_in_the_window(config, tmp_path):
     lines.write_text('{"text": "short"}\n' * 40)
     fit = replace(config.fit, data=str(lines))
     short = replace(config, output=tmp_path / "run", fit=fit)
-    job = Run.prepare(short, Console(file=io.StringIO()))
+    job = prepare_run(short, Console(file=io.StringIO()))
     with pytest.raises(ValueError, match="no token leaves the window"):
-        job.fit()
+        fit_memory(job)
 
 
 def test_bad_rows_to_fit_on_are_counted_and_named(config, tmp_path):
@@ -305,18 +309,18 @@ def test_bad_rows_to_fit_on_are_counted_and_named(config, tmp_path):
     fit = replace(config.fit, data=str(lines))
     config = replace(config, output=tmp_path / "run", fit=fit)
     out = io.StringIO()
-    Run.prepare(config, Console(file=out, soft_wrap=True))
+    prepare_run(config, Console(file=out, soft_wrap=True))
     assert "12 bad rows left out of those to fit on\n" in out.getvalue()
     named = [line for line in out.getvalue().splitlines() if line.startswith("left out: ")]
     expected = f"left out: {lines}, row 2: text must be text, got int"
     assert named[0].startswith(expected)
     assert len(named) == 10
     with pytest.raises(ValueError, match=r"row 2: text must be text, got int"):
-        Run.prepare(replace(config, strict=True), Console(file=out))
+        prepare_run(replace(config, strict=True), Console(file=out))
 
 
 def test_rows_to_fit_on_come_from_their_own_text(config, tmp_path):
-    job = Run.prepare(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
+    job = prepare_run(replace(config, output=tmp_path / "run"), Console(file=io.StringIO()))
     assert job.fit_rows is not None
     text = "".join(job.tokenizer.batch_decode(job.fit_rows.tokens, skip_special_tokens=True))
     assert Path(config.fit.data).read_text().startswith(text.strip()[:100]) is False
@@ -329,7 +333,7 @@ def test_settings_of_the_training_data_are_not_those_of_other_data_to_fit_on(con
     rows.write_text("".join(json.dumps({"body": f"word {n} " * 60}) + "\n" for n in range(8)))
     asked = {"path": str(rows), "columns": ("text=body",), "format": "text"}
     data = replace(config.data, **asked, split="train[2:]", max_rows=5, eval_rows=0)
-    job = Run.prepare(
+    job = prepare_run(
         replace(config, output=tmp_path / "run", data=data), Console(file=io.StringIO())
     )
     assert job.fit_rows is not None
