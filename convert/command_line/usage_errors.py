@@ -144,7 +144,7 @@ def _shortened(message: str, sections: Sequence[str]) -> str:
     for rewrite in (_choice, _number, _missing):
         if sentence := rewrite(message, sections):
             return sentence
-    return re.sub(r"^Error parsing [\w.]+: ", "", message)
+    return re.sub(r"^Error parsing \w[\w.-]*: ", "", message)
 
 
 def _choice(message: str, sections: Sequence[str]) -> str | None:

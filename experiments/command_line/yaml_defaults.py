@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import types
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -62,6 +63,8 @@ def unresolved_defaults(
 ) -> Any:
     """Defaults for tyro: the values of `instance`, or `cls`'s own, overridden by `values`.
 
+    The options of a field marked `tyro.conf.OmitArgPrefixes` have no block of their own.
+
     `__post_init__` does not run: the values that it derives would look like the user's choices, and
     ``--liza.operator`` would be overruled by the default operator's fields.
 
@@ -82,8 +85,7 @@ def unresolved_defaults(
         values = {"path": values}  # "data: x.jsonl", as --data x.jsonl
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: {prefix[:-1]} must be a block of names, got {values!r}.")
-    fields = dataclasses.fields(cls)
-    known = [field.name for field in fields if field.name != "config"]
+    known = _known_names(cls)
     for name in values:
         if name not in known:
             raise ValueError(
@@ -91,16 +93,36 @@ def unresolved_defaults(
             )
     hints = get_type_hints(cls)
     result = object.__new__(cls)
-    for field in fields:
+    for field in dataclasses.fields(cls):
         name, hint = field.name, hints[field.name]
         value = _default_of(field, instance)
         if dataclasses.is_dataclass(hint):
-            given = values.get(name, {})
-            value = unresolved_defaults(hint, value, given, where=where, prefix=f"{prefix}{name}.")
+            given, inner = values.get(name, {}), f"{prefix}{name}."
+            if name in _flat_blocks(cls):
+                given = {key: values[key] for key in _known_names(hint) if key in values}
+                inner = prefix
+            value = unresolved_defaults(hint, value, given, where=where, prefix=inner)
         elif name in values:
             value = _checked(values[name], hint, f"{where}: {prefix}{name}")
         object.__setattr__(result, name, value)
     return result
+
+
+@functools.cache
+def _flat_blocks(cls: Any) -> frozenset[str]:
+    """The fields of a dataclass whose own fields have no prefix, as flags and in YAML files."""
+    hints = get_type_hints(cls, include_extras=True)
+    markers = {name: getattr(hint, "__metadata__", ()) for name, hint in hints.items()}
+    return frozenset(name for name in markers if tyro.conf.OmitArgPrefixes in markers[name])
+
+
+def _known_names(cls: Any) -> list[str]:
+    """The names that a YAML file may give in the block of a dataclass."""
+    names, hints = [], get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        is_flat = field.name in _flat_blocks(cls)
+        names += _known_names(hints[field.name]) if is_flat else [field.name]
+    return [name for name in names if name != "config"]
 
 
 def _remedy(name: str, prefix: str, known: Sequence[str]) -> str:
@@ -112,8 +134,18 @@ def _remedy(name: str, prefix: str, known: Sequence[str]) -> str:
 
 def resolved_yaml(config: Any) -> str:
     """A YAML text that reproduces this configuration through ``--config``."""
-    values = _plain(dataclasses.asdict(config))
+    values = _plain(_flattened(config, dataclasses.asdict(config)))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _flattened(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass, with those of flat blocks among them."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        block = getattr(config, name)
+        inner = _flattened(block, value) if dataclasses.is_dataclass(block) else value
+        result |= inner if name in _flat_blocks(type(config)) else {name: inner}
+    return result
 
 
 def _plain(value: Any) -> Any:

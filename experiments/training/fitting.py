@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import TokenBatch, TokenBatchSource
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig
 from experiments.training.metrics import StepRecord
 from experiments.training.run import Run
 from experiments.training.stage import Stage
@@ -145,8 +145,8 @@ class Fitting:
             title=title,
             folder=config.output / name,
             steps=steps,
-            checkpoint_every=config.checkpoint_every,
-            keep_last=config.keep_last,
+            checkpoint_every=config.checkpoints.checkpoint_every,
+            keep_last=config.checkpoints.keep_last,
             step=step,
             batch_at=batch_at,
             rows_at=lambda number: self.rows.rows_at(number, size, self._seed_of(name)),

@@ -12,7 +12,7 @@ from convert.errors import ConversionError
 from convert.hub import HubTarget, check_access, check_directory, choose_format, push_directory
 from convert.pretrained import ExportFormat, check_export
 from convert.pushing import check_finished, push_command
-from experiments.training.hub_config import HubConfig
+from experiments.training.config import HubConfig
 from tptt_jax import CausalLM
 
 

@@ -63,7 +63,7 @@ class Run:
     def stopped_early(self) -> bool:
         """Whether earlier calls have stopped early; metrics.jsonl is read once."""
         records = records_until(self.config.output, self.resumption.step)
-        return has_stopped_early(records, self.config.early_stop)
+        return has_stopped_early(records, self.config.held_out.early_stop)
 
     @property
     def window(self) -> int | None:
@@ -159,7 +159,6 @@ class Run:
         if self.mesh is not None and self.mesh.shape["context"] > 1:
             # Every device reads the row whole.
             length = min(length, _WHOLE_ROW)
-        row = begin_of(first, length, self.window)
-        return Telemetry(
-            row=self.placement.put(row), every=self.config.checkpoint_every, console=self.console
-        )
+        row = self.placement.put(begin_of(first, length, self.window))
+        every = self.config.checkpoints.checkpoint_every
+        return Telemetry(row=row, every=every, console=self.console)

@@ -64,9 +64,10 @@ def _recipe(run: Run, step: int) -> Iterator[tuple[str, str | list[str]]]:
         tokens = _tokens_read(run)
         if tokens:
             yield "tokens read in training", f"{tokens:,}"
-        warmup = config.warmup_steps if config.warmup_ratio is None else config.warmup_ratio
-        unit = "steps" if config.warmup_ratio is None else "of all steps"
-        rate = f"{config.learning_rate:g}, {config.lr_schedule}, warm-up over {warmup} {unit}"
+        chosen = config.optimizer
+        warmup = chosen.warmup_steps if chosen.warmup_ratio is None else chosen.warmup_ratio
+        unit = "steps" if chosen.warmup_ratio is None else "of all steps"
+        rate = f"{chosen.learning_rate:g}, {chosen.lr_schedule}, warm-up over {warmup} {unit}"
         yield "learning rate", rate
     if config.distill:
         yield "weight of the base model's predictions in the loss", f"{config.distill:g}"

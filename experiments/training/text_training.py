@@ -37,8 +37,8 @@ def train_on_text(run: Run) -> tuple[TrainState, float, int]:
     run.console.print(f"training {count:,} parameters ({config.train}) for {run.steps} steps")
     best = BestState(
         *(config.output, describe_run(config), run.resumption.step or 0),
-        keep_best=config.keep_best,
-        early_stop=config.early_stop,
+        keep_best=config.held_out.keep_best,
+        early_stop=config.held_out.early_stop,
     )
 
     def step(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
@@ -52,17 +52,18 @@ def train_on_text(run: Run) -> tuple[TrainState, float, int]:
         best.add(state, record)
         return run.with_memory(partition, state, record, is_last=record.step == run.steps)
 
+    optimizer = config.optimizer.for_memory(config.liza)
     stage = Stage(
         title="step",
-        rate=("--learning-rate", "learning_rate", config.learning_rate),
+        rate=("--learning-rate", "learning_rate", config.optimizer.learning_rate),
         folder=config.output,
         steps=run.steps,
-        checkpoint_every=config.checkpoint_every,
-        keep_last=config.keep_last,
+        checkpoint_every=config.checkpoints.checkpoint_every,
+        keep_last=config.checkpoints.keep_last,
         step=step,
         batch_at=run.batches.batch_at,
         rows_at=run.batches.rows_at,
-        to_record=functools.partial(_record, config.optimizer.schedule(run.steps)),
+        to_record=functools.partial(_record, optimizer.schedule(run.steps)),
         finish_record=finish,
         is_over=best.is_over,
         before_save=run.batches.save_position,
@@ -87,7 +88,7 @@ def training_parts(run: Run) -> tuple[Partition, TrainState, TrainStep]:
     """The model taken apart, the state before the first step of training, and that step."""
     config = run.config
     partition, trainable, share = split_trainable(run.model, config.train)
-    optimizer = make_optimizer(config.optimizer, run.steps)
+    optimizer = make_optimizer(config.optimizer.for_memory(config.liza), run.steps)
     first = init_train_state(trainable, share, optimizer, jax.random.key(config.seed))
     step = make_train_step(
         partition,
@@ -102,11 +103,11 @@ def training_parts(run: Run) -> tuple[Partition, TrainState, TrainStep]:
 
 def _is_evaluated(run: Run, step: int) -> bool:
     """Whether the held-out loss is measured after a step of training."""
-    every = run.config.eval_every
+    every = run.config.held_out.eval_every
     if not every:
         return False
     # The last step is measured in any case, once training is over.
-    return step % every == 0 if step < run.steps else run.config.keep_best
+    return step % every == 0 if step < run.steps else run.config.held_out.keep_best
 
 
 def _record(rate: Any, step: int, metrics: StepMetrics, seconds: float, tokens: int) -> StepRecord:

@@ -13,7 +13,7 @@ from experiments.data import DataConfig
 from experiments.data.formats import alpaca_prompt
 from experiments.finetune import run_finetune
 from experiments.training import FinetuneConfig
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig, OptimizerConfig, ShareConfig
 from tptt_jax.config import LizaConfig, LoraConfig
 from tptt_jax.training.schedules import MagSchedule
 
@@ -42,7 +42,7 @@ def test_no_arguments_are_the_defaults():
     assert config.liza == LizaConfig()
     assert config.fit == FitConfig()
     assert config.lora == LoraConfig(rank=8, alpha=16.0)
-    assert config.grad_clip == 1.0
+    assert config.optimizer.grad_clip == 1.0
 
 
 @pytest.mark.parametrize(
@@ -134,6 +134,9 @@ def test_help_shows_every_default(capsys, monkeypatch):
         (["--mag-schedule", "gradual"], "mag_schedule = .* add --liza.mag scheduled"),
         (["--liza.mag", "scheduled", "--mag-start", "2"], r"a share mu must lie in \[0, 1\]"),
         (["--learning-rate", "-1"], "learning_rate must not be negative"),
+        (["--optimizer.learning-rate", "1"], "there is no option .*: did you mean --learning-rate"),
+        (["--mag-period", "0"], "a mag schedule needs steps >= 1, period >= 1 and at least one"),
+        (["--early-stop", "2"], "--early-stop needs evaluations while training: add --eval-every"),
         (["--fit-steps", "-1"], "fit: steps must be at least 0, got -1"),
         (["--distill-steps", "-2"], "fit: distill_steps must be at least 0, got -2"),
         (["--fit-length", "1"], "fit: length must be at least 2, got 1"),
@@ -179,7 +182,7 @@ def test_flags_override_yaml_and_yaml_overrides_defaults(yaml_file):
         model="other",
         steps=5,
         epochs=2.0,
-        learning_rate=1e-3,
+        optimizer=OptimizerConfig(learning_rate=1e-3),
         data=DataConfig(path="d.csv", sequence_length=128),
         liza=LizaConfig(writes="all", mag_init=0.3),
         lora=LoraConfig(targets=("q_proj",)),
@@ -223,6 +226,8 @@ def test_operator_fields_of_yaml_stay_and_others_follow_the_flag(yaml_file):
         ("batch_size: true", "batch_size must be a whole number, got True"),
         ("batch_size: null", "batch_size must be a whole number, got None"),
         ("learning_rate: fast", "learning_rate must be a number, got 'fast'"),
+        ("lr_schedul: linear", r"no option lr_schedul: did you mean lr_schedule\?"),
+        ("optimizer: {learning_rate: 1}", "there is no option optimizer; the options here are mod"),
         ("model: 5", "model must be text, got 5"),
         ("resume: 1", "resume must be true or false, got 1"),
         ("lora: {targets: q_proj}", r"lora\.targets must be a list, got 'q_proj'"),
@@ -251,6 +256,20 @@ def test_a_pipe_is_no_yaml_file(tmp_path):
 def test_a_missing_yaml_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file: "):
         parse("--config", str(tmp_path / "run.yaml"))
+
+
+def test_blocks_without_a_prefix_are_flat_in_files():
+    """Files of older runs have these names, and resumed runs are compared by them."""
+    values = yaml.safe_load(resolved_yaml(FinetuneConfig()))
+    assert values.keys().isdisjoint({"optimizer", "share", "checkpoints", "held_out"})
+    names = list(values)
+    first = names.index("learning_rate")
+    assert names[first - 1 : first + 8] == [
+        *("accumulate", "learning_rate", "mag_learning_rate", "lr_schedule", "warmup_steps"),
+        *("warmup_ratio", "weight_decay", "grad_clip", "mag_schedule"),
+    ]
+    assert values["mag_values"] == [0.01, 0.5]
+    assert (values["checkpoint_every"], values["keep_best"]) == (20, False)
 
 
 @pytest.mark.parametrize(
@@ -347,10 +366,11 @@ def test_the_length_of_a_run(changes, steps):
 
 
 def test_learned_shares_move_a_hundred_times_faster_unless_told():
-    learned = FinetuneConfig(learning_rate=1e-3, liza=LizaConfig(writes="all"))
-    assert learned.optimizer.mag_learning_rate == pytest.approx(0.1)
-    assert FinetuneConfig(learning_rate=1e-3).optimizer.mag_learning_rate == pytest.approx(1e-3)
-    told = FinetuneConfig(mag_learning_rate=0.3, weight_decay=0.1, warmup_steps=9).optimizer
+    rates, learned = OptimizerConfig(learning_rate=1e-3), LizaConfig(writes="all")
+    assert rates.for_memory(learned).mag_learning_rate == pytest.approx(0.1)
+    assert rates.for_memory(LizaConfig()).mag_learning_rate == pytest.approx(1e-3)
+    told = OptimizerConfig(mag_learning_rate=0.3, weight_decay=0.1, warmup_steps=9)
+    told = told.for_memory(learned)
     assert told.mag_learning_rate == 0.3
     assert (told.weight_decay, told.warmup_steps, told.lr_schedule) == (0.1, 9, "cosine")
 
@@ -362,7 +382,8 @@ def test_the_share_is_scheduled_only_if_it_is_not_learned():
     constant = FinetuneConfig(liza=scheduled).mag
     assert constant is not None
     assert float(constant(1000)) == pytest.approx(0.1)
-    gradual = FinetuneConfig(liza=scheduled, mag_schedule="gradual", mag_steps=10).mag
+    schedule = ShareConfig(mag_schedule="gradual", mag_steps=10)
+    gradual = FinetuneConfig(liza=scheduled, share=schedule).mag
     assert gradual is not None
     assert [float(gradual(step)) for step in (0, 5, 99)] == pytest.approx([0.1, 0.3, 0.5])
 
@@ -374,7 +395,8 @@ def test_the_paper_recipe(project_dir):
     data = config.data
     assert (data.path, data.format, data.sequence_length) == ("yahma/alpaca-cleaned", "alpaca", 384)
     assert data.max_rows == 500 + data.eval_rows
-    assert (config.batch_size, config.learning_rate, config.dtype) == (3, 5e-4, "bfloat16")
+    assert (config.batch_size, config.dtype) == (3, "bfloat16")
+    assert config.optimizer.learning_rate == 5e-4
     assert config.total_steps(500) == 834
     assert config.lora == LoraConfig(rank=8, alpha=16.0, dropout=0.05)
     assert config.sample_prompt == alpaca_prompt("Give three tips for staying healthy.")

@@ -13,7 +13,7 @@ from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
 from experiments.training.best import BestState, has_stopped_early
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import CheckpointConfig, FitConfig, HeldOutConfig, OptimizerConfig
 from experiments.training.metrics import StepRecord, read_metrics
 from tptt_jax import LizaConfig
 from tptt_jax.training.checkpoint import latest_step, restore_trainable
@@ -55,12 +55,9 @@ def config(tiny_model_dir, tmp_path_factory):
         steps=9,
         batch_size=1,
         accumulate=2,
-        learning_rate=0.0,
-        eval_every=2,
-        early_stop=2,
-        keep_best=True,
-        checkpoint_every=2,
-        keep_last=3,
+        optimizer=OptimizerConfig(learning_rate=0.0),
+        checkpoints=CheckpointConfig(checkpoint_every=2, keep_last=3),
+        held_out=HeldOutConfig(eval_every=2, early_stop=2, keep_best=True),
         sample_tokens=0,
         output=tmp_path_factory.mktemp("runs") / "early",
     )
@@ -92,7 +89,11 @@ def test_a_run_ends_early_and_goes_on_when_asked(config):
     assert (output / "metrics.jsonl").read_bytes() == before
 
     # The last step is evaluated too, as it could be the best one.
-    longer = replace(config, early_stop=9, keep_last=1)
+    longer = replace(
+        config,
+        checkpoints=replace(config.checkpoints, keep_last=1),
+        held_out=replace(config.held_out, early_stop=9),
+    )
     assert "trained to step 9; the lowest held-out" in printed(longer)
     assert kept(output) == [9]
     measured = [r.step for r in read_metrics(output / "metrics.jsonl") if r.eval_loss is not None]
@@ -120,8 +121,8 @@ def test_a_better_step_that_a_kill_has_undone_is_forgotten(tmp_path):
 def test_evaluations_are_needed(changes):
     (name,) = changes
     with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} needs .* add --eval-every"):
-        FinetuneConfig(**changes)
+        HeldOutConfig(**changes)
     with pytest.raises(ValueError, match="early_stop must be at least 1, got 0"):
-        FinetuneConfig(early_stop=0, eval_every=1)
+        HeldOutConfig(early_stop=0, eval_every=1)
     with pytest.raises(ValueError, match="keep_last must be at least 1, got 0"):
-        FinetuneConfig(keep_last=0)
+        CheckpointConfig(keep_last=0)

@@ -5,7 +5,7 @@ import pytest
 from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig, HeldOutConfig, ShareConfig
 from tests.compilations import count_compilations
 from tptt_jax import LizaConfig, LoraConfig
 
@@ -14,7 +14,10 @@ FITTED = {
     "fit": FitConfig(steps=3, distill_steps=3, length=32),
     "window_range": (4, 8),
 }
-SCHEDULED = {"liza": LizaConfig(writes="all", mag="scheduled"), "mag_schedule": "gradual"}
+SCHEDULED = {
+    "liza": LizaConfig(writes="all", mag="scheduled"),
+    "share": ShareConfig(mag_schedule="gradual"),
+}
 
 
 @pytest.mark.parametrize(
@@ -28,7 +31,7 @@ def test_a_run_compiles_its_steps_once(options, fits, tiny_model_dir, tmp_path):
         data=DataConfig(sequence_length=32, eval_tokens=80),
         lora=LoraConfig(rank=3),
         steps=5,
-        eval_every=1,
+        held_out=HeldOutConfig(eval_every=1),
         sample_tokens=0,
         **options,
     )

@@ -9,7 +9,7 @@ from convert import load_pretrained
 from experiments.data import DataConfig
 from experiments.finetune import finetune, run_finetune
 from experiments.training import FinetuneConfig
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig
 from tptt_jax import LizaConfig, state_bytes
 from tptt_jax.training.partition import split_trainable
 

@@ -11,7 +11,7 @@ from experiments.command_line import parse_arguments
 from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig, full_layers
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig
 from experiments.training.full_layers import with_written_layers
 from experiments.training.prepare import prepare_run
 from tptt_jax import LizaConfig

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.command_line import parse_arguments
 from experiments.training import FinetuneConfig
-from experiments.training.output_names import name_output
+from experiments.training.config import name_output
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from convert.model_card.licenses import split_card
 from experiments import finetune as module
 from experiments.finetune import finetune, run_finetune
 from experiments.training import FinetuneConfig, prepare
-from experiments.training.hub_config import HubConfig
+from experiments.training.config import HubConfig
 from experiments.training.metrics import read_metrics
 from tests.tiny import write_tiny_model
 from tptt_jax.training.checkpoint import latest_step

@@ -17,7 +17,7 @@ from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.models import load_model
 from experiments.training import FinetuneConfig
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import CheckpointConfig, FitConfig
 from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
 from tptt_jax.config import LizaConfig, LoraConfig
@@ -46,7 +46,7 @@ def trained(tiny_model_dir, tmp_path_factory):
         fit=FitConfig(steps=2, length=32),
         lora=LoraConfig(rank=2),
         steps=4,
-        checkpoint_every=2,
+        checkpoints=CheckpointConfig(checkpoint_every=2),
         sample_tokens=0,
         output=tmp_path_factory.mktemp("quantised") / "run",
     )

@@ -29,7 +29,7 @@ from experiments.process.distributed import DistributedConfig
 from experiments.process.interrupts import TerminationError
 from experiments.training import FinetuneConfig
 from experiments.training.checks import check_output, describe_run
-from experiments.training.fit_config import FitConfig
+from experiments.training.config import FitConfig, OptimizerConfig, ShareConfig
 from experiments.training.outcome import Outcome
 from experiments.training.prepare import prepare_run
 from experiments.training.resume import Resumption
@@ -110,9 +110,9 @@ def test_a_complete_run_says_so_and_changes_nothing(started, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 0.01}, r"learning_rate: 0.001 in the run, 0.01 now: give "),
-        ({"learning_rate": 0.01}, r"give --learning-rate 0.001, allow it with --resume-allow lear"),
-        ({"lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear now"),
+        ({"optimizer.learning_rate": 0.01}, r"learning_rate: 0.001 in the run, 0.01 now: give "),
+        ({"optimizer.learning_rate": 0.01}, r"give --learning-rate 0.001, allow it with --resum"),
+        ({"optimizer.lr_schedule": "linear"}, r"lr_schedule: cosine in the run, linear now"),
         ({"seed": 1, "batch_size": 3}, r"batch_size: 2 in .*; seed: 0 in the run, 1 now"),
         ({"data.sequence_length": 16}, r"data.sequence_length: 32 in .*--data.sequence-length 32"),
         ({"data.path": "python-docs"}, r"data.path: .*rows \[1\].jsonl \(.* bytes.* python-docs n"),
@@ -126,9 +126,13 @@ def test_a_complete_run_says_so_and_changes_nothing(started, monkeypatch):
 )
 def test_what_changes_the_run_is_refused_by_name(changes, message, started):
     before = contents(started.output)
-    data = {k.removeprefix("data."): v for k, v in changes.items() if k.startswith("data.")}
-    others = {k: v for k, v in changes.items() if not k.startswith("data.")}
-    changed = replace(started, data=replace(started.data, **data), steps=4, **others)
+    changed = replace(started, steps=4)
+    for path, value in changes.items():
+        block, _, name = path.rpartition(".")
+        change = {name: value}
+        if block:
+            change = {block: replace(getattr(changed, block), **change)}
+        changed = replace(changed, **change)
     with pytest.raises(ValueError, match=message):
         run(changed)
     assert contents(started.output) == before
@@ -178,7 +182,7 @@ def test_changed_base_weights_are_refused(started):
 def test_an_allowed_change_is_written_down_and_the_same_rows_stay_held_out(started):
     before = json.loads((started.output / "run.json").read_text())
     measured = json.loads((started.output / "evaluation.json").read_text())
-    changed = replace(started, steps=3, seed=5, learning_rate=0.01)
+    changed = replace(started, steps=3, seed=5, optimizer=OptimizerConfig(learning_rate=0.01))
     printed = run(replace(changed, resume_allow=("learning-rate", "seed")))
     assert "step: resuming after 2 of 3" in printed
     after = json.loads((started.output / "run.json").read_text())
@@ -214,8 +218,8 @@ def test_what_was_measured_at_an_earlier_end_is_gone_before_the_run_goes_on(star
 
 def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
     data = replace(started.data, eval_rows=0.0)
-    exploding = replace(started, output=tmp_path / "run", data=data, learning_rate=1e30)
-    exploding = replace(exploding, warmup_steps=0)
+    rate = OptimizerConfig(learning_rate=1e30, warmup_steps=0)
+    exploding = replace(started, output=tmp_path / "run", data=data, optimizer=rate)
     with pytest.raises(
         ValueError, match=r"step 2 is not finite \(loss .*, packed rows \d+, \d+\)"
     ) as no:
@@ -227,8 +231,9 @@ def test_a_rate_that_explodes_keeps_the_last_finite_state(started, tmp_path):
     model = load_pretrained(started.model, None, started.lora)
     assert restore_trainable(exploding.output, model) == 1
     # Resuming is not stuck: the state before the step is the one to go on from.
+    again = replace(exploding, optimizer=replace(rate, learning_rate=1e-3))
     with pytest.raises(ValueError, match=r"step 2 is not finite"):
-        run(replace(exploding, learning_rate=1e-3, resume_allow=("learning_rate",)))
+        run(replace(again, resume_allow=("learning_rate",)))
 
 
 def test_what_a_run_needs_is_not_its_output(started, tmp_path):
@@ -289,9 +294,9 @@ def test_every_remedy_can_be_typed():
         fit=FitConfig(steps=3, length=99),
         window_range=(4, 8),
         liza=LizaConfig(softmax_window=8),
-        mag_values=(0.25, 0.5),
+        share=ShareConfig(mag_values=(0.25, 0.5)),
         epochs=2.0,
-        learning_rate=3e-5,
+        optimizer=OptimizerConfig(learning_rate=3e-5),
     )
     for config in (FinetuneConfig(), changed):
         asked = flat_settings(config)

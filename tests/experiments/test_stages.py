@@ -20,8 +20,8 @@ from experiments.data import DataConfig
 from experiments.data.packing import Example, pack_examples
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig, fitting, text_training
+from experiments.training.config import CheckpointConfig, FitConfig, OptimizerConfig
 from experiments.training.evaluation import HeldOut, evaluate_held_out, recovered_gap
-from experiments.training.fit_config import FitConfig
 from experiments.training.fitting import Fitting, fit_memory
 from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
@@ -74,8 +74,8 @@ def config(tiny_model_dir, tmp_path_factory):
         liza=LizaConfig(softmax_window=8, softmax_sinks=2),
         fit=replace(FIT, data=str(text)),
         steps=3,
-        learning_rate=1e-2,
-        checkpoint_every=100,
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        checkpoints=CheckpointConfig(checkpoint_every=100),
         sample_tokens=0,
     )
 

@@ -22,6 +22,7 @@ from experiments.data.permutation import Permutation, spread
 from experiments.data.stream_loading import sample_rows
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
+from experiments.training.config import CheckpointConfig
 from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
 from experiments.training.positions import read_position, save_position
@@ -398,7 +399,7 @@ def test_a_killed_run_goes_on_with_the_rows_that_it_had_not_seen(
         no_liza=True,
         lora=LoraConfig(rank=2),
         steps=4,
-        checkpoint_every=2,
+        checkpoints=CheckpointConfig(checkpoint_every=2),
         sample_tokens=0,
     )
     finetune(config)

@@ -1,4 +1,8 @@
-"""The configuration of a fine-tuning run."""
+"""The configuration of a fine-tuning run.
+
+A block marked `OmitArgPrefixes` is flat on the command line and in YAML files: --learning-rate,
+`learning_rate: 1e-3`.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -12,14 +16,16 @@ from experiments.data import DataConfig
 from experiments.data.config import check_literals
 from experiments.models import apply_revision
 from experiments.process.distributed import DistributedConfig
-from experiments.training.fit_config import FitConfig
-from experiments.training.hub_config import HubConfig
-from experiments.training.output_names import DEFAULT_OUTPUT, name_output
+from experiments.training.config.checkpoints import CheckpointConfig, HeldOutConfig
+from experiments.training.config.fit import FitConfig
+from experiments.training.config.hub import HubConfig
+from experiments.training.config.optimizer import OptimizerConfig
+from experiments.training.config.output_names import DEFAULT_OUTPUT, name_output
+from experiments.training.config.share import ShareConfig
 from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.ops.quantization import BaseDtype
-from tptt_jax.training.optimizer import OptimizerConfig
 from tptt_jax.training.partition import TrainMode
 from tptt_jax.training.schedules import MagSchedule
 
@@ -73,35 +79,8 @@ class FinetuneConfig:
     accumulate: int = 1
     """Batches whose gradients make one step, weighted by their counted tokens: the step is that of
     batch_size * accumulate rows, in the memory of batch_size rows."""
-    learning_rate: float = 1e-3
-    """Peak learning rate of adapters or weights."""
-    mag_learning_rate: float | None = None
-    """Peak learning rate of the memory's share. None: learning_rate for mass gates, 100 times that
-    for single logits (--liza.mag learned), which need larger steps."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay of both rates after the warm-up, to a tenth."""
-    warmup_steps: int = 2
-    """Steps over which both rates rise."""
-    warmup_ratio: float | None = None
-    """Share of all steps over which both rates rise, 0 to 1; None: warmup_steps."""
-    weight_decay: float = 0.0
-    """Weight decay of AdamW, on matrices."""
-    grad_clip: float = 1.0
-    """Maximum global norm of the gradients."""
-    mag_schedule: Literal["constant", "gradual", "cyclic", "switch"] = "constant"
-    """With --liza.mag scheduled, the memory's share: "constant": mag_start; "gradual": from
-    mag_start to mag_end over mag_steps; "cyclic": mag_values in turn; "switch": 0 and mag_end in
-    turn."""
-    mag_start: float | None = None
-    """First share; None: --liza.mag-init."""
-    mag_end: float = 0.5
-    """Last share of "gradual", and the share of "switch" when on."""
-    mag_steps: int = 100
-    """Steps from mag_start to mag_end."""
-    mag_values: tuple[float, ...] = (0.01, 0.5)
-    """Shares of "cyclic"."""
-    mag_period: int = 1
-    """Steps for which "switch" stays off, then on."""
+    optimizer: tyro.conf.OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    share: tyro.conf.OmitArgPrefixes[ShareConfig] = field(default_factory=ShareConfig)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the base weights and the activations; trained parameters stay float32."""
     base_dtype: BaseDtype | None = None
@@ -126,20 +105,10 @@ class FinetuneConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""
-    checkpoint_every: int = 20
-    """Steps between checkpoints; the last step always saves one."""
-    keep_last: int = 2
-    """Newest checkpoints that stay on disk, in each stage; older ones are removed once a newer one
-    is complete. With 1 a kill still loses nothing, but a checkpoint that is damaged later has none
-    before it to fall back on."""
-    eval_every: int = 0
-    """Steps between evaluations on the held-out part; 0: only before and after."""
-    early_stop: int | None = None
-    """Evaluations without a lower held-out loss after which training ends; None: after all steps.
-    Needs --eval-every."""
-    keep_best: bool = False
-    """Also keep the weights with the lowest held-out loss, in the folder best of output, which is
-    loaded like a run. Needs --eval-every."""
+    checkpoints: tyro.conf.OmitArgPrefixes[CheckpointConfig] = field(
+        default_factory=CheckpointConfig
+    )
+    held_out: tyro.conf.OmitArgPrefixes[HeldOutConfig] = field(default_factory=HeldOutConfig)
     trackers: tuple[TrackerName, ...] = ()
     """Services that also get the metrics, besides TensorBoard's files in output: trackio, wandb.
     Each is a package of its own: pip install 'tptt-jax[wandb]'."""
@@ -163,9 +132,8 @@ class FinetuneConfig:
         apply_revision(self)
         if self.output == DEFAULT_OUTPUT:
             object.__setattr__(self, "output", name_output(self.model, self.data.path))
-        minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "checkpoint_every": 1}
-        minima |= {"keep_last": 1, "full_layers_auto": 0}
-        for name, minimum in (minima | {"eval_every": 0, "sample_tokens": 0}).items():
+        minima = {"steps": 0, "batch_size": 1, "accumulate": 1, "full_layers_auto": 0}
+        for name, minimum in (minima | {"sample_tokens": 0}).items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
@@ -176,12 +144,6 @@ class FinetuneConfig:
                 "--data.streaming has no known number of rows, so that passes over the data cannot "
                 "be counted: give --steps, and leave out --epochs."
             )
-        if self.early_stop is not None and self.early_stop < 1:
-            raise ValueError(f"early_stop must be at least 1, got {self.early_stop}.")
-        for name in ("early_stop", "keep_best"):
-            if getattr(self, name) and not self.eval_every:
-                flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} needs evaluations while training: add --eval-every.")
         check_names(self.trackers)
         if self.base_dtype is not None and self.train in ("projections", "full"):
             raise ValueError(
@@ -195,16 +157,14 @@ class FinetuneConfig:
                 "--distill needs unchanged weights of the base model: use --train lora or memory, "
                 f"not {self.train}."
             )
-        if self.mag_schedule != "constant" and self.liza.mag != "scheduled":
+        schedule = self.share.mag_schedule
+        if schedule != "constant" and self.liza.mag != "scheduled":
             raise ValueError(
-                f"mag_schedule = {self.mag_schedule!r} needs a scheduled share: add "
-                "--liza.mag scheduled."
+                f"mag_schedule = {schedule!r} needs a scheduled share: add --liza.mag scheduled."
             )
         window = None if self.memory is None else self.memory.softmax_window
         WindowRange.checked(self.window_range, window)
         self._check_full_layers()
-        # Building them validates their fields.
-        _ = self.optimizer, self.mag
 
     def _check_full_layers(self) -> None:
         if self.full_layers_auto and self.liza.full_layers:
@@ -239,37 +199,11 @@ class FinetuneConfig:
         return self.batch_size * self.accumulate
 
     @property
-    def optimizer(self) -> OptimizerConfig:
-        """AdamW and its schedule."""
-        rate = self.mag_learning_rate
-        return OptimizerConfig(
-            learning_rate=self.learning_rate,
-            mag_learning_rate=self._share_factor * self.learning_rate if rate is None else rate,
-            lr_schedule=self.lr_schedule,
-            warmup_steps=self.warmup_steps,
-            warmup_ratio=self.warmup_ratio,
-            weight_decay=self.weight_decay,
-            grad_clip=self.grad_clip,
-        )
-
-    @property
-    def _share_factor(self) -> float:
-        return 1.0 if self.liza.mag == "mass" else 100.0
-
-    @property
     def mag(self) -> MagSchedule | None:
         """The schedule of the memory's share; None if it is not scheduled."""
         if self.no_liza or self.liza.mag != "scheduled":
             return None
-        start = self.liza.mag_init if self.mag_start is None else self.mag_start
-        return MagSchedule(
-            kind=self.mag_schedule,
-            start=start,
-            end=start if self.mag_schedule == "constant" else self.mag_end,
-            steps=self.mag_steps,
-            values=self.mag_values,
-            period=self.mag_period,
-        )
+        return self.share.starting_at(self.liza.mag_init)
 
     def total_steps(self, num_rows: int) -> int:
         """Steps of the whole run on `num_rows` rows of training data."""
