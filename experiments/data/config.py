@@ -62,6 +62,10 @@ class DataConfig:
     recall_text: bool = False
     """Text that hides something counts in the loss, too: recall costs less perplexity, and is
     learned more slowly."""
+    recall_trains: Literal["all", "memory"] = "all"
+    """"all": rows that ask are mixed with the others, and train what those train. "memory": a step
+    reads them beside its rows of text, a batch or more, and they train the memory alone, so that
+    the model learns from text as it does without them."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What these rows ask for, in turn."""
 

@@ -37,6 +37,8 @@ class TokenData:
     train: TokenBatchSource
     eval: TokenBatchSource | None
     """None if nothing is held out."""
+    asked: TokenBatchSource | None = None
+    """Rows that ask for something, if they train the memory alone; else they are among `train`."""
     format: Format
     """The format of the data."""
     num_documents: int
@@ -63,6 +65,8 @@ class TokenData:
         ]
         if self.eval is not None:
             parts.append(f"{self.eval.num_targets:,} targets held out")
+        if self.asked is not None:
+            parts.append(f"{self.asked.num_rows:,} rows that ask, for the memory alone")
         if self.num_truncated:
             parts.append(f"{self.num_truncated:,} examples truncated")
         if self.num_without_targets:
@@ -126,11 +130,15 @@ def load_token_data(
         pack_examples(part.examples, length, packing=config.packing)
         for part, length in zip((kept, held_out), lengths, strict=True)
     )
+    asked = None
     if config.recall:
-        train = _with_recall(train, kept.examples, config, tokenizer, window=window, seed=seed)
+        asked = _recall_rows(train, kept.examples, config, tokenizer, window=window, seed=seed)
+        if config.recall_trains == "all":
+            train, asked = train.joined(asked), None
     return TokenData(
         train=train,
         eval=held_out_rows if held_out_rows.num_rows else None,
+        asked=asked,
         format=found,
         num_documents=len(rows.rows),
         num_truncated=kept.num_truncated + held_out.num_truncated,
@@ -168,7 +176,7 @@ def _check_useful(
         )
 
 
-def _with_recall(
+def _recall_rows(
     train: TokenBatchSource,
     texts: list[Example],
     config: DataConfig,
@@ -177,7 +185,7 @@ def _with_recall(
     window: int | None,
     seed: int,
 ) -> TokenBatchSource:
-    """Rows of text, and after them as many rows that ask for something as `config.recall` says."""
+    """As many rows that ask for something as `config.recall` says."""
     begin = begin_tokens(tokenizer)
     asked = recall_examples(
         tokenizer,
@@ -192,7 +200,7 @@ def _with_recall(
         count_text=config.recall_text,
         packing=config.packing,
     )
-    return train.joined(lay_out(asked, config.sequence_length))
+    return lay_out(asked, config.sequence_length)
 
 
 def _fit(examples: list[Example], length: int) -> _Fitted:

@@ -49,6 +49,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     schedule = {
         "steps": run.steps,
         "rows_per_step": rows,
+        "rows_for_the_memory_per_step": run.config.batch_size * run.config.asked_batches,
         "tokens_in_first_step": tokens,
         "epochs": run.steps * rows / run.data.train.num_rows if run.data.train.num_rows else None,
     }
@@ -82,6 +83,8 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
     add("decoding state of a sequence", report["state_bytes_per_sequence"])
     rows = report["rows_per_step"]
     table.caption = f"{report['steps']:,} steps of {rows} row{'s' if rows > 1 else ''}"
+    if others := report["rows_for_the_memory_per_step"]:
+        table.caption += f" and {others} for the memory alone"
     if report["epochs"] is not None:
         table.caption += f", {report['epochs']:.3g} passes over the data"
     return table

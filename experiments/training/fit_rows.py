@@ -65,7 +65,8 @@ def long_rows(
     window = config.liza.softmax_window
     assert window is not None
     length = config.fit.row_length(window, config.data.sequence_length)
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
+    # A fit trains the memory alone in any case.
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all", "recall_trains": "all"}
     if config.fit.data is not None:
         # Other data does not share the --data.* options of the training data.
         changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}

@@ -93,9 +93,12 @@ class Run:
     @functools.cached_property
     def batches(self) -> TrainingBatches:
         """The batches of training on text."""
+        asked_rows = self.config.batch_size * self.config.asked_batches
         return TrainingBatches(
             source=self.data.train,
+            asked=self.data.asked if isinstance(self.data, TokenData) else None,
             placement=self.placement,
+            asked_placement=Placement(mesh=self.mesh, rows_per_step=asked_rows),
             model=self.model.config,
             tokenizer=self.tokenizer,
             windows=self.windows,

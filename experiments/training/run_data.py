@@ -10,7 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from experiments.data import StreamData, StreamSource, TokenBatchSource, TokenData
+from experiments.data import (
+    StreamData,
+    StreamSource,
+    TokenBatch,
+    TokenBatchSource,
+    TokenData,
+)
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.placement import Placement
 from experiments.training.positions import read_position, save_position
@@ -39,6 +45,8 @@ def check_rows(
     if isinstance(data.train, TokenBatchSource):
         check_tokens(data.train.tokens, model.vocab_size, tokenizer)
         check_lengths(data.train.segment_ids, model, "--data.sequence-length")
+    if isinstance(data, TokenData) and data.asked is not None:
+        check_tokens(data.asked.tokens, model.vocab_size, tokenizer)
     if data.eval is not None:
         check_tokens(data.eval.tokens, model.vocab_size, tokenizer)
         check_lengths(data.eval.segment_ids, model, "--data.eval-length")
@@ -49,7 +57,10 @@ class TrainingBatches:
     """The batches of training, on their way to the devices."""
 
     source: TokenBatchSource | StreamSource
+    asked: TokenBatchSource | None
+    """Rows that train the memory alone; None: a step takes none."""
     placement: Placement
+    asked_placement: Placement
     model: ModelConfig
     tokenizer: "PreTrainedTokenizerFast"
     windows: WindowRange | None
@@ -58,8 +69,8 @@ class TrainingBatches:
     output: Path
     """Where positions in streamed data are."""
 
-    def batch_at(self, step: int) -> tuple[tuple[Batch, Array | None], int]:
-        """The batch of a step, its window, its tokens.
+    def batch_at(self, step: int) -> tuple[tuple[Batch, Array | None, Batch | None], int]:
+        """The batch of a step, its window, its rows for the memory alone, and its tokens.
 
         Of several processes each reads its own rows, and counts its part of the tokens.
         """
@@ -73,10 +84,13 @@ class TrainingBatches:
         window = None
         if self.windows is not None:
             window = jnp.asarray(self.windows.draw(self.seed, "train", step))
-        # Where devices of several processes share rows, each of them counts a part.
-        part = size / (len(batch.tokens) * jax.process_count())
-        tokens = round(np.count_nonzero(batch.segment_ids) * part)
-        return (self.placement.put_own(batch), window), tokens
+        tokens, asked = _own_tokens(batch, size), None
+        if self.asked is not None:
+            size, own = self.asked_placement.rows_per_step, self.asked_placement.own_rows
+            rows = self.asked.batch_at(step, size, self.seed, own)
+            asked = self.asked_placement.put_own(rows)
+            tokens += _own_tokens(rows, size)
+        return (self.placement.put_own(batch), window, asked), tokens
 
     def rows_at(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step [B]."""
@@ -86,3 +100,9 @@ class TrainingBatches:
         """Writes where streamed data stands after a step; rows in memory have no position."""
         if isinstance(self.source, StreamSource):
             save_position(self.output, step, self.source.position_after(step))
+
+
+def _own_tokens(batch: TokenBatch, rows_per_step: int) -> int:
+    """Tokens that this process counts of its rows: a part where others hold the same rows."""
+    part = rows_per_step / (len(batch.tokens) * jax.process_count())
+    return round(np.count_nonzero(batch.segment_ids) * part)

@@ -41,8 +41,10 @@ def train_on_text(run: Run) -> tuple[TrainState, float, int]:
         early_stop=config.held_out.early_stop,
     )
 
-    def step(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
-        return compiled(state, partition.frozen, batch, window)
+    def step(
+        state: TrainState, batch: Batch, window: Any, asked: Batch | None
+    ) -> tuple[TrainState, StepMetrics]:
+        return compiled(state, partition.frozen, batch, window, asked)
 
     def finish(state: TrainState, record: StepRecord) -> StepRecord:
         if _is_evaluated(run, record.step):
@@ -97,6 +99,7 @@ def training_parts(run: Run) -> tuple[Partition, TrainState, TrainStep]:
         remat=config.remat,
         distill=config.distill,
         accumulate=config.accumulate,
+        asked_parts=config.asked_batches,
     )
     return partition, run.placement.place(first), step
 

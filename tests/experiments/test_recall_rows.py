@@ -10,6 +10,7 @@ from experiments.data import DataConfig, load_token_data
 from experiments.data.packing import Example
 from experiments.data.probes import PROBES
 from experiments.data.recall_rows import recall_examples
+from experiments.training.config import FinetuneConfig
 from tests.tiny import BOS, make_tokenizer
 
 LENGTH, WINDOW = 200, 32
@@ -191,6 +192,32 @@ def test_a_share_of_the_training_rows_is_for_recall(tokenizer):
     assert plain.eval is not None
     assert mixed.eval is not None
     np.testing.assert_array_equal(mixed.eval.tokens, plain.eval.tokens)
+
+
+def test_rows_for_the_memory_alone_stay_apart(tokenizer):
+    mixed = DataConfig(sequence_length=LENGTH, eval_tokens=500, recall=0.25)
+    apart = replace(mixed, recall_trains="memory")
+    whole, found = (load_token_data(c, tokenizer, 5, window=WINDOW) for c in (mixed, apart))
+    assert found.asked is not None
+    assert whole.asked is None
+    rows_of_text = found.train.num_rows
+    np.testing.assert_array_equal(found.train.tokens, whole.train.tokens[:rows_of_text])
+    np.testing.assert_array_equal(found.asked.tokens, whole.train.tokens[rows_of_text:])
+    np.testing.assert_array_equal(found.asked.loss_mask, whole.train.loss_mask[rows_of_text:])
+    assert f"{found.asked.num_rows} rows that ask, for the memory alone" in found.describe()
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "share", "batches"), [(1, 0.1, 1), (1, 0.5, 1), (4, 0.5, 4), (8, 0.2, 2)]
+)
+def test_batches_for_the_memory_alone_of_a_step(accumulate, share, batches):
+    data = DataConfig(recall=share, recall_trains="memory")
+    config = FinetuneConfig(data=data, accumulate=accumulate)
+    assert config.asked_batches == batches
+    assert replace(config, data=replace(data, recall=0.0)).asked_batches == 0
+    assert replace(config, data=replace(data, recall_trains="all")).asked_batches == 0
+    with pytest.raises(ValueError, match=r"--data\.recall-trains memory needs a memory to train"):
+        replace(config, no_liza=True)
 
 
 def test_rows_that_are_too_short_say_how_long_they_must_be(tokenizer):

@@ -160,6 +160,11 @@ def is_base_weight(name: str) -> bool:
     return "lora" not in path and not is_memory(path)
 
 
+def is_memory_name(name: str) -> bool:
+    """Whether a dotted path names a parameter of the memory."""
+    return is_memory(tuple(name.split(".")))
+
+
 def dotted(path: Path) -> str:
     """("stacks", 0, "layers") -> "stacks.0.layers"."""
     return ".".join(str(part) for part in path)

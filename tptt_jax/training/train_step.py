@@ -17,7 +17,7 @@ from tptt_jax.processes import put
 from tptt_jax.sharding import replicated
 from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
-from tptt_jax.training.partition import Partition, Trainable, is_base_weight
+from tptt_jax.training.partition import Partition, Trainable, is_base_weight, is_memory_name
 from tptt_jax.training.schedules import MagSchedule
 
 
@@ -77,7 +77,7 @@ class StepMetrics(NamedTuple):
 
 
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
-"""(state, frozen, batch, window=None) -> (state, metrics)."""
+"""(state, frozen, batch, window=None, asked=None) -> (state, metrics)."""
 
 
 def init_train_state(
@@ -112,8 +112,11 @@ def make_train_step(
     dropout: bool = True,
     distill: float = 0.0,
     accumulate: int = 1,
+    asked_parts: int = 0,
 ) -> TrainStep:
-    """Compiles ``(state, frozen, batch, window=None) -> (state, metrics)``; the state is donated.
+    """Compiles a step; the state is donated.
+
+    It is called as ``(state, frozen, batch, window=None, asked=None) -> (state, metrics)``.
 
     A step whose loss, gradient or result is not finite leaves the state as it was
     (`StepMetrics.is_finite`).
@@ -121,6 +124,9 @@ def make_train_step(
     `window` is a softmax window below the model's own, as a scalar, so that each step may draw
     another. Only the trainable side is differentiated. A scheduled share is computed inside,
     from the step, so that changing it never recompiles.
+
+    `asked` is a batch whose gradient reaches the memory's parameters alone: rows that teach it to
+    recall, which would cost the rest of the model a part of what it learns from text.
 
     Args:
       partition: from `split_trainable`.
@@ -133,16 +139,25 @@ def make_train_step(
       accumulate: parts that the rows of a batch are worked through in, one after the other; the
         step is that of the whole batch, and needs the activations of one part. Part i has the rows
         i, i + accumulate, i + 2 * accumulate, ..., so that each device keeps its own rows.
+      asked_parts: parts that the rows of `asked` are worked through in, each with as many rows as
+        one of `batch`; 0: the step takes no such rows.
 
     Raises:
-      ValueError: if the model is to be distilled from weights that are trained themselves, or (in
-        the step) if the rows of a batch do not divide into parts.
+      ValueError: if the model is to be distilled from weights that are trained themselves, if
+        `asked` rows have no memory to train, or (in the step) if the rows of a batch do not divide
+        into parts.
     """
     if distill and any(is_base_weight(name) for name in partition.template):
         raise ValueError(
             "distillation needs unchanged weights of the base model: train adapters or the memory "
             "instead."
         )
+    if asked_parts and not any(is_memory_name(name) for name in partition.template):
+        raise ValueError(
+            "rows for the memory alone need a memory that is trained, and this model has none: "
+            "give it one, or leave such rows out."
+        )
+    parts = accumulate + asked_parts
     train_adapters = any(".lora." in name for name in partition.template)
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
 
@@ -164,38 +179,59 @@ def make_train_step(
             total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
         else:
             total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
-        return total if accumulate > 1 else total / jnp.maximum(count, 1), count
+        return total if parts > 1 else total / jnp.maximum(count, 1), count
 
     def gradient_of(
-        trainable: Trainable, share: Array | None, frozen: nnx.State, batch: Batch, *rest: Any
+        trainable: Trainable,
+        share: Array | None,
+        frozen: nnx.State,
+        batches: tuple[Batch, Batch | None],
+        *rest: Any,
     ) -> tuple[tuple[Array, Array], Trainable]:
         """((mean loss, counted tokens), gradient of the mean loss)."""
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        if accumulate == 1:
+        batch, asked = batches
+        if parts == 1:
             return value_and_grad(trainable, share, frozen, batch, *rest)
         window, key = rest
 
         def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
             number, part = numbered
-            found = value_and_grad(
+            values, gradient = value_and_grad(
                 trainable, share, frozen, part, window, jax.random.fold_in(key, number)
             )
-            return jax.tree.map(jnp.add, sums, found), None
+            if asked is not None:
+                gradient = _for_memory(gradient, number >= accumulate)
+            return jax.tree.map(jnp.add, sums, (values, gradient)), None
 
         zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
-        numbered = (jnp.arange(accumulate), _split_rows(batch, accumulate))
+        rows = _split_rows(batch, accumulate)
+        if asked is not None:
+            others = _split_rows(asked, asked_parts)
+            rows = Batch(*(jnp.concatenate(both) for both in zip(rows, others, strict=True)))
+        numbered = (jnp.arange(parts), rows)
         ((total, count), gradient), _ = jax.lax.scan(add, zeros, numbered)
         counted = jnp.maximum(count, 1)
         return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
 
     def train_step(
-        state: TrainState, frozen: nnx.State, batch: Batch, window: Array | None = None
+        state: TrainState,
+        frozen: nnx.State,
+        batch: Batch,
+        window: Array | None = None,
+        asked: Batch | None = None,
     ) -> tuple[TrainState, StepMetrics]:
+        if (asked is None) != (asked_parts == 0):
+            raise ValueError(
+                "a step takes rows for the memory alone if, and only if, it has parts."
+            )
         share = state.share
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
         key = jax.random.fold_in(state.key, state.step)
-        (loss, count), gradient = gradient_of(state.trainable, share, frozen, batch, window, key)
+        (loss, count), gradient = gradient_of(
+            state.trainable, share, frozen, (batch, asked), window, key
+        )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = cast("Trainable", optax.apply_updates(state.trainable, updates))
         norm = optax.tree.norm(gradient)
@@ -206,6 +242,14 @@ def make_train_step(
         return TrainState(*kept, state.key), StepMetrics(loss, count, norm, *shares, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _for_memory(gradient: Trainable, is_asked: Array) -> Trainable:
+    """The gradient of a part, without that of other parameters than the memory's if `is_asked`."""
+    return {
+        name: value if is_memory_name(name) else jnp.where(is_asked, 0, value)
+        for name, value in gradient.items()
+    }
 
 
 def _split_rows(batch: Batch, parts: int) -> Batch:

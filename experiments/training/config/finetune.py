@@ -150,6 +150,11 @@ class FinetuneConfig:
                 f"--train {self.train} changes base weights, which --base-dtype {self.base_dtype} "
                 "cannot hold: use --train lora or memory, or leave --base-dtype out."
             )
+        if self.asked_batches and (self.memory is None or self.memory.writes == "none"):
+            raise ValueError(
+                "--data.recall-trains memory needs a memory to train: leave out --no-liza and "
+                "--liza.writes none, or use --data.recall-trains all."
+            )
         if not 0 <= self.distill <= 1:
             raise ValueError(f"distill must lie between 0 and 1, got {self.distill}.")
         if self.distill and self.train in ("projections", "full"):
@@ -197,6 +202,14 @@ class FinetuneConfig:
     def rows_per_step(self) -> int:
         """Rows that one step of training takes."""
         return self.batch_size * self.accumulate
+
+    @property
+    def asked_batches(self) -> int:
+        """Batches of recall rows that a step reads beside its text, for the memory alone."""
+        share = self.data.recall
+        if self.data.recall_trains == "all" or not share:
+            return 0
+        return max(1, round(self.accumulate * share / (1 - share)))
 
     @property
     def mag(self) -> MagSchedule | None:

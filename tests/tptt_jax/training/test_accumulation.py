@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -66,3 +67,44 @@ def test_dropout_differs_from_part_to_part():
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="6 rows cannot be worked through in 4 equal parts"):
         step_of(4)
+
+
+def summed_gradient(rows: slice, asked: slice | None = None, **options):
+    """The gradient of the summed loss, and its metrics, by a step of plain gradient descent."""
+    model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
+    partition, trainable, share = split_trainable(model, "lora")
+    trainable = {  # adapters of rank 8 whose b is zero have no gradient at a
+        name: x + 0.01 if name.endswith("lora.b") else x for name, x in trainable.items()
+    }
+    optimizer = optax.sgd(1.0)
+    state = init_train_state(trainable, share, optimizer, jax.random.key(0))
+    step = make_train_step(partition, optimizer, **options)
+    batch, others = (None if s is None else Batch(*(x[s] for x in BATCH)) for s in (rows, asked))
+    state, metrics = step(state, partition.frozen, batch, None, others)
+    tokens = float(metrics.tokens)
+    found = {name: (x - state.trainable[name]) * tokens for name, x in trainable.items()}
+    return found, metrics
+
+
+def test_rows_for_the_memory_alone_do_not_reach_other_parameters():
+    text, _ = summed_gradient(slice(0, 2))
+    whole, expected = summed_gradient(slice(0, 6))
+    found, metrics = summed_gradient(slice(0, 2), slice(2, 6), asked_parts=2)
+    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-6)
+    assert float(metrics.tokens) == float(expected.tokens)
+    memory = [name for name in found if ".memory." in name or ".mag." in name]
+    assert 0 < len(memory) < len(found)
+    for name, gradient in found.items():
+        right = (whole if name in memory else text)[name]
+        np.testing.assert_allclose(gradient, right, rtol=1e-3, atol=1e-4, err_msg=name)
+        if not name.endswith(".limit"):  # which nothing trains
+            assert np.abs(whole[name] - text[name]).max() > 1e-3, name
+
+
+def test_rows_for_the_memory_alone_need_a_memory():
+    model = CausalLM(ModelConfig.tiny(), None, LoraConfig(), rngs=nnx.Rngs(0))
+    partition, *_ = split_trainable(model, "lora")
+    with pytest.raises(ValueError, match="need a memory that is trained, and this model has none"):
+        make_train_step(partition, optax.sgd(1.0), asked_parts=1)
+    with pytest.raises(ValueError, match="if, and only if, it has parts"):
+        summed_gradient(slice(0, 2), slice(2, 4))
