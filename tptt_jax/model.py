@@ -36,6 +36,7 @@ from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.context import is_split, num_shards, take_split_tokens
 from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.documents import count_positions, order_padding, take_places
+from tptt_jax.ops.placement import constrain, constrain_lookup
 from tptt_jax.ops.quantization import TABLE_FORMAT, BaseDtype, Weight, dense
 from tptt_jax.token_ids import check_model_tokens
 
@@ -280,7 +281,7 @@ class CausalLM(nnx.Module):
             )
             for kind in dict.fromkeys(kinds)
         }
-        x = self.embed(tokens, positions)
+        x = constrain_lookup(self.embed(tokens, positions))
         stack_caches, branches = [], []
         for number, stack in enumerate(self.stacks):
             output = stack(
@@ -305,6 +306,7 @@ class CausalLM(nnx.Module):
                 branches = jax.tree.map(
                     lambda b: jax.vmap(take_places, (0, None))(b, inverse), branches
                 )
+        x = constrain(x, "rows", "tokens", None)
         if cache is not None:
             cache = cache.advance(tuple(stack_caches), tokens, segment_ids, x)
         return x, cache, tuple(branches) if return_branches else None
@@ -315,7 +317,10 @@ class CausalLM(nnx.Module):
 
     def project_logits(self, hidden: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """The LM head: [..., E] -> [..., V], in at least float32."""
-        return apply_softcap(head_product(hidden, *self.head_matrix()), self.config.final_softcap)
+        logits = head_product(hidden, *self.head_matrix())
+        if logits.ndim == 3:
+            logits = constrain(logits, "rows", "tokens", "vocab")
+        return apply_softcap(logits, self.config.final_softcap)
 
     def head_matrix(self) -> tuple[Weight, int]:
         """The LM head [V, E] or [E, V], tied or not, and which axis is the vocabulary."""

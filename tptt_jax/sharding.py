@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tptt_jax.layers.parameters import JoinedHeads
 from tptt_jax.ops.context import CONTEXT_AXIS
+from tptt_jax.ops.placement import ActivationRules, activation_rules, assign_axes
 from tptt_jax.processes import put
 
 # The last axes connect neighbouring devices: they carry the most bytes.
@@ -83,15 +84,13 @@ def partition_spec(
             f"the rules name the mesh axis {unknown[0]!r}, the mesh has "
             f"{', '.join(mesh.axis_names)}: use one of these, or leave the rule out."
         )
-    found: list[str | None] = [None] * (len(shape) - len(axes))
-    for axis, size in zip(axes, shape[len(found) :], strict=True):
-        parts = axis.heads if isinstance(axis, JoinedHeads) else size
-        name = rules.get(axis)
-        # Of quantised weights the axis has blocks, fewer than channels: both have to divide.
-        even = math.gcd(parts, size)
-        fits = name is not None and name not in found and even % mesh.shape[name] == 0
-        found.append(name if fits else None)
-    return PartitionSpec(*found)
+    unnamed = len(shape) - len(axes)
+    # Of quantised weights the axis of heads has blocks, fewer than channels: both have to divide.
+    parts = [
+        math.gcd(axis.heads, size) if isinstance(axis, JoinedHeads) else size
+        for axis, size in zip(axes, shape[unnamed:], strict=True)
+    ]
+    return PartitionSpec(*(None,) * unnamed, *assign_axes(axes, parts, mesh.shape, rules))
 
 
 def sharding_of(
@@ -147,20 +146,36 @@ def own_rows(mesh: Mesh, count: int) -> slice:
     return slice(min(part[0] for part in parts), max(part[1] for part in parts))
 
 
-def divided_rows(mesh: Mesh | None) -> contextlib.AbstractContextManager[object]:
-    """The context manager in which models divide the tokens of rows along the context axis.
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh | None, rules: Mapping[str, str] = RULES) -> Iterator[None]:
+    """The context manager in which models divide their activations over a mesh.
 
-    Elsewhere results are the same, but XLA gathers whole rows on each device. It has no effect
-    without a mesh, or where the context axis has one device.
+    Rows go to data and fsdp, tokens to context, heads, the width of the MLP and logits to where
+    `rules` put those axes of parameters. Elsewhere results are the same, but XLA alone decides what
+    each device holds, and gathers whole rows where a mesh has a context axis. It has no effect
+    without a mesh.
+
+    Args:
+      mesh: that the model and its inputs are on.
+      rules: those of `shard_model`.
     """
-    if mesh is None or mesh.shape[CONTEXT_AXIS] == 1:
-        return contextlib.nullcontext()
-    return jax.set_mesh(mesh)
+    if mesh is None:
+        yield
+        return
+    # Other devices may then be needed to compute what no array says: only where rows are divided.
+    is_ambient = mesh.shape.get(CONTEXT_AXIS, 1) > 1
+    with (
+        jax.set_mesh(mesh) if is_ambient else contextlib.nullcontext(),
+        activation_rules(ActivationRules.of(mesh, rules)),
+    ):
+        yield
 
 
-def undivided_rows() -> contextlib.AbstractContextManager[object]:
-    """The context manager in which models leave rows whole, also inside `divided_rows`."""
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+@contextlib.contextmanager
+def off_mesh() -> Iterator[None]:
+    """The context manager in which activations stay undivided, also inside `on_mesh`."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())), activation_rules(None):
+        yield
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

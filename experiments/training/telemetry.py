@@ -13,7 +13,7 @@ from experiments.data import TokenBatch
 from experiments.training.metrics import StepRecord
 from tptt_jax import CausalLM
 from tptt_jax.processes import fetch
-from tptt_jax.sharding import undivided_rows
+from tptt_jax.sharding import off_mesh
 from tptt_jax.training.memory_health import MemoryHealth, measure_memory, memory_layers
 from tptt_jax.training.train_step import Batch
 
@@ -50,7 +50,7 @@ class Telemetry:
             return record
         after = model()
         layers = memory_layers(after)
-        with undivided_rows():
+        with off_mesh():
             measured = measure_memory(after, self.row.tokens, self.row.segment_ids)
         health = jax.tree.map(fetch, measured)
         for kind, line in find_dangers(health, layers).items():

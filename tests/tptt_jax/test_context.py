@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh
 from tests.contracts import raise_shares, random_tokens, randomize, relative_error
 from tests.devices import run_on_devices
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.sharding import MESH_AXES, batch_sharding, divided_rows, make_mesh, shard_model
+from tptt_jax.sharding import MESH_AXES, batch_sharding, make_mesh, on_mesh, shard_model
 from tptt_jax.training.loss import causal_lm_loss
 
 TOKENS = 48
@@ -137,7 +137,7 @@ def _compare(case: Case, layout: str) -> dict[str, Any]:
     model = _model(case)
     shard_model(model, mesh)
     batch = jax.device_put(_batch(), batch_sharding(mesh))
-    with divided_rows(mesh):
+    with on_mesh(mesh):
         loss, gradients, program = _loss_and_gradients(case, model, batch)
     return {
         "loss": relative_error(loss, want_loss),

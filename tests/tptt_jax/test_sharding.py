@@ -22,6 +22,7 @@ from tptt_jax.sharding import (
     batch_sharding,
     make_mesh,
     name_axes,
+    on_mesh,
     partition_spec,
     replicated,
     shard_model,
@@ -299,7 +300,8 @@ def _train(mesh: Any) -> tuple[list[float], dict[str, Any], Any]:
             ),
         }
         for _ in range(STEPS if when == "before" else 0):
-            state, metrics = step(state, partition.frozen, batch)
+            with on_mesh(mesh):
+                state, metrics = step(state, partition.frozen, batch)
             losses.append(float(metrics.loss))
     return losses, shares, state
 

@@ -10,6 +10,7 @@ from tptt_jax.layers.liza import LayerTokens, LizaAttention, LizaOutput
 from tptt_jax.layers.mlp import MLP
 from tptt_jax.layers.moe import ExpertsMLP
 from tptt_jax.layers.norm import NormLayer, residual_norm
+from tptt_jax.ops.placement import constrain
 
 
 class DecoderLayer(nnx.Module):
@@ -89,11 +90,15 @@ class DecoderLayer(nnx.Module):
 
     def add(self, x: Hidden, attended: Hidden, dropout_key: Array | None = None) -> Hidden:
         """Adds the attention output, then the MLP's output, to the residual stream."""
-        x = x + apply_norm(self.attn_post_norm, attended)
+        x = _constrain_residual(x + apply_norm(self.attn_post_norm, attended))
         out = self.mlp(apply_norm(self.mlp_norm, x), dropout_key)
-        return x + apply_norm(self.mlp_post_norm, out)
+        return _constrain_residual(x + apply_norm(self.mlp_post_norm, out))
 
 
 def apply_norm(norm: NormLayer | None, x: Hidden) -> Hidden:
     """Applies a norm; None returns x."""
     return x if norm is None else norm(x)
+
+
+def _constrain_residual(x: Hidden) -> Hidden:
+    return constrain(x, "rows", "tokens", None)

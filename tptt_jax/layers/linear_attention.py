@@ -12,6 +12,7 @@ from tptt_jax.layers.dropout import choose_dropout_key
 from tptt_jax.layers.lora import Projection
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 from tptt_jax.layers.parameters import JoinedHeads
+from tptt_jax.ops.placement import constrain
 
 
 class LinearAttention(nnx.Module):
@@ -97,10 +98,15 @@ class LinearAttention(nnx.Module):
         )
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        def heads(y: Array) -> Array:
-            return y.reshape(*y.shape[:2], -1, self.head_dim)
+        def heads(projection: Projection, axis: str) -> Array:
+            y = projection(x).reshape(*x.shape[:2], -1, self.head_dim)
+            return constrain(y, "rows", "tokens", axis, None)
 
-        return heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        return (
+            heads(self.q_proj, "heads"),
+            heads(self.k_proj, "kv_heads"),
+            heads(self.v_proj, "kv_heads"),
+        )
 
     def __call__(
         self,

@@ -25,6 +25,7 @@ from tptt_jax.layers.softmax_attention import (
     softmax_settings,
 )
 from tptt_jax.ops.attention import Attended
+from tptt_jax.ops.placement import constrain
 
 
 class Branches(NamedTuple):
@@ -357,6 +358,8 @@ class LizaAttention(nnx.Module):
     def project(self, x: Hidden, key: Array | None = None) -> Projected:
         """Queries, keys and values [B, T, heads, D] of an input [B, T, E]."""
         q, k, v = self._project(x, key)
+        q = constrain(q, "rows", "tokens", "heads", None)
+        k, v = (constrain(y, "rows", "tokens", "kv_heads", None) for y in (k, v))
         if self.liza is not None and not self.liza.softmax:
             return Projected(x, q, k, v, q, k, v)
         soft_q, soft_k = self._normalize(q, self.q_norm), self._normalize(k, self.k_norm)
@@ -366,6 +369,7 @@ class LizaAttention(nnx.Module):
         self, x: Float[Array, "B T H D"], key: Array | None = None, *, use_bias: bool = True
     ) -> Hidden:
         """Heads [B, T, H, D] to the residual stream [B, T, E]."""
+        x = constrain(x, "rows", "tokens", "heads", None)
         return self.o_proj(x.reshape(*x.shape[:2], -1), key, use_bias=use_bias)
 
     def _project(self, x: Array, key: Array | None) -> tuple[Array, ...]:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from tptt_jax.array_typing import Array, Hidden
 from tptt_jax.config import LoraConfig, ModelConfig
 from tptt_jax.layers.lora import Projection
+from tptt_jax.ops.placement import constrain
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -46,9 +47,13 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Hidden, dropout_key: Array | None = None) -> Hidden:
         """[B, T, E] -> [B, T, E]."""
-        activation, up = ACTIVATIONS[self.activation], self.up_proj(x, dropout_key)
+        activation, up = ACTIVATIONS[self.activation], self._widen(self.up_proj, x, dropout_key)
         if self.gate_proj is None:
             return self.down_proj(activation(up), dropout_key)
 
-        gate = activation(self.gate_proj(x, dropout_key))
+        gate = activation(self._widen(self.gate_proj, x, dropout_key))
         return self.down_proj(gate * up, dropout_key)
+
+    def _widen(self, project: Projection, x: Hidden, key: Array | None) -> Array:
+        """[B, T, E] -> [B, T, F]."""
+        return constrain(project(x, key), "rows", "tokens", "mlp")

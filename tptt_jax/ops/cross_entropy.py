@@ -10,8 +10,9 @@ from jax.custom_derivatives import SymbolicZero
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
-from tptt_jax.ops.context import rows_as_shards, shards_as_rows
+from tptt_jax.ops.context import num_shards, rows_as_shards, shards_as_rows
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
+from tptt_jax.ops.placement import constrain_lookup
 from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weight, take_weight
 
 # Logits held at a time: 128 MiB in float32; where they are to stay in a CPU's cache, 16 MiB.
@@ -219,7 +220,10 @@ def _slice_losses(
     top, total, gradient = lax.fori_loop(0, blocks, visit, (start, jnp.zeros(tokens.shape), grown))
     rows = take_weight(head, tokens.ravel(), plan.vocab_axis)
     rows = _rows(dense(rows, hidden.dtype), plan)
-    rows = rows.reshape(hidden.shape).astype(jnp.float32)
+    rows = rows.reshape(hidden.shape)
+    if num_shards() == 1:
+        rows = constrain_lookup(rows)
+    rows = rows.astype(jnp.float32)
     chosen = jnp.einsum("...e,...e->...", hidden.astype(jnp.float32), rows)
     chosen = apply_softcap(chosen, plan.softcap)
     # Rounding of sums in different orders must not give probabilities above 1.
