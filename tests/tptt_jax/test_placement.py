@@ -9,22 +9,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from tests.contracts import random_tokens, randomize, relative_error
+from tests.contracts import randomize, relative_error
 from tests.devices import run_on_devices
+from tests.mesh_programs import (
+    TOKENS,
+    VOCAB_SIZE,
+    gathered_shapes,
+    loss_and_gradients,
+    packed_rows,
+)
 from tptt_jax import CausalLM, LoraConfig, ModelConfig, generate
 from tptt_jax.ops.context import split_tokens
 from tptt_jax.ops.placement import assign_axes, constrain
 from tptt_jax.sharding import RULES, batch_sharding, make_mesh, off_mesh, on_mesh, shard_model
-from tptt_jax.training.loss import causal_lm_loss
 
-# A multiple of 11, which no width is: arrays whose size has this factor are activations.
-TOKENS = 22
-CONFIG = ModelConfig.tiny(num_layers=2, embed_dim=48, mlp_dim=80, vocab_size=96)
+# No width is a multiple of 11, as the number of tokens is: arrays of such a size are activations.
+CONFIG = ModelConfig.tiny(num_layers=2, embed_dim=48, mlp_dim=80, vocab_size=VOCAB_SIZE)
 LAYOUTS = ("data=8", "fsdp=4", "tensor=2", "data=2,fsdp=2,tensor=2")
 # Four devices share two KV heads: each has both, and one or two of the four query heads.
 UNEVEN = ("tensor=4", "data=2,tensor=4")
@@ -71,11 +75,12 @@ def test_rules_say_where_activations_go():
 
 
 def test_parts_that_are_divided_by_hand_have_no_constraints():
-    x = jnp.ones((2, 4, 2, 8))
-    with jax.set_mesh(make_mesh("")):
-        run = lambda x: split_tokens(lambda y: constrain(y, *HEADS), (x,))  # noqa: E731
-        with on_mesh(make_mesh("")):
-            assert _constraints(run, x) == []
+    def run(x: jax.Array) -> jax.Array:
+        return split_tokens(lambda y: constrain(y, *HEADS), (x,))
+
+    mesh = make_mesh("")
+    with jax.set_mesh(mesh), on_mesh(mesh):
+        assert _constraints(run, jnp.ones((2, 4, 2, 8))) == []
 
 
 def test_other_rules_compile_again():
@@ -134,7 +139,7 @@ def test_decoding_on_a_mesh_gives_the_same_tokens(report):
 
 def write(path: str) -> None:
     """Compares meshes with one device, with constraints and without; writes the results."""
-    expected = _loss_and_gradients(_model(), _batch())[:2]
+    expected = loss_and_gradients(_model(), packed_rows())[:2]
     report = {
         "constrained": {x: _compare(expected, x, on=True) for x in LAYOUTS + UNEVEN},
         "free": {"fsdp=4": _compare(expected, "fsdp=4", on=False)},
@@ -147,51 +152,25 @@ def _model() -> CausalLM:
     return randomize(CausalLM(CONFIG, None, LoraConfig(rank=2), rngs=nnx.Rngs(0)))
 
 
-def _batch() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    tokens = random_tokens((8, TOKENS), vocab_size=CONFIG.vocab_size)
-    ids = np.repeat([[1, 2, 0]], [9, 10, 3], axis=1).astype(np.int32) + 0 * tokens
-    return tokens, ids, tokens % 5 != 0
-
-
 def _compare(expected: tuple[Any, Any], layout: str, *, on: bool) -> dict[str, Any]:
     """Relative errors; shapes of activations in all-gathers; the number of all-reduces."""
     mesh, model = make_mesh(layout), _model()
     shard_model(model, mesh)
-    batch = jax.device_put(_batch(), batch_sharding(mesh))
+    batch = jax.device_put(packed_rows(), batch_sharding(mesh))
     with on_mesh(mesh) if on else contextlib.nullcontext():
-        loss, gradients, program = _loss_and_gradients(model, batch)
-    shapes = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)
-    gathered = [[int(size) for size in shape.split(",")] for shape in shapes]
+        loss, gradients, program = loss_and_gradients(model, batch)
     return {
         "loss": relative_error(loss, expected[0]),
         "gradients": {k: relative_error(x, expected[1][k]) for k, x in gradients.items()},
-        "gathered": [shape for shape in gathered if math.prod(shape) % 11 == 0],
+        "gathered": [x for x in gathered_shapes(program) if math.prod(x) % 11 == 0],
         "reduced": len(re.findall(r" all-reduce\(", program)),
     }
-
-
-def _loss_and_gradients(model: CausalLM, batch: Any) -> tuple[Any, dict[str, jax.Array], str]:
-    """The loss, gradients of all parameters by path, and the compiled program."""
-    graphdef, parameters = nnx.split(model)
-
-    @jax.jit
-    def run(parameters: Any, batch: Any) -> Any:
-        def loss(parameters: Any) -> jax.Array:
-            total, count = causal_lm_loss(nnx.merge(graphdef, parameters), *batch, train_head=True)
-            return total / count
-
-        return jax.value_and_grad(loss)(parameters)
-
-    program = run.lower(parameters, batch).compile()
-    loss, gradients = program(parameters, batch)
-    flat = {".".join(map(str, p)): x.get_value() for p, x in nnx.to_flat_state(gradients)}
-    return loss, flat, program.as_text() or ""
 
 
 def _other_calls() -> dict[str, Any]:
     """Calls whose rows no mesh divides, under `jax.vmap`, and with a cache where tokens divide."""
     one, mesh = _model(), make_mesh("data=2,context=2,tensor=2")
-    tokens = jnp.asarray(_batch()[0])
+    tokens = jnp.asarray(packed_rows()[0])
     many = _model()
     shard_model(many, mesh)
 

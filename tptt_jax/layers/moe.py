@@ -1,8 +1,12 @@
 """A mixture-of-experts feed-forward sublayer."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden, Int
@@ -11,8 +15,9 @@ from tptt_jax.layers.lora import ROUTER, Projection
 from tptt_jax.layers.mlp import ACTIVATIONS
 from tptt_jax.layers.parameters import BaseParam
 from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, stored
-from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
-from tptt_jax.ops.quantization import BaseDtype
+from tptt_jax.ops.grouped_matmul import OwnGroups, group_rows, grouped_matmul
+from tptt_jax.ops.placement import ActivationRules, MeshAxes, active_rules
+from tptt_jax.ops.quantization import BaseDtype, QuantizedArray, Weight
 
 
 class ExpertKernels(nnx.Module):
@@ -37,6 +42,36 @@ class ExpertKernels(nnx.Module):
         """Quantises the matrices in place."""
         if isinstance(self.kernel, BaseParam):
             self.kernel = QuantizedWeight(self.kernel, base_dtype, axis=-2)
+
+
+class _Matrices(NamedTuple):
+    """The experts' matrices as they are stored, or those of a device."""
+
+    gate: Weight | None  # [X, E, F]
+    up: Weight  # [X, E, F]
+    down: Weight  # [X, F, E]
+
+
+class _Axes(NamedTuple):
+    """The mesh axes that divide tokens and experts; None: none."""
+
+    rows: MeshAxes | None
+    tokens: MeshAxes | None
+    experts: MeshAxes | None
+    width: MeshAxes | None
+
+    @classmethod
+    def of(cls, rules: ActivationRules, x: Array, up: Weight) -> "_Axes | None":
+        """For hidden states [B, T, E] and matrices [X, E, F]; None: XLA decides."""
+        # Together, as devices that hold other tokens cannot share them.
+        names, sizes = (
+            ("rows", "tokens", "experts", "mlp"),
+            (*x.shape[:2], up.shape[0], up.shape[2]),
+        )
+        axes = cls(*rules.spec(names, sizes))
+        # Blocks of a quantised `down` lie along the width, and are not taken apart.
+        is_cut = isinstance(up, QuantizedArray) and axes.width is not None
+        return None if is_cut or rules.mesh.size == 1 else axes
 
 
 class ExpertsMLP(nnx.Module):
@@ -74,29 +109,68 @@ class ExpertsMLP(nnx.Module):
 
     def __call__(self, x: Hidden, dropout_key: Array | None = None) -> Hidden:
         """[B, T, E] -> [B, T, E]."""
+        gate = None if self.gate_proj is None else stored(self.gate_proj.kernel)
+        matrices = _Matrices(gate, stored(self.up_proj.kernel), stored(self.down_proj.kernel))
+        rules = active_rules()
+        axes = None if rules is None else _Axes.of(rules, x, matrices.up)
+        if rules is not None and axes is not None:
+            return self._run_divided(x, self._route(x, dropout_key), matrices, rules.mesh, axes)
         rows = x.reshape(-1, x.shape[-1])
-        weights, experts = self._route(rows, dropout_key)
-        grouping = group_rows(experts.reshape(-1), stored(self.up_proj.kernel).shape[0])
+        return self._run(rows, self._route(rows, dropout_key), matrices).reshape(x.shape)
+
+    def _route(self, rows: Array, dropout_key: Array | None) -> Array:
+        """The router's logits [..., X] for rows [..., E], in at least float32."""
+        wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
+        return self.router(wide, dropout_key)
+
+    def _run(
+        self, rows: Array, logits: Array, matrices: _Matrices, own: OwnGroups | None = None
+    ) -> Array:
+        """Rows [M, E] and logits [M, X] -> [M, E]; with `own` what these experts contribute."""
+        weights, experts = self._choose(logits)
+        grouping = group_rows(experts.reshape(-1), logits.shape[-1], own)
         repeated = jnp.repeat(rows, self.experts_per_token, axis=0)
-
-        def multiply(y: Array, kernels: ExpertKernels) -> Array:
-            return grouped_matmul(y, stored(kernels.kernel), grouping)
-
-        activation, up = ACTIVATIONS[self.activation], multiply(repeated, self.up_proj)
-        if self.gate_proj is None:
+        activation = ACTIVATIONS[self.activation]
+        up = grouped_matmul(repeated, matrices.up, grouping)
+        if matrices.gate is None:
             hidden = activation(up)
         else:
-            hidden = activation(multiply(repeated, self.gate_proj)) * up
-        out = multiply(hidden, self.down_proj).reshape(*weights.shape, -1)
-        return jnp.sum(out * weights[..., None].astype(out.dtype), axis=1).reshape(x.shape)
+            hidden = activation(grouped_matmul(repeated, matrices.gate, grouping)) * up
+        out = grouped_matmul(hidden, matrices.down, grouping).reshape(*weights.shape, -1)
+        return jnp.sum(out * weights[..., None].astype(out.dtype), axis=1)
 
-    def _route(
-        self, rows: Float[Array, "M E"], dropout_key: Array | None
-    ) -> tuple[Float[Array, "M c"], Int[Array, "M c"]]:
+    def _choose(self, logits: Float[Array, "M X"]) -> tuple[Float[Array, "M c"], Int[Array, "M c"]]:
         """Weights and numbers of the experts chosen for each row."""
-        wide = rows.astype(jnp.promote_types(rows.dtype, jnp.float32))
-        shares = jax.nn.softmax(self.router(wide, dropout_key), axis=-1)
-        weights, experts = jax.lax.top_k(shares, self.experts_per_token)
+        weights, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.experts_per_token)
         if self.normalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
+
+    def _run_divided(
+        self, x: Hidden, logits: Array, matrices: _Matrices, mesh: Mesh, axes: _Axes
+    ) -> Hidden:
+        """Each device runs its experts, or its part of each expert, on its rows and tokens.
+
+        The results are summed over the devices that share tokens.
+        """
+        summed = tuple(axis for axis in (axes.experts, axes.width) if axis is not None)
+
+        def run(x: Array, logits: Array, matrices: _Matrices) -> Array:
+            rows, own = x.reshape(-1, x.shape[-1]), None
+            if axes.experts is not None:
+                count = matrices.up.shape[0]
+                own = OwnGroups(lax.axis_index(axes.experts) * count, count)
+            out = self._run(rows, logits.reshape(len(rows), -1), matrices, own).reshape(x.shape)
+            return lax.psum(out, summed) if summed else out
+
+        tokens, up = PartitionSpec(*axes[:2]), PartitionSpec(axes.experts, None, axes.width)
+        down = PartitionSpec(axes.experts, axes.width, None)
+        gate: Any = None if matrices.gate is None else up
+        return jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(tokens, tokens, _Matrices(gate, up, down)),
+            out_specs=tokens,
+            # The loop over blocks does not declare along which axes its results vary.
+            check_vma=False,
+        )(x, logits, matrices)

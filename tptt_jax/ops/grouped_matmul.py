@@ -1,6 +1,7 @@
 """Products of groups of rows with one matrix each, for mixtures of experts."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,19 +19,36 @@ class Grouping(NamedTuple):
       slots: slot of each row [M]; some slots of a block may stay empty.
       groups: the group of each block [blocks].
       num_slots: blocks times rows per block.
+      used: number of blocks to multiply, the first ones; None: all.
     """
 
     slots: Int[Array, "M"]
     groups: Int[Array, "blocks"]
     num_slots: int
+    used: Int[Array, ""] | None = None
 
 
-def group_rows(group_of_row: Int[Array, "M"], num_groups: int) -> Grouping:
+class OwnGroups(NamedTuple):
+    """The groups whose matrices are at hand: neighbours.
+
+    Attributes:
+      first: number of the first one.
+      count: static.
+    """
+
+    first: Int[Array, ""]
+    count: int
+
+
+def group_rows(
+    group_of_row: Int[Array, "M"], num_groups: int, own: OwnGroups | None = None
+) -> Grouping:
     """Sorts rows into blocks of one group each, without dropping any.
 
     Args:
       group_of_row: [M], in [0, num_groups).
       num_groups: static.
+      own: groups that are multiplied; rows of the others become zero. None: all.
 
     Returns:
       The layout. Every group fills whole blocks; there are at most M / block + min(M,
@@ -38,6 +56,11 @@ def group_rows(group_of_row: Int[Array, "M"], num_groups: int) -> Grouping:
     """
     rows = group_of_row.shape[0]
     block = _block_rows(rows, num_groups)
+    if own is not None:
+        # One group more for all rows of others, behind the rest.
+        group_of_row = group_of_row - own.first
+        is_own = (group_of_row >= 0) & (group_of_row < own.count)
+        group_of_row, num_groups = jnp.where(is_own, group_of_row, own.count), own.count + 1
     num_blocks = rows // block + min(rows, num_groups)
     sizes = jnp.zeros(num_groups, jnp.int32).at[group_of_row].add(1)
     blocks = -(-sizes // block)
@@ -49,7 +72,8 @@ def group_rows(group_of_row: Int[Array, "M"], num_groups: int) -> Grouping:
     # Blocks past the last one multiply zeros by some matrix.
     groups = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
     groups = jnp.minimum(groups, num_groups - 1).astype(jnp.int32)
-    return Grouping(slots, groups, num_blocks * block)
+    used = None if own is None else last_block[own.count - 1]
+    return Grouping(slots, groups, num_blocks * block, used)
 
 
 def grouped_matmul(
@@ -72,7 +96,7 @@ def grouped_matmul(
     blocks = blocks.reshape(grouping.groups.shape[0], -1, x.shape[1])
     if not isinstance(weights, QuantizedArray):
         weights = weights.astype(x.dtype)
-    out = _multiply_blocks(blocks, weights, grouping.groups)
+    out = _multiply_blocks(blocks, weights, grouping.groups, grouping.used)
     return save_product(out.reshape(grouping.num_slots, -1)[grouping.slots])
 
 
@@ -85,36 +109,60 @@ def _block_rows(rows: int, num_groups: int) -> int:
 
 
 @jax.custom_vjp
-def _multiply_blocks(x: Array, weights: Weight, groups: Array) -> Array:
-    """[blocks, rows, I] x [X, I, O] -> [blocks, rows, O]."""
+def _multiply_blocks(x: Array, weights: Weight, groups: Array, used: Array | None) -> Array:
+    """[blocks, rows, I] x [X, I, O] -> [blocks, rows, O]; zero from block `used` on."""
 
     def multiply(each: tuple[Array, Array]) -> Array:
         return each[0] @ dense(take_entry(weights, each[1]), x.dtype)
 
-    return lax.map(multiply, (x, groups))
+    return _map_blocks(multiply, (x, groups), used)
 
 
-def _multiply_forward(x: Array, weights: Weight, groups: Array) -> tuple[Array, tuple]:
-    return _multiply_blocks(x, weights, groups), (x, weights, groups)
+def _map_blocks(run: Callable[[Any], Array], blocks: Any, used: Array | None) -> Array:
+    """`lax.map` over the first `used` blocks; zeros for the others."""
+    if used is None:
+        return lax.map(run, blocks)
+    shape = jax.eval_shape(run, take_entry(blocks, jnp.zeros((), jnp.int32)))
+
+    def visit(number: Array, out: Array) -> Array:
+        done = run(take_entry(blocks, number))
+        return lax.dynamic_update_index_in_dim(out, done, number, axis=0)
+
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return lax.fori_loop(0, used, visit, jnp.zeros((count, *shape.shape), shape.dtype))
 
 
-def _multiply_backward(residuals: tuple, cotangent: Array) -> tuple[Array, Array | None, None]:
-    x, weights, groups = residuals
+def _multiply_forward(
+    x: Array, weights: Weight, groups: Array, used: Array | None
+) -> tuple[Array, tuple]:
+    return _multiply_blocks(x, weights, groups, used), (x, weights, groups, used)
+
+
+def _multiply_backward(
+    residuals: tuple, cotangent: Array
+) -> tuple[Array, Array | None, None, None]:
+    x, weights, groups, used = residuals
 
     def multiply(each: tuple[Array, Array]) -> Array:
         return each[0] @ dense(take_entry(weights, each[1]), x.dtype).T
 
-    to_x = lax.map(multiply, (cotangent, groups))
+    to_x = _map_blocks(multiply, (cotangent, groups), used)
     if isinstance(weights, QuantizedArray):
-        return to_x, None, None
+        return to_x, None, None, None
 
     # Differentiating the map would add a whole array of zeros per block.
     def add(total: Array, each: tuple) -> tuple[Array, None]:
         rows, gradient, group = each
         return total.at[group].add(rows.T @ gradient), None
 
-    to_weights, _ = lax.scan(add, jnp.zeros_like(weights), (x, cotangent, groups))
-    return to_x, to_weights, None
+    blocks, zeros = (x, cotangent, groups), jnp.zeros_like(weights)
+    if used is None:
+        return to_x, lax.scan(add, zeros, blocks)[0], None, None
+
+    def visit(number: Array, total: Array) -> Array:
+        return add(total, take_entry(blocks, number))[0]
+
+    return to_x, lax.fori_loop(0, used, visit, zeros), None, None
 
 
 _multiply_blocks.defvjp(_multiply_forward, _multiply_backward)

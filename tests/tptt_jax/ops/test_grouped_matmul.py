@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.contracts import assert_close
-from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
+from tptt_jax.ops.grouped_matmul import OwnGroups, group_rows, grouped_matmul
 
 
 def draw(rows, groups, seed=0, sizes=(6, 5)):
@@ -61,3 +61,25 @@ def test_bfloat16():
     got = product(x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16), of_row)
     assert got.dtype == jnp.bfloat16
     assert_close(got.astype(jnp.float32), oracle(x, weights, of_row), 2e-2, "rows")
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 2), (1, 3), (4, 1)])
+def test_own_groups_give_their_rows_and_no_others(first, count):
+    """What devices with some of the matrices compute adds up; they multiply only their rows."""
+    x, weights, of_row = draw(37, 5)
+    is_own = (of_row >= first) & (of_row < first + count)
+    target = jnp.cos(jnp.arange(37 * 5.0)).reshape(37, 5)
+    grouping = group_rows(of_row, 5, OwnGroups(jnp.int32(first), count))
+    block = grouping.num_slots // len(grouping.groups)
+    assert grouping.used <= is_own.sum() // block + count
+
+    def own(x, weights):
+        return jnp.sum(grouped_matmul(x, weights[first : first + count], grouping) * target)
+
+    def expected(x, weights):
+        return jnp.sum(jnp.where(is_own[:, None], oracle(x, weights, of_row), 0) * target)
+
+    pairs = zip(*(jax.grad(f, (0, 1))(x, weights) for f in (own, expected)), strict=True)
+    for got, want in pairs:
+        assert_close(got, want, 1e-5, "gradient")
+    assert_close(own(x, weights), expected(x, weights), 1e-5, "product")

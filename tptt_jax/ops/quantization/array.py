@@ -74,8 +74,8 @@ def dense(weight: Weight, dtype: DTypeLike) -> Array:
     return weight.astype(dtype)
 
 
-def take_entry(stack: Weight, index: Array) -> Weight:
-    """One matrix of a stack [X, ...]."""
+def take_entry(stack: Any, index: Array) -> Any:
+    """One matrix of a stack [X, ...], or one entry of a tree of arrays."""
     # A slice, which products read in place; stack[index] would be a gather.
     return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, axis=0, keepdims=False), stack)
 
