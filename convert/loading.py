@@ -27,7 +27,7 @@ from tptt_jax.layers.quantized import QuantizedWeight
 from tptt_jax.ops.devices import platform_of
 from tptt_jax.ops.quantization import BaseDtype, are_finite
 from tptt_jax.processes import put
-from tptt_jax.sharding import sharding_of
+from tptt_jax.sharding import RULES, sharding_of
 
 Variables = dict[str, tuple[tuple[Any, ...], nnx.Variable]]
 """Path in the model and variable, by dot-joined path."""
@@ -73,6 +73,7 @@ def load_model(
     build: Callable[[BaseDtype | None], CausalLM],
     mesh: Mesh | None,
     base_dtype: BaseDtype | None = None,
+    rules: Mapping[str, str] = RULES,
 ) -> CausalLM:
     """Builds a model with the weights of a checkpoint.
 
@@ -84,6 +85,7 @@ def load_model(
       build: creates the model with random weights, quantised or not; only traced, never run.
       mesh: where the parameters go; None: the default device.
       base_dtype: quantises its matrices, tensor by tensor; None: they stay as they are.
+      rules: from axes of parameters to axes of the mesh.
 
     Returns:
       The model.
@@ -100,7 +102,7 @@ def load_model(
     abstract = plain if base_dtype is None else nnx.eval_shape(lambda: build(base_dtype))
     variables = variables_of(abstract)
     shardings = {
-        name: None if mesh is None else sharding_of(variable, mesh)
+        name: None if mesh is None else sharding_of(variable, mesh, rules)
         for name, (_, variable) in variables.items()
     }
     store = _Store(variables, shardings, quantized_weights(abstract))

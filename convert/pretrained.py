@@ -1,5 +1,6 @@
 """Loading and exporting models: the public interface of `convert`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,6 +31,7 @@ from convert.tokenizers import export_tokenizer
 from convert.tptt import FittedTptt, check_tptt, fit_tptt, is_tptt, open_tptt, write_tptt
 from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.ops.quantization import BaseDtype
+from tptt_jax.sharding import RULES
 from tptt_jax.training.base_weights import same_base_weights
 
 ExportFormat = Literal["merged", "titan", "peft", "tptt"]
@@ -45,6 +47,7 @@ def load_pretrained(
     base_dtype: BaseDtype | None = None,
     adapter: Source | None = None,
     mesh: Mesh | None = None,
+    rules: Mapping[str, str] = RULES,
     seed: int = 0,
 ) -> CausalLM:
     """Loads a pretrained model, and makes a Titan of it if `liza` is given.
@@ -68,6 +71,7 @@ def load_pretrained(
         stacked together, the others get a = b = 0, which has no effect and stays so in training.
       mesh: from `tptt_jax.sharding.make_mesh`; every tensor goes straight to its shards.
         None: the default device.
+      rules: where the mesh divides axes of parameters, as those of `shard_model`.
       seed: of parameters that the source lacks: adapters, shares, the memory's own deltas.
 
     Returns:
@@ -97,7 +101,7 @@ def load_pretrained(
         run, base = Path(source).expanduser(), described.source
         liza, lora = liza or described.liza, lora or described.lora
         model = load_pretrained(
-            *(base, liza, lora, dtype), base_dtype=base_dtype, mesh=mesh, seed=seed
+            *(base, liza, lora, dtype), base_dtype=base_dtype, mesh=mesh, rules=rules, seed=seed
         )
         with same_base_weights(run, model, described):
             restore_trainable(run, model)
@@ -109,7 +113,7 @@ def load_pretrained(
                 f"{source} is an adapter itself; give the base model of {adapter}."
             )
         base = locate_base(path)
-        options: Any = {"base_dtype": base_dtype, "mesh": mesh, "seed": seed}
+        options: Any = {"base_dtype": base_dtype, "mesh": mesh, "rules": rules, "seed": seed}
         return load_pretrained(base, liza, lora, dtype, adapter=path, **options)
     pretrained = open_pretrained(path)
     liza = liza or pretrained.liza
@@ -127,7 +131,7 @@ def load_pretrained(
         options: Any = {"dtype": weights, "base_dtype": base_dtype, "rngs": nnx.Rngs(seed)}
         return CausalLM(pretrained.config, memory, chosen, **options)
 
-    model = load_model(pretrained, build, mesh, base_dtype)
+    model = load_model(pretrained, build, mesh, base_dtype, rules)
     if fitted is not None:
         fitted.load_into(model)
     return model

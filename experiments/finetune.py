@@ -34,7 +34,6 @@ from experiments.training.text_training import train_on_text
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
 from tptt_jax.model import replace_memory
 from tptt_jax.processes import failing_together, is_first_process
-from tptt_jax.sharding import on_mesh
 from tptt_jax.training.partition import load_trainable
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -102,7 +101,7 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
         with failing_together():
             format = choose_pushed_format(config.hub, run.model, config.model)
         if config.dry_run:
-            with on_mesh(run.mesh):
+            with run.on_mesh():
                 return dry_run(run)
         opened = open_trackers(
             {} if run.was_complete else modules,
@@ -110,7 +109,7 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
             *(config.output, flat_settings(run.config)),
             is_continued=run.resumption.is_started,
         )
-        with opened as run.trackers, on_mesh(run.mesh):
+        with opened as run.trackers, run.on_mesh():
             report = _run(run)
         return report if format is None else report | {"push_format": format}
 

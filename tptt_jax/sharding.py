@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ RULES: Mapping[str, str] = {
     "mlp": "tensor",
     "vocab": "tensor",
 }
+# Axes of parameters that rules may name; those of norms and adapters are short.
+PARAMETER_AXES = (*RULES, "experts")
 
 
 def make_mesh(layout: str) -> Mesh:
@@ -56,6 +58,29 @@ def make_mesh(layout: str) -> Mesh:
             f"mesh {layout!r} needs {needed} devices, there are {len(devices)}: use smaller sizes."
         )
     return Mesh(np.array(devices[:needed]).reshape(tuple(sizes.values())), MESH_AXES)
+
+
+def make_rules(changes: Iterable[str]) -> dict[str, str]:
+    """`RULES` with changes.
+
+    Args:
+      changes: such as "experts=tensor", an axis of parameters and one of `make_mesh`, or
+        "embed=none", which leaves an axis whole.
+
+    Raises:
+      ValueError: if a change cannot be read, or names an unknown axis.
+    """
+    rules = dict(RULES)
+    for change in changes:
+        name, _, axis = change.partition("=")
+        if name not in PARAMETER_AXES or axis not in (*MESH_AXES, "none"):
+            raise ValueError(
+                "a rule of the mesh must look like experts=tensor, with one of "
+                f"{', '.join(PARAMETER_AXES)} before the sign and one of {', '.join(MESH_AXES)} or "
+                f"none after it, got {change!r}."
+            )
+        rules[name] = axis
+    return {name: axis for name, axis in rules.items() if axis != "none"}
 
 
 def partition_spec(

@@ -12,7 +12,7 @@ from experiments.process.output_folder import check_path
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
 from tptt_jax.config import LizaConfig, check_context_axis
-from tptt_jax.sharding import make_mesh
+from tptt_jax.sharding import make_mesh, make_rules
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -101,6 +101,13 @@ def make_run_mesh(layout: str | None, batch_size: int, memory: LizaConfig | None
         )
     _check_division(mesh, batch_size, memory)
     return mesh
+
+
+def check_mesh_rules(rules: tuple[str, ...], mesh: "Mesh | None") -> None:
+    """Raises ValueError if one of --mesh-rules is invalid, or there is no mesh for them."""
+    make_rules(rules)
+    if rules and mesh is None:
+        raise ValueError("--mesh-rules say what a mesh divides: add --mesh, or leave them out.")
 
 
 def _check_division(mesh: "Mesh", batch_size: int, memory: LizaConfig | None) -> None:

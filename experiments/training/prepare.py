@@ -10,7 +10,12 @@ from convert import load_pretrained, load_tokenizer
 from convert.sources import find_checkpoint
 from experiments.data import StreamData, TokenData, load_stream, load_token_data
 from experiments.training.best import BEST
-from experiments.training.checks import check_output, describe_run, make_run_mesh
+from experiments.training.checks import (
+    check_mesh_rules,
+    check_output,
+    describe_run,
+    make_run_mesh,
+)
 from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import fit_rows
 from experiments.training.full_layers import with_chosen_layers
@@ -21,6 +26,7 @@ from experiments.training.stage import STAGES
 from tptt_jax import CausalLM, warm_up
 from tptt_jax.config import LizaConfig, runs_memory
 from tptt_jax.processes import failing_together, is_first_process
+from tptt_jax.sharding import make_rules
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import Description, write_description
 
@@ -44,6 +50,7 @@ def prepare_run(config: FinetuneConfig, console: Console) -> Run:
     """
     with failing_together():
         mesh = make_run_mesh(config.mesh, config.batch_size, config.memory)
+        check_mesh_rules(config.mesh_rules, mesh)
     # The choice is computed by all processes.
     config = with_chosen_layers(config, mesh, console)
     with failing_together():
@@ -116,6 +123,7 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None") -> CausalLM:
             jnp.dtype(config.dtype),
             base_dtype=config.base_dtype,
             mesh=mesh,
+            rules=make_rules(config.mesh_rules),
             seed=config.seed,
         )
 

@@ -170,6 +170,8 @@ def test_a_run_killed_while_fitting_and_stopped_while_training_resumes_where_it_
         (["--model", "/nowhere/at/all"], "no such file or directory"),
         (["--data", "/nowhere/data.jsonl"], "/nowhere/data.jsonl"),
         (["--mesh", "data=3"], "devices"),
+        (["--mesh", "data=1", "--mesh-rules", "head=tensor"], "one of embed, heads, kv_heads, mlp"),
+        (["--mesh-rules", "experts=tensor"], "add --mesh"),
         (["--lora.targets", "q_prog"], "matches no projection"),
         (["--liza.operator", "delta_rul"], "operator"),
         (["--steps", "many"], "steps"),

@@ -21,6 +21,7 @@ from tptt_jax.sharding import (
     RULES,
     batch_sharding,
     make_mesh,
+    make_rules,
     name_axes,
     on_mesh,
     partition_spec,
@@ -65,6 +66,22 @@ def test_a_mesh_needs_enough_devices():
 @pytest.mark.parametrize("layout", ["", "data=1", " tensor = 1, fsdp=1 "])
 def test_axes_that_are_left_out_have_size_one(layout):
     assert dict(make_mesh(layout).shape) == dict.fromkeys(MESH_AXES, 1)
+
+
+def test_rules_are_changed_one_by_one():
+    assert make_rules([]) == RULES
+    expected = {**RULES, "experts": "tensor", "mlp": "fsdp"}
+    del expected["embed"]
+    assert make_rules(["experts=tensor", "mlp=fsdp", "embed=none"]) == expected
+
+
+@pytest.mark.parametrize("change", ["head=tensor", "heads=model", "heads", "heads=", "=tensor"])
+def test_rules_that_cannot_be_read_are_refused(change):
+    with pytest.raises(
+        ValueError, match="must look like experts=tensor, with one of embed"
+    ) as error:
+        make_rules(["mlp=tensor", change])
+    assert repr(change) in str(error.value)
 
 
 SPECS = {

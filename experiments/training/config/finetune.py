@@ -102,6 +102,10 @@ class FinetuneConfig:
     mesh: str | None = None
     """Devices along each axis, e.g. "data=2,fsdp=2,tensor=2"; "context=4" divides the tokens of
     each row; None: one device, or with --distributed data = all devices."""
+    mesh_rules: tuple[str, ...] = ()
+    """Where the mesh divides axes of parameters, if not where it does by default: experts=tensor
+    gives each device some of the experts, embed=none leaves that axis whole. Axes are embed, heads,
+    kv_heads, mlp, vocab and experts."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     seed: int = 0
     """Seed of new parameters, dropout, the order of rows and the held-out rows."""

@@ -21,7 +21,7 @@ _FREE = (
     *("output", "steps", "epochs", "checkpoint_every", "eval_every", "sample_prompt", "revision"),
     *("early_stop", "keep_best", "keep_last", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
-    *("non_finite", "distributed", "hub"),
+    *("mesh_rules", "non_finite", "distributed", "hub"),
     *("model", "liza", "no_liza", "lora", "train", "dtype", "base_dtype"),
 )
 # Compared by content, not by name.
