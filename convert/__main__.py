@@ -1,5 +1,10 @@
 """`python -m convert`: import, export, push, inspect and verify pretrained models."""
 
+if __name__ == "__main__":
+    from convert.interrupts import exit_on_interrupt
+
+    exit_on_interrupt()
+
 import sys
 from dataclasses import asdict
 from pathlib import Path

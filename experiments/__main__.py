@@ -1,6 +1,5 @@
 """``tptt-jax COMMAND``, also ``python -m experiments COMMAND``: runs any command by its name."""
 
-import difflib
 import os
 import sys
 
@@ -18,7 +17,14 @@ COMMANDS = {
 
 def main() -> int:
     """Starts the command with the arguments after its name."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    try:
+        return _start(sys.argv[1] if len(sys.argv) > 1 else "--help")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _start(name: str) -> int:
     if name in ("-h", "--help"):
         print(_usage())
         return 0
@@ -28,9 +34,7 @@ def main() -> int:
         print(tptt_jax.__version__)
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
-        print(f"error: there is no command {name!r}: {remedy}", file=sys.stderr)
+        print(f"error: there is no command {name!r}: {_remedy(name)}", file=sys.stderr)
         return 2
     # A new process: `python -m` prepares the process before anything is imported.
     module = COMMANDS[name][0].removesuffix(".__main__")
@@ -38,6 +42,14 @@ def main() -> int:
     is_script = sys.modules["__main__"].__spec__ is None
     flags = ["-P"] if is_script or sys.flags.safe_path else []
     os.execv(sys.executable, [sys.executable, *flags, "-m", module, *sys.argv[2:]])
+
+
+def _remedy(name: str) -> str:
+    # Imported here, so that Ctrl-C finds `main` running and prints no traceback.
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}."
 
 
 def _usage() -> str:

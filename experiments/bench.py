@@ -1,5 +1,10 @@
 """``python -m experiments.bench``: speed of the parts, cost and survival of runs."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import sys
 
 from convert.command_line import run_command

@@ -6,6 +6,11 @@ own, so peak memory is measured for each and a failure ends one part only; gpu.j
 every part.
 """
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import json
 import os
 import subprocess

@@ -1,5 +1,10 @@
 """``python -m experiments.evaluate``: measures models, and the contribution of their memory."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import dataclasses
 import json
 import shlex

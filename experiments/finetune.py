@@ -1,5 +1,10 @@
 """``python -m experiments.finetune``: gives a pretrained model a memory and trains it."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import contextlib
 import shlex
 import sys

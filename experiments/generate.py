@@ -1,5 +1,10 @@
 """``python -m experiments.generate``: continues a prompt of any length, streaming."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

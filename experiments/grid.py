@@ -1,5 +1,10 @@
 """``python -m experiments.grid``: many runs of finetune that differ in some settings."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import dataclasses
 import json
 import sys

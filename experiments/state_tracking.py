@@ -1,5 +1,10 @@
 """``python -m experiments.state_tracking``: which states one linear-attention layer can track."""
 
+if __name__ == "__main__":
+    from experiments.process.starting import start_command
+
+    start_command()
+
 import dataclasses
 import itertools
 import json

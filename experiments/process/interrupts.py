@@ -1,29 +1,13 @@
 """Turns Ctrl-C and SIGTERM into a request to stop between two steps."""
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Self
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def exit_on_interrupt() -> None:
-    """Makes Ctrl-C end the process without a traceback while a command imports its modules."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _exit_while_importing)
-
-
-def _exit_while_importing(number: int, frame: FrameType | None) -> None:
-    # A command's module defines `main` after its imports.
-    if hasattr(sys.modules["__main__"], "main"):
-        raise KeyboardInterrupt
-    os.write(2, b"interrupted\n")
-    os._exit(128 + number)
 
 
 class TerminationError(KeyboardInterrupt):

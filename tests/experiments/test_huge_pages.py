@@ -1,20 +1,28 @@
 """Commands restart with huge pages where that helps, and collect garbage seldom."""
 
+import ast
 import gc
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import COMMANDS
 from experiments.process.huge_pages import huge_page_environment
 
 _ROOT = Path(__file__).parents[2]
 _KERNEL = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
-# Runs as `python -m experiments.probe` would: the package first, then the module.
-_PROBE = """
+_PREPARATION = """
+if __name__ == '__main__':
+    from experiments.process.starting import start_command
+    start_command()
+"""
+_PROBE = f"""
+{_PREPARATION}
 import gc, os, sys
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), gc.get_threshold()[0], sys.argv[1:])
 """
@@ -52,48 +60,47 @@ def test_nothing_without_the_kernels_file(tmp_path: Path) -> None:
     assert huge_page_environment({}, tmp_path / "missing") is None
 
 
-def _run(command: list[str], root: Path) -> tuple[int, str]:
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=root,
-        env=environment | {"PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
-    return process.pid, out.strip()
-
-
 @pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A copy of the package's start with one more command in it."""
-    directory = tmp_path / "experiments"
-    (directory / "process").mkdir(parents=True)
-    modules = ("__init__", "garbage", "huge_pages", "interrupts")
-    for name in ("__init__.py", *(f"process/{module}.py" for module in modules)):
-        (directory / name).write_text((_ROOT / "experiments" / name).read_text())
-    (directory / "probe.py").write_text(_PROBE)
-    return tmp_path
+def run(tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """Runs Python where a module `probe` begins as commands do; returns process and output."""
+    (tmp_path / "probe.py").write_text(_PROBE)
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+
+    def run_python(*command: str) -> tuple[int, str]:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(_ROOT)])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        return process.pid, out.strip()
+
+    return run_python
 
 
-def test_a_command_keeps_its_process_and_arguments(package: Path) -> None:
+def test_a_command_keeps_its_process_and_arguments(run) -> None:
     arguments = ["--prompt", "two words", "--n", "1"]
-    pid, out = _run(["-m", "experiments.probe", *arguments], package)
+    pid, out = run("-m", "probe", *arguments)
     asks = _KERNEL.exists() and "[madvise]" in _KERNEL.read_text()
     tunables = "glibc.malloc.hugetlb=1" if asks else None
     assert out == f"{pid} {tunables} 100000 {arguments}"
 
 
-def test_an_import_changes_nothing(package: Path) -> None:
-    _, out = _run(["-c", "import experiments.probe"], package)
+def test_an_import_changes_nothing(run) -> None:
+    _, out = run("-c", "import probe")
     assert out.split()[1:3] == ["None", str(gc.get_threshold()[0])]
 
 
-def test_a_command_of_others_that_imports_us_is_left_alone(package: Path) -> None:
-    (package / "theirs").mkdir()
-    (package / "theirs" / "__init__.py").write_text("import experiments\n")
-    (package / "theirs" / "probe.py").write_text(_PROBE)
-    _, out = _run(["-m", "theirs.probe"], package)
-    assert out.split()[1:3] == ["None", str(gc.get_threshold()[0])]
+_COMMANDS = [name for name, _ in COMMANDS.values() if not name.startswith("convert")]
+
+
+@pytest.mark.parametrize("module", [*_COMMANDS, "experiments.bench_gpu"])
+def test_every_command_begins_so(module: str) -> None:
+    """Before all imports, and only where the command is the program."""
+    tree = ast.parse((_ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
+    assert ast.unparse(tree.body[1]) == ast.unparse(ast.parse(_PREPARATION))
+    called = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert [ast.unparse(node) for node in called].count("start_command()") == 1

@@ -1,5 +1,6 @@
 """Ctrl-C while a command is importing, and signals at the end of a stage."""
 
+import ast
 import io
 import os
 import signal
@@ -19,9 +20,9 @@ from experiments.training.stage import Stage
 from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.train_step import TrainState
 
-AS_SCRIPT = "import sys; sys.argv[0] = 'bin/tptt-jax'; "
-CALL = "from experiments.__main__ import main; main()"
-INTERRUPT = "import os, signal, experiments; os.kill(os.getpid(), signal.SIGINT)"
+SCRIPT = "import sys; from experiments.__main__ import main; sys.exit(main())"
+# Ctrl-C at the moment when the script hands over to its command.
+INTERRUPTED = "import os, signal; os.execv = lambda *_: signal.raise_signal(signal.SIGINT); "
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ INTERRUPT = "import os, signal, experiments; os.kill(os.getpid(), signal.SIGINT)
     [
         ["-m", "experiments.finetune", "--help"],
         ["-m", "convert", "inspect", "demo"],
-        ["-c", AS_SCRIPT + CALL, "convert", "--help"],
+        ["-c", SCRIPT, "convert", "--help"],
     ],
     ids=["experiments", "convert", "tptt-jax"],
 )
@@ -54,9 +55,18 @@ def test_ctrl_c_during_imports_is_one_line(arguments, project_dir):
 
 
 def test_ctrl_c_before_the_script_starts_its_command(project_dir):
-    command = [sys.executable, "-c", AS_SCRIPT + INTERRUPT, "generate"]
+    command = [sys.executable, "-c", INTERRUPTED + SCRIPT, "generate"]
     ended = subprocess.run(command, cwd=project_dir, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_the_script_imports_nothing_before_it_can_handle_ctrl_c(project_dir):
+    program = "import sys; old = {*sys.modules}; import experiments.__main__ as _; "
+    program += "print({*sys.modules} - old)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=project_dir, capture_output=True, text=True, check=True
+    )
+    assert ast.literal_eval(done.stdout) == {"experiments", "experiments.__main__"}
 
 
 class Metrics(NamedTuple):
