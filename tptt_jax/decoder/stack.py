@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from tptt_jax.array_typing import Array, Float, Hidden
+from tptt_jax.array_typing import Array, Float, Hidden, Int
 from tptt_jax.config import LayerKind, LizaConfig, LoraConfig, ModelConfig, Remat
 from tptt_jax.decoder.layer import DecoderLayer
 from tptt_jax.decoder.stack_cache import StackCache, extend_stack_cache
@@ -192,6 +192,12 @@ class Stack(nnx.Module):
         run = step if remat is None else _rematerialize(step, remat)
         return lax.scan(run, x, (parameters, spread_memory(of_memory, self.has_memory), inputs))
 
+    @property
+    def kind_numbers(self) -> tuple[tuple[LayerKind, ...], Int[Array, "L"]]:
+        """The different kinds of layers, and the index of each layer's kind among them."""
+        different = tuple(dict.fromkeys(self.kinds))
+        return different, jnp.array([different.index(kind) for kind in self.kinds])
+
     def unroll(self, split: Split = list) -> "Stack":
         """The same stack with a module for each layer; this one is not changed.
 
@@ -205,8 +211,7 @@ class Stack(nnx.Module):
         return unrolled
 
     def _run_scanned(self, x: Hidden, call: _Call) -> StackOutput:
-        different = tuple(dict.fromkeys(self.kinds))
-        numbers = jnp.array([different.index(kind) for kind in self.kinds])
+        different, numbers = self.kind_numbers
 
         def body(layer: DecoderLayer, x: Hidden, inputs: tuple) -> tuple[Hidden, tuple]:
             (number, rank), key, memory = inputs

@@ -10,21 +10,16 @@ from jax import lax
 
 from tptt_jax.array_typing import Array, Float, SegmentIds, Tokens
 from tptt_jax.config import LayerKind, layer_kinds
-from tptt_jax.decoder import DecoderLayer, Stack, apply_norm
+from tptt_jax.decoder import DecoderLayer, apply_norm
 from tptt_jax.layers.eviction import evict
 from tptt_jax.layers.gates import MassGate
 from tptt_jax.layers.liza import LayerTokens, LizaAttention, Projected
 from tptt_jax.layers.memory import MemoryTokens
-from tptt_jax.layers.softmax_attention import (
-    TokenContext,
-    apply_softmax,
-    softmax_settings,
-    token_context,
-)
+from tptt_jax.layers.softmax_attention import TokenContext, apply_softmax, softmax_settings
 from tptt_jax.model import CausalLM
 from tptt_jax.ops.delta_product import chunk_delta_product
 from tptt_jax.ops.delta_product.diagnostics import chunk_condition, half_life, relative_norm
-from tptt_jax.ops.documents import count_positions, order_padding, take_places
+from tptt_jax.training.layer_pass import Rows, scan_layers
 
 
 class MemoryHealth(NamedTuple):
@@ -75,30 +70,13 @@ def _measure(
     model: CausalLM, tokens: Tokens, segment_ids: SegmentIds | None
 ) -> list[Float[Array, "L 4"]]:
     """The measures of all layers of each stack; zeros where no memory runs."""
-    if segment_ids is not None:
-        order = order_padding(segment_ids)
-        tokens, segment_ids = (take_places(x, order) for x in (tokens, segment_ids))
-    positions = count_positions(tokens.shape, segment_ids, None)
-    contexts: dict[LayerKind, TokenContext] = {
-        kind: token_context(model.config, model.liza, kind, positions, segment_ids, None)
-        for kind in dict.fromkeys(layer_kinds(model.config, model.liza))
-    }
+    rows = Rows.arrange(tokens, segment_ids)
+    contexts = rows.contexts(model, model.liza)
     share = None if model.mag_share is None else model.mag_share[...]
-    x, found = model.embed(tokens, positions), []
-    for stack in model.stacks:
-        x, health = _measure_stack(stack, contexts, share, x)
-        found.append(health)
-    return found
 
-
-def _measure_stack(
-    stack: Stack, contexts: dict[LayerKind, TokenContext], share: Array | None, x: Array
-) -> tuple[Array, Float[Array, "L 4"]]:
-    different = tuple(dict.fromkeys(stack.kinds))
-    running = {kind for kind, runs in zip(stack.kinds, stack.runs_memory, strict=True) if runs}
-    numbers = jnp.array([different.index(kind) for kind in stack.kinds])
-
-    def body(layer: DecoderLayer, x: Array, number: Array) -> tuple[Array, Array]:
+    def body(
+        kinds: tuple[LayerKind, ...], layer: DecoderLayer, x: Array, number: Array
+    ) -> tuple[Array, Array]:
         def run(kind: LayerKind, x: Array) -> Array:
             made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
             return _layer_health(layer.self_attn, kind, contexts[kind], made, share)
@@ -106,12 +84,15 @@ def _measure_stack(
         def skip(x: Array) -> Array:
             return jnp.zeros(4)
 
-        options = [functools.partial(run, kind) if kind in running else skip for kind in different]
+        running = {
+            kind for kind in kinds if model.liza is not None and model.liza.runs_memory(kind)
+        }
+        options = [functools.partial(run, kind) if kind in running else skip for kind in kinds]
         health = lax.switch(number, options, x)
-        x, _ = layer(x, LayerTokens(contexts, different, number, share=share))
+        x, _ = layer(x, LayerTokens(contexts, kinds, number, share=share))
         return x, health
 
-    return stack.scan(body, x, numbers)
+    return scan_layers(model, rows, body)
 
 
 def _layer_health(

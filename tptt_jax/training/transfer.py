@@ -15,22 +15,19 @@ import numpy as np
 from jax import lax
 
 from tptt_jax.array_typing import Array, Hidden, Int, SegmentIds, Tokens
-from tptt_jax.config import LayerKind, LizaConfig, layer_kinds
+from tptt_jax.config import LayerKind
 from tptt_jax.decoder import DecoderLayer, Stack, apply_norm
 from tptt_jax.layers.eviction import Evicted, evict
 from tptt_jax.layers.liza import LizaAttention, Projected
 from tptt_jax.layers.norm import NormLayer
-from tptt_jax.layers.softmax_attention import (
-    TokenContext,
-    apply_softmax,
-    softmax_settings,
-    token_context,
-)
+from tptt_jax.layers.softmax_attention import TokenContext, apply_softmax, softmax_settings
 from tptt_jax.model import CausalLM
 from tptt_jax.ops.attention import Attended
-from tptt_jax.ops.documents import count_positions, order_padding, take_places
+from tptt_jax.training.layer_pass import Rows, scan_layers
 
 Visit = Callable[[LizaAttention, "LayerView"], Any]
+# Of whole documents, and of a window.
+Contexts = tuple[TokenContext, TokenContext]
 
 
 class LayerView(NamedTuple):
@@ -76,68 +73,52 @@ def visit_layers(
       Results of `visit`, for every stack of layers with a leading axis over its layers with a
       window; None for a stack without any.
     """
-    if segment_ids is not None:
-        order = order_padding(segment_ids)
-        tokens, segment_ids = (take_places(x, order) for x in (tokens, segment_ids))
-    positions = count_positions(tokens.shape, segment_ids, None)
-    place = (positions, segment_ids, None)
-    kinds = tuple(dict.fromkeys(layer_kinds(model.config, model.liza)))
-
-    def contexts(liza: LizaConfig | None, window: Array | None) -> dict[LayerKind, TokenContext]:
-        return {kind: token_context(model.config, liza, kind, *place, window) for kind in kinds}
-
-    whole, narrow = contexts(None, None), contexts(model.liza, window)
-    x, found = model.embed(tokens, positions), []
-    for stack in model.stacks:
-        x, seen = _visit_stack(stack, whole, narrow, x, visit)
-        found.append(seen)
-    return found
+    rows = Rows.arrange(tokens, segment_ids)
+    whole, narrow = rows.contexts(model, None), rows.contexts(model, model.liza, window)
+    contexts: dict[LayerKind, Contexts] = {kind: (whole[kind], narrow[kind]) for kind in whole}
+    found = scan_layers(model, rows, functools.partial(_visit_where_narrowed, contexts, visit))
+    return [_take_narrowed(stack, seen) for stack, seen in zip(model.stacks, found, strict=True)]
 
 
-def _visit_stack(
-    stack: Stack,
-    whole: dict[LayerKind, TokenContext],
-    narrow: dict[LayerKind, TokenContext],
-    x: Array,
+def _take_narrowed(stack: Stack, seen: Any) -> Any:
+    layers = np.flatnonzero([kind == "full" for kind in stack.kinds])
+    return jax.tree.map(lambda leaf: leaf[layers], seen)
+
+
+def _visit_where_narrowed(
+    contexts: dict[LayerKind, Contexts],
     visit: Visit,
+    kinds: tuple[LayerKind, ...],
+    layer: DecoderLayer,
+    x: Array,
+    number: Array,
 ) -> tuple[Array, Any]:
-    different = tuple(dict.fromkeys(stack.kinds))
-    numbers = jnp.array([different.index(kind) for kind in stack.kinds])
+    """The next layer's input, and the result of `visit`, or zeros for layers of another kind."""
+    made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
 
-    def body(layer: DecoderLayer, x: Array, number: Array) -> tuple[Array, Any]:
-        made = layer.self_attn.project(apply_norm(layer.attn_norm, x))
+    def run(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
+        return _visit_layer(layer, kind, contexts[kind], x, made, visit)
 
-        def run(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
-            contexts = (whole[kind], narrow[kind])
-            return _visit_layer(layer, kind, contexts, x, made, visit)
+    def skip(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
+        full = _full_attention(layer.self_attn, kind, contexts[kind][0], made).out
+        shown = [functools.partial(run, other) for other in kinds if other == "full"]
+        seen = jax.eval_shape(shown[0], made)[1] if shown else None
+        return full, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
 
-        def skip(kind: LayerKind, made: Projected) -> tuple[Array, Any]:
-            full = _full_attention(layer.self_attn, kind, whole[kind], made).out
-            shown = [functools.partial(run, other) for other in different if other == "full"]
-            seen = jax.eval_shape(shown[0], made)[1] if shown else None
-            return full, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), seen)
-
-        options = [functools.partial(run if kind == "full" else skip, kind) for kind in different]
-        full, seen = lax.switch(number, options, made)
-        return layer.add(x, layer.self_attn.project_out(full)), seen
-
-    x, seen = stack.scan(body, x, numbers)
-    mine = np.flatnonzero([kind == "full" for kind in stack.kinds])
-    return x, jax.tree.map(lambda leaf: leaf[mine], seen)
+    options = [functools.partial(run if kind == "full" else skip, kind) for kind in kinds]
+    full, seen = lax.switch(number, options, made)
+    return layer.add(x, layer.self_attn.project_out(full)), seen
 
 
 def _visit_layer(
     layer: DecoderLayer,
     kind: LayerKind,
-    contexts: tuple[TokenContext, TokenContext],
+    contexts: Contexts,
     x: Hidden,
     made: Projected,
     visit: Visit,
 ) -> tuple[Array, Any]:
-    """The base model's attention [B, T, H, D], and the result of `visit`.
-
-    The contexts are those of whole documents and of a window.
-    """
+    """The base model's attention [B, T, H, D], and the result of `visit`."""
     attention, (whole, narrow) = layer.self_attn, contexts
     full = _full_attention(attention, kind, whole, made)
     settings = softmax_settings(attention.config, attention.liza, kind)
