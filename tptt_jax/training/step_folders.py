@@ -25,6 +25,11 @@ class DamagedStep(ValueError):
     """A step's files are missing or have changed."""
 
 
+def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
+    """Where the steps of a run's directory are."""
+    return Path(path).resolve() / "checkpoints"
+
+
 def list_steps(folder: Path) -> list[int]:
     """The steps in a folder, oldest first; none if the folder does not exist."""
     if not folder.is_dir():

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.training import checkpoint
+from tptt_jax.training import checkpoint, run_checkpoints
 from tptt_jax.training.checkpoint import (
     RunCheckpoints,
     latest_sound_step,
@@ -252,7 +252,8 @@ def test_a_passing_failure_costs_no_checkpoint(error, expected, saved, setting, 
     kind = MemoryError if isinstance(error, MemoryError) else OSError
     with RunCheckpoints(folder) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr("tptt_jax.training.checkpoint.read_trees", failing(error))
+            for module in (checkpoint, run_checkpoints):
+                patch.setattr(module, "read_trees", failing(error))
             with pytest.raises(kind, match=expected):
                 restore_trainable(folder, fresh)
             with pytest.raises(kind, match=expected):
@@ -293,7 +294,7 @@ def test_only_damaged_steps_are_removed(saved, setting):
 def test_a_failed_write_can_be_tried_again(setting, tmp_path, monkeypatch):
     with RunCheckpoints(tmp_path) as checkpoints:
         with monkeypatch.context() as patch:
-            patch.setattr("tptt_jax.training.checkpoint.write_trees", failing(OSError("full")))
+            patch.setattr("tptt_jax.training.run_checkpoints.write_trees", failing(OSError("full")))
             checkpoints.save(setting[3]())
             with pytest.raises(OSError, match=r"cannot be written to .* \(full\): make room"):
                 checkpoints.wait()
@@ -303,7 +304,7 @@ def test_a_failed_write_can_be_tried_again(setting, tmp_path, monkeypatch):
 
 def test_checking_for_a_failed_write_waits_for_no_process(setting, tmp_path, monkeypatch):
     places = []
-    monkeypatch.setattr(checkpoint, "wait_for_all", places.append)
+    monkeypatch.setattr(run_checkpoints, "wait_for_all", places.append)
     with RunCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(setting[-1]())
         while latest_step(tmp_path) is None:
@@ -354,7 +355,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_loaded(
     assert latest_step(folder) == 2
     # What a version that wrote them has left.
     with monkeypatch.context() as patch:
-        patch.setattr("tptt_jax.training.checkpoint._check_finite", lambda tree: None)
+        patch.setattr("tptt_jax.training.run_checkpoints.check_finite", lambda tree: None)
         with RunCheckpoints(folder) as checkpoints:
             checkpoints.save(state)
     fresh = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(), rngs=nnx.Rngs(0))
