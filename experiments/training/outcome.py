@@ -1,40 +1,25 @@
 """Results of a run: perplexities with and without window and memory, a table, pictures."""
 
-import json
 import math
 import shlex
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from convert.errors import ConversionError
-from convert.formats.files import read_json
-from experiments.training.evaluation import HeldOut, recovered_gap
+from experiments.training.evaluation import recovered_gap
+from experiments.training.measurements import (
+    LABELS,
+    Measured,
+    State,
+    read_measurements,
+    write_measurements,
+)
 from experiments.training.pictures import plot_memory, plot_stages
-from experiments.training.questions import Answers
 from experiments.training.run import Run
 from tptt_jax import CausalLM
-from tptt_jax.durable import atomic_file
 from tptt_jax.processes import is_first_process, wait_for_all
-
-State = Literal["before", "window", "fitted", "after", "memory_off"]
-
-_LABELS: dict[State, str] = {
-    "before": "base model, full softmax attention",
-    "window": "base model, the window alone",
-    "fitted": "window and memory, fitted",
-    "after": "after training",
-    "memory_off": "after training, memory switched off",
-}
-
-
-class _Measured(NamedTuple):
-    held_out: HeldOut
-    answers: Answers | None
 
 
 class Outcome:
@@ -45,11 +30,11 @@ class Outcome:
         self._run = run
         self._questions = run.questions()
         self._file = run.config.output / "evaluation.json"
-        self._found: dict[State, _Measured] = {}
+        self._found: dict[State, Measured] = {}
         self.is_new = not run.was_complete
         """Whether this call has measured or trained anything."""
         if self._file.exists():
-            self._found = _read(self._file)
+            self._found = read_measurements(self._file)
         ended = self._found.keys() & {"after", "memory_off"}
         if ended and not run.was_complete:
             # The run continues, so measurements of its end are outdated; in the file too, as it may
@@ -69,16 +54,13 @@ class Outcome:
         answers = None
         if self._questions is not None and state in self._questioned:
             answers = self._questions.ask(model, use_memory=use_memory)
-        self._found[state] = _Measured(held_out, answers)
+        self._found[state] = Measured(held_out, answers)
         self.is_new = True
         self._save()
 
     def _save(self) -> None:
-        if not is_first_process():
-            return
-        with atomic_file(self._file) as path:
-            saved = {name: _to_json(part) for name, part in self._found.items()}
-            path.write_text(json.dumps(saved), encoding="utf-8")
+        if is_first_process():
+            write_measurements(self._file, self._found)
 
     @property
     def _questioned(self) -> tuple[State, State, State]:
@@ -147,7 +129,7 @@ class Outcome:
         plot_stages(
             config.output, title=title, before=losses.get("before"), after=losses.get("after")
         )
-        lines = {_LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
+        lines = {LABELS[state]: found.held_out.curve() for state, found in self._found.items()}
         if self._run.window is not None and lines:
             png = config.output / "memory.png"
             plot_memory(png, lines, window=self._run.window, title=title, summary=self.headline())
@@ -185,7 +167,7 @@ class Outcome:
             table.add_column(f"beyond the window of {window}", justify="right")
             table.add_column("of the window's loss recovered", justify="right")
         for state, (held_out, _) in self._found.items():
-            cells = [_LABELS[state], f"{held_out.perplexity:.2f}"]
+            cells = [LABELS[state], f"{held_out.perplexity:.2f}"]
             if window is not None:
                 beyond = held_out.loss_between(window, len(held_out.nats))
                 gap = self._recovered(state)
@@ -214,42 +196,9 @@ class Outcome:
         table.add_column(escape(first.question))
         table.add_column("answer to the first", justify="right")
         table.add_column(f"right, of {count}", justify="right")
-        labels = _LABELS | {"window": "memory off", "fitted": "memory on"}
+        labels = LABELS | {"window": "memory off", "fitted": "memory on"}
         labels |= {"memory_off": "memory off", "after": "memory on"}
         for state, (_, answers) in self._found.items():
             if answers is not None:
                 table.add_row(labels[state], escape(answers.texts[0]), str(answers.right))
         return table
-
-
-def _read(file: Path) -> dict[State, _Measured]:
-    """The measurements of earlier calls.
-
-    Raises:
-      ValueError: if the file is damaged.
-    """
-    try:
-        saved = read_json(file)
-    except ConversionError as error:
-        raise ValueError(f"{error} Remove it to measure again.") from None
-    try:
-        found: dict[State, _Measured] = {
-            name: _from_json(saved[name]) for name in _LABELS if name in saved
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}): remove it to measure again.") from None
-    return found
-
-
-def _to_json(measured: _Measured) -> dict[str, Any]:
-    held_out, answers = measured
-    part: dict[str, Any] = {"nats": held_out.nats.tolist(), "counts": held_out.counts.tolist()}
-    return part if answers is None else part | {"answers": answers._asdict()}
-
-
-def _from_json(part: dict[str, Any]) -> _Measured:
-    held_out = HeldOut(*(np.array(part[name], np.float64) for name in ("nats", "counts")))
-    if held_out.nats.ndim != 1 or held_out.nats.shape != held_out.counts.shape:
-        raise ValueError(f"nats {held_out.nats.shape}, counts {held_out.counts.shape}")
-    answers = part.get("answers")
-    return _Measured(held_out, None if answers is None else Answers(**answers))

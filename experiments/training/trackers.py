@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol
 
 from convert.formats.files import read_json
 from experiments.training.metrics import StepRecord
+from experiments.training.tracking_services import OPENERS, REMEDIES
 from tptt_jax.durable import atomic_file
 from tptt_jax.error_text import first_line
 
 TrackerName = Literal["trackio", "wandb"]
 
 _LOG = logging.getLogger("tptt_jax.trackers")
-_PROJECT = "tptt-jax"
 # In a run's directory: the name under which services know it.
 _IDENTITY = "trackers.json"
 
@@ -100,8 +100,8 @@ def scalars(record: StepRecord) -> dict[str, float]:
 def check_names(names: Sequence[str]) -> None:
     """Raises ValueError for a name that is no tracker's."""
     for name in names:
-        if name not in _OPENERS:
-            raise ValueError(f"trackers must be some of {', '.join(_OPENERS)}, got {name!r}.")
+        if name not in OPENERS:
+            raise ValueError(f"trackers must be some of {', '.join(OPENERS)}, got {name!r}.")
 
 
 def import_trackers(names: Sequence[TrackerName]) -> dict[str, Any]:
@@ -177,10 +177,10 @@ class _Service:
     @classmethod
     def open(cls, name: str, *arguments: Any) -> "_Service":
         try:
-            return cls(name, _OPENERS[name](*arguments))
+            return cls(name, OPENERS[name](*arguments))
         except Exception as error:
             raise ValueError(
-                f"--trackers {name} cannot start ({first_line(error, 200)}): {_REMEDIES[name]}, "
+                f"--trackers {name} cannot start ({first_line(error, 200)}): {REMEDIES[name]}, "
                 "or leave it out; the same command goes on."
             ) from error
 
@@ -202,61 +202,3 @@ class _Service:
                 self._name,
                 first_line(error, 200),
             )
-
-
-class _Wandb:
-    def __init__(
-        self, module: Any, output: Path, identity: str, settings: Mapping[str, Any]
-    ) -> None:
-        # WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE apply.
-        self._run = module.init(
-            id=identity,
-            name=output.name,
-            dir=str(output),
-            config=dict(settings),
-            resume="allow",
-        )
-        # Stages count their own steps; wandb's own step would have to grow from call to call.
-        try:
-            for stage in ("transfer", "distill", "train"):
-                self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        except BaseException:
-            self._run.finish()
-            raise
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        stages = {name.partition("/")[0] for name in metrics}
-        self._run.log(dict(metrics) | {f"{stage}/step": step for stage in stages})
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _Trackio:
-    def __init__(
-        self, module: Any, output: Path, identity: str, settings: Mapping[str, Any]
-    ) -> None:
-        # trackio knows runs by their name.
-        self._module = module
-        module.init(
-            project=_PROJECT,
-            name=f"{output.name}-{identity}",
-            config=dict(settings),
-            resume="allow",
-        )
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._module.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-_REMEDIES = {
-    "trackio": "run `trackio show` to see whether it works",
-    "wandb": "run `wandb login`, or set WANDB_MODE=offline",
-}
-_OPENERS: dict[str, Callable[[Any, Path, str, Mapping[str, Any]], Tracker]] = {
-    "trackio": _Trackio,
-    "wandb": _Wandb,
-}

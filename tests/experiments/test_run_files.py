@@ -7,8 +7,8 @@ import pytest
 
 from experiments.evaluation.store import RowStore
 from experiments.training.event_files import EventFile
+from experiments.training.measurements import read_measurements
 from experiments.training.metrics import MetricsWriter, read_metrics
-from experiments.training.outcome import _read
 from experiments.training.resume.record import Record
 from experiments.training.resume.settings import saved_settings
 from tptt_jax.durable import atomic_file
@@ -19,7 +19,7 @@ STEP = {"step": 1, "loss": 2.0, "tokens_per_s": 3.0, "seconds": 4.0}
 READERS = {
     "run.json": lambda file: Record.read(file.parent),
     "config.yaml": lambda file: saved_settings(file.parent),
-    "evaluation.json": _read,
+    "evaluation.json": read_measurements,
     "metrics.jsonl": read_metrics,
     "rows.jsonl": RowStore,
     "events.out.tfevents.1.x.tptt_jax": lambda file: EventFile(file.parent),
