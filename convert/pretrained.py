@@ -82,13 +82,9 @@ def load_pretrained(
         configuration, or holds NaN or infinite values; if the adapter does not fit the source or
         has unsupported settings, or its base model cannot be found.
     """
-    if dtype != "auto" and not _is_supported(dtype):
-        raise ConversionError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}.")
-    if base_dtype is not None and base_dtype not in get_args(BaseDtype):
-        raise ConversionError(
-            f"base_dtype must be None or one of {', '.join(get_args(BaseDtype))}, got "
-            f"{base_dtype!r}."
-        )
+    _check_dtypes(dtype, base_dtype)
+    on_devices: dict[str, Any] = {"base_dtype": base_dtype, "mesh": mesh, "rules": rules}
+    options = on_devices | {"seed": seed}
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(
@@ -100,9 +96,7 @@ def load_pretrained(
 
         run, base = Path(source).expanduser(), described.source
         liza, lora = liza or described.liza, lora or described.lora
-        model = load_pretrained(
-            *(base, liza, lora, dtype), base_dtype=base_dtype, mesh=mesh, rules=rules, seed=seed
-        )
+        model = load_pretrained(base, liza, lora, dtype, **options)
         with same_base_weights(run, model, described):
             restore_trainable(run, model)
         return model
@@ -112,19 +106,43 @@ def load_pretrained(
             raise ConversionError(
                 f"{source} is an adapter itself; give the base model of {adapter}."
             )
-        base = locate_base(path)
-        options: Any = {"base_dtype": base_dtype, "mesh": mesh, "rules": rules, "seed": seed}
-        return load_pretrained(base, liza, lora, dtype, adapter=path, **options)
-    pretrained = open_pretrained(path)
-    liza = liza or pretrained.liza
+        return load_pretrained(locate_base(path), liza, lora, dtype, adapter=path, **options)
+    return _load(open_pretrained(path), liza, lora, dtype, adapter, **options)
+
+
+def _check_dtypes(dtype: DTypeLike | Literal["auto"], base_dtype: BaseDtype | None) -> None:
+    if dtype != "auto" and not _is_supported(dtype):
+        raise ConversionError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {dtype!r}.")
+    if base_dtype is not None and base_dtype not in get_args(BaseDtype):
+        raise ConversionError(
+            f"base_dtype must be None or one of {', '.join(get_args(BaseDtype))}, got "
+            f"{base_dtype!r}."
+        )
+
+
+def _load(
+    pretrained: Pretrained,
+    liza: LizaConfig | None,
+    lora: LoraConfig | None,
+    dtype: DTypeLike | Literal["auto"],
+    adapter: Source | None,
+    *,
+    base_dtype: BaseDtype | None,
+    mesh: Mesh | None,
+    rules: Mapping[str, str],
+    seed: int,
+) -> CausalLM:
+    """Loads weights that are no checkpoint of ours and no adapter, and an adapter on top."""
     fitted = None if adapter is None else _fit(locate(adapter), pretrained)
     chosen = lora if fitted is None else fitted.agreed(lora)
-    if base_dtype is not None and isinstance(fitted, FittedTptt):
-        raise ConversionError(
-            f"{adapter} has trained weights of its own, which a base in {base_dtype} cannot hold: "
-            "leave base_dtype out."
-        )
-    memory = fitted.liza if liza is None and isinstance(fitted, FittedTptt) else liza
+    memory = liza or pretrained.liza
+    if isinstance(fitted, FittedTptt):
+        if base_dtype is not None:
+            raise ConversionError(
+                f"{adapter} has trained weights of its own, which a base in {base_dtype} cannot "
+                "hold: leave base_dtype out."
+            )
+        memory = fitted.liza if memory is None else memory
     weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
 
     def build(base_dtype: BaseDtype | None) -> CausalLM:
