@@ -181,38 +181,7 @@ def make_train_step(
             total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
         return total if parts > 1 else total / jnp.maximum(count, 1), count
 
-    def gradient_of(
-        trainable: Trainable,
-        share: Array | None,
-        frozen: nnx.State,
-        batches: tuple[Batch, Batch | None],
-        *rest: Any,
-    ) -> tuple[tuple[Array, Array], Trainable]:
-        """((mean loss, counted tokens), gradient of the mean loss)."""
-        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        batch, asked = batches
-        if parts == 1:
-            return value_and_grad(trainable, share, frozen, batch, *rest)
-        window, key = rest
-
-        def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
-            number, part = numbered
-            values, gradient = value_and_grad(
-                trainable, share, frozen, part, window, jax.random.fold_in(key, number)
-            )
-            if asked is not None:
-                gradient = _for_memory(gradient, number >= accumulate)
-            return jax.tree.map(jnp.add, sums, (values, gradient)), None
-
-        zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
-        rows = _split_rows(batch, accumulate)
-        if asked is not None:
-            others = _split_rows(asked, asked_parts)
-            rows = Batch(*(jnp.concatenate(both) for both in zip(rows, others, strict=True)))
-        numbered = (jnp.arange(parts), rows)
-        ((total, count), gradient), _ = jax.lax.scan(add, zeros, numbered)
-        counted = jnp.maximum(count, 1)
-        return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
+    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def train_step(
         state: TrainState,
@@ -229,9 +198,18 @@ def make_train_step(
         if share is not None and mag_schedule is not None:
             share = mag_schedule(state.step)
         key = jax.random.fold_in(state.key, state.step)
-        (loss, count), gradient = gradient_of(
-            state.trainable, share, frozen, (batch, asked), window, key
-        )
+        if parts == 1:
+            (loss, count), gradient = value_and_grad(
+                state.trainable, share, frozen, batch, window, key
+            )
+        else:
+            (loss, count), gradient = _sum_parts(
+                lambda part, key: value_and_grad(state.trainable, share, frozen, part, window, key),
+                state.trainable,
+                _split_rows(batch, accumulate),
+                None if asked is None else _split_rows(asked, asked_parts),
+                key,
+            )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = cast("Trainable", optax.apply_updates(state.trainable, updates))
         norm = optax.tree.norm(gradient)
@@ -242,6 +220,40 @@ def make_train_step(
         return TrainState(*kept, state.key), StepMetrics(loss, count, norm, *shares, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _sum_parts(
+    value_and_grad: Callable[[Batch, Array], Any],
+    trainable: Trainable,
+    rows: Batch,
+    asked: Batch | None,
+    key: Array,
+) -> tuple[tuple[Array, Array], Trainable]:
+    """((mean loss, counted tokens), gradient of the mean loss) of a step in several parts.
+
+    Args:
+      value_and_grad: (part, key) -> ((summed loss, counted tokens), gradient of the sum).
+      trainable: what it differentiates.
+      rows: parts of the batch [parts, B, T].
+      asked: parts whose gradient reaches the memory alone.
+      key: of dropout; every part folds its number in.
+    """
+    first_asked = len(rows.tokens)
+    if asked is not None:
+        rows = Batch(*(jnp.concatenate(both) for both in zip(rows, asked, strict=True)))
+
+    def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+        number, part = numbered
+        values, gradient = value_and_grad(part, jax.random.fold_in(key, number))
+        if asked is not None:
+            gradient = _for_memory(gradient, number >= first_asked)
+        return jax.tree.map(jnp.add, sums, (values, gradient)), None
+
+    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
+    numbered = (jnp.arange(len(rows.tokens)), rows)
+    ((total, count), gradient), _ = jax.lax.scan(add, zeros, numbered)
+    counted = jnp.maximum(count, 1)
+    return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
 
 
 def _for_memory(gradient: Trainable, is_asked: Array) -> Trainable:
