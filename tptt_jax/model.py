@@ -248,21 +248,9 @@ class CausalLM(nnx.Module):
         Raises:
           ValueError: as `__call__` does.
         """
-        check_model_tokens(tokens, segment_ids, self.config.vocab_size)
-        if not use_memory and self.liza is not None and not self.liza.softmax:
-            raise ValueError("a purely linear model cannot run without its memory.")
-        if window is not None and cache is not None:
-            raise ValueError("a cache keeps the model's own window: leave window None.")
+        self._check_call(tokens, segment_ids, cache, window, use_memory=use_memory)
         if cache is None:
-            check_context_axis(self.liza, num_shards(), tokens.shape[1])
             dropout_key = self._dropout_key(dropout_key, rngs)
-        else:
-            check_decoding_state(
-                *(self.config, self.liza, cache),
-                dtype=str(self.dtype),
-                rows=tokens.shape[0],
-                use_memory=use_memory,
-            )
         order = None
         length = None if cache is None else cache.length
         if segment_ids is not None and cache is None:
@@ -273,14 +261,10 @@ class CausalLM(nnx.Module):
         is_plain = positions is None and segment_ids is None and cache is None
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
-        kinds = layer_kinds(self.config, self.liza)
-        contexts: dict[LayerKind, TokenContext] = {
-            kind: token_context(
-                *(self.config, self.liza, kind, positions, segment_ids, length, window),
-                text_length=tokens.shape[1] if is_plain else None,
-            )
-            for kind in dict.fromkeys(kinds)
-        }
+        contexts = self._contexts(
+            *(positions, segment_ids, length, window),
+            text_length=tokens.shape[1] if is_plain else None,
+        )
         x = constrain_lookup(self.embed(tokens, positions))
         stack_caches, branches = [], []
         for number, stack in enumerate(self.stacks):
@@ -310,6 +294,46 @@ class CausalLM(nnx.Module):
         if cache is not None:
             cache = cache.advance(tuple(stack_caches), tokens, segment_ids, x)
         return x, cache, tuple(branches) if return_branches else None
+
+    def _check_call(
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None,
+        cache: DecodingState | None,
+        window: Int[Array, ""] | None,
+        *,
+        use_memory: bool,
+    ) -> None:
+        check_model_tokens(tokens, segment_ids, self.config.vocab_size)
+        if not use_memory and self.liza is not None and not self.liza.softmax:
+            raise ValueError("a purely linear model cannot run without its memory.")
+        if cache is None:
+            check_context_axis(self.liza, num_shards(), tokens.shape[1])
+            return
+        if window is not None:
+            raise ValueError("a cache keeps the model's own window: leave window None.")
+        check_decoding_state(
+            *(self.config, self.liza, cache),
+            dtype=str(self.dtype),
+            rows=tokens.shape[0],
+            use_memory=use_memory,
+        )
+
+    def _contexts(
+        self,
+        positions: Positions,
+        segment_ids: SegmentIds | None,
+        length: Int[Array, "B"] | None,
+        window: Int[Array, ""] | None,
+        *,
+        text_length: int | None,
+    ) -> dict[LayerKind, TokenContext]:
+        """What attention knows of the tokens, for each kind of layers."""
+        place = (positions, segment_ids, length, window)
+        return {
+            kind: token_context(self.config, self.liza, kind, *place, text_length=text_length)
+            for kind in dict.fromkeys(layer_kinds(self.config, self.liza))
+        }
 
     def _dropout_key(self, key: Array | None, rngs: nnx.Rngs | None) -> Array | None:
         rates = tuple(c.dropout for c in (self.lora, self.liza) if c is not None)
