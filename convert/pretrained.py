@@ -83,8 +83,7 @@ def load_pretrained(
         has unsupported settings, or its base model cannot be found.
     """
     _check_dtypes(dtype, base_dtype)
-    on_devices: dict[str, Any] = {"base_dtype": base_dtype, "mesh": mesh, "rules": rules}
-    options = on_devices | {"seed": seed}
+    options: Any = {"base_dtype": base_dtype, "mesh": mesh, "rules": rules, "seed": seed}
     if described := find_checkpoint(source):
         if adapter is not None:
             raise ConversionError(

@@ -163,9 +163,10 @@ class ExpertsMLP(nnx.Module):
             out = self._run(rows, logits.reshape(len(rows), -1), matrices, own).reshape(x.shape)
             return lax.psum(out, summed) if summed else out
 
-        tokens, up = PartitionSpec(*axes[:2]), PartitionSpec(axes.experts, None, axes.width)
-        down = PartitionSpec(axes.experts, axes.width, None)
-        gate: Any = None if matrices.gate is None else up
+        tokens = PartitionSpec(*axes[:2])
+        up: Any = PartitionSpec(axes.experts, None, axes.width)
+        down: Any = PartitionSpec(axes.experts, axes.width, None)
+        gate = None if matrices.gate is None else up
         return jax.shard_map(
             run,
             mesh=mesh,

@@ -33,11 +33,11 @@ class OwnGroups(NamedTuple):
 
     Attributes:
       first: number of the first one.
-      count: static.
+      size: how many, static.
     """
 
     first: Int[Array, ""]
-    count: int
+    size: int
 
 
 def group_rows(
@@ -59,8 +59,8 @@ def group_rows(
     if own is not None:
         # One group more for all rows of others, behind the rest.
         group_of_row = group_of_row - own.first
-        is_own = (group_of_row >= 0) & (group_of_row < own.count)
-        group_of_row, num_groups = jnp.where(is_own, group_of_row, own.count), own.count + 1
+        is_own = (group_of_row >= 0) & (group_of_row < own.size)
+        group_of_row, num_groups = jnp.where(is_own, group_of_row, own.size), own.size + 1
     num_blocks = rows // block + min(rows, num_groups)
     sizes = jnp.zeros(num_groups, jnp.int32).at[group_of_row].add(1)
     blocks = -(-sizes // block)
@@ -72,7 +72,7 @@ def group_rows(
     # Blocks past the last one multiply zeros by some matrix.
     groups = jnp.searchsorted(last_block, jnp.arange(num_blocks), side="right")
     groups = jnp.minimum(groups, num_groups - 1).astype(jnp.int32)
-    used = None if own is None else last_block[own.count - 1]
+    used = None if own is None else last_block[own.size - 1]
     return Grouping(slots, groups, num_blocks * block, used)
 
 
