@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -34,7 +35,35 @@ hypothesis.settings.load_profile("patient")
 PROJECT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Files that take longest, so that workers begin with them and end at the same time.
+LONG_FILES = [
+    *("test_finetune", "test_stages", "test_distributed", "test_evaluation", "test_state"),
+    *("test_model", "test_tptt_reference", "test_evicted_model", "test_delta_product_kernel"),
+    *("test_titan", "test_gemma_weights", "test_transformers", "test_bench", "test_resume"),
+    *("test_python_blocks", "test_best", "test_grid", "test_verify", "test_context"),
+    *("test_ablation", "test_fit", "test_sharding", "test_mmlu", "test_harness", "test_checkpoint"),
+    *("test_streaming", "test_state_tracking", "test_generate", "test_compilations"),
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # pytest-xdist would begin with the files of most tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    # Tracing makes millions of objects that live for a moment, and the collector would pass over
+    # all modules each time. What they hold stays to the end.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 10, 10)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        places = {name: place for place, name in enumerate(LONG_FILES)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return
