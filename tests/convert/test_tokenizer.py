@@ -69,17 +69,6 @@ def test_a_batch_is_padded(demo):
     assert 0 in batch.input_ids[1]
 
 
-@pytest.mark.slow
-def test_the_file_and_its_cache_agree(demo, demo_model_path, tmp_path):
-    # A file elsewhere is built anew, the demo comes from the cache the second time.
-    (tmp_path / "copy.gguf").symlink_to(demo_model_path)
-    built, cached = load_tokenizer(tmp_path / "copy.gguf"), load_tokenizer("demo")
-    assert list(demo_model_path.parent.glob("*.tokenizer-*/tokenizer.json"))
-    for text in (SPACES, "The capital of France is", "<start_of_turn>x"):
-        assert built(text).input_ids == cached(text).input_ids == demo(text).input_ids
-    assert built.special_tokens_map == cached.special_tokens_map
-
-
 def test_exported_demo_tokenizer_loads_in_transformers(demo, demo_model_path, tmp_path):
     export_tokenizer("demo", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
@@ -111,6 +100,22 @@ def write_gguf(path: Path, **settings) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_the_file_and_its_cache_agree(tmp_path, monkeypatch):
+    """A file in the cache's folder is read once; later its tokenizer comes from files beside it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "tptt_jax").mkdir()
+    path = write_gguf(tmp_path / "tptt_jax" / "a.gguf", add_bos=True, template="[{{ messages }}]")
+    built = load_tokenizer(path)
+    assert list(path.parent.glob("a.tokenizer-*/tokenizer.json"))
+    monkeypatch.setattr("convert.tokenizers.loading._from_gguf", None)
+    cached = load_tokenizer(path)
+    for text in ("ab", "b a</s>ab", SPACES):
+        assert built(text).input_ids == cached(text).input_ids
+        assert cached.decode(cached(text).input_ids) == built.decode(built(text).input_ids)
+    assert built.special_tokens_map == cached.special_tokens_map
+    assert built.chat_template == cached.chat_template
 
 
 @pytest.mark.parametrize(
