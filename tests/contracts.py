@@ -1,5 +1,6 @@
 """The contract of streaming models, as checks that tests share."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,25 @@ def quick_jit(function: Callable, **options: Any) -> Callable:
     return jax.jit(function, **QUICK, **options)
 
 
+@functools.partial(quick_jit, static_argnums=(0, 1))
+def _call(
+    graphdef: nnx.GraphDef, options: tuple, state: nnx.State, args: tuple, named: dict
+) -> Any:
+    return nnx.merge(graphdef, state)(*args, **named, **dict(options))
+
+
+def jitted(model: nnx.Module, **options: Any) -> Callable:
+    """The model's call with fixed options; models of one structure share their programs."""
+    graphdef, state = nnx.split(model)
+    fixed = tuple(sorted(options.items()))
+    return lambda *args, **named: _call(graphdef, fixed, state, args, named)
+
+
+def logits_of(model: CausalLM, tokens: Any, **options: Any) -> np.ndarray:
+    """Logits [B, T, V] of whole rows."""
+    return np.asarray(jitted(model, **options)(jnp.asarray(tokens)).logits)
+
+
 def randomize(module: nnx.Module, seed: int = 1) -> Any:
     """Moves every parameter away from its start, so that adapters, biases and norms matter.
 
@@ -35,8 +55,11 @@ def randomize(module: nnx.Module, seed: int = 1) -> Any:
 
     def move(variable: nnx.Variable) -> nnx.Variable:
         value = variable.get_value()
-        noise = jnp.asarray(0.1 * rng.standard_normal(value.shape), value.dtype)
-        return variable if isinstance(variable, MagShare) else variable.replace(value + noise)
+        noise = (0.1 * rng.standard_normal(value.shape)).astype(value.dtype)
+        if isinstance(variable, MagShare):
+            return variable
+        # In NumPy, which compiles nothing.
+        return variable.replace(jax.device_put(np.asarray(value) + noise, value.sharding))
 
     state = jax.tree.map(move, nnx.state(module), is_leaf=lambda x: isinstance(x, nnx.Variable))
     nnx.update(module, state)
@@ -86,16 +109,11 @@ def verify_streaming_contract(
     The reference is one call with whole rows [B, T] and without segment_ids, B >= 2, T >= 12.
     Errors are relative to the largest logit. Returns the reference, for checks of one's own.
     """
-    graphdef, state = nnx.split(model)
-
-    @quick_jit
-    def call(state: nnx.State, tokens: Any, ids: Any, cache: Any) -> tuple[Any, Any]:
-        output = nnx.merge(graphdef, state)(tokens, ids, cache=cache)
-        return output.logits, output.cache
+    call = jitted(model)
 
     def run(tokens: np.ndarray, ids: Any = None, cache: Any = None) -> tuple[np.ndarray, Any]:
-        logits, cache = call(state, tokens, ids, cache)
-        return np.asarray(logits), cache
+        output = call(tokens, ids, cache=cache)
+        return np.asarray(output.logits), output.cache
 
     whole, _ = run(tokens)
     assert np.isfinite(whole).all()

@@ -2,14 +2,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import pydoc_data.topics
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 
 from convert import ConversionError, load_pretrained, load_tokenizer
 from convert.sources import DEFAULT_MODEL, find_checkpoint, locate, open_pretrained
@@ -18,29 +15,6 @@ from experiments.data import python_docs_text
 from tptt_jax import ModelConfig
 from tptt_jax.training.description import Description, write_description
 from tptt_jax.training.train_step import Batch, eval_step
-
-
-@nnx.jit
-def token_losses(model, hidden, targets):
-    logits = model.project_logits(hidden).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-@pytest.mark.slow
-def test_perplexity_of_the_python_reference(demo_model_path):
-    topics = pydoc_data.topics.topics
-    text = "\n\n".join(topics[key] for key in sorted(topics))
-    tokens = jnp.asarray([load_tokenizer("demo")(text[:20_000]).input_ids[:2000]])
-    model = load_pretrained("demo")
-    hidden = nnx.jit(lambda model, tokens: model(tokens).hidden)(model, tokens[:, :-1])
-    # Logits over 262,144 tokens are computed in pieces: at once they take 2 GB.
-    losses = [
-        token_losses(model, hidden[:, i : i + 250], tokens[:, i + 1 : i + 251])
-        for i in range(0, 1999, 250)
-    ]
-    perplexity = float(jnp.exp(jnp.concatenate(losses, axis=1).mean()))
-    assert perplexity == pytest.approx(11.7, abs=0.05)
 
 
 def test_the_assembled_file_is_repaired(demo_model_path, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,8 +15,8 @@ import pytest
 from flax import nnx
 
 from convert import export_pretrained, load_pretrained, load_tokenizer
-from experiments.data import python_docs_text
-from tests.contracts import quick_jit, random_tokens, randomize, relative_error
+from tests.contracts import logits_of, raise_shares, random_tokens, randomize, relative_error
+from tests.parity.titan_models import own_module_cache, reload_titan
 from tests.tiny import BOS, EOS, PAD, make_tokenizer
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
 from tptt_jax.config import RopeConfig
@@ -140,37 +139,8 @@ TOKENS = random_tokens((2, 45))
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(tmp_path_factory):
-    """transformers copies remote code into a cache; ours must not stay in the user's."""
-    patch = pytest.MonkeyPatch()
-    path = str(tmp_path_factory.mktemp("modules"))
-    patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", path)
-    threads = torch.get_num_threads()
-    # Matrices of a few hundred numbers only wait for other threads.
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    patch.undo()
-
-
-def reload(path: Path, **options):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, trust_remote_code=True, output_loading_info=True, **options
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def strengthen(model: CausalLM) -> CausalLM:
-    """Raises the share of a memory of evicted tokens, next to nothing at the start.
-
-    And gives its gates a limit that short rows reach.
-    """
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        value = variable.get_value()
-        new = {"bias": value + 4, "limit": jnp.full_like(value, np.log(5.0))}.get(path[-1])
-        if path[-2:-1] == ("mag",) and new is not None:
-            nnx.update(model, nnx.from_flat_state([(path, variable.replace(new))]))
-    return model
+    with own_module_cache(tmp_path_factory.mktemp("modules")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +151,12 @@ def pair(tmp_path_factory):
     def build(name: str):
         changes, liza = CASES[name]
         config = ModelConfig.tiny(**changes, bos_token_id=BOS, pad_token_id=PAD)
-        ours = strengthen(randomize(CausalLM(config, liza, rngs=nnx.Rngs(0))))
+        ours = raise_shares(randomize(CausalLM(config, liza, rngs=nnx.Rngs(0))))
         path = tmp_path_factory.mktemp("titan") / "model"
         export_pretrained(ours, path, "titan")
-        return ours, reload(path)
+        return ours, reload_titan(path)
 
     return build
-
-
-def our_logits(model: CausalLM, tokens: np.ndarray, **options) -> np.ndarray:
-    graphdef, state = nnx.split(model)
-    call = quick_jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens, **options).logits)
-    return np.asarray(call(state, jnp.asarray(tokens)))
 
 
 @torch.no_grad()
@@ -203,7 +167,7 @@ def torch_logits(model, tokens, **options) -> np.ndarray:
 @pytest.mark.parametrize("name", CASES)
 def test_logits(pair, name):
     ours, theirs = pair(name)
-    assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 1e-4
+    assert relative_error(torch_logits(theirs, TOKENS), logits_of(ours, TOKENS)) <= 1e-4
 
 
 @pytest.mark.parametrize("name", EVICTED)
@@ -211,7 +175,7 @@ def test_what_is_evicted_matters(pair, name):
     """Or else nothing here would notice a wrong memory."""
     ours, theirs = pair(name)
     logits = torch_logits(theirs, TOKENS)
-    without = our_logits(ours, TOKENS, use_memory=False)
+    without = logits_of(ours, TOKENS, use_memory=False)
     # From this place on there is something to read.
     first = ours.liza.softmax_window + ours.liza.softmax_sinks
     assert relative_error(logits[:, :first], without[:, :first]) <= 1e-4
@@ -223,7 +187,7 @@ def test_rows_that_fit_into_the_window_are_the_base_models(pair, name, tmp_path)
     ours, theirs = pair(name)
     export_pretrained(base_model(ours), tmp_path / "base", "titan")
     tokens = TOKENS[:, : ours.liza.softmax_window]
-    base = reload(tmp_path / "base")
+    base = reload_titan(tmp_path / "base")
     np.testing.assert_array_equal(torch_logits(theirs, tokens), torch_logits(base, tokens))
 
 
@@ -353,7 +317,7 @@ GRADIENTS = ("gated, rank", "delta_rule_gelu", "gemma")
 @pytest.mark.parametrize("name", [*GRADIENTS, "evicted", "evicted, expanded gates"])
 def test_gradients(pair, name):
     """In one direction of the embeddings, against the difference quotient in float64."""
-    model = reload(pair(name)[1].name_or_path).double()
+    model = reload_titan(pair(name)[1].name_or_path).double()
     tokens = torch.as_tensor(TOKENS[:, :20]).long()
     mask = torch.ones_like(tokens)
     mask[0, 15:] = 0
@@ -377,7 +341,7 @@ def test_gradients(pair, name):
 
 @pytest.mark.parametrize("name", ["gated, rank", "olmoe", "evicted", "evicted, olmoe"])
 def test_training_under_autocast(pair, name):
-    model = reload(pair(name)[1].name_or_path).train()
+    model = reload_titan(pair(name)[1].name_or_path).train()
     tokens = torch.as_tensor(TOKENS).long()
     exact = model(tokens, labels=tokens).loss.item()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -397,7 +361,7 @@ def test_a_cache_of_another_kind_is_refused(pair):
 
 @pytest.mark.parametrize("name", ["olmoe", "evicted, gemma"])
 def test_gradient_checkpointing_changes_nothing(pair, name):
-    model = reload(pair(name)[1].name_or_path).train()
+    model = reload_titan(pair(name)[1].name_or_path).train()
     tokens = torch.as_tensor(TOKENS[:, :20]).long()
     grads = []
     for enable in (False, True):
@@ -420,7 +384,7 @@ OF_PEFT = pytest.mark.filterwarnings(
 @pytest.mark.parametrize("name", ["gated, rank", "evicted"])
 def test_lora_of_peft(pair, tmp_path, name):
     peft = pytest.importorskip("peft")
-    model = reload(pair(name)[1].name_or_path)
+    model = reload_titan(pair(name)[1].name_or_path)
     tokens = torch.as_tensor(TOKENS).long()
     targets = ["q_proj", "v_proj", "down_proj"]
     wrapped = peft.get_peft_model(
@@ -439,29 +403,33 @@ def test_lora_of_peft(pair, tmp_path, name):
     assert losses[-1] < losses[0] - 0.1
     wanted = torch_logits(wrapped.eval(), TOKENS)
     wrapped.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(reload(pair(name)[1].name_or_path), tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(
+        reload_titan(pair(name)[1].name_or_path), tmp_path / "adapter"
+    )
     assert relative_error(torch_logits(again, TOKENS), wanted) <= 1e-5
     # We read the adapter on the Titan that it names, and write it again for PEFT.
     ours = load_pretrained(tmp_path / "adapter")
     assert ours.liza == pair(name)[0].liza
-    assert relative_error(our_logits(ours, TOKENS), wanted) <= 1e-4
+    assert relative_error(logits_of(ours, TOKENS), wanted) <= 1e-4
     export_pretrained(ours, tmp_path / "again", "peft", source=tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(reload(pair(name)[1].name_or_path), tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(
+        reload_titan(pair(name)[1].name_or_path), tmp_path / "again"
+    )
     assert relative_error(torch_logits(again, TOKENS), wanted) <= 1e-5
     merged = wrapped.merge_and_unload()
     assert relative_error(torch_logits(merged, TOKENS), wanted) <= 1e-5
     # transformers writes the merged model with its code, and we read it.
     merged.save_pretrained(tmp_path / "merged")
-    assert relative_error(torch_logits(reload(tmp_path / "merged"), TOKENS), wanted) <= 1e-5
+    assert relative_error(torch_logits(reload_titan(tmp_path / "merged"), TOKENS), wanted) <= 1e-5
     ours = load_pretrained(tmp_path / "merged")
     assert (ours.config, ours.liza) == (pair(name)[0].config, pair(name)[0].liza)
-    assert relative_error(our_logits(ours, TOKENS), wanted) <= 1e-4
+    assert relative_error(logits_of(ours, TOKENS), wanted) <= 1e-4
 
 
 @OF_PEFT
 def test_adapters_on_every_linear_layer_leave_the_memory_alone(pair):
     peft = pytest.importorskip("peft")
-    model = reload(pair("evicted")[1].name_or_path)
+    model = reload_titan(pair("evicted")[1].name_or_path)
     wrapped = peft.get_peft_model(
         model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2)
     )
@@ -509,15 +477,15 @@ def test_a_new_memory_starts_as_ours(pair, name):
 def test_halves(tmp_path, liza):
     """bfloat16 weights stay bfloat16; what the memory learns stays float32."""
     ours = CausalLM(ModelConfig.tiny(), liza, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    export_pretrained(strengthen(randomize(ours)), tmp_path / "m", "titan")
-    theirs = reload(tmp_path / "m", dtype="auto")
+    export_pretrained(raise_shares(randomize(ours)), tmp_path / "m", "titan")
+    theirs = reload_titan(tmp_path / "m", dtype="auto")
     for name, parameter in theirs.named_parameters():
         memory = ".mag." in name or ".memory." in name
         assert parameter.dtype == (torch.float32 if memory else torch.bfloat16), name
     with torch.no_grad():
         cache = theirs(torch.as_tensor(TOKENS).long(), use_cache=True).cache
     assert {layer.tensors["state"].dtype for layer in cache.layers} == {torch.float32}
-    assert relative_error(torch_logits(theirs, TOKENS), our_logits(ours, TOKENS)) <= 5e-2
+    assert relative_error(torch_logits(theirs, TOKENS), logits_of(ours, TOKENS)) <= 5e-2
 
 
 @pytest.mark.parametrize("name", ["window", "gemma"])
@@ -530,7 +498,7 @@ def test_a_directory_from_before_writes_was_a_choice(pair, tmp_path, name):
     assert config["liza"].pop("writes") == "all"
     path.write_text(json.dumps(config))
     np.testing.assert_array_equal(
-        torch_logits(reload(tmp_path / "old"), TOKENS), torch_logits(theirs, TOKENS)
+        torch_logits(reload_titan(tmp_path / "old"), TOKENS), torch_logits(theirs, TOKENS)
     )
 
 
@@ -557,7 +525,7 @@ def talking(tmp_path_factory):
         vocab_size=500, bos_token_id=BOS, eos_token_ids=(EOS,), pad_token_id=PAD
     )
     ours = CausalLM(config, LizaConfig(softmax_window=8, softmax_sinks=2), rngs=nnx.Rngs(0))
-    ours = strengthen(randomize(ours))
+    ours = raise_shares(randomize(ours))
     export_pretrained(ours, source)
     make_tokenizer(begin=True).save_pretrained(source)
     export_pretrained(ours, path, "titan", source=source)
@@ -568,7 +536,7 @@ def test_text_generation_pipeline(talking):
     ours, path = talking
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True)
     pipeline = transformers.pipeline(
-        "text-generation", model=reload(path), tokenizer=tokenizer, device="cpu"
+        "text-generation", model=reload_titan(path), tokenizer=tokenizer, device="cpu"
     )
     texts = ["The def statement", "A class is an object that"]
     wanted = []
@@ -595,7 +563,7 @@ def test_lm_eval(talking):
 
     ours, path = talking
     harness = huggingface.HFLM(
-        pretrained=reload(path),
+        pretrained=reload_titan(path),
         tokenizer=transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=True),
         batch_size=2,
     )
@@ -604,7 +572,7 @@ def test_lm_eval(talking):
     tokenizer = load_tokenizer(path)
     for (begin, end), (got, _) in zip(texts, harness.loglikelihood(requests), strict=True):
         tokens, first = tokenizer(begin + end).input_ids, len(tokenizer(begin).input_ids)
-        logits = ours(jnp.asarray([tokens])).logits[0, first - 1 : -1]
+        logits = logits_of(ours, [tokens])[0, first - 1 : -1]
         scores = jax.nn.log_softmax(logits)[jnp.arange(len(tokens) - first), tokens[first:]]
         assert got == pytest.approx(float(scores.sum()), rel=1e-5)
     until = {"until": ["</s>"], "max_gen_toks": 6, "do_sample": False}
@@ -612,26 +580,3 @@ def test_lm_eval(talking):
     for (begin, _), got in zip(texts, harness.generate_until(requests), strict=True):
         new = generate(ours, np.array([tokenizer(begin).input_ids]), max_new_tokens=6)
         assert got == tokenizer.decode(np.asarray(new.tokens)[0], skip_special_tokens=True)
-
-
-REAL = {
-    "all": LizaConfig(writes="all", softmax_window=16, mag_init=0.1),
-    "evicted": LizaConfig(softmax_window=16),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("liza", REAL.values(), ids=REAL)
-def test_real_weights(demo_model_path, tmp_path, liza):
-    """Gemma 3 270M with a window, so that the memory, sinks and sliding layers all matter."""
-    ours = strengthen(load_pretrained("demo", liza))
-    export_pretrained(ours, tmp_path / "gemma", "titan", source="demo")
-    theirs = reload(tmp_path / "gemma")
-    text = python_docs_text()[2000:2400]
-    tokens = np.array([load_tokenizer(tmp_path / "gemma")(text).input_ids[:60]])
-    assert relative_error(torch_logits(theirs, tokens), our_logits(ours, tokens)) <= 1e-4
-    wanted = generate(ours, tokens, max_new_tokens=16, stop_tokens=())
-    got = theirs.generate(
-        torch.as_tensor(tokens), max_new_tokens=16, do_sample=False, eos_token_id=None
-    )
-    assert got[0, tokens.shape[1] :].tolist() == np.asarray(wanted.tokens)[0].tolist()

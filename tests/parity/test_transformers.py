@@ -1,15 +1,14 @@
 """Our models against transformers, in float32 on the CPU."""
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from convert import export_pretrained, load_pretrained, load_tokenizer
+from convert import export_pretrained, load_pretrained
 from convert.loading import variables_of
-from tptt_jax import LizaConfig, LoraConfig, generate
+from tests.contracts import logits_of
+from tptt_jax import LizaConfig, LoraConfig
 
 torch = pytest.importorskip("torch", reason="compares with models in torch")
 transformers = pytest.importorskip("transformers")
@@ -75,7 +74,7 @@ def test_logits_of_a_tiny_model(tmp_path, config):
     model = build(config)
     model.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path)
-    assert relative_error(ours(jnp.asarray(TOKENS)).logits, torch_logits(model, TOKENS)) <= 1e-5
+    assert relative_error(logits_of(ours, TOKENS), torch_logits(model, TOKENS)) <= 1e-5
 
 
 SAVES = {
@@ -94,14 +93,14 @@ def test_shards_and_halves(tmp_path, name, save):
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or size == "20KB"
     # Read again: a model that is cast in place keeps rotary frequencies of 16 bits.
     wanted = torch_logits(reload(tmp_path), TOKENS)
-    assert relative_error(load_pretrained(tmp_path)(jnp.asarray(TOKENS)).logits, wanted) <= 1e-5
+    assert relative_error(logits_of(load_pretrained(tmp_path), TOKENS), wanted) <= 1e-5
 
 
 def test_bare_decoder(tmp_path):
     model = build(CONFIGS["llama, tied"])
     model.model.save_pretrained(tmp_path)
     ours = load_pretrained(tmp_path)
-    assert relative_error(ours(jnp.asarray(TOKENS)).logits, torch_logits(model, TOKENS)) <= 1e-5
+    assert relative_error(logits_of(ours, TOKENS), torch_logits(model, TOKENS)) <= 1e-5
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -151,44 +150,9 @@ def test_merged_adapters(tmp_path, name):
             shape = variable.get_value().shape
             variable.set_value(jnp.asarray(0.2 * rng.standard_normal(shape), jnp.float32))
     nnx.update(ours, nnx.from_flat_state(list(variables)))
-    wanted = np.asarray(ours(jnp.asarray(TOKENS)).logits)
+    wanted = logits_of(ours, TOKENS)
     export_pretrained(ours, tmp_path / "b", source=tmp_path / "a")
     exported = torch_logits(reload(tmp_path / "b"), TOKENS)
     assert relative_error(exported, wanted) <= 1e-5
-    plain = load_pretrained(tmp_path / "a")(jnp.asarray(TOKENS)).logits
+    plain = logits_of(load_pretrained(tmp_path / "a"), TOKENS)
     assert relative_error(plain, wanted) > 0.1
-
-
-@pytest.fixture(scope="module")
-def gemma(demo_model_path: Path):
-    return load_pretrained("demo")
-
-
-@pytest.fixture(scope="module")
-def gemma_in_torch(gemma, tmp_path_factory):
-    """Our export of the demo. transformers reads the GGUF file too, but needs minutes."""
-    path = tmp_path_factory.mktemp("demo") / "gemma"
-    export_pretrained(gemma, path, source="demo")
-    return reload(path)
-
-
-@pytest.mark.slow
-def test_demo_logits(gemma, gemma_in_torch, shared_dir):
-    text = (shared_dir / "data" / "moby_dick.txt").read_text(encoding="utf-8")
-    tokens = np.asarray([load_tokenizer("demo")(text[50_000:60_000]).input_ids[:500]])
-    got = nnx.jit(lambda model, tokens: model(tokens).logits)(gemma, jnp.asarray(tokens))
-    assert relative_error(got, torch_logits(gemma_in_torch, tokens)) <= 1e-4
-
-
-@pytest.mark.slow
-def test_demo_continues_greedily(gemma, gemma_in_torch):
-    prompt = load_tokenizer("demo")("The capital of France is").input_ids
-    ours = generate(gemma, jnp.asarray([prompt]), max_new_tokens=48, stop_tokens=())
-    theirs = gemma_in_torch.generate(
-        torch.as_tensor([prompt]),
-        attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-        max_new_tokens=48,
-        do_sample=False,
-        eos_token_id=None,
-    )
-    assert np.asarray(ours.tokens)[0].tolist() == theirs[0, len(prompt) :].tolist()

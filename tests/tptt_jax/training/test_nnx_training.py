@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_array_equal
 
-from tests.contracts import quick_jit, random_tokens
+from tests.contracts import logits_of, random_tokens
 from tptt_jax import (
     AdapterParam,
     BaseParam,
@@ -83,17 +83,19 @@ def test_train_and_eval_switch_dropout():
     model, tokens = titan(dropout=0.5), random_tokens((1, 12))
     state = nnx.state(model, AdapterParam)
     nnx.update(model, nnx.map_state(lambda _, x: x.replace(jnp.ones_like(x[...])), state))
-    plain = np.asarray(quick_jit(lambda: model(tokens).logits)())
+    plain = logits_of(model, tokens)
     model.train()
     with pytest.raises(ValueError, match=r"give rngs=nnx.Rngs\(dropout=0\), or call model.eval"):
         model(tokens)
 
+    run = nnx.jit(lambda model, rngs: model(tokens, rngs=rngs).logits)
+
     def logits(seed):
-        return np.asarray(model(tokens, rngs=nnx.Rngs(dropout=seed)).logits)
+        return np.asarray(run(model, nnx.Rngs(dropout=seed)))
 
     one = logits(0)
     assert_array_equal(logits(0), one)
     assert np.abs(logits(1) - one).max() > 1e-3
     assert np.abs(plain - one).max() > 1e-3
     model.eval()
-    assert_array_equal(quick_jit(lambda: model(tokens).logits)(), plain)
+    assert_array_equal(logits_of(model, tokens), plain)
