@@ -1,11 +1,13 @@
 """Processes that see several CPU devices."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 # Devices wait for one another in threads of one pool; with too few, none can arrive. And on a busy
 # machine some arrive late.
@@ -35,6 +37,12 @@ def run_on_devices(count: int, program: str, project_dir: Path) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def measured_on_devices(count: int, module: str, path: Path, project_dir: Path) -> Any:
+    """What `write(path)` of a test module has written as JSON where it sees so many CPU devices."""
+    run_on_devices(count, f"from {module} import write; write({str(path)!r})", project_dir)
+    return json.loads(path.read_text())
 
 
 def start_processes(count: int, arguments: Sequence[object]) -> list["subprocess.Popen[str]"]:

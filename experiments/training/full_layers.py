@@ -14,7 +14,6 @@ from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import long_rows
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.processes import failing_together
-from tptt_jax.sharding import make_rules
 from tptt_jax.training.description import is_checkpoint, read_description
 from tptt_jax.training.layer_gaps import choose_full_layers, layer_gaps
 
@@ -84,8 +83,7 @@ def _load(
     alone = LizaConfig(
         writes="none", softmax_window=liza.softmax_window, softmax_sinks=liza.softmax_sinks
     )
-    rules = make_rules(config.mesh_rules)
-    options: Any = {"base_dtype": config.base_dtype, "mesh": mesh, "rules": rules}
+    options: Any = {"base_dtype": config.base_dtype, "mesh": mesh, "rules": config.rules}
     model = load_pretrained(config.model, alone, None, jnp.dtype(config.dtype), **options)
     tokenizer = load_tokenizer(config.model)
     return model, long_rows(config, model.config, tokenizer, config.seed, console)

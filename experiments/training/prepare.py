@@ -26,7 +26,6 @@ from experiments.training.stage import STAGES
 from tptt_jax import CausalLM, warm_up
 from tptt_jax.config import LizaConfig, runs_memory
 from tptt_jax.processes import failing_together, is_first_process
-from tptt_jax.sharding import make_rules
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import Description, write_description
 
@@ -123,7 +122,7 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None") -> CausalLM:
             jnp.dtype(config.dtype),
             base_dtype=config.base_dtype,
             mesh=mesh,
-            rules=make_rules(config.mesh_rules),
+            rules=config.rules,
             seed=config.seed,
         )
 

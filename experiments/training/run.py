@@ -21,7 +21,7 @@ from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM
 from tptt_jax.config import runs_memory
-from tptt_jax.sharding import make_rules, on_mesh
+from tptt_jax.sharding import on_mesh
 from tptt_jax.training.partition import Partition
 from tptt_jax.training.train_step import TrainState
 
@@ -134,7 +134,7 @@ class Run:
 
     def on_mesh(self) -> contextlib.AbstractContextManager[None]:
         """The context manager in which the run's models divide their activations."""
-        return on_mesh(self.mesh, make_rules(self.config.mesh_rules))
+        return on_mesh(self.mesh, self.config.rules)
 
     def with_memory(
         self, partition: Partition, state: TrainState, record: StepRecord, *, is_last: bool

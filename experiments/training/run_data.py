@@ -42,11 +42,11 @@ def check_rows(
     data: TokenData | StreamData, model: ModelConfig, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
     """Raises ValueError for tokens or rows that a model cannot read; streams are checked later."""
-    if isinstance(data.train, TokenBatchSource):
-        check_tokens(data.train.tokens, model.vocab_size, tokenizer)
-        check_lengths(data.train.segment_ids, model, "--data.sequence-length")
-    if isinstance(data, TokenData) and data.asked is not None:
-        check_tokens(data.asked.tokens, model.vocab_size, tokenizer)
+    asked = data.asked if isinstance(data, TokenData) else None
+    for source in (data.train, asked):
+        if isinstance(source, TokenBatchSource):
+            check_tokens(source.tokens, model.vocab_size, tokenizer)
+            check_lengths(source.segment_ids, model, "--data.sequence-length")
     if data.eval is not None:
         check_tokens(data.eval.tokens, model.vocab_size, tokenizer)
         check_lengths(data.eval.segment_ids, model, "--data.eval-length")
@@ -74,23 +74,31 @@ class TrainingBatches:
 
         Of several processes each reads its own rows, and counts its part of the tokens.
         """
-        size, source = self.placement.rows_per_step, self.source
+        source = self.source
         if isinstance(source, StreamSource) and source.step != step:
             source.go_to(step, read_position(self.output, step))
-        batch = source.batch_at(step, size, self.seed, self.placement.own_rows)
+        batch, tokens = self._read(source, self.placement, step)
         if isinstance(source, StreamSource):
             check_tokens(batch.tokens, self.model.vocab_size, self.tokenizer)
             check_lengths(batch.segment_ids, self.model, "--data.sequence-length")
         window = None
         if self.windows is not None:
             window = jnp.asarray(self.windows.draw(self.seed, "train", step))
-        tokens, asked = _own_tokens(batch, size), None
+        asked = None
         if self.asked is not None:
-            size, own = self.asked_placement.rows_per_step, self.asked_placement.own_rows
-            rows = self.asked.batch_at(step, size, self.seed, own)
-            asked = self.asked_placement.put_own(rows)
-            tokens += _own_tokens(rows, size)
+            rows, more = self._read(self.asked, self.asked_placement, step)
+            asked, tokens = self.asked_placement.put_own(rows), tokens + more
         return (self.placement.put_own(batch), window, asked), tokens
+
+    def _read(
+        self, source: TokenBatchSource | StreamSource, placement: Placement, step: int
+    ) -> tuple[TokenBatch, int]:
+        """This process's rows of a step, and the tokens that it counts of them."""
+        size = placement.rows_per_step
+        batch = source.batch_at(step, size, self.seed, placement.own_rows)
+        # Where devices of several processes share rows, each of them counts a part.
+        part = size / (len(batch.tokens) * jax.process_count())
+        return batch, round(np.count_nonzero(batch.segment_ids) * part)
 
     def rows_at(self, step: int) -> np.ndarray:
         """The numbers of the rows of a step [B]."""
@@ -100,9 +108,3 @@ class TrainingBatches:
         """Writes where streamed data stands after a step; rows in memory have no position."""
         if isinstance(self.source, StreamSource):
             save_position(self.output, step, self.source.position_after(step))
-
-
-def _own_tokens(batch: TokenBatch, rows_per_step: int) -> int:
-    """Tokens that this process counts of its rows: a part where others hold the same rows."""
-    part = rows_per_step / (len(batch.tokens) * jax.process_count())
-    return round(np.count_nonzero(batch.segment_ids) * part)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh
 
 from tests.contracts import raise_shares, random_tokens, randomize, relative_error
-from tests.devices import run_on_devices
+from tests.devices import measured_on_devices
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.sharding import MESH_AXES, batch_sharding, make_mesh, on_mesh, shard_model
 from tptt_jax.training.loss import causal_lm_loss
@@ -72,9 +72,7 @@ RUNS = [(name, layout) for name, case in CASES.items() for layout in case.layout
 def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
     """What `write` has measured on eight devices, by case and layout."""
     path = tmp_path_factory.mktemp("context") / "report.json"
-    program = f"from tests.tptt_jax import test_context as t; t.write({str(path)!r})"
-    run_on_devices(8, program, project_dir)
-    return json.loads(path.read_text())
+    return measured_on_devices(8, __name__, path, project_dir)
 
 
 @pytest.mark.parametrize(("name", "layout"), RUNS, ids=map(", ".join, RUNS))

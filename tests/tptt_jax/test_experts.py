@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tests.contracts import randomize, relative_error
-from tests.devices import run_on_devices
+from tests.devices import measured_on_devices
 from tests.mesh_programs import VOCAB_SIZE, gathered_shapes, loss_and_gradients, packed_rows
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.ops.quantization import BaseDtype
@@ -43,9 +43,7 @@ LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {
 def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
     """What `write` has measured on eight devices."""
     path = tmp_path_factory.mktemp("experts") / "report.json"
-    program = f"from tests.tptt_jax import test_experts as t; t.write({str(path)!r})"
-    run_on_devices(8, program, project_dir)
-    return json.loads(path.read_text())
+    return measured_on_devices(8, __name__, path, project_dir)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests.contracts import randomize, relative_error
-from tests.devices import run_on_devices
+from tests.devices import measured_on_devices
 from tests.mesh_programs import (
     TOKENS,
     VOCAB_SIZE,
@@ -101,9 +101,7 @@ def test_other_rules_compile_again():
 def report(tmp_path_factory: pytest.TempPathFactory, project_dir: Path) -> dict[str, Any]:
     """What `write` has measured on eight devices."""
     path = tmp_path_factory.mktemp("placement") / "report.json"
-    program = f"from tests.tptt_jax import test_placement as t; t.write({str(path)!r})"
-    run_on_devices(8, program, project_dir)
-    return json.loads(path.read_text())
+    return measured_on_devices(8, __name__, path, project_dir)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + UNEVEN)

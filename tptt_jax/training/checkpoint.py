@@ -21,6 +21,7 @@ from tptt_jax.training.step_folders import (
     DamagedStep,
     check_step,
     checkpoint_folder,
+    last_step,
     list_steps,
     remove_leftovers,
     remove_steps,
@@ -55,8 +56,7 @@ def remove_checkpoints_after(path: str | os.PathLike[str], step: int) -> None:
 
 def latest_step(path: str | os.PathLike[str]) -> int | None:
     """The last complete step of a run, or None; its files are not checked for damage."""
-    steps = list_steps(checkpoint_folder(path))
-    return steps[-1] if steps else None
+    return last_step(checkpoint_folder(path))
 
 
 def latest_sound_step(path: str | os.PathLike[str]) -> int | None:

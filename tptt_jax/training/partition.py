@@ -156,8 +156,7 @@ def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> N
 
 def is_base_weight(name: str) -> bool:
     """Whether a dotted path names a weight of the pretrained model."""
-    path = tuple(name.split("."))
-    return "lora" not in path and not is_memory(path)
+    return "lora" not in name.split(".") and not is_memory_name(name)
 
 
 def is_memory_name(name: str) -> bool:

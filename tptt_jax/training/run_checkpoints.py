@@ -26,6 +26,7 @@ from tptt_jax.training.step_folders import (
     DamagedStep,
     checkpoint_folder,
     fill_step,
+    last_step,
     list_steps,
     remove_leftovers,
     remove_steps,
@@ -84,8 +85,7 @@ class RunCheckpoints:
     @property
     def latest_step(self) -> int | None:
         """The last complete step."""
-        steps = list_steps(self._folder)
-        return steps[-1] if steps else None
+        return last_step(self._folder)
 
     def save(self, state: TrainState) -> None:
         """Starts writing a state under its step; returns once its arrays are copied.

@@ -30,6 +30,12 @@ def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
     return Path(path).resolve() / "checkpoints"
 
 
+def last_step(folder: Path) -> int | None:
+    """The last complete step in a folder; its files are not checked for damage."""
+    steps = list_steps(folder)
+    return steps[-1] if steps else None
+
+
 def list_steps(folder: Path) -> list[int]:
     """The steps in a folder, oldest first; none if the folder does not exist."""
     if not folder.is_dir():

@@ -26,6 +26,7 @@ from experiments.training.trackers import TrackerName, check_names
 from experiments.training.windows import WindowRange
 from tptt_jax.config import LizaConfig, LoraConfig, Remat
 from tptt_jax.ops.quantization import BaseDtype
+from tptt_jax.sharding import make_rules
 from tptt_jax.training.partition import TrainMode
 from tptt_jax.training.schedules import MagSchedule
 
@@ -206,6 +207,11 @@ class FinetuneConfig:
     def rows_per_step(self) -> int:
         """Rows that one step of training takes."""
         return self.batch_size * self.accumulate
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Where the mesh divides axes of parameters: the default rules with `mesh_rules`."""
+        return make_rules(self.mesh_rules)
 
     @property
     def asked_batches(self) -> int:
