@@ -2,14 +2,14 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_type_hints
 
 import docstring_parser
 from typing_extensions import Doc
 
 
-def join_help_lines(target: Callable[..., Any]) -> None:
+def join_help_lines(target: Callable[..., Any], arguments: Sequence[str]) -> None:
     """Gives every parameter or field its documentation as help text, wrapped by the terminal.
 
     tyro 1.0 keeps the line breaks of indented docstrings, so lines would break where the source
@@ -19,14 +19,21 @@ def join_help_lines(target: Callable[..., Any]) -> None:
     Args:
       target: a function, or a dataclass with its bases; dataclasses among the types of its
         parameters or fields are joined, too.
+      arguments: of the command line. Without -h or --help nothing is shown, and nothing is done:
+        docstrings take a tenth of a second to read.
     """
+    if {"-h", "--help"}.intersection(arguments):
+        _join(target)
+
+
+def _join(target: Callable[..., Any]) -> None:
     for each in target.__mro__ if isinstance(target, type) else (target,):
         if not isinstance(each, type) or dataclasses.is_dataclass(each):
             _annotate(each)
     for hint in get_type_hints(target).values():
         for part in (hint, *get_args(hint)):
             if isinstance(part, type) and dataclasses.is_dataclass(part):
-                join_help_lines(part)
+                _join(part)
 
 
 def _annotate(target: Callable[..., Any]) -> None:

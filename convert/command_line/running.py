@@ -120,6 +120,8 @@ def _parse(
     """Binds the arguments; the caller runs the command, whose errors are not usage errors."""
 
     def parse(arguments: list[str]) -> Callable[[], dict[str, Any] | None]:
+        for each in (function,) if callable(function) else function.values():
+            join_help_lines(each, arguments)
         if not callable(function):
             bound = {name: _deferred(each) for name, each in function.items()}
             return tyro.extras.subcommand_cli_from_dict(bound, prog=prog, args=arguments)
@@ -137,8 +139,6 @@ def _parse(
 
 
 def _deferred(function: Command) -> Callable[..., Callable[[], dict[str, Any] | None]]:
-    join_help_lines(function)
-
     @functools.wraps(function)
     def bind(*args: Any, **kwargs: Any) -> Callable[[], dict[str, Any] | None]:
         return functools.partial(function, *args, **kwargs)

@@ -44,10 +44,10 @@ def parse_arguments(argv: Sequence[str], cls: type[Config], *, prog: str | None 
     path = config_path(argv)
     values = {} if path is None else _modernized(read_yaml(path))
     default = unresolved_defaults(cls, None, values, where=str(path))
-    join_help_lines(cls)
     description = f"{inspect.getdoc(cls)}\n\n{_SHARED_FLAGS}"
 
     def parse(args: Sequence[str]) -> Config:
+        join_help_lines(cls, args)
         return tyro.cli(cls, args=args, default=default, prog=prog, description=description)
 
     complaint = io.StringIO()
