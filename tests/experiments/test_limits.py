@@ -1,12 +1,15 @@
 """Token ids and lengths that a model cannot read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.data import TokenBatch, TokenBatchSource
+from experiments.data import TokenBatch, TokenBatchSource, TokenData
 from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.evaluation import evaluate_held_out, losses_by_place
+from experiments.training.run_data import check_rows
 from tests.tiny import make_tokenizer
 from tptt_jax import CausalLM, ModelConfig, generate
 from tptt_jax.inference.prefill import read
@@ -56,6 +59,23 @@ def test_nothing_runs_on_tokens_outside_the_embedding(model, token):
 def test_padding_of_prompts_may_be_anything(model):
     tokens = np.array([[1, 2, -1], [1, 2, 3]])
     assert read(model, tokens, tokens > 0).batch_size == 2
+
+
+def test_rows_for_the_memory_alone_have_the_same_limits():
+    short, longer = np.ones((1, 8), np.int32), np.ones((1, 9), np.int32)
+    data = TokenData(
+        train=source(short, short),
+        eval=None,
+        asked=source(longer, longer),
+        format="text",
+        num_documents=1,
+        num_truncated=0,
+        num_without_targets=0,
+    )
+    tokenizer = make_tokenizer(begin=True)
+    with pytest.raises(ValueError, match=r"lower --data\.sequence-length to 8"):
+        check_rows(data, LEARNED, tokenizer)
+    check_rows(replace(data, asked=source(short, short)), LEARNED, tokenizer)
 
 
 def test_documents_longer_than_learned_positions_are_refused(model):
