@@ -11,6 +11,7 @@ from experiments.data.packing import Example
 from experiments.data.probes import PROBES
 from experiments.data.recall_rows import recall_examples
 from experiments.training.config import FinetuneConfig
+from experiments.training.resume import Resumption
 from tests.tiny import BOS, make_tokenizer
 
 LENGTH, WINDOW = 200, 32
@@ -205,6 +206,19 @@ def test_rows_for_the_memory_alone_stay_apart(tokenizer):
     np.testing.assert_array_equal(found.asked.tokens, whole.train.tokens[rows_of_text:])
     np.testing.assert_array_equal(found.asked.loss_mask, whole.train.loss_mask[rows_of_text:])
     assert f"{found.asked.num_rows} rows that ask, for the memory alone" in found.describe()
+
+
+def test_a_resumed_run_compares_the_rows_for_the_memory_alone(tokenizer, tmp_path):
+    data = DataConfig(sequence_length=LENGTH, eval_tokens=500, recall=0.25, recall_trains="memory")
+    resumption = Resumption(FinetuneConfig(data=data, output=tmp_path / "run"))
+
+    def recorded(seed: int) -> str | None:
+        found = load_token_data(data, tokenizer, seed, window=WINDOW)
+        resumption.check_loaded(found, None)
+        return resumption.record.rows
+
+    # The seed of a whole text decides nothing but what its recall rows ask.
+    assert recorded(5) == recorded(5) != recorded(6)
 
 
 @pytest.mark.parametrize(

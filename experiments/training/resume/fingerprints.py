@@ -35,15 +35,15 @@ def of_data(found: FoundData | None) -> dict[str, Any] | None:
     return {"name": name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def of_rows(rows: TokenBatchSource | StreamSource | None) -> str | None:
+def of_rows(*sources: TokenBatchSource | StreamSource | None) -> str | None:
     """A hash of rows of tokens and their loss masks; None: no rows, or none in memory."""
-    if not isinstance(rows, TokenBatchSource):
-        return None
+    known = [rows for rows in sources if isinstance(rows, TokenBatchSource)]
     digest = hashlib.sha256()
-    for array in (rows.tokens, rows.segment_ids, rows.loss_mask):
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    for rows in known:
+        for array in (rows.tokens, rows.segment_ids, rows.loss_mask):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest() if known else None
 
 
 def _file_digest(file: Path) -> str:

@@ -1,9 +1,9 @@
 """What may differ from the earlier calls of a run, and what is written down."""
 
 import dataclasses
-from typing import Any
 
 from experiments.command_line import resolved_yaml
+from experiments.data import StreamData, TokenBatchSource, TokenData
 from experiments.data.data_files import find_data, find_parts
 from experiments.models import is_tuned
 from experiments.process.distributed import DistributedConfig
@@ -76,18 +76,20 @@ class Resumption:
         """
         self.record.base = hash_weights(model, adapters=is_tuned(self._config.model))
 
-    def check_loaded(self, data: Any, fit_rows: Any) -> None:
+    def check_loaded(self, data: TokenData | StreamData, fit_rows: TokenBatchSource | None) -> None:
         """Compares the loaded data, and the model that `hash_base` has recorded.
 
         Args:
-          data: `TokenData`.
+          data: of the run.
           fit_rows: rows to fit the memory on; None: no fit.
 
         Raises:
           ValueError: if something differs that --resume-allow does not name.
         """
         record, earlier = self.record, self._earlier
-        record.rows, record.held_out = map(fingerprints.of_rows, (data.train, data.eval))
+        asked = data.asked if isinstance(data, TokenData) else None
+        record.rows = fingerprints.of_rows(data.train, asked)
+        record.held_out = fingerprints.of_rows(data.eval)
         record.fit_rows = fingerprints.of_rows(fit_rows)
         if earlier is None:
             return
