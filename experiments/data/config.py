@@ -66,6 +66,9 @@ class DataConfig:
     """"all": rows that ask are mixed with the others, and train what those train. "memory": a step
     reads them beside its rows of text, a batch or more, and they train the memory alone, so that
     the model learns from text as it does without them."""
+    recall_length: int | None = None
+    """With recall_trains = "memory": tokens per row that asks, so that the memory learns to recall
+    from farther away than rows of text reach; None: as many as in a row of text."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What these rows ask for, in turn."""
 
@@ -78,6 +81,7 @@ class DataConfig:
                 raise ValueError("data must name a file, a folder or a dataset, got nothing.")
             object.__setattr__(self, "path", self.path[0])
         minima = {"sequence_length": 2, "max_rows": 1, "eval_tokens": 0, "eval_length": 2}
+        minima |= {"recall_length": 2}
         for name, minimum in minima.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
@@ -85,6 +89,12 @@ class DataConfig:
         self._check_streaming()
         if not 0 <= self.recall < 1:
             raise ValueError(f"recall must lie in [0, 1), got {self.recall}.")
+        if self.recall_length is not None and self.recall_trains == "all":
+            raise ValueError(
+                "--data.recall-length is for rows that train the memory alone; mixed with the text "
+                "they are as long as its rows: add --data.recall-trains memory, or set "
+                "--data.sequence-length."
+            )
         if not self.recall_kinds or not set(self.recall_kinds) <= set(PROBES):
             raise ValueError(
                 f"recall_kinds must name some of {', '.join(PROBES)}, got {self.recall_kinds}."
@@ -111,6 +121,11 @@ class DataConfig:
                 "--data.recall hides questions in rows that are in memory: leave out "
                 "--data.streaming."
             )
+
+    @property
+    def recall_row_length(self) -> int:
+        """Tokens per row that asks for something."""
+        return self.sequence_length if self.recall_length is None else self.recall_length
 
     @property
     def shown(self) -> str:

@@ -186,21 +186,21 @@ def _recall_rows(
     seed: int,
 ) -> TokenBatchSource:
     """As many rows that ask for something as `config.recall` says."""
-    begin = begin_tokens(tokenizer)
+    begin, length = begin_tokens(tokenizer), config.recall_row_length
     asked = recall_examples(
         tokenizer,
         # Rows have one beginning, their own.
         [_without(begin, example) for example in texts],
         round(train.num_rows * config.recall / (1 - config.recall)),
-        length=config.sequence_length,
-        window=config.sequence_length // 2 if window is None else window,
+        length=length,
+        window=length // 2 if window is None else window,
         seed=seed,
         prefix=begin,
         kinds=config.recall_kinds,
         count_text=config.recall_text,
         packing=config.packing,
     )
-    return lay_out(asked, config.sequence_length)
+    return lay_out(asked, length)
 
 
 def _fit(examples: list[Example], length: int) -> _Fitted:

@@ -124,7 +124,8 @@ def hide(
     if room < apart:
         raise ValueError(
             f"recall rows of {length} tokens cannot hide {needed} tokens behind a window of "
-            f"{window}: raise --data.sequence-length to {needed + apart + _LONGEST_ANSWER} or more."
+            f"{window}: give them {needed + apart + _LONGEST_ANSWER} or more with "
+            "--data.recall-length or --data.sequence-length."
         )
     first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
     text = np.resize(np.arange(first, len(haystack)), room)

@@ -73,7 +73,10 @@ def _table(run: Run, report: dict[str, Any]) -> Table:
     add(f"frozen weights ({kind})", report["base_bytes"], report["base_parameters"])
     add("trained (float32)", report["trainable_bytes"], report["trainable_parameters"])
     add("optimizer", report["optimizer_bytes"])
-    shape = f"{config.batch_size} x {config.data.sequence_length} tokens"
+    lengths = [config.data.sequence_length]
+    if config.asked_batches:
+        lengths.append(config.data.recall_row_length)
+    shape = f"{config.batch_size} x {max(lengths)} tokens"
     add(f"a step besides: {shape} at a time", report["step_bytes"])
     names = ("base_bytes", "trainable_bytes", "optimizer_bytes", "step_bytes")
     known = [report[name] for name in names if report[name] is not None]

@@ -66,7 +66,8 @@ def long_rows(
     assert window is not None
     length = config.fit.row_length(window, config.data.sequence_length)
     # A fit trains the memory alone in any case.
-    changes: dict[str, Any] = {"sequence_length": length, "loss": "all", "recall_trains": "all"}
+    changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
+    changes |= {"recall_trains": "all", "recall_length": None}
     if config.fit.data is not None:
         # Other data does not share the --data.* options of the training data.
         changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}

@@ -127,7 +127,7 @@ class Run:
         return Questions(
             self.tokenizer,
             source.tokens[source.segment_ids != 0],
-            length=self.config.data.sequence_length,
+            length=self.config.data.recall_row_length,
             window=window,
             seed=self.resumption.record.seed,
         )

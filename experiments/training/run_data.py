@@ -43,13 +43,15 @@ def check_rows(
 ) -> None:
     """Raises ValueError for tokens or rows that a model cannot read; streams are checked later."""
     asked = data.asked if isinstance(data, TokenData) else None
-    for source in (data.train, asked):
+    sources = {
+        "--data.sequence-length": data.train,
+        "--data.recall-length": asked,
+        "--data.eval-length": data.eval,
+    }
+    for flag, source in sources.items():
         if isinstance(source, TokenBatchSource):
             check_tokens(source.tokens, model.vocab_size, tokenizer)
-            check_lengths(source.segment_ids, model, "--data.sequence-length")
-    if data.eval is not None:
-        check_tokens(data.eval.tokens, model.vocab_size, tokenizer)
-        check_lengths(data.eval.segment_ids, model, "--data.eval-length")
+            check_lengths(source.segment_ids, model, flag)
 
 
 @dataclass(frozen=True, kw_only=True)

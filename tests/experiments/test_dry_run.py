@@ -56,10 +56,11 @@ def test_the_sizes_are_those_of_the_arrays(config, capsys):
 
 
 def test_rows_for_the_memory_alone_are_part_of_a_step(config, capsys):
-    data = replace(config.data, sequence_length=256, recall=0.5, recall_trains="memory")
+    apart = {"recall": 0.5, "recall_trains": "memory", "recall_length": 320}
+    data = replace(config.data, sequence_length=256, **apart)
     report = finetune(replace(config, data=data, batch_size=2))
     assert (report["rows_per_step"], report["rows_for_the_memory_per_step"]) == (2, 2)
-    assert report["tokens_in_first_step"] == 4 * 256
+    assert report["tokens_in_first_step"] == 2 * 256 + 2 * 320
     assert "5 steps of 2 rows and 2 for the memory alone" in capsys.readouterr().out
 
 

@@ -221,6 +221,18 @@ def test_a_resumed_run_compares_the_rows_for_the_memory_alone(tokenizer, tmp_pat
     assert recorded(5) == recorded(5) != recorded(6)
 
 
+def test_rows_for_the_memory_alone_may_be_longer_than_those_of_text(tokenizer):
+    apart = {"recall": 0.25, "recall_trains": "memory", "recall_length": 2 * LENGTH}
+    data = DataConfig(sequence_length=LENGTH, eval_tokens=500, **apart)
+    found = load_token_data(data, tokenizer, 5, window=WINDOW)
+    assert found.asked is not None
+    assert found.asked.sequence_length == 2 * LENGTH
+    assert found.train.sequence_length == LENGTH
+    assert found.asked.num_rows == round(found.train.num_rows / 3)
+    with pytest.raises(ValueError, match=r"--data\.recall-length is for rows that train the memory"):
+        replace(data, recall_trains="all")
+
+
 @pytest.mark.parametrize(
     ("accumulate", "share", "batches"), [(1, 0.1, 1), (1, 0.5, 1), (4, 0.5, 4), (8, 0.2, 2)]
 )
@@ -235,9 +247,9 @@ def test_batches_for_the_memory_alone_of_a_step(accumulate, share, batches):
 
 
 def test_rows_that_are_too_short_say_how_long_they_must_be(tokenizer):
-    with pytest.raises(ValueError, match=r"raise --data.sequence-length to \d+ or more") as caught:
+    with pytest.raises(ValueError, match=r"give them \d+ or more with --data.recall-l") as caught:
         rows(tokenizer, length=60, count=1)
-    needed = int(re.search(r"to (\d+) or more", str(caught.value))[1])
+    needed = int(re.search(r"them (\d+) or more", str(caught.value))[1])
     assert len(rows(tokenizer, length=needed, count=1)) == 1
 
 

@@ -140,7 +140,8 @@ def make_train_step(
         step is that of the whole batch, and needs the activations of one part. Part i has the rows
         i, i + accumulate, i + 2 * accumulate, ..., so that each device keeps its own rows.
       asked_parts: parts that the rows of `asked` are worked through in, each with as many rows as
-        one of `batch`; 0: the step takes no such rows.
+        one of `batch`; 0: the step takes no such rows. Rows of another length than those of
+        `batch` take longer to compile.
 
     Raises:
       ValueError: if the model is to be distilled from weights that are trained themselves, if
@@ -239,8 +240,12 @@ def _sum_parts(
       key: of dropout; every part folds its number in.
     """
     first_asked = len(rows.tokens)
+    groups = [rows]
     if asked is not None:
-        rows = Batch(*(jnp.concatenate(both) for both in zip(rows, asked, strict=True)))
+        groups.append(asked)
+        if rows.tokens.shape[1:] == asked.tokens.shape[1:]:
+            # Parts of one shape are compiled once.
+            groups = [Batch(*(jnp.concatenate(both) for both in zip(*groups, strict=True)))]
 
     def add(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
         number, part = numbered
@@ -249,9 +254,13 @@ def _sum_parts(
             gradient = _for_memory(gradient, number >= first_asked)
         return jax.tree.map(jnp.add, sums, (values, gradient)), None
 
-    zeros = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
-    numbered = (jnp.arange(len(rows.tokens)), rows)
-    ((total, count), gradient), _ = jax.lax.scan(add, zeros, numbered)
+    sums = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
+    first = 0
+    for group in groups:
+        numbered = (first + jnp.arange(len(group.tokens)), group)
+        sums, _ = jax.lax.scan(add, sums, numbered)
+        first += len(group.tokens)
+    (total, count), gradient = sums
     counted = jnp.maximum(count, 1)
     return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
 

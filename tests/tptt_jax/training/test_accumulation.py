@@ -69,7 +69,11 @@ def test_rows_that_do_not_divide_are_refused():
         step_of(4)
 
 
-def summed_gradient(rows: slice, asked: slice | None = None, **options):
+def rows_of(rows: slice, length: int = 21) -> Batch:
+    return Batch(*(x[rows, :length] for x in BATCH))
+
+
+def summed_gradient(batch: Batch, asked: Batch | None = None, **options):
     """The gradient of the summed loss, and its metrics, by a step of plain gradient descent."""
     model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
     partition, trainable, share = split_trainable(model, "lora")
@@ -79,19 +83,23 @@ def summed_gradient(rows: slice, asked: slice | None = None, **options):
     optimizer = optax.sgd(1.0)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     step = make_train_step(partition, optimizer, **options)
-    batch, others = (None if s is None else Batch(*(x[s] for x in BATCH)) for s in (rows, asked))
-    state, metrics = step(state, partition.frozen, batch, None, others)
+    state, metrics = step(state, partition.frozen, batch, None, asked)
     tokens = float(metrics.tokens)
     found = {name: (x - state.trainable[name]) * tokens for name, x in trainable.items()}
     return found, metrics
 
 
-def test_rows_for_the_memory_alone_do_not_reach_other_parameters():
-    text, _ = summed_gradient(slice(0, 2))
-    whole, expected = summed_gradient(slice(0, 6))
-    found, metrics = summed_gradient(slice(0, 2), slice(2, 6), asked_parts=2)
-    np.testing.assert_allclose(metrics.loss, expected.loss, rtol=1e-6)
-    assert float(metrics.tokens) == float(expected.tokens)
+@pytest.mark.parametrize("length", [21, 15])
+def test_rows_for_the_memory_alone_do_not_reach_other_parameters(length):
+    """They may be shorter or longer than rows of text."""
+    text, of_text = summed_gradient(rows_of(slice(0, 2)))
+    other, of_other = summed_gradient(rows_of(slice(2, 6), length))
+    whole = {name: gradient + other[name] for name, gradient in text.items()}
+    asked = rows_of(slice(2, 6), length)
+    found, metrics = summed_gradient(rows_of(slice(0, 2)), asked, asked_parts=2)
+    losses = [float(m.loss * m.tokens) for m in (metrics, of_text, of_other)]
+    np.testing.assert_allclose(losses[0], losses[1] + losses[2], rtol=1e-6)
+    assert float(metrics.tokens) == float(of_text.tokens + of_other.tokens)
     memory = [name for name in found if ".memory." in name or ".mag." in name]
     assert 0 < len(memory) < len(found)
     for name, gradient in found.items():
@@ -109,4 +117,4 @@ def test_rows_for_the_memory_alone_need_a_memory():
     with pytest.raises(ValueError, match="need a memory that is trained, and this model has none"):
         make_train_step(partition, optax.sgd(1.0), asked_parts=1)
     with pytest.raises(ValueError, match="if, and only if, it has parts"):
-        summed_gradient(slice(0, 2), slice(2, 4))
+        summed_gradient(rows_of(slice(0, 2)), rows_of(slice(2, 4)))
