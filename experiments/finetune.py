@@ -26,6 +26,7 @@ from experiments.training.checks import check_output, describe_run
 from experiments.training.dry_run import dry_run
 from experiments.training.fitting import fit_memory
 from experiments.training.full_layers import with_written_layers
+from experiments.training.horizon import with_horizon
 from experiments.training.outcome import Outcome
 from experiments.training.prepare import prepare_run
 from experiments.training.push import check_push, choose_pushed_format, push_run
@@ -96,7 +97,7 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
     with contextlib.ExitStack() as lock:
         with failing_together():
             modules = import_trackers(config.trackers) if is_first_process() else {}
-            config = with_written_layers(config)
+            config = with_horizon(with_written_layers(config))
             check_output(config, describe_run(config))
             if is_first_process():
                 check_push(config.hub, config.output)

@@ -177,6 +177,8 @@ def _memory(model: CausalLM, liza: LizaConfig) -> str:
         "share of the memory": liza.mag,
         "layers with a memory": f"{count} of {every}",
     }
+    if liza.horizon is not None:
+        rows["tokens beyond which it forgets faster"] = f"{liza.horizon:,}"
     if liza.full_layers:
         # Their cache grows with the text, which whoever serves the model has to know.
         rows["layers that see all tokens"] = ", ".join(map(str, liza.full_layers))

@@ -114,8 +114,9 @@ class TitanConfig(PreTrainedConfig):
         for name, value in given.items():
             setattr(self, name, value)
         if self.liza is not None:
-            # Files from before there was a choice write every token and keep no layer as it was.
-            self.liza = {"writes": "all", "full_layers": [], **self.liza}
+            # Files from before there was a choice write every token, keep no layer as it was, and
+            # have no horizon.
+            self.liza = {"writes": "all", "full_layers": [], "horizon": None, **self.liza}
 
     def layer_size(self, layer: int) -> tuple[int, int, int]:
         """Query heads, key/value heads and MLP width of one layer."""
@@ -773,6 +774,15 @@ class HeadMap(nn.Module):
         return out + self.slope * log_n
 
 
+def forget_beyond(horizon: int, held: Tensor, writes: Writes) -> Writes:
+    """Writes with no half-life above half the horizon where more tokens are held [B, T]."""
+    log_decay = writes.log_decay
+    if log_decay is None:
+        log_decay = widen(writes.k).new_zeros((*held.shape, writes.k.shape[-2]))
+    most = log_decay.clamp(max=math.log(0.5) / (horizon / 2))
+    return writes._replace(log_decay=torch.where(held[..., None] > horizon, most, log_decay))
+
+
 class DeltaMemory(nn.Module):
     """Gates, virtual tokens, the recurrence, and the size of the output."""
 
@@ -858,6 +868,9 @@ class DeltaMemory(nn.Module):
         writes = Writes(keys, values, *self._gates(pair, k, v, known))
         # What comes from earlier calls has been written.
         writes = writes.map(lambda x: x[:, x.shape[1] - tokens :])
+        if liza["horizon"] is not None:
+            held = positions[:, self.history :] + 1 - self.sinks
+            writes = forget_beyond(liza["horizon"], held, writes)
         if not rows.is_padded and not self.delay:
             return writes
         written = (positions[:, self.history :] >= self.sinks) & rows.valid()

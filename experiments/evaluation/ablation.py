@@ -35,6 +35,7 @@ PARTS: dict[str, str] = {
     "window": "full softmax attention; a memory of evicted tokens is idle",
     "sinks": "the window does not keep the first tokens",
     "decay": "the memory forgets nothing",
+    "horizon": "the memory forgets no faster when it holds more than it was fitted to",
     "gate": "each head's share is constant, its mean",
     "deltas": "queries, keys and values without the memory's own low-rank changes",
 }
@@ -131,7 +132,8 @@ def without_part(model: CausalLM, part: str, tokens: np.ndarray) -> CausalLM | N
     changes = {
         "window": {"softmax_window": None},
         "sinks": {"softmax_sinks": 0},
-        "decay": {"alpha_gate": "constant"},
+        "decay": {"alpha_gate": "constant", "horizon": None},
+        "horizon": {"horizon": None},
         "deltas": {"memory_rank": 0},
     }[part]
     changed = dataclasses.replace(liza, **changes)

@@ -92,8 +92,14 @@ CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
 EVICTED: dict[str, tuple[dict[str, Any], LizaConfig]] = {
     "evicted": ({}, LizaConfig(**WINDOW)),
     "evicted, no sinks": ({}, LizaConfig(softmax_window=5, softmax_sinks=0, chunk_size=8)),
-    "evicted, more sinks": ({}, LizaConfig(softmax_window=3, softmax_sinks=7, memory_rank=0)),
-    "evicted, order 2": ({}, LizaConfig.named("gated_delta_product", **WINDOW)),
+    "evicted, more sinks, nothing forgotten within a horizon": (
+        {},
+        LizaConfig(
+            **{"softmax_window": 3, "softmax_sinks": 7, "memory_rank": 0},
+            **{"alpha_gate": "constant", "horizon": 5},
+        ),
+    ),
+    "evicted, order 2": ({}, LizaConfig.named("gated_delta_product", horizon=4, **WINDOW)),
     # Without sinks a difference of tokens reaches back to where the document has none.
     "evicted, combined": (
         {},

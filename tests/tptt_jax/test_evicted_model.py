@@ -23,7 +23,8 @@ from tests.contracts import (
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.config import RopeConfig
 from tptt_jax.decoder import memory_location
-from tptt_jax.model import base_model, init_cache
+from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
+from tptt_jax.model import base_model, init_cache, replace_memory
 
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 # Two full layers among sliding ones, all in one stack.
@@ -60,13 +61,16 @@ STREAMS = {
             **{"softmax_window": 2, "softmax_sinks": 3},
         },
     ),
-    "gates from keys": (
+    "gates from keys, a horizon": (
         LLAMA,
-        {"operator": "gated_delta_product", "beta_gate": "k", "alpha_gate": "k"},
+        {"operator": "gated_delta_product", "beta_gate": "k", "alpha_gate": "k", "horizon": 3},
     ),
-    "vector gates from both": (
+    "vector gates from both, a horizon alone": (
         LLAMA,
-        {"operator": "delta_rule", "beta_gate": "kv", "vector_beta": True, "softmax_window": 4},
+        {
+            **{"operator": "delta_rule", "beta_gate": "kv", "vector_beta": True, "horizon": 4},
+            "softmax_window": 4,
+        },
     ),
     "gelu": (LLAMA, {"operator": "delta_rule_gelu", "chunk_size": 4}),
     "learned share and positions": (
@@ -102,6 +106,24 @@ def test_splits_padding_and_packing_change_nothing(config, options):
     # A memory that changes nothing would hide its errors.
     off = _jitted(model, use_memory=False)(tokens).logits
     assert relative_error(off, whole) > 0.1
+
+
+def test_beyond_its_horizon_a_memory_forgets_faster():
+    """After 5 evicted tokens no half-life is above 2.5; up to there nothing differs."""
+    plain, tokens = _titan(), random_tokens((1, 24))
+    model = replace_memory(plain, dataclasses.replace(plain.liza, horizon=5))
+    found, expected = _jitted(model)(tokens).logits, _jitted(plain)(tokens).logits
+    # Token 6 + 2 + i evicts the one that makes i + 1.
+    assert_close(found[:, :13], expected[:, :13], 1e-6, "within the horizon")
+    assert relative_error(found[:, 13:], expected[:, 13:]) > 1e-3
+
+    written = DeltaMemory(12, 2, 1, 6, model.liza, rngs=nnx.Rngs(0)).written(
+        jnp.ones((1, 7, 12)),
+        MemoryTokens(*(jnp.ones((1, 7, 1, 6)) for _ in "kv"), held=jnp.arange(1, 8)[None]),
+    )
+    half_lives = np.log(0.5) / np.asarray(written.log_decay)[0, :, 0]
+    assert (half_lives[:5] > 50).all()
+    np.testing.assert_allclose(half_lives[5:], 2.5, rtol=1e-5)
 
 
 def test_a_model_of_sliding_layers_streams_without_a_memory():

@@ -98,6 +98,11 @@ BAD_MEMORIES = {
         f"{name} with projected gates": ({name: True}, 'one gate per head and step.*beta_gate="k"')
         for name in ("vector_beta", "expand_gates")
     },
+    "a horizon of nothing": ({"horizon": 0}, "horizon must be at least 1, got 0"),
+    "a horizon of every token": (
+        {"writes": "all", "horizon": 9},
+        'writes="all" has none of these: leave it out, or use writes="evicted"',
+    ),
     "a full layer below 0": ({"full_layers": (1, -1)}, "counted from 0, got -1"),
     "a full layer that is no number": ({"full_layers": (True,)}, "counted from 0, got True"),
     "a full layer twice": ({"full_layers": (3, 1, 3)}, "names layer 3 more than once: name it"),

@@ -167,6 +167,10 @@ class LizaConfig:
     evicted tokens is idle."""
     softmax_sinks: int = 4
     """First tokens of a document that stay visible beside a window (arXiv:2309.17453)."""
+    horizon: int | None = None
+    """With writes="evicted": while the memory holds more tokens than this, it forgets faster: no
+    half-life is longer than half of it. A memory that has only met shorter rows keeps too much of
+    longer ones. None: the forget gate alone decides."""
     full_layers: tuple[int, ...] = ()
     """Layers, counted from 0, that keep the base model's full softmax attention: they have neither
     a window nor a memory, and their cache holds every token. Sorted after construction."""
@@ -202,7 +206,7 @@ class LizaConfig:
         check_choice("linear_scale", self.linear_scale, LinearScale)
         check_choice("state_activation", self.state_activation, Literal["none", "gelu"])
         check_choice("precision", self.precision, Precision)
-        check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window")
+        check_at_least(self, 1, "num_householder", "chunk_size", "softmax_window", "horizon")
         check_at_least(self, 0, "softmax_sinks", "memory_rank")
         check_at_most(self, MAX_RANK, "num_householder", "softmax_sinks", "memory_rank")
         if not 0 <= self.dropout < 1:
@@ -262,6 +266,11 @@ class LizaConfig:
             )
 
     def _check_writes(self) -> None:
+        if self.horizon is not None and self.writes == "all":
+            raise ValueError(
+                'horizon counts the tokens that have left the window, and writes="all" has none '
+                'of these: leave it out, or use writes="evicted".'
+            )
         if not self.softmax:
             if self.writes != "all":
                 raise ValueError(

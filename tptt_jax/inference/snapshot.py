@@ -75,6 +75,8 @@ def _drop_later_options(liza: dict[str, Any]) -> None:
         del liza["writes"]
     if not liza.get("full_layers", True):
         del liza["full_layers"]
+    if liza.get("horizon", 0) is None:
+        del liza["horizon"]
 
 
 # Fields of a rotary embedding when the first states were saved.

@@ -1,5 +1,6 @@
 """The linear-attention memory: writing tokens, the recurrence, and reading with queries."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,8 @@ class MemoryTokens(NamedTuple):
       writes: False where a token is not written, though later ones look back on it [B, T]; None:
         all are written.
       logits: of gates that the memory itself has computed.
+      held: tokens that the memory holds at each place, its own included [B, T]; None: they are not
+        counted.
     """
 
     keys: Float[Array, "B T K D"]
@@ -57,6 +60,7 @@ class MemoryTokens(NamedTuple):
     segment_ids: SegmentIds | None = None
     writes: Bool[Array, "B T"] | None = None
     logits: GateLogits = GateLogits()
+    held: Int[Array, "B T"] | None = None
 
     @property
     def valid(self) -> Bool[Array, "B T"]:
@@ -310,18 +314,19 @@ class DeltaMemory(nnx.Module):
             prepend(history.keys, tokens.keys),
             prepend(history.values, tokens.values),
             prepend(known, tokens.valid).astype(jnp.int32),
-            *jax.tree.map(prepend_zeros, (tokens.writes, tokens.logits)),
+            *jax.tree.map(prepend_zeros, (tokens.writes, tokens.logits, tokens.held)),
         )
         return jax.tree.map(lambda x: x[:, size:], self._written(seen))
 
     def _written(self, tokens: MemoryTokens) -> Written:
         """Keys, values and gates of every virtual token."""
-        rule, (k, v, ids, writes, _) = self.config.recurrence, tokens
+        rule, (k, v, ids, writes, *_) = self.config.recurrence, tokens
 
         def expand(x: Array) -> Array:
             return expand_virtual_tokens(x, rule.num_householder, rule.trick, ids)
 
         beta, log_decay = self._gates(tokens)
+        log_decay = _forget_beyond(self.config.horizon, tokens.held, log_decay, beta)
         if writes is not None:
             beta = jnp.where(writes.reshape(*writes.shape, *(1,) * (beta.ndim - 2)), beta, 0)
             if log_decay is not None:
@@ -331,7 +336,7 @@ class DeltaMemory(nnx.Module):
 
     def _gates(self, tokens: MemoryTokens) -> tuple[Array, Array | None]:
         """Write gate [B, T, N, K] or [B, T, N, K, D], log decay [B, T, K]."""
-        config, rule, (k, v, ids, _, logits) = self.config, self.config.recurrence, tokens
+        config, rule, (k, v, ids, _, logits, _) = self.config, self.config.recurrence, tokens
         if logits.beta is not None:
             beta = jax.nn.sigmoid(logits.beta)
         else:
@@ -350,6 +355,18 @@ class DeltaMemory(nnx.Module):
 
 def _add_delta(y: Array, delta: LowRank, source: Array) -> Array:
     return y + delta(source).reshape(y.shape).astype(y.dtype)
+
+
+def _forget_beyond(
+    horizon: int | None, held: Array | None, log_decay: Array | None, beta: Array
+) -> Array | None:
+    """The log decay [B, T, K], with no half-life above half a horizon where more is held."""
+    if horizon is None or held is None:
+        return log_decay
+    if log_decay is None:
+        log_decay = jnp.zeros((*held.shape, beta.shape[3]), jnp.float32)
+    most = math.log(0.5) / (horizon / 2)
+    return jnp.where(held[..., None] > horizon, jnp.minimum(log_decay, most), log_decay)
 
 
 def _joined(tokens: MemoryTokens) -> Array:

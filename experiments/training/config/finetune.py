@@ -64,6 +64,9 @@ class FinetuneConfig:
     full_layers_auto: int = 0
     """How many layers keep full attention: those whose output the window changes most, measured on
     a few rows when a run begins, and written down as --liza.full-layers. 0: none but those."""
+    horizon_auto: bool = True
+    """Set --liza.horizon, unless it is given, to the longest row of fit and training: beyond that
+    the memory forgets faster."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainMode = "lora"
     """"lora": adapters; "projections": the weights of q, k, v and o; "full": all weights; "memory":

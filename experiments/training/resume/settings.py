@@ -22,7 +22,7 @@ _FREE = (
     *("early_stop", "keep_best", "keep_last", "dry_run"),
     *("sample_tokens", "resume", "resume_allow", "remat", "mesh", "trackers", "strict"),
     *("mesh_rules", "non_finite", "distributed", "hub"),
-    *("model", "liza", "no_liza", "lora", "train", "dtype", "base_dtype"),
+    *("horizon_auto", "model", "liza", "no_liza", "lora", "train", "dtype", "base_dtype"),
 )
 # Compared by content, not by name.
 _DATA = ("data.path", "fit.data")

@@ -31,7 +31,7 @@ MIXED = ModelConfig.tiny(
 )
 CONFIGS = {"full": TINY, "sliding and full": MIXED}
 LIZA = LizaConfig(softmax_window=7, softmax_sinks=2, memory_rank=2)
-KEPT = dataclasses.replace(LIZA, full_layers=(0,))
+KEPT = dataclasses.replace(LIZA, full_layers=(0,), horizon=9)
 TOKENS = random_tokens((2, 40))
 
 
