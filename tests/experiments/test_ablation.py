@@ -128,7 +128,7 @@ def test_what_each_part_costs(text, tmp_path):
     tokenizer = make_tokenizer(begin=True)
     task = Ablation(DataConfig(path=str(text)), 200)
     rows = task.rows(tokenizer)
-    liza = LizaConfig(softmax_window=WINDOW)
+    liza = LizaConfig(softmax_window=WINDOW, horizon=40)
     model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), liza, rngs=nnx.Rngs(0))
     results = [task.measure(model, tokenizer, row, use_memory=True) for row in rows]
     found = {MEMORY: results}
