@@ -3,17 +3,22 @@
 from typing import Any
 
 from tptt_jax import ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerSizes,
+    MlpConfig,
+    NormConfig,
+    RopeConfig,
+)
 
 GEMMA = ModelConfig.tiny(
     num_layers=5,
     mlp_dim=16,
     num_kv_heads=1,
-    activation="gelu_tanh",
-    norm_offset=True,
-    norm_placement="both",
-    qk_norm="head",
-    query_scale=0.3,
+    mlp=MlpConfig(activation="gelu_tanh"),
+    norm=NormConfig(offset=True, placement="both"),
+    attention=AttentionConfig(qk_norm="head", query_scale=0.3),
     scale_embeddings=True,
     layer_kinds=("sliding", "sliding", "full", "sliding", "sliding"),
     sliding_window=5,
@@ -23,47 +28,34 @@ GEMMA = ModelConfig.tiny(
 # Sizes that differ by layer, one projection for q, k and v: two stacks.
 UNEVEN = ModelConfig.tiny(
     num_layers=2,
-    fused_qkv=True,
-    qk_norm="head",
-    num_heads_per_layer=(2, 4),
-    num_kv_heads_per_layer=(1, 2),
     mlp_dim=16,
-    mlp_dim_per_layer=(8, 16),
+    attention=AttentionConfig(fused_qkv=True, qk_norm="head"),
+    per_layer=LayerSizes(num_heads=(2, 4), num_kv_heads=(1, 2), mlp_dim=(8, 16)),
 )
 LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 BIASED = ModelConfig.tiny(
     num_layers=2,
     mlp_dim=16,
-    attention_bias=True,
-    attention_out_bias=True,
-    mlp_bias=True,
+    attention=AttentionConfig(bias=True, out_bias=True, softcap=2.0),
+    mlp=MlpConfig(bias=True),
     tie_embeddings=False,
-    attention_softcap=2.0,
     final_softcap=3.0,
 )
 LEARNED_POSITIONS = ModelConfig.tiny(
     num_layers=2,
     mlp_dim=16,
     num_kv_heads=4,
-    activation="gelu_tanh",
-    gated_mlp=False,
-    norm="layer",
-    norm_bias=True,
-    fused_qkv=True,
-    attention_bias=True,
-    attention_out_bias=True,
-    mlp_bias=True,
+    mlp=MlpConfig(activation="gelu_tanh", gated=False, bias=True),
+    norm=NormConfig(kind="layer", bias=True),
+    attention=AttentionConfig(fused_qkv=True, bias=True, out_bias=True),
     position_embedding="learned",
 )
 EXPERTS = ModelConfig.tiny(
     num_layers=2,
     mlp_dim=8,
-    num_experts=5,
-    experts_per_token=2,
-    norm_placement="after",
-    norm_float32=True,
-    qk_norm="full",
-    clip_qkv=2.0,
+    experts=ExpertsConfig(number=5, per_token=2),
+    norm=NormConfig(placement="after", float32=True),
+    attention=AttentionConfig(qk_norm="full", clip_qkv=2.0),
 )
 # Every operator once, and every option with at least one of them.
 STREAMS: dict[str, tuple[ModelConfig, dict[str, Any] | None]] = {

@@ -1,6 +1,5 @@
 """The description of a family of models for `convert`."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from convert.families.fields import Fields
 from convert.formats import GgufFile
 from convert.rules import Rule
 from tptt_jax import LizaConfig, ModelConfig
+from tptt_jax.config import flat_settings, place_of
 
 Rules = Callable[[ModelConfig], tuple[Rule, ...]]
 
@@ -67,11 +67,8 @@ class Family:
             **self.write_config(config),
         }
         back = self.read_config(Fields(content, "the exported config.json"))
-        lost = [
-            field.name
-            for field in dataclasses.fields(ModelConfig)
-            if getattr(back, field.name) != getattr(config, field.name)
-        ]
+        kept, asked = flat_settings(back), flat_settings(config)
+        lost = [".".join(place_of(name)) for name in asked if kept[name] != asked[name]]
         if lost:
             raise ConversionError(
                 f"A {self.model_type} model of transformers cannot express this model's "

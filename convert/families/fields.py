@@ -6,7 +6,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from tptt_jax import ModelConfig
-from tptt_jax.config import MAX_LAYERS, BaseLayerKind
+from tptt_jax.config import MAX_LAYERS, BaseLayerKind, NormConfig
 
 _REQUIRED = object()
 # Sizes and positions are int32 on every device.
@@ -193,7 +193,7 @@ def read_sizes(fields: Fields) -> dict[str, Any]:
         "num_kv_heads": fields.integer("num_key_value_heads", heads),
         "head_dim": fields.integer("head_dim", fields.integer("hidden_size") // max(heads, 1)),
         "mlp_dim": fields.integer("intermediate_size"),
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm": NormConfig(eps=fields.number("rms_norm_eps", 1e-6)),
         **read_token_ids(fields),
     }
 
@@ -214,7 +214,7 @@ def write_sizes(config: ModelConfig, *, implied_head_dim: bool = False) -> dict[
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
+        "rms_norm_eps": config.norm.eps,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         **write_token_ids(config),

@@ -20,10 +20,11 @@ from convert.families.rotary import (
     write_old_rope,
     write_rope,
 )
+from convert.families.standard import read_attention
 from convert.formats import GgufFile
 from convert.rules import MINUS_ONE
 from tptt_jax import ModelConfig
-from tptt_jax.config import BaseLayerKind, RopeConfig
+from tptt_jax.config import AttentionConfig, BaseLayerKind, MlpConfig, NormConfig, RopeConfig
 
 _NORMS = {
     "input_layernorm": "attn_norm",
@@ -32,16 +33,17 @@ _NORMS = {
     "post_feedforward_layernorm": "mlp_post_norm",
 }
 _COMMON: dict[str, Any] = {
-    "activation": "gelu_tanh",
-    "norm_offset": True,
-    "norm_placement": "both",
-    "qk_norm": "head",
+    "mlp": MlpConfig(activation="gelu_tanh"),
     "scale_embeddings": True,
 }
 _SLIDING_THETA = 10_000.0
 # llama.cpp has no metadata for the query scale: it recognises the 27B model, the only one that
 # scales by a width other than head_dim, by its depth.
 _LAYERS_OF_27B = 62
+
+
+def _norm(eps: float) -> NormConfig:
+    return NormConfig(eps=eps, offset=True, placement="both")
 
 
 def _pattern(num_layers: int, period: int) -> tuple[BaseLayerKind, ...]:
@@ -68,17 +70,19 @@ def _read_config(fields: Fields) -> ModelConfig:
     fields.require("use_bidirectional_attention", (False, None), None)
     # transformers reads this setting but never applies it; no published model has it.
     fields.require("attn_logit_softcapping", (None,), None)
-    sizes = read_sizes(fields) | {"head_dim": fields.integer("head_dim", 256)}
+    sizes = read_sizes(fields)
+    sizes |= {"head_dim": fields.integer("head_dim", 256), "norm": _norm(sizes["norm"].eps)}
     positions = fields.integer("max_position_embeddings", 131_072)
     rope, sliding_rope = _read_ropes(fields, positions)
-    bias = fields.boolean("attention_bias", False)
     period = max(1, fields.integer("sliding_window_pattern", 6))
     return ModelConfig(
         **sizes,
         **_COMMON,
-        attention_bias=bias,
-        attention_out_bias=bias,
-        query_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        attention=read_attention(
+            fields,
+            qk_norm="head",
+            query_scale=fields.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        ),
         final_softcap=fields.number("final_logit_softcapping", None),
         tie_embeddings=fields.boolean("tie_word_embeddings", True),
         layer_kinds=read_layer_kinds(fields, _pattern(sizes["num_layers"], period)),
@@ -94,7 +98,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_sizes(config),
         "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.attention.bias,
         "query_pre_attn_scalar": round(config.attention_scale**-2),
         "attn_logit_softcapping": None,
         "final_logit_softcapping": config.final_softcap,
@@ -127,8 +131,8 @@ def _read_gguf(file: GgufFile) -> ModelConfig:
         **sizes,
         **_COMMON,
         family="gemma3_text",
-        norm_eps=shortest(get("attention.layer_norm_rms_epsilon")),
-        query_scale=queries**-0.5,
+        norm=_norm(shortest(get("attention.layer_norm_rms_epsilon"))),
+        attention=AttentionConfig(qk_norm="head", query_scale=queries**-0.5),
         final_softcap=get("final_logit_softcapping", None),
         layer_kinds=_pattern(sizes["num_layers"], 6),
         sliding_window=get("attention.sliding_window"),

@@ -6,7 +6,7 @@ from typing import Any
 from convert.errors import ConversionError
 from convert.families.rotary import GgufFactors, read_gguf_rope, shortest
 from convert.formats import GgufFile
-from tptt_jax.config import MAX_LAYERS
+from tptt_jax.config import MAX_LAYERS, NormConfig
 
 ROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 """Tensors of "longrope" scaling, which are part of the configuration."""
@@ -111,6 +111,6 @@ def read_gguf_common(file: GgufFile) -> dict[str, Any]:
         )
     return {
         **sizes,
-        "norm_eps": shortest(get("attention.layer_norm_rms_epsilon")),
+        "norm": NormConfig(eps=shortest(get("attention.layer_norm_rms_epsilon"))),
         "rope": read_gguf_rope(get, 10_000.0, _rope_factors(file)),
     }

@@ -57,7 +57,7 @@ def gguf_rules(
         Rule(f"{_BLOCK}attn_k.bias", f"{attention}k_proj.bias", keys),
         *linear(f"{_BLOCK}attn_v", f"{attention}v_proj"),
         *linear(f"{_BLOCK}attn_output", f"{attention}o_proj"),
-        *(_experts() if config.num_experts else _mlp()),
+        *(_experts() if config.experts.number else _mlp()),
         *(Rule(f"{_BLOCK}{a}.weight", f"{TARGET}{b}.weight", norm) for a, b in _NORMS.items()),
         Rule("output_norm.weight", "final_norm.weight", norm),
         Rule("output.weight", "lm_head.kernel", TRANSPOSE),

@@ -6,6 +6,7 @@ from convert.families.family import Family
 from convert.families.fields import Fields, write_token_ids
 from convert.rules import TRANSPOSE, Rule
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig, MlpConfig, NormConfig
 
 _SOURCE = "transformer.h.{layer}."
 _TARGET = "layers.{layer}."
@@ -27,15 +28,9 @@ def _read_config(fields: Fields) -> ModelConfig:
         num_kv_heads=heads,
         head_dim=embed // max(heads, 1),
         mlp_dim=fields.integer("n_inner", 4 * embed),
-        activation="gelu_tanh",
-        gated_mlp=False,
-        norm="layer",
-        norm_bias=True,
-        norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        fused_qkv=True,
-        attention_bias=True,
-        attention_out_bias=True,
-        mlp_bias=True,
+        mlp=MlpConfig(activation="gelu_tanh", gated=False, bias=True),
+        norm=NormConfig(kind="layer", bias=True, eps=fields.number("layer_norm_epsilon", 1e-5)),
+        attention=AttentionConfig(fused_qkv=True, bias=True, out_bias=True),
         position_embedding="learned",
         tie_embeddings=fields.boolean("tie_word_embeddings", True),
         max_positions=fields.integer("n_positions", fields.integer("n_ctx", 1024)),
@@ -54,7 +49,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "n_inner": None if config.mlp_dim == 4 * config.embed_dim else config.mlp_dim,
         "n_positions": config.max_positions,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": config.norm_eps,
+        "layer_norm_epsilon": config.norm.eps,
         "tie_word_embeddings": config.tie_embeddings,
         **write_token_ids(config),
     }

@@ -9,13 +9,14 @@ from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.rotary import recognise_llama3
 from convert.families.standard import (
-    read_attention_bias,
+    read_attention,
     read_standard,
     write_old_standard,
     write_standard,
 )
 from convert.formats import GgufFile
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig, MlpConfig
 
 
 def _read_config(fields: Fields) -> ModelConfig:
@@ -23,16 +24,16 @@ def _read_config(fields: Fields) -> ModelConfig:
     return read_standard(
         fields,
         max_positions=2048,
-        **read_attention_bias(fields),
-        mlp_bias=fields.boolean("mlp_bias", False),
+        attention=read_attention(fields),
+        mlp=MlpConfig(bias=fields.boolean("mlp_bias", False)),
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_standard(config),
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        "attention_bias": config.attention.bias,
+        "mlp_bias": config.mlp.bias,
     }
 
 
@@ -44,9 +45,11 @@ def _read_gguf(file: GgufFile) -> ModelConfig:
     return ModelConfig(
         **common,
         family="llama",
-        attention_bias="blk.0.attn_q.bias" in file.tensors,
-        attention_out_bias="blk.0.attn_output.bias" in file.tensors,
-        mlp_bias="blk.0.ffn_up.bias" in file.tensors,
+        attention=AttentionConfig(
+            bias="blk.0.attn_q.bias" in file.tensors,
+            out_bias="blk.0.attn_output.bias" in file.tensors,
+        ),
+        mlp=MlpConfig(bias="blk.0.ffn_up.bias" in file.tensors),
     )
 
 

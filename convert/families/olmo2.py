@@ -1,7 +1,5 @@
 """OLMo 2: norms only after the sublayers, q/k norms over the full width of the projection."""
 
-from typing import Any
-
 from convert.families.family import Family, GgufTable
 from convert.families.fields import Fields
 from convert.families.gguf_metadata import read_gguf_common
@@ -11,20 +9,27 @@ from convert.families.olmo import read_olmo_config, write_olmo_config
 from convert.families.standard import write_old_standard
 from convert.formats import GgufFile
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig, NormConfig
 
 _NORMS = {
     "post_attention_layernorm": "attn_post_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-_COMMON: dict[str, Any] = {"norm_placement": "after", "norm_float32": True, "qk_norm": "full"}
+
+
+def _norm(eps: float) -> NormConfig:
+    return NormConfig(eps=eps, float32=True, placement="after")
 
 
 def _read_config(fields: Fields) -> ModelConfig:
-    return read_olmo_config(fields, **_COMMON, norm_eps=fields.number("rms_norm_eps", 1e-5))
+    norm = _norm(fields.number("rms_norm_eps", 1e-5))
+    return read_olmo_config(fields, qk_norm="full", norm=norm)
 
 
 def _read_gguf(file: GgufFile) -> ModelConfig:
-    return ModelConfig(**read_gguf_common(file), **_COMMON, family="olmo2")
+    common = read_gguf_common(file)
+    common |= {"norm": _norm(common["norm"].eps), "attention": AttentionConfig(qk_norm="full")}
+    return ModelConfig(**common, family="olmo2")
 
 
 FAMILY = Family(

@@ -18,25 +18,28 @@ from convert.families.standard import write_old_standard
 from convert.formats import GgufFile
 from convert.rules import Rule
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig, ExpertsConfig, NormConfig
 
 
 def _read_config(fields: Fields) -> ModelConfig:
     return read_olmo_config(
         fields,
-        norm_eps=fields.number("rms_norm_eps", 1e-5),
         qk_norm="full",
-        num_experts=fields.integer("num_experts", 64),
-        experts_per_token=fields.integer("num_experts_per_tok", 8),
-        normalize_expert_weights=fields.boolean("norm_topk_prob", False),
+        norm=NormConfig(eps=fields.number("rms_norm_eps", 1e-5)),
+        experts=ExpertsConfig(
+            number=fields.integer("num_experts", 64),
+            per_token=fields.integer("num_experts_per_tok", 8),
+            normalize_weights=fields.boolean("norm_topk_prob", False),
+        ),
     )
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_olmo_config(config),
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.experts_per_token,
-        "norm_topk_prob": config.normalize_expert_weights,
+        "num_experts": config.experts.number,
+        "num_experts_per_tok": config.experts.per_token,
+        "norm_topk_prob": config.experts.normalize_weights,
     }
 
 
@@ -49,9 +52,8 @@ def _read_gguf(file: GgufFile) -> ModelConfig:
     return ModelConfig(
         **read_gguf_common(file),
         family="olmoe",
-        qk_norm="full",
-        num_experts=get("expert_count"),
-        experts_per_token=get("expert_used_count"),
+        attention=AttentionConfig(qk_norm="full"),
+        experts=ExpertsConfig(number=get("expert_count"), per_token=get("expert_used_count")),
     )
 
 

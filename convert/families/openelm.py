@@ -8,7 +8,7 @@ from convert.families.family import Family
 from convert.families.fields import Fields, read_token_ids, write_token_ids
 from convert.rules import TRANSPOSE, Rule, linear, split
 from tptt_jax import ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import AttentionConfig, LayerSizes, MlpConfig, RopeConfig
 
 _SOURCE = "transformer.layers.{layer}."
 _TARGET = "layers.{layer}."
@@ -53,12 +53,12 @@ def _read_config(fields: Fields) -> ModelConfig:
         num_kv_heads=max(kv_heads, default=0),
         head_dim=fields.integer("head_dim"),
         mlp_dim=max(mlp_dims),
-        num_heads_per_layer=heads,
-        num_kv_heads_per_layer=kv_heads,
-        mlp_dim_per_layer=mlp_dims,
-        gated_mlp=fields.boolean("ffn_with_glu", True),
-        qk_norm="head" if fields.boolean("normalize_qk_projections", True) else None,
-        fused_qkv=True,
+        per_layer=LayerSizes(num_heads=heads, num_kv_heads=kv_heads, mlp_dim=mlp_dims),
+        mlp=MlpConfig(gated=fields.boolean("ffn_with_glu", True)),
+        attention=AttentionConfig(
+            fused_qkv=True,
+            qk_norm="head" if fields.boolean("normalize_qk_projections", True) else None,
+        ),
         tie_embeddings=fields.boolean("share_input_output_layers", True),
         rope=RopeConfig(theta=fields.number("rope_freq_constant", 10_000.0)),
         max_positions=fields.integer("max_context_length", 2048),
@@ -79,10 +79,10 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "num_gqa_groups": heads[0] // kv_heads[0],
         "ffn_multipliers": [width / config.embed_dim for width in mlp_dims],
         "ffn_dim_divisor": math.gcd(*mlp_dims),
-        "ffn_with_glu": config.gated_mlp,
+        "ffn_with_glu": config.mlp.gated,
         "activation_fn_name": "swish",
         "normalization_layer_name": "rms_norm",
-        "normalize_qk_projections": config.qk_norm is not None,
+        "normalize_qk_projections": config.attention.qk_norm is not None,
         "share_input_output_layers": config.tie_embeddings,
         # The original code reads its own name; transformers' loading looks for this one.
         "tie_word_embeddings": config.tie_embeddings,
@@ -98,7 +98,7 @@ def _rules(config: ModelConfig) -> tuple[Rule, ...]:
         return Rule(f"{_SOURCE}{source}.weight", f"{_TARGET}{target}.weight")
 
     up = f"{_TARGET}mlp.up_proj.kernel"
-    if config.gated_mlp:
+    if config.mlp.gated:
         gate_and_up = (f"{_TARGET}mlp.gate_proj.kernel", up)
         first = Rule(f"{_SOURCE}ffn.proj_1.weight", gate_and_up, split(0).then(TRANSPOSE))
     else:

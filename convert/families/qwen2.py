@@ -15,7 +15,9 @@ from convert.families.key_tables import standard_rules
 from convert.families.standard import read_standard, write_old_standard, write_standard
 from convert.formats import GgufFile
 from tptt_jax import ModelConfig
-from tptt_jax.config import BaseLayerKind
+from tptt_jax.config import AttentionConfig, BaseLayerKind
+
+_BIASED = AttentionConfig(bias=True)
 
 
 def read_windows(fields: Fields) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def write_old_windows(config: ModelConfig) -> dict[str, Any]:
 def _read_config(fields: Fields) -> ModelConfig:
     fields.require("hidden_act", ("silu",), "silu")
     windows = read_windows(fields)
-    return read_standard(fields, max_positions=32_768, **windows, attention_bias=True)
+    return read_standard(fields, max_positions=32_768, **windows, attention=_BIASED)
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _read_gguf(file: GgufFile) -> ModelConfig:
-    return ModelConfig(**read_gguf_common(file), family="qwen2", attention_bias=True)
+    return ModelConfig(**read_gguf_common(file), family="qwen2", attention=_BIASED)
 
 
 FAMILY = Family(

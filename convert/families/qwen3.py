@@ -8,9 +8,12 @@ from convert.families.gguf_metadata import read_gguf_common
 from convert.families.gguf_tables import gguf_rules
 from convert.families.key_tables import standard_rules
 from convert.families.qwen2 import read_windows, write_old_windows, write_windows
-from convert.families.standard import read_attention_bias, read_standard, write_standard
+from convert.families.standard import read_attention, read_standard, write_standard
 from convert.formats import GgufFile
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig
+
+_ATTENTION = AttentionConfig(qk_norm="head")
 
 
 def _read_config(fields: Fields) -> ModelConfig:
@@ -19,9 +22,8 @@ def _read_config(fields: Fields) -> ModelConfig:
         fields,
         max_positions=32_768,
         **read_windows(fields),
-        **read_attention_bias(fields),
         head_dim=fields.integer("head_dim", 128),
-        qk_norm="head",
+        attention=read_attention(fields, qk_norm="head"),
     )
 
 
@@ -29,12 +31,12 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         **write_standard(config),
         **write_windows(config),
-        "attention_bias": config.attention_bias,
+        "attention_bias": config.attention.bias,
     }
 
 
 def _read_gguf(file: GgufFile) -> ModelConfig:
-    return ModelConfig(**read_gguf_common(file), family="qwen3", qk_norm="head")
+    return ModelConfig(**read_gguf_common(file), family="qwen3", attention=_ATTENTION)
 
 
 FAMILY = Family(

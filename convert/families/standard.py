@@ -5,6 +5,7 @@ from typing import Any
 from convert.families.fields import Fields, read_sizes, write_sizes
 from convert.families.rotary import read_flat_rope, write_old_rope, write_rope
 from tptt_jax import ModelConfig
+from tptt_jax.config import AttentionConfig
 
 
 def read_standard(fields: Fields, *, max_positions: int, **differences: Any) -> ModelConfig:
@@ -42,7 +43,7 @@ def write_old_standard(config: ModelConfig) -> dict[str, Any]:
     return write_old_rope(config.rope, config.max_positions)
 
 
-def read_attention_bias(fields: Fields) -> dict[str, bool]:
-    """`attention_bias` for all four projections."""
+def read_attention(fields: Fields, **settings: Any) -> AttentionConfig:
+    """Attention with `attention_bias` on all four projections, and further settings."""
     bias = fields.boolean("attention_bias", False)
-    return {"attention_bias": bias, "attention_out_bias": bias}
+    return AttentionConfig(bias=bias, out_bias=bias, **settings)

@@ -1,12 +1,11 @@
 """Our "titan" export: any model of ours in the format of its PyTorch file (convert/titan).
 
-config.json has one key for every field of ModelConfig, under transformers' name if it has one,
+config.json has one key for every setting of ModelConfig, under transformers' name if it has one,
 and `liza` with the fields of LizaConfig (`precision` is left to torch's own switches). Weights have
 the names of our parameters; linear weights have torch's layout, [out, in], and experts ours,
 [experts, in, out].
 """
 
-import dataclasses
 from collections.abc import Mapping
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -16,7 +15,7 @@ from convert.families.family import Family
 from convert.families.fields import Fields
 from convert.rules import TRANSPOSE, Rule, linear
 from tptt_jax import LizaConfig, ModelConfig
-from tptt_jax.config import RopeConfig, layer_kinds
+from tptt_jax.config import RopeConfig, flat_fields, flat_settings, layer_kinds, nest_settings
 
 MODEL_TYPE = "tptt_titan"
 ARCHITECTURE = "TitanForCausalLM"
@@ -44,9 +43,9 @@ def _key(name: str) -> str:
 
 def _read_config(fields: Fields) -> ModelConfig:
     values = {
-        field.name: fields.raw[_key(field.name)]
-        for field in dataclasses.fields(ModelConfig)
-        if _key(field.name) in fields.raw
+        name: fields.raw[_key(name)]
+        for name in flat_fields(ModelConfig)
+        if _key(name) in fields.raw
     }
     values["eos_token_ids"] = fields.token_ids("eos_token_id")
     values |= {
@@ -82,7 +81,7 @@ def read_liza(fields: Fields) -> LizaConfig | None:
 
 def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
     """Builds a configuration from JSON values; errors name what does not fit."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    fields = flat_fields(kind)
     if unknown := values.keys() - fields.keys():
         raise ConversionError(
             f"{origin} has settings that this version does not know: {listing(unknown)}; "
@@ -94,7 +93,7 @@ def _build(kind: type, values: Mapping[str, Any], origin: str) -> Any:
                 f"{_key(name)} in {origin} cannot be {value!r:.80}: export it again."
             )
     try:
-        return kind(**values)
+        return kind(**nest_settings(values))
     except (TypeError, ValueError) as error:
         raise ConversionError(f"{origin} describes an impossible model: {error}") from None
 
@@ -120,7 +119,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
-    content = {_key(name): value for name, value in dataclasses.asdict(config).items()}
+    content = {_key(name): value for name, value in flat_settings(config).items()}
     content |= {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
     eos = config.eos_token_ids
     return content | {"eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None}
@@ -133,7 +132,7 @@ def _norm(name: str, target: str) -> tuple[Rule, Rule]:
 def _rules(config: ModelConfig) -> tuple[Rule, ...]:
     layer = "layers.{layer}."
     attention, mlp = f"{layer}self_attn", f"{layer}mlp"
-    experts = config.num_experts > 0
+    experts = config.experts.number > 0
     rules = [
         Rule("embed.weight", "embed.embedding"),
         Rule("positions.weight", "embed.positions"),

@@ -65,14 +65,14 @@ def layer_projections(config: ModelConfig) -> Projections:
     kv_width = config.num_kv_heads * config.head_dim
     attention: Projections = {"q_proj": (embed, width)}
     attention |= dict.fromkeys(("k_proj", "v_proj"), (embed, kv_width))
-    if config.fused_qkv:
+    if config.attention.fused_qkv:
         attention = {"qkv_proj": (embed, width + 2 * kv_width)}
     attention["o_proj"] = (width, embed)
     mlp: Projections = {"up_proj": (embed, config.mlp_dim), "down_proj": (config.mlp_dim, embed)}
-    if config.gated_mlp:
+    if config.mlp.gated:
         mlp["gate_proj"] = (embed, config.mlp_dim)
-    if config.num_experts:
-        mlp["router"] = (embed, config.num_experts)
+    if config.experts.number:
+        mlp["router"] = (embed, config.experts.number)
     found = {f"self_attn.{name}": size for name, size in attention.items()}
     return found | {f"mlp.{name}": size for name, size in mlp.items()}
 
@@ -88,8 +88,8 @@ def weights_flops(config: ModelConfig, liza: LizaConfig | None) -> float:
     for layer in range(config.num_layers):
         for path, (rows, columns) in layer_projections(config.of_layer(layer)).items():
             times = 1
-            if config.num_experts and path.startswith("mlp.") and path != "mlp.router":
-                times = config.experts_per_token
+            if config.experts.number and path.startswith("mlp.") and path != "mlp.router":
+                times = config.experts.per_token
             elif mixed_after and path == "self_attn.o_proj":
                 times = 2
             total += 2.0 * times * rows * columns
@@ -102,7 +102,7 @@ def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig
     for layer in range(config.num_layers):
         for path, (rows, columns) in layer_projections(config.of_layer(layer)).items():
             # Experts have no adapters.
-            adapted = not config.num_experts or not path.startswith("mlp.") or "router" in path
+            adapted = not config.experts.number or not path.startswith("mlp.") or "router" in path
             if lora is not None and adapted and lora.matches(path):
                 total += 2.0 * lora.rank * (rows + columns)
     return total + sum(

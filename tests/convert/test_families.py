@@ -11,7 +11,7 @@ from convert.families.rotary import write_rope
 from convert.sources.opening import read_config
 from tests.convert.checkpoints import GEMMA, LLAMA, OLMO2, OLMOE, QWEN2, QWEN3
 from tptt_jax import ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import AttentionConfig, MlpConfig, NormConfig, RopeConfig
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -43,7 +43,7 @@ def test_llama(tmp_path):
         num_kv_heads=2,
         head_dim=10,
         mlp_dim=44,
-        norm_eps=1e-5,
+        norm=NormConfig(eps=1e-5),
         tie_embeddings=False,
         rope=RopeConfig(theta=5e5),
         max_positions=512,
@@ -62,11 +62,9 @@ def test_gemma(tmp_path):
         num_kv_heads=2,
         head_dim=8,
         mlp_dim=40,
-        activation="gelu_tanh",
-        norm_offset=True,
-        norm_placement="both",
-        qk_norm="head",
-        query_scale=0.25,
+        mlp=MlpConfig(activation="gelu_tanh"),
+        norm=NormConfig(offset=True, placement="both"),
+        attention=AttentionConfig(qk_norm="head", query_scale=0.25),
         scale_embeddings=True,
         layer_kinds=("sliding",) * 5 + ("full", "sliding"),
         sliding_window=5,
@@ -128,7 +126,7 @@ def test_defaults_are_those_of_transformers(tmp_path):
     assert ours.num_kv_heads == theirs.num_key_value_heads == 4
     assert ours.head_dim == theirs.head_dim == 10
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
-    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.norm.eps == theirs.rms_norm_eps
     assert ours.tie_embeddings == theirs.tie_word_embeddings
     assert ours.max_positions == theirs.max_position_embeddings
     bare = without(
@@ -152,11 +150,13 @@ CONFIGS = {
     "gemma3": ModelConfig.gemma3_270m(),
     "llama3.2": ModelConfig.llama3_2_1b(),
     "llama3, biases": ModelConfig.tiny(
-        rope=LLAMA3_ROPE, attention_bias=True, attention_out_bias=True, mlp_bias=True
+        rope=LLAMA3_ROPE,
+        attention=AttentionConfig(bias=True, out_bias=True),
+        mlp=MlpConfig(bias=True),
     ),
     "gemma 27b": dataclasses.replace(
         ModelConfig.gemma3_270m(),
-        query_scale=168**-0.5,
+        attention=AttentionConfig(qk_norm="head", query_scale=168**-0.5),
         rope=RopeConfig(theta=1e6, scaling="linear", factor=8.0),
         final_softcap=30.0,
         eos_token_ids=(1, 106),
@@ -221,9 +221,12 @@ def test_old_keys_alone_say_what_the_new_ones_do(tmp_path, published, old):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"qk_norm": "head"}, "qk_norm"),
-        ({"attention_bias": True}, "attention_out_bias"),
-        ({"activation": "gelu_tanh", "final_softcap": 3.0}, "activation, final_softcap"),
+        ({"attention": AttentionConfig(qk_norm="head")}, r"attention\.qk_norm"),
+        ({"attention": AttentionConfig(bias=True)}, r"attention\.out_bias"),
+        (
+            {"mlp": MlpConfig(activation="gelu_tanh"), "final_softcap": 3.0},
+            r"final_softcap, mlp\.activation",
+        ),
     ],
 )
 def test_a_config_outside_its_family_is_refused(changes, field):

@@ -112,7 +112,7 @@ def check_config(folder, content) -> None:
         family, config, _ = found
         family.rules(config)
         assert config.num_layers <= MAX_LAYERS
-        assert all(map(math.isfinite, (config.attention_scale, config.norm_eps)))
+        assert all(map(math.isfinite, (config.attention_scale, config.norm.eps)))
 
 
 @pytest.mark.parametrize("model_type", list(FAMILIES))

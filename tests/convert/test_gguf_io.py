@@ -131,7 +131,7 @@ def test_gguf_and_safetensors_give_the_same_model(tmp_path, config):
         # 1 + w - 1 costs a rounding.
         atol = 1e-6 if "norm" in name else 0
         np.testing.assert_allclose(values_of(model)[name], value, rtol=0, atol=atol, err_msg=name)
-    for field in ("layer_kinds", "rope", "sliding_rope", "norm_eps", "attention_scale"):
+    for field in ("layer_kinds", "rope", "sliding_rope", "norm", "attention_scale"):
         if (config["model_type"], field) != ("gemma3_text", "attention_scale"):
             assert getattr(model.config, field) == getattr(wanted.config, field)
     assert model.config.attention_scale == config["head_dim"] ** -0.5

@@ -83,7 +83,7 @@ def test_published_parameters(shared_dir, size):
         ({"ffn_multipliers": [0.5]}, "ffn_multipliers in .* must be a list of 4"),
         ({"ffn_multipliers": [0.5, 1, 2, -4]}, "ffn_multipliers"),
         ({"ffn_dim_divisor": 0}, "ffn_dim_divisor"),
-        ({"num_query_heads": [2, 4, 4]}, "num_heads_per_layer has 3 entries"),
+        ({"num_query_heads": [2, 4, 4]}, "per_layer num_heads has 3 entries"),
         ({"num_kv_heads": [1, 3, 2, 2]}, "num_kv_heads"),
         ({"num_kv_heads": 2}, "num_kv_heads in .* must be a list of integers"),
         ({"normalization_layer_name": "layer_norm"}, "normalization_layer_name"),

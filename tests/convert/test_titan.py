@@ -20,9 +20,21 @@ from tests.convert.checkpoints import GEMMA, LLAMA, write_directory
 from tests.convert.test_pretrained import LORA, fill_adapters, values_of
 from tests.tiny import make_tokenizer
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerSizes,
+    MlpConfig,
+    NormConfig,
+    RopeConfig,
+    flat_fields,
+)
 
 MODELING = Path(convert.__file__).with_name("titan") / "modeling_titan.py"
+GEMMA_PARTS = {
+    "norm": NormConfig(offset=True, placement="both"),
+    "attention": AttentionConfig(qk_norm="head"),
+}
 CASES = {
     "defaults": ({}, LizaConfig()),
     "every token": ({}, LizaConfig(writes="all")),
@@ -39,18 +51,16 @@ CASES = {
     "base model": ({"tie_embeddings": False}, None),
     "scheduled": ({}, LizaConfig(writes="all", mag="scheduled", mag_init=0.25)),
     "deltas": (
-        {"mlp_bias": True},
+        {"mlp": MlpConfig(bias=True)},
         LizaConfig(writes="all", memory_rank=2, operator="gated_delta_product"),
     ),
     "linear": (
-        {"attention_bias": True},
+        {"attention": AttentionConfig(bias=True)},
         LizaConfig(writes="all", softmax=False, precision="high"),
     ),
     "ropes": (
         {
-            "norm_offset": True,
-            "norm_placement": "both",
-            "qk_norm": "head",
+            **GEMMA_PARTS,
             "layer_kinds": ("sliding", "full", "full"),
             "sliding_window": 9,
             "sliding_rope": RopeConfig(theta=77.0),
@@ -62,7 +72,7 @@ CASES = {
     ),
     "sliding layers": (
         {
-            **{"norm_offset": True, "norm_placement": "both", "qk_norm": "head"},
+            **GEMMA_PARTS,
             **{"layer_kinds": ("sliding", "full", "sliding", "full"), "num_layers": 4},
             **{"sliding_window": 9, "sliding_rope": RopeConfig(theta=77.0)},
         },
@@ -74,23 +84,22 @@ CASES = {
     ),
     "gpt2": (
         {
-            "norm": "layer",
-            "norm_bias": True,
+            "norm": NormConfig(kind="layer", bias=True),
             "position_embedding": "learned",
-            "gated_mlp": False,
-            "fused_qkv": True,
-            "attention_bias": True,
-            "attention_out_bias": True,
-            "clip_qkv": 3.0,
+            "mlp": MlpConfig(gated=False),
+            "attention": AttentionConfig(fused_qkv=True, bias=True, out_bias=True, clip_qkv=3.0),
         },
         LizaConfig(softmax_window=6),
     ),
     "layers of many sizes": (
-        {"num_heads_per_layer": (2, 2, 4), "mlp_dim_per_layer": (8, 48, 48), "qk_norm": "full"},
+        {
+            "per_layer": LayerSizes(num_heads=(2, 2, 4), mlp_dim=(8, 48, 48)),
+            "attention": AttentionConfig(qk_norm="full"),
+        },
         LizaConfig(memory_rank=1, softmax_window=6),
     ),
     "experts": (
-        {"num_experts": 3, "experts_per_token": 2, "norm_weight": False},
+        {"experts": ExpertsConfig(number=3, per_token=2), "norm": NormConfig(weight=False)},
         LizaConfig(writes="all"),
     ),
 }
@@ -294,6 +303,7 @@ def test_the_reference_operator_is_refused(tmp_path):
         ({"hidden_size": None}, "hidden_size in .* cannot be None"),
         ({"num_attention_heads": "four"}, "num_attention_heads in .* cannot be 'four'"),
         ({"norm_bias": 1}, "norm_bias in .* cannot be 1"),
+        ({"norm": "batch"}, "impossible model: norm kind must be one of rms, layer"),
         ({"rope": []}, "rope in .* must be an object"),
         ({"layer_kinds": ["full"]}, "layer_kinds has 1 entries"),
     ],
@@ -342,16 +352,15 @@ def test_the_modeling_file_knows_every_setting(tmp_path):
     others = {"architectures", "auto_map", "dtype", "model_type"}
     settings = torch_settings()
     assert config.keys() - others == settings.keys() - {"use_cache"}
-    for field in dataclasses.fields(ModelConfig):
-        if field.default is not dataclasses.MISSING and field.name in settings:
+    for name, field in flat_fields(ModelConfig).items():
+        if field.default_factory is RopeConfig:
+            assert RopeConfig() == RopeConfig(**settings[name]), name
+        elif field.default is not dataclasses.MISSING and name in settings:
             default = field.default
-            if isinstance(default, RopeConfig):
-                assert default == RopeConfig(**settings[field.name]), field.name
-            else:
-                wanted = list(default) if isinstance(default, tuple) else default
-                assert settings[field.name] == wanted, field.name
-        elif field.default is dataclasses.MISSING and field.name in settings:
-            assert settings[field.name] is None, field.name
+            wanted = list(default) if isinstance(default, tuple) else default
+            assert settings[name] == wanted, name
+        elif name in settings:
+            assert settings[name] is None, name
     # `operator` only sets others of them, and torch has switches of its own for precision.
     for field in dataclasses.fields(LizaConfig):
         if field.name != "precision":

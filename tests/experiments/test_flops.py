@@ -10,6 +10,7 @@ from flax import nnx
 
 from experiments.benchmarks import flops
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import AttentionConfig, ExpertsConfig, LayerSizes, MlpConfig
 from tptt_jax.ops import chunk_delta_product, step_delta_product
 from tptt_jax.ops.delta_product.plan import OTHERS, SIZES
 from tptt_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -121,11 +122,13 @@ SHAPES = {
     "smollm2": ModelConfig.smollm2_135m(),
     "gemma3": ModelConfig.gemma3_270m(),
     "llama3.2": ModelConfig.llama3_2_1b(),
-    "no gate, one projection": ModelConfig.tiny(gated_mlp=False, fused_qkv=True),
-    "layers differ": ModelConfig.tiny(
-        num_layers=2, num_heads_per_layer=(2, 4), num_kv_heads_per_layer=(1, 2)
+    "no gate, one projection": ModelConfig.tiny(
+        mlp=MlpConfig(gated=False), attention=AttentionConfig(fused_qkv=True)
     ),
-    "experts": ModelConfig.tiny(num_experts=4, experts_per_token=4),
+    "layers differ": ModelConfig.tiny(
+        num_layers=2, per_layer=LayerSizes(num_heads=(2, 4), num_kv_heads=(1, 2))
+    ),
+    "experts": ModelConfig.tiny(experts=ExpertsConfig(number=4, per_token=4)),
 }
 
 

@@ -19,7 +19,14 @@ from tests.contracts import logits_of, raise_shares, random_tokens, randomize, r
 from tests.parity.titan_models import own_module_cache, reload_titan
 from tests.tiny import BOS, EOS, PAD, make_tokenizer
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, generate
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import (
+    AttentionConfig,
+    ExpertsConfig,
+    LayerSizes,
+    MlpConfig,
+    NormConfig,
+    RopeConfig,
+)
 from tptt_jax.model import base_model
 
 torch = pytest.importorskip("torch", reason="runs the exported model in torch")
@@ -28,25 +35,39 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
 GEMMA: dict[str, Any] = {
-    **{"norm_offset": True, "norm_placement": "both", "qk_norm": "head", "activation": "gelu_tanh"},
-    **{"layer_kinds": ("sliding", "full", "sliding"), "sliding_window": 7, "query_scale": 0.3},
+    "norm": NormConfig(offset=True, placement="both"),
+    "mlp": MlpConfig(activation="gelu_tanh"),
+    "attention": AttentionConfig(qk_norm="head", query_scale=0.3, softcap=3.0),
+    **{"layer_kinds": ("sliding", "full", "sliding"), "sliding_window": 7},
     **{"sliding_rope": RopeConfig(theta=50.0), "scale_embeddings": True, "final_softcap": 6.0},
-    "attention_softcap": 3.0,
 }
 GPT2: dict[str, Any] = {
-    **{"norm": "layer", "norm_bias": True, "position_embedding": "learned", "max_positions": 40},
-    **{"attention_bias": True, "attention_out_bias": True, "mlp_bias": True, "gated_mlp": False},
-    **{"activation": "gelu_tanh", "fused_qkv": True, "num_kv_heads": 4},
+    "norm": NormConfig(kind="layer", bias=True),
+    "attention": AttentionConfig(bias=True, out_bias=True, fused_qkv=True),
+    "mlp": MlpConfig(activation="gelu_tanh", gated=False, bias=True),
+    **{"position_embedding": "learned", "max_positions": 40, "num_kv_heads": 4},
 }
 OPENELM: dict[str, Any] = {
-    **{"num_heads_per_layer": (2, 4, 4), "num_kv_heads_per_layer": (1, 2, 2), "fused_qkv": True},
-    **{"mlp_dim_per_layer": (24, 40, 48), "qk_norm": "head"},
+    "per_layer": LayerSizes(num_heads=(2, 4, 4), num_kv_heads=(1, 2, 2), mlp_dim=(24, 40, 48)),
+    "attention": AttentionConfig(fused_qkv=True, qk_norm="head"),
 }
-OLMO: dict[str, Any] = {"norm": "layer", "norm_weight": False, "clip_qkv": 0.5}
-OLMO2: dict[str, Any] = {"norm_placement": "after", "qk_norm": "full", "norm_float32": True}
+FULL = AttentionConfig(qk_norm="full")
+OLMO: dict[str, Any] = {
+    "norm": NormConfig(kind="layer", weight=False),
+    "attention": AttentionConfig(clip_qkv=0.5),
+}
+OLMO2: dict[str, Any] = {"norm": NormConfig(placement="after", float32=True), "attention": FULL}
 OLMOE: dict[str, Any] = {
-    **{"num_experts": 5, "experts_per_token": 2, "qk_norm": "full", "tie_embeddings": False},
+    "experts": ExpertsConfig(number=5, per_token=2),
+    "attention": FULL,
+    "tie_embeddings": False,
 }
+NORMALIZED: dict[str, Any] = {
+    "experts": ExpertsConfig(number=5, per_token=2, normalize_weights=True),
+    "mlp": MlpConfig(gated=False),
+}
+CLIPPED = OLMO2 | {"attention": AttentionConfig(qk_norm="full", clip_qkv=0.5)}
+OUT_BIAS = AttentionConfig(out_bias=True)
 LLAMA3 = RopeConfig(scaling="llama3", theta=100.0, factor=4.0, original_max_positions=32)
 WINDOW: dict[str, Any] = {"softmax_window": 6, "softmax_sinks": 2, "chunk_size": 8}
 
@@ -57,7 +78,7 @@ def beside(**settings: Any) -> LizaConfig:
 
 
 CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
-    "base model": ({"rope": LLAMA3, "attention_bias": True}, None),
+    "base model": ({"rope": LLAMA3, "attention": AttentionConfig(bias=True)}, None),
     "delta_product": ({"rope": RopeConfig(scaling="linear", factor=2.0)}, beside()),
     "delta_rule_v, unit": ({}, beside(operator="delta_rule_v", linear_scale="unit")),
     "delta_rule_kv, vector": ({}, beside(operator="delta_rule_kv", vector_beta=True)),
@@ -71,8 +92,11 @@ CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
     "constant write gate": ({}, beside(beta_gate="constant", alpha_gate="kv")),
     "projected gates": ({}, beside(beta_gate="projected", alpha_gate="projected")),
     "scheduled, cross gate": ({}, beside(mag="scheduled", mag_init=0.3, cross_gate=True)),
-    "projected": ({"attention_out_bias": True}, beside(linear_scale="projected", mag_init=0.3)),
-    "linear": ({"qk_norm": "head"}, beside(softmax=False, operator="gated_delta_rule")),
+    "projected": ({"attention": OUT_BIAS}, beside(linear_scale="projected", mag_init=0.3)),
+    "linear": (
+        {"attention": AttentionConfig(qk_norm="head")},
+        beside(softmax=False, operator="gated_delta_rule"),
+    ),
     "window": ({}, beside(**WINDOW)),
     "window without sinks": ({}, beside(softmax_window=5, softmax_sinks=0)),
     "gemma": (GEMMA, beside(**WINDOW)),
@@ -81,11 +105,11 @@ CASES: dict[str, tuple[dict[str, Any], LizaConfig | None]] = {
     "olmo": (OLMO, beside(mag_init=0.3)),
     "olmo2": (OLMO2, beside()),
     "olmoe": (OLMOE, beside()),
-    "olmoe, normalized": (OLMOE | {"normalize_expert_weights": True, "gated_mlp": False}, None),
+    "olmoe, normalized": (OLMOE | NORMALIZED, None),
     "only a window": ({}, LizaConfig(writes="none", **WINDOW)),
     "a window, kept layers": ({}, LizaConfig(writes="none", full_layers=(0, 2), **WINDOW)),
     "every token, kept layers": ({}, beside(full_layers=(1,), **WINDOW)),
-    "evicted, no window": ({"attention_bias": True}, LizaConfig()),
+    "evicted, no window": ({"attention": AttentionConfig(bias=True)}, LizaConfig()),
     "evicted, long window": ({"rope": LLAMA3}, LizaConfig(softmax_window=60)),
 }
 # A memory of what the window has lost.
@@ -126,7 +150,7 @@ EVICTED: dict[str, tuple[dict[str, Any], LizaConfig]] = {
         LizaConfig(mag="learned", linear_scale="match", mag_init=0.3, **WINDOW),
     ),
     "evicted, scheduled share": (
-        {"attention_out_bias": True},
+        {"attention": OUT_BIAS},
         LizaConfig(mag="scheduled", linear_scale="unit", mag_init=0.4, **WINDOW),
     ),
     "evicted, gemma": (GEMMA, LizaConfig(**WINDOW)),
@@ -136,7 +160,7 @@ EVICTED: dict[str, tuple[dict[str, Any], LizaConfig]] = {
     ),
     "evicted, gpt2": (GPT2, LizaConfig(**WINDOW)),
     "evicted, openelm": (OPENELM, LizaConfig(**WINDOW)),
-    "evicted, olmo2": (OLMO2 | {"clip_qkv": 0.5}, LizaConfig(**WINDOW)),
+    "evicted, olmo2": (CLIPPED, LizaConfig(**WINDOW)),
     "evicted, olmoe": (OLMOE, LizaConfig(**WINDOW)),
 }
 CASES |= EVICTED

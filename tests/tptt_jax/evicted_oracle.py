@@ -76,8 +76,8 @@ def _project(weights, config, x):
         projection = weights[f"{name}_proj"]
         y = x @ projection["kernel"] + projection.get("bias", 0)
         y = y.reshape(len(x), -1, config.head_dim)
-        if name != "v" and config.qk_norm == "head":
-            y = y / np.sqrt(_mean_square(y, config.norm_eps)) * weights[f"{name}_norm"]["weight"]
+        if name != "v" and config.attention.qk_norm == "head":
+            y = y / np.sqrt(_mean_square(y, config.norm.eps)) * weights[f"{name}_norm"]["weight"]
         made.append(y)
     return made
 
@@ -91,7 +91,7 @@ def _attend(config, query, keys, values, t, window, sinks):
         logit = config.attention_scale * (
             _rotate(config, query, place) @ _rotate(config, keys[s], s)
         )
-        cap = config.attention_softcap
+        cap = config.attention.softcap
         logits.append(logit if cap is None else cap * np.tanh(logit / cap))
     top = max(logits)
     exponentials = np.exp(np.array(logits) - top)

@@ -1,11 +1,26 @@
 """Configurations of models and adapters: valid, resolved and refused values."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 
+from tests import shapes
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import (
+    FLAT_NAMES,
+    AttentionConfig,
+    ExpertsConfig,
+    LayerSizes,
+    MlpConfig,
+    NormConfig,
+    RopeConfig,
+    flat_fields,
+    flat_settings,
+    nest_settings,
+)
+from tptt_jax.config.flat_names import PARTS
 from tptt_jax.decoder import layer_stacks
 
 BAD_MODELS = {
@@ -18,7 +33,6 @@ BAD_MODELS = {
     },
     "heads": ({"num_heads": 4, "num_kv_heads": 3}, r"num_heads \(4\) must be a multiple of .*3"),
     "odd head": ({"head_dim": 15}, "head_dim must be even.*got 15"),
-    "activation": ({"activation": "relu"}, "activation must be one of silu.*'relu'"),
     "kinds": ({"layer_kinds": ("full",)}, "layer_kinds has 1 entries for num_layers = 3"),
     "kind": ({"layer_kinds": ("full", "wide", "full")}, "one of full, sliding, got 'wide'"),
     "no width": ({"layer_kinds": ("sliding",) * 3}, "sliding_window must say how wide"),
@@ -36,8 +50,30 @@ BAD_ROPES = {
     "theta": ({"theta": 0.0}, "must be positive, got 0.0"),
     "factor": ({"factor": -1.0}, "must be positive, got 10000.0 and -1.0"),
 }
+BAD_NORMS = {
+    "kind": ({"kind": "batch"}, "norm kind must be one of rms, layer, got 'batch'"),
+    "placement": ({"placement": "between"}, "norm placement must be one of before, after, both"),
+    "eps": ({"eps": 1.0}, r"norm eps must lie in \[0, 1\), got 1.0"),
+}
+BAD_ATTENTIONS = {
+    "qk_norm": ({"qk_norm": "both"}, "attention qk_norm must be one of head, full"),
+    "clip": ({"clip_qkv": 0.0}, "attention clip_qkv must be positive or None, got 0.0"),
+    "scale": ({"query_scale": (-8) ** -0.5}, "attention query_scale must be positive"),
+    "softcap": ({"softcap": float("inf")}, "attention softcap must be positive or None, got inf"),
+}
+BAD_EXPERTS = {
+    "none": ({"number": 4}, r"experts per_token must lie between 1 and their number \(4\), got 0"),
+    "more": ({"number": 4, "per_token": 5}, r"number \(4\), got 5"),
+    "negative": ({"number": -1}, "experts number must be at least 0, got -1"),
+    "many": ({"number": 5000, "per_token": 1}, "experts number must be at most 4096, got 5000"),
+}
 MAKERS = {
     "model": (ModelConfig.tiny, BAD_MODELS),
+    "norm": (NormConfig, BAD_NORMS),
+    "attention": (AttentionConfig, BAD_ATTENTIONS),
+    "mlp": (MlpConfig, {"activation": ({"activation": "relu"}, "mlp activation.*silu.*'relu'")}),
+    "experts": (ExpertsConfig, BAD_EXPERTS),
+    "sizes": (LayerSizes, {"none": ({"mlp_dim": (0, 48)}, "per_layer mlp_dim must be at least 1")}),
     "adapter": (LoraConfig, BAD_ADAPTERS),
     "rope": (RopeConfig, BAD_ROPES),
 }
@@ -58,7 +94,10 @@ def test_impossible_values_are_refused(make, options, message):
 
 @pytest.mark.parametrize(
     "config",
-    [ModelConfig.tiny(), LizaConfig(), LoraConfig(), RopeConfig()],
+    [
+        *(ModelConfig.tiny(), NormConfig(), AttentionConfig(), MlpConfig(), ExpertsConfig()),
+        *(LayerSizes(), LizaConfig(), LoraConfig(), RopeConfig()),
+    ],
     ids=lambda x: type(x).__name__,
 )
 def test_configurations_are_frozen_values(config):
@@ -85,7 +124,8 @@ def test_layer_kinds_default_to_full_and_choose_the_rope():
 
 def test_attention_scale():
     assert ModelConfig.tiny(head_dim=16).attention_scale == 0.25
-    assert ModelConfig.tiny(head_dim=16, query_scale=0.5).attention_scale == 0.5
+    config = ModelConfig.tiny(attention=AttentionConfig(query_scale=0.5))
+    assert config.attention_scale == 0.5
 
 
 def test_presets_have_the_published_shapes():
@@ -103,8 +143,8 @@ def _parameters(config):
     attention = (
         config.embed_dim * config.head_dim * (2 * config.num_heads + 2 * config.num_kv_heads)
     )
-    norms = (4 if config.norm_placement == "both" else 2) * config.embed_dim
-    norms += 2 * config.head_dim if config.qk_norm else 0
+    norms = (4 if config.norm.placement == "both" else 2) * config.embed_dim
+    norms += 2 * config.head_dim if config.attention.qk_norm else 0
     layer = attention + 3 * config.embed_dim * config.mlp_dim + norms
     return config.vocab_size * config.embed_dim + config.num_layers * layer + config.embed_dim
 
@@ -135,11 +175,10 @@ def test_adapter_scale():
     assert LoraConfig(rank=4, alpha=16.0).scale == 4.0
 
 
-PER_LAYER = {"num_heads_per_layer": (2, 4, 2), "num_kv_heads_per_layer": (1, 2, 2)}
-
-
 def test_sizes_that_differ_by_layer():
-    config = ModelConfig.tiny(**PER_LAYER, mlp_dim_per_layer=(48, 8, 8))
+    sizes = LayerSizes(num_heads=[2, 4, 2], num_kv_heads=(1, 2, 2), mlp_dim=(48, 8, 8))
+    config = ModelConfig.tiny(per_layer=sizes)
+    assert config.per_layer.num_heads == (2, 4, 2)
     assert [config.layer_sizes(i) for i in range(3)] == [(2, 1, 48), (4, 2, 8), (2, 2, 8)]
     one = config.of_layer(2)
     assert (one.num_heads, one.num_kv_heads, one.mlp_dim) == (2, 2, 8)
@@ -151,23 +190,68 @@ def test_sizes_that_differ_by_layer():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_heads_per_layer": (2, 4)}, "num_heads_per_layer has 2 entries"),
-        ({"num_heads_per_layer": (2, 2, 2)}, "reach it"),
-        ({"mlp_dim_per_layer": (0, 48, 48)}, "between 1 and mlp_dim"),
-        ({**PER_LAYER, "num_kv_heads_per_layer": (2, 2, 1), "num_heads": 3}, "between 1 and"),
-        ({"num_heads_per_layer": (3, 4, 4)}, "in layer 0 it is not"),
-        ({"num_experts": 4}, "experts_per_token must lie between 1 and num_experts"),
-        ({"num_experts": 4, "experts_per_token": 5}, "experts_per_token"),
-        ({"clip_qkv": 0.0}, "clip_qkv must be positive"),
-        ({"qk_norm": "both"}, "qk_norm must be one of head, full"),
-        ({"norm": "batch"}, "norm must be one of rms, layer"),
-        ({"norm_placement": "between"}, "norm_placement must be one of"),
+        ({"per_layer": LayerSizes(num_heads=(2, 4))}, "per_layer num_heads has 2 entries"),
+        ({"per_layer": LayerSizes(num_heads=(2, 2, 2))}, r"the maximum num_heads \(4\), got"),
+        ({"per_layer": LayerSizes(num_heads=(3, 4, 4))}, "in layer 0 it is not"),
         ({"position_embedding": "alibi"}, "position_embedding must be one of"),
+        ({"final_softcap": -1.0}, "^final_softcap must be positive or None, got -1.0"),
+        ({"mlp": NormConfig()}, r"mlp must be of type MlpConfig, got NormConfig\("),
     ],
 )
 def test_impossible_descriptions(changes, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig.tiny(**changes)
+
+
+def test_files_have_a_flat_name_for_every_setting():
+    """Names and order of version 0.1's config.json and of the fingerprints of its states."""
+    assert list(flat_fields(ModelConfig)) == [
+        *("family", "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads"),
+        *("head_dim", "mlp_dim", "num_heads_per_layer", "num_kv_heads_per_layer"),
+        *("mlp_dim_per_layer", "activation", "gated_mlp", "num_experts", "experts_per_token"),
+        *("normalize_expert_weights", "norm", "norm_eps", "norm_weight", "norm_bias"),
+        *("norm_offset", "norm_float32", "norm_placement", "qk_norm", "clip_qkv", "fused_qkv"),
+        *("attention_bias", "attention_out_bias", "mlp_bias", "query_scale"),
+        *("attention_softcap", "final_softcap", "scale_embeddings", "tie_embeddings"),
+        *("layer_kinds", "sliding_window", "position_embedding", "rope", "sliding_rope"),
+        *("max_positions", "bos_token_id", "eos_token_ids", "pad_token_id"),
+    ]
+    places = {
+        (part, field.name) for part, kind in PARTS.items() for field in dataclasses.fields(kind)
+    }
+    assert sorted(FLAT_NAMES.values()) == sorted(places)
+    config = dataclasses.replace(shapes.EXPERTS, per_layer=LayerSizes(mlp_dim=(4, 8)))
+    flat = flat_settings(config)
+    assert (flat["norm"], flat["num_experts"], flat["clip_qkv"]) == ("rms", 5, 2.0)
+    flat["rope"] = RopeConfig(**flat["rope"])
+    assert ModelConfig(**nest_settings(flat)) == config
+
+
+def test_old_flat_names_work_and_say_what_to_write():
+    with pytest.warns(DeprecationWarning, match="of ModelConfig is deprecated") as told:
+        old = ModelConfig.tiny(norm="layer", norm_eps=1e-5, num_experts=4, experts_per_token=2)
+    assert len(told) == 4
+    message = (
+        "norm_eps of ModelConfig is deprecated: give norm=NormConfig(eps=...) and read "
+        "config.norm.eps."
+    )
+    assert message in {str(each.message) for each in told}
+    norm, experts = NormConfig(kind="layer", eps=1e-5), ExpertsConfig(number=4, per_token=2)
+    assert old == ModelConfig.tiny(norm=norm, experts=experts)
+    with pytest.warns(DeprecationWarning, match=r"read config\.norm\.eps"):
+        assert old.norm_eps == 1e-5
+    # A part that is given keeps its other settings.
+    with pytest.warns(DeprecationWarning, match="norm_bias"):
+        assert dataclasses.replace(old, norm_bias=True).norm == dataclasses.replace(norm, bias=True)
+
+
+def test_unknown_names_are_refused():
+    config = ModelConfig.tiny()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'heads'"):
+        ModelConfig.tiny(heads=3)
+    with pytest.raises(AttributeError, match="ModelConfig has no field heads"):
+        _ = config.heads
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 @pytest.mark.parametrize(

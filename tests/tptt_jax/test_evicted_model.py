@@ -21,7 +21,7 @@ from tests.contracts import (
     verify_streaming_contract,
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import AttentionConfig, RopeConfig
 from tptt_jax.decoder import memory_location
 from tptt_jax.layers.memory import DeltaMemory, MemoryTokens
 from tptt_jax.model import base_model, init_cache, replace_memory
@@ -30,10 +30,12 @@ LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 # Two full layers among sliding ones, all in one stack.
 GEMMA = dataclasses.replace(
     shapes.GEMMA,
-    attention_softcap=3.0,
+    attention=dataclasses.replace(shapes.GEMMA.attention, softcap=3.0),
     layer_kinds=("sliding", "full", "sliding", "full", "sliding"),
 )
-LEARNED_POSITIONS = dataclasses.replace(LLAMA, position_embedding="learned", attention_bias=True)
+LEARNED_POSITIONS = dataclasses.replace(
+    LLAMA, position_embedding="learned", attention=AttentionConfig(bias=True)
+)
 # What leaves the ring is rotated back, and the factor 1.7 on its keys taken out.
 YARN = dataclasses.replace(
     LLAMA,
@@ -42,7 +44,7 @@ YARN = dataclasses.replace(
         **{"beta_fast": 2.0, "beta_slow": 0.1, "attention_factor": 1.7},
     ),
 )
-CLIPPED = dataclasses.replace(LLAMA, qk_norm="full", clip_qkv=2.0)
+CLIPPED = dataclasses.replace(LLAMA, attention=AttentionConfig(qk_norm="full", clip_qkv=2.0))
 KEPT = ModelConfig.tiny(mlp_dim=16, layer_kinds=("sliding", "full", "full"), sliding_window=5)
 SLIDING = dataclasses.replace(LLAMA, layer_kinds=("sliding",) * 2, sliding_window=5)
 # Calls of five tokens are longer than some of these windows and shorter than others.

@@ -17,6 +17,7 @@ from tests.contracts import randomize, relative_error
 from tests.devices import measured_on_devices
 from tests.mesh_programs import VOCAB_SIZE, gathered_shapes, loss_and_gradients, packed_rows
 from tptt_jax import CausalLM, ModelConfig
+from tptt_jax.config import AttentionConfig, ExpertsConfig
 from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.sharding import RULES, batch_sharding, make_mesh, on_mesh, shard_model
 
@@ -26,9 +27,8 @@ CONFIG = ModelConfig.tiny(
     embed_dim=48,
     mlp_dim=64,
     vocab_size=VOCAB_SIZE,
-    num_experts=8,
-    experts_per_token=2,
-    qk_norm="full",
+    experts=ExpertsConfig(number=8, per_token=2),
+    attention=AttentionConfig(qk_norm="full"),
 )
 BY_EXPERT = {**RULES, "experts": "tensor"}
 LAYOUTS: dict[str, tuple[str, Mapping[str, str]]] = {

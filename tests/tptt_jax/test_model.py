@@ -139,7 +139,7 @@ def test_windows_with_sinks_equal_a_mask(window, sinks, packed):
     )
     attention = layer["self_attn"]
     x = np.asarray(model.embed.embedding[...], np.float64)[tokens]
-    x = _normed(x, layer["attn_norm"]["weight"], LLAMA.norm_eps)
+    x = _normed(x, layer["attn_norm"]["weight"], LLAMA.norm.eps)
 
     def heads(name):
         lora = attention[name]["lora"]
@@ -177,11 +177,11 @@ def test_branches_are_what_the_mixture_is_made_of():
     mixed = (1 - mu) * soft + mu * linear * root["soft"] / root["linear"]
     x = np.asarray(model.embed.embedding[...], np.float64)[tokens]
     x = x + mixed.reshape(2, 11, -1) @ attention["o_proj"]["kernel"]
-    y = _normed(x, layer["mlp_norm"]["weight"], config.norm_eps)
+    y = _normed(x, layer["mlp_norm"]["weight"], config.norm.eps)
     gate = y @ mlp["gate_proj"]["kernel"]
     gated = gate / (1 + np.exp(-gate)) * (y @ mlp["up_proj"]["kernel"])
     x = x + gated @ mlp["down_proj"]["kernel"]
-    hidden = _normed(x, np.asarray(model.final_norm.weight[...], np.float64), config.norm_eps)
+    hidden = _normed(x, np.asarray(model.final_norm.weight[...], np.float64), config.norm.eps)
     valid = ids != 0
     assert_close(np.asarray(output.hidden)[valid], hidden[valid], 1e-5, "hidden")
     logits = hidden @ np.asarray(model.embed.embedding[...], np.float64).T

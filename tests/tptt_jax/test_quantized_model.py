@@ -17,6 +17,7 @@ from tests.contracts import (
 )
 from tests.devices import run_on_devices
 from tptt_jax import BaseParam, CausalLM, LizaConfig, LoraConfig, ModelConfig, init_cache
+from tptt_jax.config import ExpertsConfig
 from tptt_jax.layers.quantized import QuantizedWeight, count_parameters
 from tptt_jax.model import base_model, replace_memory
 from tptt_jax.ops.quantization import BaseDtype
@@ -28,7 +29,7 @@ LIZA = LizaConfig(softmax_window=6, softmax_sinks=1)
 CONFIGS = {
     "tied nf4": (ModelConfig.tiny(), "nf4"),
     "experts int8": (
-        ModelConfig.tiny(tie_embeddings=False, num_experts=3, experts_per_token=2),
+        ModelConfig.tiny(tie_embeddings=False, experts=ExpertsConfig(number=3, per_token=2)),
         "int8",
     ),
 }

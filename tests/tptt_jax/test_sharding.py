@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from tests.contracts import random_tokens, randomize, relative_error
 from tests.devices import run_on_devices
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax.config import AttentionConfig, ExpertsConfig
 from tptt_jax.sharding import (
     MESH_AXES,
     RULES,
@@ -39,9 +40,8 @@ EXPERTS = ModelConfig.tiny(
     num_layers=2,
     mlp_dim=16,
     vocab_size=96,
-    num_experts=5,
-    experts_per_token=2,
-    qk_norm="full",
+    experts=ExpertsConfig(number=5, per_token=2),
+    attention=AttentionConfig(qk_norm="full"),
 )
 LIZA = LizaConfig(writes="all", chunk_size=8, mag_init=0.3, memory_rank=2)
 STEPS = 4

@@ -57,9 +57,9 @@ class DecoderLayer(nnx.Module):
         """A layer with random weights; `config` has its sizes (see `ModelConfig.of_layer`)."""
 
         def norm(*placements: NormPlacement) -> NormLayer | None:
-            return residual_norm(config, dtype) if config.norm_placement in placements else None
+            return residual_norm(config, dtype) if config.norm.placement in placements else None
 
-        feed_forward = ExpertsMLP if config.num_experts else MLP
+        feed_forward = ExpertsMLP if config.experts.number else MLP
         return cls(
             LizaAttention(config, liza, lora, with_memory=with_memory, dtype=dtype, rngs=rngs),
             feed_forward(config, lora, dtype=dtype, rngs=rngs),

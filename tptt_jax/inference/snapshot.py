@@ -15,7 +15,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tptt_jax.config import RopeConfig
+from tptt_jax.config import RopeConfig, flat_settings
 from tptt_jax.decoder import DecodingState
 from tptt_jax.durable import atomic_file
 from tptt_jax.inference.state_checks import check_state
@@ -60,9 +60,9 @@ def model_fingerprint(model: CausalLM) -> str:
 
 
 def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
-    """The configurations as JSON values."""
+    """The configurations as JSON values, under the names that files have."""
     return {
-        name: None if config is None else dataclasses.asdict(config)
+        name: None if config is None else flat_settings(config)
         for name, config in (("model", model.config), ("liza", model.liza), ("lora", model.lora))
     }
 

@@ -140,7 +140,6 @@ class LizaAttention(nnx.Module):
         self.config, self.liza = config, liza
         self.head_dim = config.head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.qk_norm, self.clip_qkv = config.qk_norm, config.clip_qkv
         embed, width = config.embed_dim, config.num_heads * config.head_dim
         kv_width = config.num_kv_heads * config.head_dim
 
@@ -152,9 +151,9 @@ class LizaAttention(nnx.Module):
                 *size, path=path, axes=axes, bias=bias, lora=lora, dtype=dtype, rngs=rngs
             )
 
-        bias, heads = config.attention_bias, JoinedHeads("heads", self.num_heads)
+        bias, heads = config.attention.bias, JoinedHeads("heads", self.num_heads)
         self.qkv_proj = self.q_proj = self.k_proj = self.v_proj = nnx.data(None)
-        if config.fused_qkv:
+        if config.attention.fused_qkv:
             size = (embed, width + 2 * kv_width)
             every = JoinedHeads("heads", self.num_heads + 2 * self.num_kv_heads)
             self.qkv_proj = projection("qkv_proj", size, ("embed", every), bias)
@@ -163,10 +162,10 @@ class LizaAttention(nnx.Module):
             self.q_proj = projection("q_proj", (embed, width), ("embed", heads), bias)
             self.k_proj = projection("k_proj", (embed, kv_width), ("embed", kv_heads), bias)
             self.v_proj = projection("v_proj", (embed, kv_width), ("embed", kv_heads), bias)
-        out_bias = config.attention_out_bias
+        out_bias = config.attention.out_bias
         self.o_proj = projection("o_proj", (width, embed), (heads, "embed"), out_bias)
         self.q_norm = self.k_norm = nnx.data(None)
-        if config.qk_norm is not None:
+        if config.attention.qk_norm is not None:
             self.q_norm = query_key_norm(config, config.num_heads, dtype)
             self.k_norm = query_key_norm(config, config.num_kv_heads, dtype)
         self.memory = self.mag = nnx.data(None)
@@ -389,12 +388,13 @@ class LizaAttention(nnx.Module):
     def _normalize(self, x: Array, norm: NormLayer | None) -> Array:
         """Queries or keys as softmax attention takes them, before the rotary embedding."""
         if norm is not None:
-            wide = x.reshape(*x.shape[:2], -1) if self.qk_norm == "full" else x
+            wide = x.reshape(*x.shape[:2], -1) if self.config.attention.qk_norm == "full" else x
             x = norm(wide).reshape(x.shape)
         return self._clip(x)
 
     def _clip(self, x: Array) -> Array:
-        return x if self.clip_qkv is None else jnp.clip(x, -self.clip_qkv, self.clip_qkv)
+        most = self.config.attention.clip_qkv
+        return x if most is None else jnp.clip(x, -most, most)
 
     def _mix(
         self, soft: Array | None, linear: Array | None, share: Array | None, key: Array | None

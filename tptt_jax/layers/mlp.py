@@ -31,16 +31,16 @@ class MLP(nnx.Module):
                 out_dim,
                 path=f"mlp.{name}",
                 axes=axes,
-                bias=config.mlp_bias,
+                bias=config.mlp.bias,
                 lora=lora,
                 dtype=dtype,
                 rngs=rngs,
             )
 
         embed, width = config.embed_dim, config.mlp_dim
-        self.activation = config.activation
+        self.activation = config.mlp.activation
         self.gate_proj = nnx.data(None)
-        if config.gated_mlp:
+        if config.mlp.gated:
             self.gate_proj = projection("gate_proj", embed, width, ("embed", "mlp"))
         self.up_proj = projection("up_proj", embed, width, ("embed", "mlp"))
         self.down_proj = projection("down_proj", width, embed, ("mlp", "embed"))

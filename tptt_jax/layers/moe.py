@@ -85,10 +85,8 @@ class ExpertsMLP(nnx.Module):
         self, config: ModelConfig, lora: LoraConfig | None, *, dtype: DTypeLike, rngs: nnx.Rngs
     ) -> None:
         """Creates router and experts; adapters may sit on the router only."""
-        embed, width, count = config.embed_dim, config.mlp_dim, config.num_experts
-        self.activation = config.activation
-        self.experts_per_token = config.experts_per_token
-        self.normalize = config.normalize_expert_weights
+        embed, width, count = config.embed_dim, config.mlp_dim, config.experts.number
+        self.activation, self.config = config.mlp.activation, config.experts
         self.router = Projection(
             *(embed, count),
             path=ROUTER,
@@ -102,7 +100,7 @@ class ExpertsMLP(nnx.Module):
             return ExpertKernels(count, in_dim, out_dim, axes=axes, dtype=dtype, rngs=rngs)
 
         self.gate_proj = nnx.data(None)
-        if config.gated_mlp:
+        if config.mlp.gated:
             self.gate_proj = kernels(embed, width, ("embed", "mlp"))
         self.up_proj = kernels(embed, width, ("embed", "mlp"))
         self.down_proj = kernels(width, embed, ("mlp", "embed"))
@@ -129,7 +127,7 @@ class ExpertsMLP(nnx.Module):
         """Rows [M, E] and logits [M, X] -> [M, E]; with `own` what these experts contribute."""
         weights, experts = self._choose(logits)
         grouping = group_rows(experts.reshape(-1), logits.shape[-1], own)
-        repeated = jnp.repeat(rows, self.experts_per_token, axis=0)
+        repeated = jnp.repeat(rows, self.config.per_token, axis=0)
         activation = ACTIVATIONS[self.activation]
         up = grouped_matmul(repeated, matrices.up, grouping)
         if matrices.gate is None:
@@ -141,8 +139,8 @@ class ExpertsMLP(nnx.Module):
 
     def _choose(self, logits: Float[Array, "M X"]) -> tuple[Float[Array, "M c"], Int[Array, "M c"]]:
         """Weights and numbers of the experts chosen for each row."""
-        weights, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.experts_per_token)
-        if self.normalize:
+        weights, experts = lax.top_k(jax.nn.softmax(logits, axis=-1), self.config.per_token)
+        if self.config.normalize_weights:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
 

@@ -1,11 +1,13 @@
 """RMS norm and LayerNorm as in the pretrained families."""
 
+import dataclasses
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float
-from tptt_jax.config import ModelConfig, Norm
+from tptt_jax.config import ModelConfig, NormConfig
 from tptt_jax.layers.parameters import BaseParam
 
 
@@ -25,42 +27,30 @@ class NormLayer(nnx.Module):
     Gemma) or there is a bias, which torch's layer_norm adds in float32 as well.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        eps: float,
-        kind: Norm = "rms",
-        weight: bool = True,
-        bias: bool = False,
-        offset: bool = False,
-        float32: bool = False,
-        dtype: DTypeLike,
-    ) -> None:
+    def __init__(self, dim: int, config: NormConfig, *, dtype: DTypeLike) -> None:
         """Creates weight and bias [dim] in `dtype`, which initially have no effect."""
-        self.eps = eps
-        self.kind = kind
-        self.offset = offset
-        self.float32 = float32 or offset or bias
+        self.config = config
         self.weight = self.bias = nnx.data(None)
-        if weight:
-            fill = jnp.zeros if offset else jnp.ones
+        if config.weight:
+            fill = jnp.zeros if config.offset else jnp.ones
             self.weight = BaseParam(fill((dim,), dtype), axes=("norm",))
-        if bias:
+        if config.bias:
             self.bias = BaseParam(jnp.zeros((dim,), dtype), axes=("norm",))
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Normalises the last axis; returns x's shape and dtype."""
+        config = self.config
         weight = None if self.weight is None else self.weight[...]
         bias = None if self.bias is None else self.bias[...]
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.kind == "layer":
+        if config.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normal = rms_normalize(wide, self.eps)
-        normal = normal if self.float32 else normal.astype(x.dtype)
+        normal = rms_normalize(wide, config.eps)
+        stays_wide = config.float32 or config.offset or config.bias
+        normal = normal if stays_wide else normal.astype(x.dtype)
         if weight is not None:
             weight = weight.astype(normal.dtype)
-            normal = normal * (1 + weight if self.offset else weight)
+            normal = normal * (1 + weight if config.offset else weight)
         if bias is not None:
             normal = normal + bias.astype(normal.dtype)
         return normal.astype(x.dtype)
@@ -68,25 +58,11 @@ class NormLayer(nnx.Module):
 
 def residual_norm(config: ModelConfig, dtype: DTypeLike) -> NormLayer:
     """A norm of the residual stream, over embed_dim."""
-    return NormLayer(
-        config.embed_dim,
-        eps=config.norm_eps,
-        kind=config.norm,
-        weight=config.norm_weight,
-        bias=config.norm_bias,
-        offset=config.norm_offset,
-        float32=config.norm_float32,
-        dtype=dtype,
-    )
+    return NormLayer(config.embed_dim, config.norm, dtype=dtype)
 
 
 def query_key_norm(config: ModelConfig, heads: int, dtype: DTypeLike) -> NormLayer:
     """The RMS norm of queries or keys: over each head, or over all of them together."""
-    width = heads * config.head_dim if config.qk_norm == "full" else config.head_dim
-    return NormLayer(
-        width,
-        eps=config.norm_eps,
-        offset=config.norm_offset,
-        float32=config.norm_float32,
-        dtype=dtype,
-    )
+    width = heads * config.head_dim if config.attention.qk_norm == "full" else config.head_dim
+    norm = dataclasses.replace(config.norm, kind="rms", weight=True, bias=False)
+    return NormLayer(width, norm, dtype=dtype)

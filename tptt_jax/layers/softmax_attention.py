@@ -97,7 +97,7 @@ def softmax_settings(
         softmax_window(config, liza, kind),
         num_sinks(config, liza, kind),
         config.attention_scale,
-        config.attention_softcap,
+        config.attention.softcap,
         liza is not None and liza.mag == "mass" and liza.runs_memory(kind),
     )
 

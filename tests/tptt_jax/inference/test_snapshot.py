@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
+from tptt_jax.config import NormConfig, flat_fields
 from tptt_jax.inference.prefill import read
 from tptt_jax.inference.snapshot import load_state, model_fingerprint, save_state
 
@@ -93,6 +94,8 @@ def test_states_from_before_there_were_more_options_are_still_read(monkeypatch):
     monkeypatch.setattr(json, "dumps", lambda x, **kw: (hashed.append(x), dumps(x, **kw))[1])
     model_fingerprint(make())
     assert hashed[0][1] == FIRST_OPTIONS
+    # The model's settings are not nested in files.
+    assert list(hashed[0][0]) == list(flat_fields(ModelConfig))
     assert hashed[0][0]["rope"].keys() == {
         *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
         "original_max_positions",
@@ -115,7 +118,7 @@ def changed_weight():
         lambda: make(liza=dataclasses.replace(LIZA, precision="default")),
         lambda: make(liza=None),
         lambda: make(dtype=jnp.bfloat16),
-        lambda: make(dataclasses.replace(TINY, norm_eps=1e-5)),
+        lambda: make(dataclasses.replace(TINY, norm=NormConfig(eps=1e-5))),
         lambda: make(lora=LoraConfig(rank=2)),
         changed_weight,
     ],

@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import quick_jit, raise_shares, random_tokens, randomize
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
+from tptt_jax.config import AttentionConfig
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.softmax_attention import token_context
 from tptt_jax.model import base_model, init_cache
@@ -116,7 +117,9 @@ def test_writes_none_is_a_window_and_nothing_else():
 
 # Keys that are all alike and not rotated: every visible token has the same weight.
 EVEN = ModelConfig.tiny(
-    embed_dim=64, position_embedding="learned", attention_bias=True, query_scale=0.7
+    embed_dim=64,
+    position_embedding="learned",
+    attention=AttentionConfig(bias=True, query_scale=0.7),
 )
 
 

@@ -9,6 +9,7 @@ from flax import nnx
 from tests.contracts import assert_close, quick_jit, raise_shares, randomize
 from tests.tptt_jax.evicted_oracle import Expected, run_layer, weights_of
 from tptt_jax import LizaConfig, ModelConfig
+from tptt_jax.config import AttentionConfig
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.softmax_attention import token_context
 from tptt_jax.ops.documents import count_positions
@@ -16,9 +17,10 @@ from tptt_jax.ops.documents import count_positions
 PLAIN = ModelConfig.tiny()
 # Everything that happens to queries, keys and outputs on the way.
 RICH = ModelConfig.tiny(
-    qk_norm="head", attention_softcap=3.0, attention_bias=True, attention_out_bias=True,
-    query_scale=0.4,
-)  # fmt: skip
+    attention=AttentionConfig(
+        qk_norm="head", softcap=3.0, bias=True, out_bias=True, query_scale=0.4
+    )
+)
 ROWS, T, WINDOW, SINKS = 2, 21, 5, 2
 IDS = np.array([[3] * 5 + [1] * 14 + [0] * 2, [1] * 21])
 # Configuration of the model, options of the memory, scheduled share.

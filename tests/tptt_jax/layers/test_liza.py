@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.contracts import assert_close, quick_jit, randomize
 from tptt_jax import LizaConfig, ModelConfig
+from tptt_jax.config import AttentionConfig
 from tptt_jax.layers.gates import MemoryGate
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
 from tptt_jax.layers.mixing import match_rms
@@ -21,7 +22,7 @@ from tptt_jax.layers.parameters import MagParam
 from tptt_jax.layers.softmax_attention import token_context
 from tptt_jax.ops.attention import Attended
 
-CONFIG = ModelConfig.tiny(attention_out_bias=True)
+CONFIG = ModelConfig.tiny(attention=AttentionConfig(out_bias=True))
 ROWS, T = 2, 6
 SIZE = (ROWS, T, CONFIG.num_heads, CONFIG.head_dim)
 match = quick_jit(match_rms)

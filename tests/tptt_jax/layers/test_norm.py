@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from tptt_jax.config import NormConfig
 from tptt_jax.layers.norm import NormLayer, rms_normalize
 
 DIM = 12
@@ -16,7 +17,7 @@ def _inputs(dtype=jnp.float32):
 
 
 def _norm(offset, dtype=jnp.float32, eps=1e-2):
-    norm = NormLayer(DIM, eps=eps, offset=offset, dtype=dtype)
+    norm = NormLayer(DIM, NormConfig(eps=eps, offset=offset), dtype=dtype)
     norm.weight[...] = jnp.asarray(np.linspace(-1, 2, DIM), dtype)
     return norm
 
@@ -35,7 +36,7 @@ def test_equals_the_formula(offset):
 
 @pytest.mark.parametrize("offset", [False, True], ids=["llama", "gemma"])
 def test_starts_as_plain_normalisation(offset):
-    norm, x = NormLayer(DIM, eps=1e-6, offset=offset, dtype=jnp.float32), _inputs()
+    norm, x = NormLayer(DIM, NormConfig(offset=offset), dtype=jnp.float32), _inputs()
     assert_allclose(norm(x), _slow(x, 1, 1e-6), atol=2e-6)
 
 
@@ -55,7 +56,7 @@ def test_llama_rounds_before_the_weight_and_gemma_after():
 
 def test_squares_of_low_precision_inputs_do_not_overflow():
     x = jnp.full((1, DIM), 6e4, jnp.float16)
-    norm = NormLayer(DIM, eps=1e-6, offset=False, dtype=jnp.float16)
+    norm = NormLayer(DIM, NormConfig(), dtype=jnp.float16)
     assert_allclose(norm(x), np.ones((1, DIM)), rtol=1e-3)
 
 

@@ -17,7 +17,7 @@ from tests.contracts import (
 )
 from tests.tptt_jax.evicted_oracle import run_layer, weights_of
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import layer_kinds, memory_layers
+from tptt_jax.config import AttentionConfig, LayerSizes, NormConfig, layer_kinds, memory_layers
 from tptt_jax.decoder import is_memory, memory_location
 from tptt_jax.layers.liza import LayerTokens
 from tptt_jax.layers.parameters import MemoryParam
@@ -34,15 +34,14 @@ LLAMA = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 MIXED = ModelConfig.tiny(
     num_layers=3,
     mlp_dim=16,
-    qk_norm="head",
-    attention_out_bias=True,
+    attention=AttentionConfig(qk_norm="head", out_bias=True),
     layer_kinds=("full", "sliding", "full"),
     sliding_window=4,
 )
 KEPT = dataclasses.replace(MIXED, num_layers=4, layer_kinds=("full", "sliding", "full", "full"))
 # Two stacks.
 UNEVEN = ModelConfig.tiny(
-    num_layers=2, mlp_dim=16, num_heads_per_layer=(2, 4), num_kv_heads_per_layer=(1, 2)
+    num_layers=2, mlp_dim=16, per_layer=LayerSizes(num_heads=(2, 4), num_kv_heads=(1, 2))
 )
 MEMORY_NAMES = {
     *(f"mag.{name}" for name in ("weight", "slope", "bias", "limit")),
@@ -184,7 +183,7 @@ def _relative_errors(model, tokens, ids):
 
 
 def test_layer_gaps_are_errors_of_what_layers_add_to_the_residual_stream():
-    config = dataclasses.replace(MIXED, norm_placement="both")
+    config = dataclasses.replace(MIXED, norm=NormConfig(placement="both"))
     model = _titan(config, writes="none", memory_rank=0)
     got = layer_gaps(model, [(TOKENS[:1], PACKED[:1]), (TOKENS[1:], PACKED[1:])])
     ids = np.array([PACKED[0], [7] * 20 + [0] * 4])
