@@ -37,12 +37,13 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 # Files that take longest, so that workers begin with them and end at the same time.
 LONG_FILES = [
-    *("test_finetune", "test_stages", "test_distributed", "test_evaluation", "test_state"),
-    *("test_model", "test_tptt_reference", "test_evicted_model", "test_delta_product_kernel"),
-    *("test_titan", "test_gemma_weights", "test_transformers", "test_bench", "test_resume"),
-    *("test_python_blocks", "test_best", "test_grid", "test_verify", "test_context"),
-    *("test_ablation", "test_fit", "test_sharding", "test_mmlu", "test_harness", "test_checkpoint"),
-    *("test_streaming", "test_state_tracking", "test_generate", "test_compilations"),
+    *("test_finetune", "test_stages", "test_evicted_model", "test_model", "test_gemma_weights"),
+    *("test_delta_product_kernel", "test_context", "test_titan", "test_state", "test_fit"),
+    *("test_tptt_reference", "test_accumulation", "test_evaluation", "test_python_blocks"),
+    *("test_distributed", "test_verify", "test_bench", "test_grid", "test_harness", "test_best"),
+    *("test_state_tracking", "test_mmlu", "test_mapped_operator", "test_checkpoint"),
+    *("test_families", "test_tptt", "test_sharding", "test_resume", "test_ablation"),
+    *("test_gate_fit", "test_generate", "test_compilations", "test_streaming", "test_memory"),
 ]
 
 

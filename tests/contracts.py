@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from tptt_jax import CausalLM
-from tptt_jax.layers.gates import MassGate
+from tptt_jax.layers.gates import MassGate, MemoryGate
 from tptt_jax.model import MagShare, init_cache
 
 # Tests compile far longer than they run.
@@ -37,7 +37,15 @@ def jitted(model: nnx.Module, **options: Any) -> Callable:
     """The model's call with fixed options; models of one structure share their programs."""
     graphdef, state = nnx.split(model)
     fixed = tuple(sorted(options.items()))
-    return lambda *args, **named: _call(graphdef, fixed, state, args, named)
+
+    def call(*args: Any, **named: Any) -> Any:
+        # None is what every argument is unless given; programs tell the two apart.
+        while args and args[-1] is None:
+            args = args[:-1]
+        given = {name: value for name, value in named.items() if value is not None}
+        return _call(graphdef, fixed, state, args, given)
+
+    return call
 
 
 def logits_of(model: CausalLM, tokens: Any, **options: Any) -> np.ndarray:
@@ -75,6 +83,18 @@ def raise_shares(module: nnx.Module, by: float = 4.0) -> Any:
         if isinstance(gate, MassGate):
             gate.bias[...] = gate.bias[...] + by
             gate.limit[...] = jnp.full_like(gate.limit[...], np.log(5.0))
+    return module
+
+
+def remove_shares(module: nnx.Module) -> Any:
+    """Gives the memory no share, in the same programs; with `use_memory=False` it has others."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, MassGate):
+            part.bias[...] = jnp.full_like(part.bias[...], -1e9)
+        elif isinstance(part, MemoryGate):
+            part.logit[...] = jnp.full_like(part.logit[...], -1e9)
+        elif isinstance(part, CausalLM) and part.mag_share is not None:
+            part.mag_share[...] = jnp.zeros_like(part.mag_share[...])
     return module
 
 

@@ -12,7 +12,7 @@ from convert import export_pretrained, load_pretrained
 from convert.families import family_of
 from convert.families.fields import Fields
 from convert.loading import variables_of
-from tests.contracts import quick_jit, random_tokens, randomize
+from tests.contracts import logits_of, random_tokens, randomize
 from tests.convert.published import openelm
 from tests.convert.tiny_families import CONFIGS
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
@@ -85,5 +85,4 @@ def test_decodes_as_it_reads(family):
     tokens = random_tokens((1, 9), vocab_size=101)
     new = np.asarray(generate(model, tokens, 6, stop_tokens=()).tokens)
     row = np.concatenate([tokens, new], axis=1)
-    logits = quick_jit(lambda tokens: model(tokens).logits)(jnp.asarray(row[:, :-1]))
-    np.testing.assert_array_equal(np.argmax(logits[:, 8:], axis=-1), new)
+    np.testing.assert_array_equal(np.argmax(logits_of(model, row[:, :-1])[:, 8:], axis=-1), new)

@@ -16,6 +16,7 @@ from experiments.tracking.groups import draw_words, multiplication_table
 from experiments.tracking.model import Tracker, Variant
 from experiments.tracking.summary import accuracies, spans
 from experiments.tracking.trial import Training, Trial, run_trial
+from tests.contracts import quick_jit
 from tptt_jax import LinearAttention, LizaConfig
 
 TRAINING = Training(
@@ -92,11 +93,13 @@ def test_the_layer_reads_a_row_as_it_reads_single_tokens(beta_max):
     config = LizaConfig(writes="all", num_householder=2, chunk_size=4)
     layer = LinearAttention(16, 2, config=config, beta_max=beta_max, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
+    extend = quick_jit(lambda *args: layer.extend(*args))
     state, outs = layer.init_state(2), []
     for t in range(x.shape[1]):
-        out, state = layer.extend(x[:, t : t + 1], state, jnp.full(2, t))
+        out, state = extend(x[:, t : t + 1], state, jnp.full(2, t))
         outs.append(out)
-    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), layer(x), atol=2e-5)
+    whole = quick_jit(lambda x: layer(x))(x)
+    np.testing.assert_allclose(jnp.concatenate(outs, axis=1), whole, atol=2e-5)
 
 
 VARIANTS = [Variant(1, 2.0, "own"), Variant(3, 2.0, "own"), Variant(2, 1.0, "derivative")]
@@ -106,9 +109,10 @@ VARIANTS = [Variant(1, 2.0, "own"), Variant(3, 2.0, "own"), Variant(2, 1.0, "der
 def test_the_model_sees_nothing_of_what_comes_later(variant):
     model = Tracker(variant, 6, dim=16, heads=2, rngs=nnx.Rngs(0))
     elements = jnp.arange(12).reshape(2, 6) % 6
-    logits = model(elements)
+    run = quick_jit(lambda elements: model(elements))
+    logits = run(elements)
     assert logits.shape == (2, 6, 6)
-    changed = model(elements.at[:, 3:].set(5))
+    changed = run(elements.at[:, 3:].set(5))
     np.testing.assert_allclose(changed[:, :3], logits[:, :3], atol=1e-5)
     assert not np.allclose(changed[:, 3:], logits[:, 3:], atol=1e-3)
 

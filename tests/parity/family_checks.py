@@ -12,7 +12,7 @@ from flax import nnx
 from convert import export_pretrained, load_pretrained
 from convert.families import family_of
 from convert.loading import plan_for, variables_of
-from tests.contracts import quick_jit
+from tests.contracts import logits_of, quick_jit
 from tests.parity.torch_models import as_stored, relative_error, reload, torch_logits
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.training.loss import causal_lm_loss
@@ -22,9 +22,9 @@ torch = pytest.importorskip("torch", reason="compares with models in torch")
 TOKENS = np.random.default_rng(0).integers(3, 101, (2, 77))
 
 
-def plain_logits(model: CausalLM) -> jax.Array:
+def plain_logits(model: CausalLM) -> np.ndarray:
     """Logits of TOKENS without the memory."""
-    return quick_jit(lambda tokens: model(tokens, use_memory=False).logits)(jnp.asarray(TOKENS))
+    return logits_of(model, TOKENS, use_memory=False)
 
 
 def gradient_errors(theirs: Any, ours: CausalLM) -> dict[str, float]:
@@ -100,5 +100,4 @@ def titan_error(source: Path, target: Path) -> float:
     ours = load_pretrained(source, liza)
     export_pretrained(ours, target, "titan", source)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(target, trust_remote_code=True)
-    wanted = quick_jit(lambda tokens: ours(tokens).logits)(jnp.asarray(TOKENS))
-    return relative_error(torch_logits(theirs.eval(), TOKENS), np.asarray(wanted))
+    return relative_error(torch_logits(theirs.eval(), TOKENS), logits_of(ours, TOKENS))

@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from convert import export_pretrained, load_pretrained
 from convert.families import FAMILIES
-from tests.contracts import quick_jit
+from tests.contracts import logits_of
 from tests.convert.tiny_families import CONFIGS
 from tptt_jax import LizaConfig, LoraConfig
 
@@ -90,7 +89,7 @@ def test_published_configurations(tmp_path, model_type):
     ours = load_pretrained(tmp_path)
     if model_type != "gpt2":
         assert ours.config.rope.theta == 5e4
-    got = quick_jit(lambda tokens: ours(tokens).logits)(jnp.asarray(TOKENS))
+    got = logits_of(ours, TOKENS)
     assert relative_error(got, wanted) <= 1e-5
     export_pretrained(ours, tmp_path / "b", source=tmp_path)
     np.testing.assert_array_equal(torch_logits(reload(tmp_path / "b"), TOKENS), wanted)
@@ -112,7 +111,7 @@ def test_gpt2_keys_as_published(tmp_path, prefix):
     tensors["lm_head.weight"] = tensors[f"{prefix}wte.weight"].copy()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     ours = load_pretrained(tmp_path)
-    got = quick_jit(lambda tokens: ours(tokens).logits)(jnp.asarray(TOKENS))
+    got = logits_of(ours, TOKENS)
     assert relative_error(got, torch_logits(model, TOKENS)) <= 1e-5
 
 
@@ -122,5 +121,5 @@ def test_shards_beside_a_consolidated_file(tmp_path, name):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     (tmp_path / "consolidated.safetensors").write_bytes(b"another program's layout")
     ours = load_pretrained(tmp_path)
-    got = quick_jit(lambda tokens: ours(tokens).logits)(jnp.asarray(TOKENS))
+    got = logits_of(ours, TOKENS)
     assert relative_error(got, torch_logits(reload(tmp_path), TOKENS)) <= 1e-5

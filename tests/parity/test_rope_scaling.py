@@ -11,7 +11,7 @@ from convert import ConversionError, export_pretrained, load_pretrained
 from convert.families import family_of
 from convert.families.fields import Fields
 from convert.sources.opening import read_config
-from tests.contracts import quick_jit
+from tests.contracts import jitted, logits_of
 from tests.convert import tiny_families
 from tptt_jax import LizaConfig, fix_context, generate, init_cache
 from tptt_jax.ops.attention.rope import rotary_frequencies
@@ -81,10 +81,6 @@ def config_of(family, scaling):
 
 def ours_of(content):
     return family_of("llama").read_config(Fields(content, "config.json"))
-
-
-def logits_of(model, tokens):
-    return quick_jit(lambda tokens: model(tokens).logits)(jnp.asarray(tokens))
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
@@ -164,7 +160,7 @@ def test_packed_documents_have_their_own_lengths(tmp_path):
     ours = load_pretrained(tmp_path)
     ends = (20, 75)  # a short document, a long one, padding
     ids = jnp.asarray([[1] * ends[0] + [2] * (ends[1] - ends[0]) + [0] * (77 - ends[1])])
-    got = quick_jit(lambda tokens: ours(tokens, ids).logits)(jnp.asarray(TOKENS[:1]))
+    got = np.asarray(jitted(ours)(jnp.asarray(TOKENS[:1]), ids).logits)
     for part in (slice(0, ends[0]), slice(*ends)):
         want = torch_logits(reload(tmp_path), TOKENS[:1, part])
         assert relative_error(got[:, part], want) <= 2e-5

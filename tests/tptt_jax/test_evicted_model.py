@@ -13,11 +13,14 @@ from tests import shapes
 from tests.contracts import (
     assert_close,
     assert_trees_close,
+    jitted,
+    logits_of,
     quick_jit,
     raise_shares,
     random_tokens,
     randomize,
     relative_error,
+    remove_shares,
     verify_streaming_contract,
 )
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
@@ -95,26 +98,19 @@ def _titan(config=LLAMA, *, dtype=jnp.float32, lora=None, **options):
     return raise_shares(randomize(CausalLM(config, liza, lora, dtype=dtype, rngs=nnx.Rngs(0))))
 
 
-def _jitted(model, **options):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state, *args, **kw: nnx.merge(graphdef, state)(*args, **kw, **options))
-    return lambda *args, **kw: run(state, *args, **kw)
-
-
 @pytest.mark.parametrize(("config", "options"), STREAMS.values(), ids=STREAMS)
 def test_splits_padding_and_packing_change_nothing(config, options):
     model, tokens = _titan(config, **options), random_tokens((2, 18))
     whole = verify_streaming_contract(model, tokens)
     # A memory that changes nothing would hide its errors.
-    off = _jitted(model, use_memory=False)(tokens).logits
-    assert relative_error(off, whole) > 0.1
+    assert relative_error(logits_of(remove_shares(model), tokens), whole) > 0.1
 
 
 def test_beyond_its_horizon_a_memory_forgets_faster():
     """After 5 evicted tokens no half-life is above 2.5; up to there nothing differs."""
     plain, tokens = _titan(), random_tokens((1, 24))
     model = replace_memory(plain, dataclasses.replace(plain.liza, horizon=5))
-    found, expected = _jitted(model)(tokens).logits, _jitted(plain)(tokens).logits
+    found, expected = jitted(model)(tokens).logits, jitted(plain)(tokens).logits
     # Token 6 + 2 + i evicts the one that makes i + 1.
     assert_close(found[:, :13], expected[:, :13], 1e-6, "within the horizon")
     assert relative_error(found[:, 13:], expected[:, 13:]) > 1e-3
@@ -134,13 +130,13 @@ def test_a_model_of_sliding_layers_streams_without_a_memory():
     assert not any("memory" in name or "mag" in name for name in names)
     assert init_cache(model, 2, 18).stacks[0].memory is None
     whole = verify_streaming_contract(model, tokens)
-    assert_close(_jitted(model, use_memory=False)(tokens).logits, whole, 1e-6, "memory off")
+    assert_close(jitted(model, use_memory=False)(tokens).logits, whole, 1e-6, "memory off")
 
 
 def test_an_id_that_comes_back_is_another_document():
     """Also if the document between fits the window, and nothing of it ever leaves."""
     model, tokens = _titan(softmax_window=4), random_tokens((1, 12))
-    run = _jitted(model)
+    run = jitted(model)
     want = run(tokens).logits
     packed = np.concatenate([tokens, random_tokens((1, 3), 5), tokens], axis=1)
     for ids in ([1] * 12 + [2] * 3 + [3] * 12, [1] * 12 + [2] * 3 + [1] * 12):
@@ -170,13 +166,13 @@ def test_kept_layers_compute_what_the_base_model_does(writes):
     """The first two layers are kept, so the third one sees what it would in the base model."""
     config, tokens = ModelConfig.tiny(mlp_dim=16), random_tokens((2, 18))
     model = _titan(config, writes=writes, full_layers=(0, 1))
-    got, base = (_jitted(m, return_branches=True)(tokens) for m in (model, base_model(model)))
+    got, base = (jitted(m, return_branches=True)(tokens) for m in (model, base_model(model)))
     assert_close(got.branches[0].softmax[:2], base.branches[0].softmax[:2], 1e-6, "kept layers")
     assert relative_error(got.branches[0].softmax[2], base.branches[0].softmax[2]) > 1e-2
     if writes != "none":
         linear = np.asarray(got.branches[0].linear)
         assert [bool(layer.any()) for layer in linear] == [False, False, True]
-    run, cache = _jitted(model), init_cache(model, 2, 18)
+    run, cache = jitted(model), init_cache(model, 2, 18)
     for t in range(18):
         output = run(tokens[:, t : t + 1], cache=cache)
         cache = output.cache
@@ -201,7 +197,7 @@ def test_only_full_layers_have_parameters_and_states():
 def test_sliding_layers_do_not_feel_the_memory():
     """Only the two full layers have a linear branch; nothing is added to the others."""
     model, tokens = _titan(GEMMA), random_tokens((2, 18))
-    branches = _jitted(model, return_branches=True)(tokens).branches[0]
+    branches = jitted(model, return_branches=True)(tokens).branches[0]
     assert branches.linear.shape == branches.softmax.shape == (5, 2, 18, 4, 16)
     used = [bool(np.asarray(layer).any()) for layer in branches.linear]
     assert used == [kind == "full" for kind in GEMMA.layer_kinds]
@@ -211,8 +207,8 @@ def test_sliding_layers_do_not_feel_the_memory():
 def test_bfloat16_decodes_what_it_reads(config):
     """Keys come back from the ring rounded and rotated twice."""
     model, tokens = _titan(config, dtype=jnp.bfloat16), random_tokens((2, 18))
-    whole = np.asarray(_jitted(model)(tokens).logits, np.float32)
-    run, cache, logits = _jitted(model), init_cache(model, 2, 18), []
+    whole = np.asarray(jitted(model)(tokens).logits, np.float32)
+    run, cache, logits = jitted(model), init_cache(model, 2, 18), []
     for t in range(18):
         output = run(tokens[:, t : t + 1], cache=cache)
         cache = output.cache
@@ -223,7 +219,7 @@ def test_bfloat16_decodes_what_it_reads(config):
     got = np.concatenate(logits, 1)
     assert np.sqrt(np.mean((got - whole) ** 2) / np.mean(whole**2)) < 5e-2
     assert relative_error(got, whole) < 5e-2
-    off = np.asarray(_jitted(model, use_memory=False)(tokens).logits, np.float32)
+    off = logits_of(remove_shares(model), tokens).astype(np.float32)
     assert relative_error(off, whole) > 0.1
 
 

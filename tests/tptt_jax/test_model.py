@@ -15,6 +15,7 @@ from tests.contracts import (
     PIECE,
     assert_close,
     assert_trees_close,
+    jitted,
     quick_jit,
     random_tokens,
     randomize,
@@ -46,12 +47,6 @@ def _titan(config=LLAMA, *, random=True, dtype=jnp.float32, rank=2, **options):
     return randomize(model) if random else model
 
 
-def _jitted(model, **options):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state, *args: nnx.merge(graphdef, state)(*args, **options))
-    return lambda *args: run(state, *args)
-
-
 def test_ids_of_one_document_are_the_same_as_none():
     model, tokens = _titan(softmax_window=4), random_tokens((2, 10))
     graphdef, state = nnx.split(model)
@@ -79,9 +74,9 @@ def test_memory_off_is_the_base_model(config):
     base, tokens = base_model(titan), random_tokens((2, 9))
     assert base.liza is base.lora is None
     assert base.embed.embedding.get_value() is titan.embed.embedding.get_value()
-    want = _jitted(base)(tokens).logits
-    assert_close(_jitted(titan, use_memory=False)(tokens).logits, want, 1e-6, "memory off")
-    assert relative_error(_jitted(titan)(tokens).logits, want) > 1e-3
+    want = jitted(base)(tokens).logits
+    assert_close(jitted(titan, use_memory=False)(tokens).logits, want, 1e-6, "memory off")
+    assert relative_error(jitted(titan)(tokens).logits, want) > 1e-3
 
 
 def test_base_model_drops_trained_adapters():
@@ -90,9 +85,9 @@ def test_base_model_drops_trained_adapters():
     values = dict(nnx.to_flat_state(nnx.state(model)))
     flat = [(path, values[path]) for path, _ in nnx.to_flat_state(nnx.state(plain))]
     nnx.update(plain, nnx.from_flat_state(flat))
-    want = _jitted(plain)(tokens).logits
-    assert_close(_jitted(base_model(model))(tokens).logits, want, 1e-7, "base")
-    assert relative_error(_jitted(model, use_memory=False)(tokens).logits, want) > 1e-2
+    want = jitted(plain)(tokens).logits
+    assert_close(jitted(base_model(model))(tokens).logits, want, 1e-7, "base")
+    assert relative_error(jitted(model, use_memory=False)(tokens).logits, want) > 1e-2
 
 
 def _rotate(x, positions, theta):
@@ -132,7 +127,7 @@ def test_windows_with_sinks_equal_a_mask(window, sinks, packed):
     model = _titan(softmax_window=window, softmax_sinks=sinks)
     tokens = random_tokens((2, 20))
     ids = np.array([[1] * 7 + [2] * 13, [0, 0] + [5] * 17 + [0]]) if packed else None
-    branches = _jitted(model, return_branches=True)(tokens, ids).branches
+    branches = jitted(model, return_branches=True)(tokens, ids).branches
     got = np.asarray(branches[0].softmax)[0]
     layer = jax.tree.map(
         lambda x: np.asarray(x[0], np.float64), nnx.to_pure_dict(nnx.state(model.stacks[0]))
@@ -162,7 +157,7 @@ def test_branches_are_what_the_mixture_is_made_of():
     config = ModelConfig.tiny(num_layers=1)
     model, tokens = _titan(config, rank=0), random_tokens((2, 11))
     ids = np.array([[1] * 4 + [0] + [1] * 6, [0] * 3 + [1] * 3 + [2] * 5])
-    output = _jitted(model, return_branches=True)(tokens, ids)
+    output = jitted(model, return_branches=True)(tokens, ids)
     assert len(output.branches) == 1
     soft, linear = (np.asarray(x, np.float64)[0] for x in output.branches[0])
     layer = jax.tree.map(
@@ -190,8 +185,8 @@ def test_branches_are_what_the_mixture_is_made_of():
 
 def test_branches_do_not_change_the_result():
     model, tokens = _titan(), random_tokens((2, 9))
-    want = _jitted(model)(tokens)
-    got = _jitted(model, return_branches=True)(tokens)
+    want = jitted(model)(tokens)
+    got = jitted(model, return_branches=True)(tokens)
     assert want.branches is None
     assert_close(got.logits, want.logits, 1e-6, "logits")
     size = (2, 2, 9, LLAMA.num_heads, LLAMA.head_dim)
@@ -210,7 +205,7 @@ def test_a_new_scheduled_share_does_not_recompile():
     assert relative_error(outputs[1], outputs[0]) > 1e-2
     assert relative_error(outputs[2], outputs[1]) > 1e-2
     model.mag_share[...] = jnp.zeros((), jnp.float32)
-    base = _jitted(model, use_memory=False)(tokens).logits
+    base = jitted(model, use_memory=False)(tokens).logits
     assert_close(run(nnx.state(model), tokens), base, 1e-6, "share 0")
 
 
@@ -218,8 +213,9 @@ def test_a_new_scheduled_share_does_not_recompile():
 def test_whole_rows_may_be_fused_and_cached_ones_are_not(config, monkeypatch):
     model, tokens = _titan(config), random_tokens((2, 20))
     ids = np.array([[1] * 7 + [2] * 13, [0, 0] + [5] * 17 + [0]])
-    want = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    want = [jitted(model)(tokens, x).logits for x in (None, ids)]
     calls = []
+    graphdef, state = nnx.split(model)
 
     def fuse(*args, **options):
         calls.append(options["window"])
@@ -227,7 +223,9 @@ def test_whole_rows_may_be_fused_and_cached_ones_are_not(config, monkeypatch):
 
     monkeypatch.setattr(softmax_layer, "can_fuse", lambda *_, **__: True)
     monkeypatch.setattr(softmax_layer, "fused_attention", fuse)
-    got = [_jitted(model)(tokens, x).logits for x in (None, ids)]
+    # A function of its own, which is traced again.
+    run = quick_jit(lambda ids: nnx.merge(graphdef, state)(tokens, ids).logits)
+    got = [run(x) for x in (None, ids)]
     assert_close(got[0], want[0], 1e-5, "one document")
     assert_close(got[1][ids != 0], want[1][ids != 0], 1e-5, "packed")
     assert set(calls) == ({None} if config is LLAMA else {None, config.sliding_window})
@@ -298,7 +296,7 @@ def test_heads(tied):
     model = randomize(CausalLM(config, rngs=nnx.Rngs(0)))
     names = [path[0] for path, _ in nnx.to_flat_state(nnx.state(model))]
     assert ("lm_head" in names) is not tied
-    output = _jitted(model)(random_tokens((2, 5)))
+    output = jitted(model)(random_tokens((2, 5)))
     hidden = np.asarray(output.hidden, np.float64)
     if tied:
         want = hidden @ np.asarray(model.embed.embedding[...]).T
@@ -326,7 +324,7 @@ def test_bfloat16_stays_close_to_float32_and_keeps_a_float32_memory(config):
     assert memory.state.dtype == jnp.float32
     assert memory.history.keys.dtype == jnp.bfloat16
     assert all(x.keys.dtype == jnp.bfloat16 for x in output.cache.stacks[0].softmax.values())
-    want = _jitted(exact)(tokens).logits
+    want = jitted(exact)(tokens).logits
     assert np.isfinite(np.asarray(output.logits, np.float32)).all()
     error = np.asarray(output.logits, np.float32) - np.asarray(want)
     assert np.sqrt(np.mean(error**2) / np.mean(want**2)) < 0.05
@@ -358,7 +356,7 @@ def test_a_linear_model_has_no_key_value_cache_and_needs_its_memory():
 
 def test_a_window_stays_when_the_memory_is_off():
     model, tokens = _titan(softmax_window=3, softmax_sinks=0), random_tokens((2, 12))
-    off = _jitted(model, use_memory=False)
+    off = jitted(model, use_memory=False)
     changed = tokens.copy()
     changed[:, 0] += 1
     one, other = (np.asarray(off(x).logits) for x in (tokens % 96, changed % 97))
@@ -366,15 +364,15 @@ def test_a_window_stays_when_the_memory_is_off():
     assert np.abs(one - other)[:, 4].max() > 1e-4
     assert_array_equal(one[:, 5:], other[:, 5:])
     reached = np.abs(
-        np.asarray(_jitted(model)(tokens % 96).logits)
-        - np.asarray(_jitted(model)(changed % 97).logits)
+        np.asarray(jitted(model)(tokens % 96).logits)
+        - np.asarray(jitted(model)(changed % 97).logits)
     )
     assert (reached[:, 5:].max(-1) > 1e-6).all()
 
 
 def test_positions_may_be_given():
     model, tokens = _titan(), random_tokens((2, 10))
-    run = _jitted(model, use_memory=False)
+    run = jitted(model, use_memory=False)
     ids = np.array([[1] * 4 + [2] * 6, [0] * 3 + [1] * 7])
     counted = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [9, 9, 9, 0, 1, 2, 3, 4, 5, 6]])
     want = np.asarray(run(tokens, ids, None).logits)

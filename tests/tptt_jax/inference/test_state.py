@@ -95,14 +95,16 @@ def test_calls_of_the_model_advance_the_same_state():
 def test_caches_grow_while_decoding_and_change_nothing():
     model = make(*CONFIGS["sliding and full"])
     prompt = random_tokens((1, 500))
-    short = generate(model, prompt, 600, stop_tokens=())
-    assert short.state.stacks[0].softmax["full"].keys.shape[2] == 2048
+    # More than the sliding window holds.
+    short = generate(model, prompt, 120, stop_tokens=())
+    assert short.state.stacks[0].softmax["full"].keys.shape[2] == 1024
     assert short.state.stacks[0].softmax["sliding"].keys.shape[2] == 600
     small = read(model, prompt)
     assert small.stacks[0].softmax["full"].keys.shape[2] == 512
     # A ring has its whole window from the start: it never grows.
     assert small.stacks[0].softmax["sliding"].keys.shape[2] == 600
-    grown = generate(model, prompt[:, :0], 600, stop_tokens=(), state=small)
+    grown = generate(model, prompt[:, :0], 120, stop_tokens=(), state=small)
+    assert grown.state.stacks[0].softmax["full"].keys.shape[2] == 1024
     assert np.array_equal(grown.tokens, short.tokens)
     text = np.concatenate([prompt, grown.tokens], axis=1)
     assert_close(grown.state.hidden, read(model, text).hidden, 1e-4, "hidden")
@@ -177,10 +179,14 @@ def test_unstacked_layers_compute_the_same(config, liza, monkeypatch):
 def test_few_logits_at_a_time_change_nothing(monkeypatch):
     model = make(*CONFIGS["window"])
     want = read(model, TOKENS)
+    cut, pieces, read_segments = softmax_attention._cut, [], prefill._read
     monkeypatch.setattr(softmax_attention, "_LOGITS_AT_A_TIME", 4000)
-    jax.clear_caches()
+    monkeypatch.setattr(softmax_attention, "_cut", lambda *args: (pieces.append(1), cut(*args))[1])
+    # Another function, so that it is traced again.
+    traced = jax.jit(lambda *args: read_segments.__wrapped__(*args), static_argnums=(0, 1))
+    monkeypatch.setattr(prefill, "_read", traced)
     assert_trees_close(read(model, TOKENS), want, 1e-5, "state")
-    jax.clear_caches()
+    assert pieces
 
 
 @pytest.mark.slow

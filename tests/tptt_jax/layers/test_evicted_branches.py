@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from tests.contracts import quick_jit, raise_shares, random_tokens, randomize
+from tests.contracts import jitted, quick_jit, raise_shares, random_tokens, randomize
 from tptt_jax import CausalLM, LizaConfig, ModelConfig
 from tptt_jax.config import AttentionConfig
 from tptt_jax.layers.liza import LayerTokens, LizaAttention
@@ -27,10 +27,8 @@ def _model(config=ONE, **options):
 
 
 def _jitted(model, **options):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state, tokens, cache: nnx.merge(graphdef, state)(
-        tokens, cache=cache, **options))  # fmt: skip
-    return lambda tokens, cache=None: run(state, tokens, cache)
+    run = jitted(model, **options)
+    return lambda tokens, cache=None: run(tokens, cache=cache)
 
 
 def _changed(one, other):

@@ -1,5 +1,7 @@
 """The start of a fit in closed form."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,10 +29,13 @@ def fitted():
     return before, after, {k: v for k, v in solved.items() if v is not trainable[k]}
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def gaps_of(graphdef, state, tokens):
+    return gap_gradients(nnx.merge(graphdef, state), tokens)[0]
+
+
 def gaps(model, tokens):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state: gap_gradients(nnx.merge(graphdef, state), tokens)[0])
-    return np.asarray(run(state))
+    return np.asarray(gaps_of(*nnx.split(model), tokens))
 
 
 def test_gates_and_sizes_alone_are_solved_for(fitted):
