@@ -229,9 +229,7 @@ def test_rows_for_the_memory_alone_may_be_longer_than_those_of_text(tokenizer):
     assert found.asked.sequence_length == 2 * LENGTH
     assert found.train.sequence_length == LENGTH
     assert found.asked.num_rows == round(found.train.num_rows / 3)
-    with pytest.raises(
-        ValueError, match=r"--data\.recall-length is for rows that train"
-    ):
+    with pytest.raises(ValueError, match=r"--data\.recall-length is for rows that train"):
         replace(data, recall_trains="all")
 
 
