@@ -83,7 +83,6 @@ def load_model(
     Args:
       pretrained: the opened checkpoint.
       build: creates the model with random weights, quantised or not; only traced, never run.
-        Equal ones share what they compile.
       mesh: where the parameters go; None: the default device.
       base_dtype: quantises its matrices, tensor by tensor; None: they stay as they are.
       rules: from axes of parameters to axes of the mesh.
@@ -109,9 +108,7 @@ def load_model(
     store = _Store(variables, shardings, quantized_weights(abstract))
     values = _read_parameters(pretrained, plan, store)
     others = [name for name in variables if name not in values]
-    if others:
-        places = tuple((name, shardings[name]) for name in others)
-        values |= _init_program(build, base_dtype, places)()
+    values |= _init_others(lambda: build(base_dtype), others, shardings)
     flat = [(path, variable.replace(values[name])) for name, (path, variable) in variables.items()]
     return nnx.merge(nnx.graphdef(abstract), nnx.from_flat_state(flat))
 
@@ -289,17 +286,17 @@ def _part_update(sharding: Sharding | None) -> Callable[[Array, Array, np.ndarra
     return jax.jit(update, donate_argnums=0, out_shardings=sharding)
 
 
-# Loading such a model again compiles nothing.
-@functools.lru_cache(maxsize=16)
-def _init_program(
-    build: Callable[[BaseDtype | None], CausalLM],
-    base_dtype: BaseDtype | None,
-    places: tuple[tuple[str, NamedSharding | None], ...],
-) -> Callable[[], dict[str, Array]]:
+def _init_others(
+    build: Callable[[], CausalLM],
+    names: Sequence[str],
+    shardings: Mapping[str, NamedSharding | None],
+) -> dict[str, Array]:
     """Initialises some variables of a model; XLA removes the computation of the others."""
+    if not names:
+        return {}
 
     def init() -> dict[str, Array]:
-        variables = variables_of(build(base_dtype))
-        return {name: variables[name][1].get_value() for name, _ in places}
+        variables = variables_of(build())
+        return {name: variables[name][1].get_value() for name in names}
 
-    return jax.jit(init, out_shardings=dict(places))
+    return jax.jit(init, out_shardings={name: shardings[name] for name in names})()

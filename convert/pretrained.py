@@ -1,7 +1,6 @@
 """Loading and exporting models: the public interface of `convert`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,7 +29,7 @@ from convert.overwriting import check_overwrite
 from convert.sources import Pretrained, Source, find_checkpoint, locate, open_pretrained
 from convert.tokenizers import export_tokenizer
 from convert.tptt import FittedTptt, check_tptt, fit_tptt, is_tptt, open_tptt, write_tptt
-from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
+from tptt_jax import CausalLM, LizaConfig, LoraConfig
 from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.sharding import RULES
 from tptt_jax.training.base_weights import same_base_weights
@@ -120,21 +119,6 @@ def _check_dtypes(dtype: DTypeLike | Literal["auto"], base_dtype: BaseDtype | No
         )
 
 
-@dataclass(frozen=True)
-class _Build:
-    """Creates a model with random weights."""
-
-    config: ModelConfig
-    liza: LizaConfig | None
-    lora: LoraConfig | None
-    dtype: np.dtype
-    seed: int
-
-    def __call__(self, base_dtype: BaseDtype | None) -> CausalLM:
-        options: Any = {"dtype": self.dtype, "base_dtype": base_dtype, "rngs": nnx.Rngs(self.seed)}
-        return CausalLM(self.config, self.liza, self.lora, **options)
-
-
 def _load(
     pretrained: Pretrained,
     liza: LizaConfig | None,
@@ -159,7 +143,11 @@ def _load(
             )
         memory = fitted.liza if memory is None else memory
     weights = pretrained.stored_dtype if dtype == "auto" else jnp.dtype(dtype)
-    build = _Build(pretrained.config, memory, chosen, weights, seed)
+
+    def build(base_dtype: BaseDtype | None) -> CausalLM:
+        options: Any = {"dtype": weights, "base_dtype": base_dtype, "rngs": nnx.Rngs(seed)}
+        return CausalLM(pretrained.config, memory, chosen, **options)
+
     model = load_model(pretrained, build, mesh, base_dtype, rules)
     if fitted is not None:
         fitted.load_into(model)
