@@ -199,6 +199,7 @@ def _recall_rows(
         kinds=config.recall_kinds,
         count_text=config.recall_text,
         packing=config.packing,
+        option="--data.sequence-length" if config.recall_length is None else "--data.recall-length",
     )
     return lay_out(asked, length)
 

@@ -98,6 +98,7 @@ def hide(
     depth: float | None = None,
     is_ordered: bool = False,
     prefix: Sequence[int] = (),
+    option: str = "--data.sequence-length",
 ) -> Prompt:
     """A prompt of `length` tokens: text, what it hides, and the question.
 
@@ -111,6 +112,7 @@ def hide(
       depth: where it is, from 0, the beginning, to 1; None: anywhere.
       is_ordered: the other sentences come after it, one after the other; False: anywhere.
       prefix: tokens that the prompt begins with.
+      option: what sets the length, for the error.
 
     Raises:
       ValueError: if a prompt of this length cannot hide it so far back.
@@ -124,8 +126,7 @@ def hide(
     if room < apart:
         raise ValueError(
             f"recall rows of {length} tokens cannot hide {needed} tokens behind a window of "
-            f"{window}: give them {needed + apart + _LONGEST_ANSWER} or more with "
-            "--data.recall-length or --data.sequence-length."
+            f"{window}: raise {option} to {needed + apart + _LONGEST_ANSWER} or more."
         )
     first = int(rng.integers(0, len(haystack) - room)) if len(haystack) > room else 0
     text = np.resize(np.arange(first, len(haystack)), room)

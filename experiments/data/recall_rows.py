@@ -35,6 +35,7 @@ def recall_examples(
     weight: float = 0.3,
     count_text: bool = False,
     packing: bool = False,
+    option: str = "--data.sequence-length",
 ) -> list[list[Example]]:
     """Makes rows that ask for things hidden in a text.
 
@@ -52,6 +53,7 @@ def recall_examples(
       kinds: what examples ask for, in turn.
       weight: of a row's answers, relative to all tokens of a text row.
       count_text: tokens of a haystack that is unchanged text count as they do in `texts`.
+      option: what sets the length, for the error.
       packing: several examples of different lengths share a row; False: one per row.
 
     Returns:
@@ -68,7 +70,7 @@ def recall_examples(
         answer = encode(probe.answer)
         sizes = {"length": size - len(answer), "window": window, "prefix": prefix}
         haystack = haystacks.draw(rng, size)
-        prompt = hide(probe, encode, haystack.tokens, rng, **sizes)
+        prompt = hide(probe, encode, haystack.tokens, rng, option=option, **sizes)
         weights = np.zeros(size, np.float32)
         text = np.flatnonzero(prompt.places >= 0)
         weights[text] = haystack.targets[prompt.places[text]]

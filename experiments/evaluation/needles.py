@@ -136,11 +136,10 @@ class Needles:
                 depth=depth,
                 is_ordered=is_ordered,
                 prefix=begin_tokens(tokenizer),
+                option="--lengths",
             )
         except ValueError as error:
-            raise ValueError(
-                f"{self.name}: {error}".replace("--data.sequence-length", "--lengths")
-            ) from None
+            raise ValueError(f"{self.name}: {error}") from None
         about = {"data": self.data.path, "seed": self.seed, "length": length, "depth": depth}
         about |= {"sample": sample}
         return Row(about, (prompt.tokens, probe, right))

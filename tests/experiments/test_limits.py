@@ -73,7 +73,7 @@ def test_rows_for_the_memory_alone_have_the_same_limits():
         num_without_targets=0,
     )
     tokenizer = make_tokenizer(begin=True)
-    with pytest.raises(ValueError, match=r"lower --data\.sequence-length to 8"):
+    with pytest.raises(ValueError, match=r"lower --data\.recall-length to 8"):
         check_rows(data, LEARNED, tokenizer)
     check_rows(replace(data, asked=source(short, short)), LEARNED, tokenizer)
 

@@ -229,6 +229,8 @@ def test_rows_for_the_memory_alone_may_be_longer_than_those_of_text(tokenizer):
     assert found.asked.sequence_length == 2 * LENGTH
     assert found.train.sequence_length == LENGTH
     assert found.asked.num_rows == round(found.train.num_rows / 3)
+    with pytest.raises(ValueError, match=r"raise --data\.recall-length to \d+ or more"):
+        load_token_data(replace(data, recall_length=40), tokenizer, 5, window=WINDOW)
     with pytest.raises(ValueError, match=r"--data\.recall-length is for rows that train"):
         replace(data, recall_trains="all")
 
@@ -247,9 +249,9 @@ def test_batches_for_the_memory_alone_of_a_step(accumulate, share, batches):
 
 
 def test_rows_that_are_too_short_say_how_long_they_must_be(tokenizer):
-    with pytest.raises(ValueError, match=r"give them \d+ or more with --data.recall-l") as caught:
+    with pytest.raises(ValueError, match=r"raise --data.sequence-length to \d+ or more") as caught:
         rows(tokenizer, length=60, count=1)
-    needed = int(re.search(r"them (\d+) or more", str(caught.value))[1])
+    needed = int(re.search(r"to (\d+) or more", str(caught.value))[1])
     assert len(rows(tokenizer, length=needed, count=1)) == 1
 
 
