@@ -35,6 +35,13 @@ def describe_run(config: FinetuneConfig) -> Description:
     )
 
 
+def resumed_description(config: FinetuneConfig) -> Description | None:
+    """The description of the run that a call goes on with; None: it starts a new one."""
+    if not config.resume or not is_checkpoint(config.output):
+        return None
+    return read_description(config.output)
+
+
 def check_output(config: FinetuneConfig, description: Description) -> None:
     """Raises if the output directory holds another run."""
     output = config.output
@@ -51,8 +58,9 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
         folder = output / stage / "checkpoints"
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, but must be a directory: remove it.")
-    if is_checkpoint(output) and config.resume:
-        differences = _differences(read_description(output), description)
+    written = resumed_description(config)
+    if written is not None:
+        differences = _differences(written, description)
         if differences:
             raise ValueError(
                 f"{output} holds another run ({'; '.join(differences)}): use another --output, or "

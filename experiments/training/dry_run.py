@@ -49,7 +49,7 @@ def dry_run(run: Run) -> dict[str, Any]:
     schedule = {
         "steps": run.steps,
         "rows_per_step": rows,
-        "rows_for_the_memory_per_step": run.config.batch_size * run.config.asked_batches,
+        "rows_for_the_memory_per_step": run.config.asked_rows_per_step,
         "tokens_in_first_step": tokens,
         "epochs": run.steps * rows / run.data.train.num_rows if run.data.train.num_rows else None,
     }

@@ -36,7 +36,7 @@ def fit_rows(
     liza = config.memory
     if liza is None or liza.writes != "evicted" or not runs_memory(model.config, liza):
         return None
-    if config.fit.steps == 0 and not config.fit.distill_steps:
+    if not config.fit.has_steps:
         return None
     return long_rows(config, model.config, tokenizer, seed, console, files)
 

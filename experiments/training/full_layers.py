@@ -10,11 +10,11 @@ from rich.console import Console
 from convert import load_pretrained, load_tokenizer
 from convert.sources import find_checkpoint
 from experiments.data import TokenBatchSource
+from experiments.training.checks import resumed_description
 from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import long_rows
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.processes import failing_together
-from tptt_jax.training.description import is_checkpoint, read_description
 from tptt_jax.training.layer_gaps import choose_full_layers, layer_gaps
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ def with_written_layers(config: FinetuneConfig) -> FinetuneConfig:
       ValueError: if that run has another number of them.
     """
     count = config.full_layers_auto
-    if not count or not config.resume or not is_checkpoint(config.output):
+    run = resumed_description(config) if count else None
+    if run is None:
         return config
-    liza = read_description(config.output).liza
-    written = () if liza is None else liza.full_layers
+    written = () if run.liza is None else run.liza.full_layers
     if len(written) != count:
         have = f"full layers {_listed(written)}" if written else "no full layers"
         raise ValueError(

@@ -3,8 +3,8 @@
 import dataclasses
 
 from convert.sources import find_checkpoint
+from experiments.training.checks import resumed_description
 from experiments.training.config import FinetuneConfig
-from tptt_jax.training.description import is_checkpoint, read_description
 
 
 def with_horizon(config: FinetuneConfig) -> FinetuneConfig:
@@ -21,11 +21,11 @@ def with_horizon(config: FinetuneConfig) -> FinetuneConfig:
     forgets = memory.writes == "evicted" and memory.alpha_gate != "constant"
     if not forgets or memory.softmax_window is None:
         return config
-    if config.resume and is_checkpoint(config.output):
-        written = read_description(config.output).liza
-        horizon = None if written is None else written.horizon
-    else:
+    run = resumed_description(config)
+    if run is None:
         horizon = _longest_row(config, memory.softmax_window)
+    else:
+        horizon = None if run.liza is None else run.liza.horizon
     liza = dataclasses.replace(config.liza, horizon=horizon)
     return dataclasses.replace(config, liza=liza, horizon_auto=False)
 
@@ -33,7 +33,7 @@ def with_horizon(config: FinetuneConfig) -> FinetuneConfig:
 def _longest_row(config: FinetuneConfig, window: int) -> int | None:
     """Tokens of the longest row of fit and training; None: there is none."""
     lengths = []
-    if config.fit.steps != 0 or config.fit.distill_steps:
+    if config.fit.has_steps:
         lengths.append(config.fit.row_length(window, config.data.sequence_length))
     if config.steps != 0:
         lengths.append(config.data.sequence_length)

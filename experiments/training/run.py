@@ -95,7 +95,7 @@ class Run:
     @functools.cached_property
     def batches(self) -> TrainingBatches:
         """The batches of training on text."""
-        asked_rows = self.config.batch_size * self.config.asked_batches
+        asked_rows = self.config.asked_rows_per_step
         return TrainingBatches(
             source=self.data.train,
             asked=self.data.asked if isinstance(self.data, TokenData) else None,

@@ -60,8 +60,7 @@ def _recipe(run: Run, step: int) -> Iterator[tuple[str, str | list[str]]]:
     yield "steps", f"{step:,}"
     if step:
         rows = f"{config.rows_per_step} x {config.data.sequence_length} tokens"
-        if config.asked_batches:
-            asked = config.batch_size * config.asked_batches
+        if asked := config.asked_rows_per_step:
             rows += f", and {asked} x {config.data.recall_row_length} for the memory alone"
         yield "batch", rows
         tokens = _tokens_read(run)

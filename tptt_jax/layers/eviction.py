@@ -17,16 +17,21 @@ class Evicted(NamedTuple):
     """The evicted tokens at each place of a call.
 
     Attributes:
-      tokens: the token that leaves at each place; sinks leave, but are not written.
-      held: tokens that the memory holds, the one of this place included [B, T].
+      tokens: the token that leaves at each place, and how many the memory then holds; sinks leave,
+        but are not written.
       before: tokens that had left before the call [B]; None without a cache.
       first: the place before which none has left in any row.
     """
 
     tokens: MemoryTokens
-    held: Int[Array, "B T"]
     before: Int[Array, "B"] | None
     first: int = 0
+
+    @property
+    def held(self) -> Int[Array, "B T"]:
+        """Tokens that the memory holds, the one of this place included."""
+        assert self.tokens.held is not None, "evicted tokens are counted"
+        return self.tokens.held
 
 
 def evict(
@@ -62,8 +67,9 @@ def evict(
         assert context.length is not None
         keys, values = _from_cache(context, cache, left, k, v)
         before = jnp.maximum(context.length - window, 0)
-    tokens = MemoryTokens(keys, values, ids, left >= settings.sinks)
-    return Evicted(tokens, jnp.maximum(left - settings.sinks + 1, 0), before, first)
+    held = jnp.maximum(left - settings.sinks + 1, 0)
+    tokens = MemoryTokens(keys, values, ids, left >= settings.sinks, held=held)
+    return Evicted(tokens, before, first)
 
 
 def _from_cache(

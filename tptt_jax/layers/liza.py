@@ -318,11 +318,8 @@ class LizaAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H D"], MemoryState | None]:
         """Writes evicted tokens into the memory, and reads it at each place."""
         assert self.memory is not None
-        tokens = lost.tokens
-        if self.memory.config.horizon is not None:
-            tokens = tokens._replace(held=lost.held)
         # Before the first place with a token to write there is nothing to read.
-        inputs = jax.tree.map(lambda x: x[:, lost.first :], (made.x, made.soft_q, tokens))
+        inputs = jax.tree.map(lambda x: x[:, lost.first :], (made.x, made.soft_q, lost.tokens))
         linear, state = self.memory(
             *inputs, state=state, length=lost.before, dropout_key=dropout_key
         )

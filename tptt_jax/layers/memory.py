@@ -361,8 +361,9 @@ def _forget_beyond(
     horizon: int | None, held: Array | None, log_decay: Array | None, beta: Array
 ) -> Array | None:
     """The log decay [B, T, K], with no half-life above half a horizon where more is held."""
-    if horizon is None or held is None:
+    if horizon is None:
         return log_decay
+    assert held is not None, "evicted tokens are counted"
     if log_decay is None:
         log_decay = jnp.zeros((*held.shape, beta.shape[3]), jnp.float32)
     most = math.log(0.5) / (horizon / 2)

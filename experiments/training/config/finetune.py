@@ -225,6 +225,11 @@ class FinetuneConfig:
         return max(1, round(self.accumulate * share / (1 - share)))
 
     @property
+    def asked_rows_per_step(self) -> int:
+        """Recall rows that one step of training takes for the memory alone."""
+        return self.batch_size * self.asked_batches
+
+    @property
     def mag(self) -> MagSchedule | None:
         """The schedule of the memory's share; None if it is not scheduled."""
         if self.no_liza or self.liza.mag != "scheduled":

@@ -62,6 +62,11 @@ class FitConfig:
             if not getattr(self, name) > 0:
                 raise ValueError(f"fit: {name} must be above 0, got {getattr(self, name)}.")
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether there is anything to fit with, if the model has a memory behind a window."""
+        return self.steps != 0 or bool(self.distill_steps)
+
     def row_length(self, window: int, trained: int) -> int:
         """Tokens of a row, see `length`.
 
