@@ -14,8 +14,9 @@ finetune: $(VENV)/.demo
 	$(BIN)/python -m experiments.finetune $(ARGS)
 
 # Nearly all of a test's time is compilation on one core; a file's tests share their models.
+# A worker that dies ends the run: with a new one in its place pytest-xdist 3.8 waits forever.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

@@ -75,6 +75,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; JAX sees only the CPU"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_compiled_programs() -> Iterator[None]:
+    """Forgets compiled programs when a file ends and the process holds many of them.
+
+    Each program maps several pieces of memory, and Linux kills a process that has more than
+    vm.max_map_count (65,530): a segmentation fault in whatever compiles next.
+    """
+    yield
+    if _mapped_pieces() > 15_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
+def _mapped_pieces() -> int:
+    """Pieces of memory that this process has mapped; 0 where the system does not say."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
 @pytest.fixture(scope="session")
 def project_dir() -> Path:
     """The folder of pyproject.toml."""
