@@ -27,4 +27,4 @@ def test_examples_of_a_module(name):
 
 
 def test_examples_are_found():
-    assert {"tptt_jax.model", "tptt_jax.config.memory"} <= set(MODULES)
+    assert {"tptt_jax.model", "tptt_jax.config.memory.liza"} <= set(MODULES)
