@@ -31,7 +31,7 @@ class Computation:
     CPU all three are equal). "auto" is "highest" in a float32 model and "default" in half
     precision. The state, the inverse of each chunk's system and single tokens stay exact."""
 
-    def check_computation(self) -> None:
+    def _check_computation(self) -> None:
         """Raises ValueError if a size, the precision or the dropout is impossible."""
         check_choice("precision", self.precision, Precision)
         check_at_least(self, 1, "chunk_size", "horizon")

@@ -28,7 +28,7 @@ class Mixing:
     cross_gate: bool = False
     """Add the product of both terms to their sum, after the projection."""
 
-    def check_mixing(self) -> None:
+    def _check_mixing(self) -> None:
         """Raises ValueError if a choice is unknown or the first share is none."""
         check_choice("mag", self.mag, Mag)
         check_choice("linear_scale", self.linear_scale, LinearScale)

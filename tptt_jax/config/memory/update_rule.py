@@ -80,12 +80,12 @@ class UpdateRule:
     """Expand the write gate into virtual tokens like k and v, as in the paper's text; a differenced
     gate turns negative and lets the state grow."""
 
-    def operator_defaults(self) -> dict[str, Any]:
+    def _operator_defaults(self) -> dict[str, Any]:
         """The five fields that the operator's name sets, as the paper has them."""
         assert self.operator is not None
         return OPERATOR_DEFAULTS | OPERATORS.get(self.operator, {})
 
-    def check_rule(self) -> None:
+    def _check_rule(self) -> None:
         """Raises ValueError if a choice is unknown or gates exclude each other."""
         check_choice("trick", self.trick, Trick)
         check_choice("beta_gate", self.beta_gate, Gate)

@@ -21,7 +21,7 @@ class Window:
     """Layers, counted from 0, that keep the base model's full softmax attention: they have neither
     a window nor a memory, and their cache holds every token. Sorted after construction."""
 
-    def check_window(self) -> None:
+    def _check_window(self) -> None:
         """Sorts full_layers; raises ValueError if a size or a layer is impossible."""
         check_at_least(self, 1, "softmax_window")
         check_at_least(self, 0, "softmax_sinks")
