@@ -4,6 +4,7 @@ The reference is one call with whole rows. Every check returns the largest diffe
 relative to the largest logit; NaN or Inf in either makes it NaN.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +25,14 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(difference / max(np.abs(expected.astype(np.float64)).max(), 1e-30))
 
 
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _call(
+    graphdef: nnx.GraphDef, state: nnx.State, tokens: Any, ids: Any, cache: Any
+) -> tuple[Any, Any]:
+    output = nnx.merge(graphdef, state)(tokens, ids, cache=cache)
+    return output.logits, output.cache
+
+
 class Runner:
     """A model, its text and the logits of the text in one call."""
 
@@ -36,23 +45,16 @@ class Runner:
         """
         # Frequencies of the whole text, as in transformers; a cache needs fixed ones.
         model = fix_context(model, tokens.shape[1])
-        graphdef, self._state = nnx.split(model)
+        self._graphdef, self._state = nnx.split(model)
         self.model, self.tokens = model, tokens
         self.empty = init_cache(model, *tokens.shape)
         self._whole: np.ndarray | None = None
-
-        @jax.jit
-        def call(state: nnx.State, tokens: Any, ids: Any, cache: Any) -> tuple[Any, Any]:
-            output = nnx.merge(graphdef, state)(tokens, ids, cache=cache)
-            return output.logits, output.cache
-
-        self._call = call
 
     def __call__(
         self, tokens: np.ndarray, ids: np.ndarray | None = None, cache: Any = None
     ) -> tuple[np.ndarray, Any]:
         """Logits [B, T, V] in float32, and the new cache."""
-        logits, cache = self._call(self._state, tokens, ids, cache)
+        logits, cache = _call(self._graphdef, self._state, tokens, ids, cache)
         return np.asarray(logits, np.float32), cache
 
     @property

@@ -9,13 +9,17 @@ from convert import load_pretrained
 from convert.checks import verify_pretrained
 from convert.checks.streaming import Runner
 from convert.checks.verify import TOLERANCES, Check
-from tests.convert.checkpoints import GEMMA, LLAMA, hf_shapes, random_tensors, write_directory
+from tests.convert.checkpoints import LLAMA, hf_shapes, random_tensors, write_directory
 from tests.convert.test_checkpoints import save_run
 from tests.convert.test_command_line import run_main
 from tests.convert.test_gguf_io import write_gguf
 from tests.tiny import write_tiny_model
 from tptt_jax import LizaConfig, LoraConfig
 
+# Tests of one text and one model share their compiled programs.
+TOKENS = 16
+# The special tokens that `write_gguf` writes.
+MODEL = LLAMA | {"bos_token_id": 2, "eos_token_id": [1, 5]}
 STREAMING = ["token by token", "segments", "ragged segments", "padding", "packing"]
 
 
@@ -45,8 +49,8 @@ def test_a_directory_with_a_tokenizer(tmp_path, monkeypatch, capsys):
 @pytest.mark.parity
 def test_a_gguf_file_is_compared_through_its_export(tmp_path):
     pytest.importorskip("torch")
-    path = write_gguf(tmp_path / "m.gguf", GEMMA, random_tensors(hf_shapes(GEMMA)))
-    checks, text = verify_pretrained(path, num_tokens=12)
+    path = write_gguf(tmp_path / "m.gguf", MODEL, random_tensors(hf_shapes(MODEL)))
+    checks, text = verify_pretrained(path, num_tokens=TOKENS)
     assert text.startswith("random tokens")
     assert checks[0].note == "on the exported model"
     assert {check.result for check in checks} == {"PASS"}
@@ -54,12 +58,12 @@ def test_a_gguf_file_is_compared_through_its_export(tmp_path):
 
 def test_a_run_is_checked_with_its_own_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    base = write_directory(tmp_path / "base", LLAMA)
+    base = write_directory(tmp_path / "base", MODEL)
     liza = LizaConfig(
         writes="all", operator="delta_rule_gelu", softmax_window=5, softmax_sinks=2, chunk_size=3
     )
     save_run(tmp_path / "run", base, liza, LoraConfig(rank=2))
-    checks, _ = verify_pretrained(tmp_path / "run", num_tokens=13)
+    checks, _ = verify_pretrained(tmp_path / "run", num_tokens=TOKENS)
     results = {(check.model, check.check): check.result for check in checks}
     # Gelu after every chunk: the one operator whose result depends on the chunk size.
     assert results.pop(("this run", "other chunk size")) == "SKIP"
@@ -73,9 +77,9 @@ def test_a_run_is_checked_with_its_own_memory(tmp_path, monkeypatch):
 
 def test_the_reference_operator_is_not_blamed_for_what_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    base = write_directory(tmp_path / "base", LLAMA)
+    base = write_directory(tmp_path / "base", MODEL)
     save_run(tmp_path / "run", base, LizaConfig.tptt_reference(), LoraConfig(rank=2))
-    checks, _ = verify_pretrained(tmp_path / "run", num_tokens=12)
+    checks, _ = verify_pretrained(tmp_path / "run", num_tokens=TOKENS)
     mine = [check for check in checks if check.model == "this run"]
     assert {check.result for check in mine} == {"SKIP"}
     *streaming, export = mine
@@ -113,9 +117,9 @@ def forget(call):
 )
 def test_what_is_broken_fails(tmp_path, monkeypatch, breakage, expected):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    path = write_directory(tmp_path / "m", LLAMA)
+    path = write_directory(tmp_path / "m", MODEL)
     monkeypatch.setattr(Runner, "__call__", breakage(Runner.__call__))
-    assert failed(verify_pretrained(path, num_tokens=16)[0]) == expected
+    assert failed(verify_pretrained(path, num_tokens=TOKENS)[0]) == expected
 
 
 def test_nan_fails():
@@ -144,6 +148,6 @@ def test_impossible_settings(tmp_path, monkeypatch, capsys, arguments, message):
 
 
 def test_tolerances_cover_every_dtype(tmp_path):
-    path = write_directory(tmp_path / "m", LLAMA)
+    path = write_directory(tmp_path / "m", MODEL)
     for dtype in TOLERANCES:
         assert load_pretrained(path, dtype=dtype).dtype.name == dtype
