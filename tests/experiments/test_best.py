@@ -15,6 +15,7 @@ from experiments.training import FinetuneConfig
 from experiments.training.best import BestState, has_stopped_early
 from experiments.training.config import CheckpointConfig, FitConfig, HeldOutConfig, OptimizerConfig
 from experiments.training.metrics import StepRecord, read_metrics
+from tests.experiments.shared_steps import share_steps
 from tptt_jax import LizaConfig
 from tptt_jax.training.checkpoint import latest_step, restore_trainable
 
@@ -42,6 +43,12 @@ def records(*losses: float | None) -> list[StepRecord]:
 )
 def test_it_ends_after_so_many_evaluations_without_a_lower_loss(losses, patience, ends):
     assert has_stopped_early(records(*losses), patience) is ends
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_steps():
+    with share_steps():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from experiments.training.config import CheckpointConfig
 from experiments.training.metrics import read_metrics
 from experiments.training.outcome import Outcome
 from experiments.training.positions import read_position, save_position
+from tests.experiments.shared_steps import share_steps
 from tests.tiny import BOS, EOS, make_tokenizer
 from tptt_jax.config import LoraConfig
 
@@ -402,12 +403,13 @@ def test_a_killed_run_goes_on_with_the_rows_that_it_had_not_seen(
         checkpoints=CheckpointConfig(checkpoint_every=2),
         sample_tokens=0,
     )
-    finetune(config)
-    assert "streaming 13 rows of" in capsys.readouterr().out
     killed = replace(config, output=tmp_path / "killed")
-    shutil.copytree(config.output, killed.output)
-    shutil.rmtree(killed.output / "checkpoints" / "4")
-    assert finetune(killed)["resumed_at"] == 2
+    with share_steps():
+        finetune(config)
+        assert "streaming 13 rows of" in capsys.readouterr().out
+        shutil.copytree(config.output, killed.output)
+        shutil.rmtree(killed.output / "checkpoints" / "4")
+        assert finetune(killed)["resumed_at"] == 2
     whole, resumed = (read_metrics(each.output / "metrics.jsonl") for each in (config, killed))
     assert [record.loss for record in resumed] == [record.loss for record in whole]
     assert all(record.wait_seconds is not None for record in resumed)

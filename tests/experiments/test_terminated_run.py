@@ -16,6 +16,7 @@ from experiments.training import FinetuneConfig
 from experiments.training.event_files import read_frames
 from experiments.training.metrics import read_metrics
 from experiments.training.report import TrainingProgress
+from tests.experiments.shared_steps import share_steps
 from tptt_jax.training.checkpoint import latest_step
 
 
@@ -58,12 +59,13 @@ def run(tiny_model_dir, tmp_path_factory):
         printed.append(shown.getvalue())
         assert status == 0
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingProgress, "update", terminate)
-        call([*arguments, "--json"])
-    assert latest_step(output) == 2, "the step at hand ends, and is saved"
-    *_, command = [line for line in printed[0].splitlines() if "python -m" in line]
-    call(shlex.split(command)[3:])
+    with share_steps():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TrainingProgress, "update", terminate)
+            call([*arguments, "--json"])
+        assert latest_step(output) == 2, "the step at hand ends, and is saved"
+        *_, command = [line for line in printed[0].splitlines() if "python -m" in line]
+        call(shlex.split(command)[3:])
     return output, printed, own
 
 
