@@ -31,7 +31,7 @@ from experiments.evaluation.variants import (
     variants_of,
 )
 from experiments.reports.html import Section, write_report
-from tests.contracts import random_tokens, relative_error
+from tests.contracts import logits_of, random_tokens, relative_error
 from tests.tiny import BOS, make_tokenizer, write_untrained_run
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, state_bytes
 from tptt_jax.inference.score import token_losses
@@ -100,11 +100,11 @@ def test_the_controls_of_a_hybrid_keep_its_full_layers(tiny_model_dir, tmp_path)
         variant = kinds[name]
         full = variant.window is None
         model = source.load(variant.window, None, F32, is_full=full).model
-        return model(tokens, use_memory=variant.use_memory).logits
+        return logits_of(model, tokens, use_memory=variant.use_memory)
 
     def direct(window, layers):
         liza = LizaConfig(writes="none", softmax_window=window, softmax_sinks=2, full_layers=layers)
-        return replace_memory(hybrid, liza)(tokens).logits
+        return logits_of(replace_memory(hybrid, liza), tokens, use_memory=False)
 
     # In bytes of each layer with a window: 16 tokens, and a state of D x D for each KV head.
     assert kinds[EQUAL].window == 16 + hybrid.config.head_dim // 2
@@ -112,7 +112,8 @@ def test_the_controls_of_a_hybrid_keep_its_full_layers(tiny_model_dir, tmp_path)
         want = direct(kinds[name].window, (1,))
         np.testing.assert_array_equal(logits(name), want)
         assert relative_error(direct(kinds[name].window, ()), want) > 1e-3
-    np.testing.assert_array_equal(logits(FULL), replace_memory(hybrid, None)(tokens).logits)
+    base = replace_memory(hybrid, None)
+    np.testing.assert_array_equal(logits(FULL), logits_of(base, tokens, use_memory=False))
     for length in (0, 5_000):
         sizes = [
             state_bytes(hybrid.config, liza, max_tokens=length, dtype=F32)
@@ -322,7 +323,7 @@ def test_likeliest_tokens_are_those_of_the_logits():
     got = associative._likeliest(
         model, jnp.asarray(tokens), jnp.ones((1, 12), jnp.int32), places, use_memory=False
     )
-    want = jnp.argmax(model(tokens).logits[0], axis=-1)
+    want = logits_of(model, tokens)[0].argmax(-1)
     np.testing.assert_array_equal(got[:3], want[np.array([2, 6, 10])])
 
 
