@@ -23,6 +23,7 @@ from convert.families import family_of
 from convert.loading import variables_of
 from convert.rules import IDENTITY, TRANSPOSE, Rule
 from convert.sources import open_pretrained
+from tests.contracts import logits_of, random_tokens
 from tests.convert.checkpoints import LLAMA, hf_shapes, random_tensors, write_directory
 from tests.convert.test_gguf_io import write_gguf
 from tptt_jax import LizaConfig, LoraConfig
@@ -114,15 +115,15 @@ def test_every_tensor_is_in_its_place(adapter):
 
 
 def test_the_same_as_merged_weights(tmp_path, adapter, llama):
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 97, (2, 9)))
+    tokens = random_tokens((2, 9), seed=1)
     weights = load_file(llama / "model.safetensors")
     tensors = adapter_tensors(*PLACES)
     for place in PLACES:
         a, b = (tensors[f"base_model.model.model.layers.{place}.lora_{x}.weight"] for x in "AB")
         weights[f"model.layers.{place}.weight"] += 6 / math.sqrt(RANK) * b @ a
-    wanted = load_pretrained(write_directory(tmp_path / "m", LLAMA, weights))(tokens).logits
+    wanted = logits_of(load_pretrained(write_directory(tmp_path / "m", LLAMA, weights)), tokens)
     write_adapter_files(adapter, use_rslora=True, base_model_name_or_path=str(llama))
-    got = load_pretrained(adapter)(tokens).logits
+    got = logits_of(load_pretrained(adapter), tokens)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
 

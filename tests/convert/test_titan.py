@@ -15,7 +15,7 @@ import convert
 from convert import ConversionError, export_pretrained, load_pretrained, load_tokenizer
 from convert.__main__ import main
 from convert.formats import SafetensorsDirectory
-from tests.contracts import randomize
+from tests.contracts import logits_of, random_tokens, randomize
 from tests.convert.checkpoints import GEMMA, LLAMA, write_directory
 from tests.convert.test_pretrained import LORA, fill_adapters, values_of
 from tests.tiny import make_tokenizer
@@ -174,11 +174,11 @@ def test_adapters_are_merged(tmp_path):
     model = load_pretrained(source, LizaConfig(), LORA)
     fill_adapters(model)
     export_pretrained(model, tmp_path / "t", "titan", source=source)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 97, (2, 9)))
+    tokens = random_tokens((2, 9))
     again = load_pretrained(tmp_path / "t")
     assert again.lora is None
-    wanted = model(tokens).logits
-    np.testing.assert_allclose(again(tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    wanted = logits_of(model, tokens)
+    np.testing.assert_allclose(logits_of(again, tokens), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_directory_brings_its_memory_unless_one_is_given(tmp_path):

@@ -15,7 +15,7 @@ from convert import ConversionError, export_pretrained, load_pretrained
 from convert.__main__ import inspect_model, main
 from convert.loading import variables_of
 from convert.tptt import read_tptt_config
-from tests.contracts import quick_jit, relative_error
+from tests.contracts import logits_of, relative_error
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.training.checkpoint import RunCheckpoints
 from tptt_jax.training.description import Description, write_description
@@ -86,9 +86,7 @@ def torch_logits(model):
 
 
 def logits(model):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state: nnx.merge(graphdef, state)(jnp.asarray(TOKENS)).logits)
-    return np.asarray(run(state))
+    return logits_of(model, TOKENS)
 
 
 @pytest.fixture(scope="module")

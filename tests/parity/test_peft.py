@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from convert import ConversionError, export_pretrained, load_pretrained
+from tests.contracts import logits_of
 from tests.parity import test_families, test_transformers
 from tests.parity.test_transformers import TOKENS
 from tests.parity.torch_models import build, relative_error, reload, torch_logits
@@ -83,7 +84,7 @@ def adapted(path, **settings):
 
 
 def ours(*arguments, **named):
-    return np.asarray(load_pretrained(*arguments, **named)(jnp.asarray(TOKENS)).logits)
+    return logits_of(load_pretrained(*arguments, **named), TOKENS)
 
 
 def read(path):
@@ -97,7 +98,7 @@ def test_import_and_export(tmp_path, bases, name, settings):
     theirs.save_pretrained(tmp_path / "a")
     wanted = torch_logits(theirs, TOKENS)
     model = load_pretrained(tmp_path / "a")
-    got = np.asarray(model(jnp.asarray(TOKENS)).logits)
+    got = logits_of(model, TOKENS)
     assert relative_error(got, wanted) <= 1e-5
     assert relative_error(plain, wanted) > 0.01
 
@@ -131,7 +132,7 @@ def test_our_own_adapters(tmp_path, bases, name, rslora):
         for projection in (stack.mlp.up_proj, stack.self_attn.o_proj):
             shape = projection.lora.b[...].shape
             projection.lora.b[...] = jnp.asarray(0.3 * rng.standard_normal(shape), jnp.float32)
-    wanted = np.asarray(model(jnp.asarray(TOKENS), use_memory=False).logits)
+    wanted = logits_of(model, TOKENS, use_memory=False)
     export_pretrained(model, tmp_path / "b", "peft", base)
     assert json.loads((tmp_path / "b/adapter_config.json").read_text())["target_modules"] == [
         *("o_proj", "up_proj")

@@ -10,6 +10,7 @@ from flax import nnx
 
 from convert import load_pretrained
 from tests.contracts import (
+    jitted,
     quick_jit,
     random_tokens,
     randomize,
@@ -75,9 +76,7 @@ def inject(base, mode, **options):
 
 
 def call(model, tokens, segment_ids=None):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state, *args: nnx.merge(graphdef, state)(*args).logits)
-    return np.asarray(run(state, jnp.asarray(tokens), segment_ids))
+    return np.asarray(jitted(model)(jnp.asarray(tokens), segment_ids).logits)
 
 
 def torch_logits(model, tokens, mask=None):
@@ -187,17 +186,11 @@ def test_decoding_continues_the_memory(base):
     """Token by token, whole chunks give what one call gives; so does generation."""
     model = load_pretrained(base[1], LizaConfig.tptt_reference(chunk_size=12))
     whole = call(model, TOKENS)
-    graphdef, state = nnx.split(model)
-
-    @quick_jit
-    def step(state, tokens, cache):
-        output = nnx.merge(graphdef, state)(tokens, cache=cache)
-        return output.logits, output.cache
-
-    cache, got = init_cache(model, *TOKENS.shape), []
+    step, cache, got = jitted(model), init_cache(model, *TOKENS.shape), []
     for t in range(TOKENS.shape[1]):
-        logits, cache = step(state, jnp.asarray(TOKENS[:, t : t + 1]), cache)
-        got.append(np.asarray(logits))
+        output = step(jnp.asarray(TOKENS[:, t : t + 1]), cache=cache)
+        cache = output.cache
+        got.append(np.asarray(output.logits))
     assert relative_error(np.concatenate(got, 1), whole) <= 1e-4
     prompt, new = TOKENS[:, :12], generate(model, TOKENS[:, :12], 1, stop_tokens=()).tokens
     wanted = torch_logits(inject(base[0], "delta_product", max_chunk_size=12), prompt)

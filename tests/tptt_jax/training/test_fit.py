@@ -1,6 +1,7 @@
 """Fitting every layer's memory to the base model's own attention."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +60,13 @@ def _titan(config=LLAMA, *, random=True, lora=None, dtype=jnp.float32, **options
     return raise_shares(randomize(model)) if random else model
 
 
+@functools.partial(quick_jit, static_argnums=0)
+def _gaps_of(graphdef, state, *args):
+    return gap_gradients(nnx.merge(graphdef, state), *args)
+
+
 def _gaps(model, *args):
-    graphdef, state = nnx.split(model)
-    run = quick_jit(lambda state, *args: gap_gradients(nnx.merge(graphdef, state), *args))
-    return run(state, *args)
+    return _gaps_of(*nnx.split(model), *args)
 
 
 @pytest.mark.parametrize("config", [MIXED, UNEVEN], ids=["sliding and full", "two stacks"])

@@ -5,6 +5,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.contracts import quick_jit
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.ops.cross_entropy import token_cross_entropy
 from tptt_jax.training.loss import (
@@ -121,9 +122,11 @@ def test_packed_loss_is_the_sum_of_the_documents():
     model = CausalLM(ModelConfig.tiny(), LizaConfig(writes="all"), LoraConfig(), rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (1, 23), 0, 97)
     segments = jnp.array([[1] * 9 + [2] * 11 + [0] * 3])
-    packed, count = causal_lm_loss(model, tokens, segments)
-    first, _ = causal_lm_loss(model, tokens[:, :9])
-    second, _ = causal_lm_loss(model, tokens[:, 9:20])
+    graphdef, state = nnx.split(model)
+    loss = quick_jit(lambda state, *batch: causal_lm_loss(nnx.merge(graphdef, state), *batch))
+    packed, count = loss(state, tokens, segments)
+    first, _ = loss(state, tokens[:, :9])
+    second, _ = loss(state, tokens[:, 9:20])
     assert count == 8 + 10
     np.testing.assert_allclose(packed, first + second, rtol=1e-5)
 
