@@ -120,8 +120,11 @@ def _normed(x, weight, eps):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one document", "packed"])
-@pytest.mark.parametrize(("window", "sinks"), [(5, 3), (3, 4), (1, 1), (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "sinks", "packed"),
+    [(5, 3, False), (5, 3, True), (3, 4, True), (1, 1, True), (4, 0, True)],
+    ids=str,
+)
 def test_windows_with_sinks_equal_a_mask(window, sinks, packed):
     """The softmax branch of the first layer, whose input is known."""
     model = _titan(softmax_window=window, softmax_sinks=sinks)
