@@ -60,11 +60,13 @@ def check_meaning(result: dict, tokens: int) -> None:
 COMMAND_LINES = {
     "op": (f"{OP} --batch 2", 80),
     "op, all options": (f"{OP} --kv-heads 1 --decay --grad --dtype bfloat16", 40),
-    "train": (f"train --batch 2 --tokens 12 {TINY}", 24),
     "train, memory": (
         *("train --tokens 12 --train memory --window 4 --random-weights tiny --repeats 1", 24),
     ),
-    "train, full": (f"train --tokens 12 --train full --dtype bfloat16 --remat dots {TINY}", 24),
+    "train, full": (
+        f"train --batch 3 --tokens 12 --train full --dtype bfloat16 --remat dots {TINY}",
+        36,
+    ),
     "decode": (f"decode --batch 2 --tokens 3 {TINY}", 6),
 }
 

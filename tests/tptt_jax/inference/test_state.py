@@ -30,9 +30,13 @@ def make(config, liza):
     return randomize(CausalLM(config, liza, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize(("config", "liza"), CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("tokens", [40, 700])
-def test_bytes_are_known_before_anything_is_read(config, liza, tokens):
+# The other two keep as much of 700 tokens as of 40.
+READ = [(name, 40) for name in CONFIGS] + [("base", 700), ("sliding and full", 700)]
+
+
+@pytest.mark.parametrize(("name", "tokens"), READ)
+def test_bytes_are_known_before_anything_is_read(name, tokens):
+    config, liza = CONFIGS[name]
     state = read(make(config, liza), random_tokens((2, tokens)))
     assert state.num_bytes == state_bytes(config, liza, batch_size=2, max_tokens=tokens)
 
@@ -190,9 +194,8 @@ def test_few_logits_at_a_time_change_nothing(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["window", "no softmax"])
-def test_no_drift_after_ten_thousand_tokens(name):
-    config, liza = CONFIGS[name]
+def test_no_drift_after_ten_thousand_tokens():
+    config, liza = CONFIGS["window"]
     model = CausalLM(config, liza, rngs=nnx.Rngs(0))
     prompt = random_tokens((1, 100))
     decoded = generate(model, prompt, 10_000, temperature=1.0, stop_tokens=())
