@@ -50,7 +50,7 @@ CASES = {
     "gated delta rule": Case(
         MIXED,
         EVICTED,
-        ("context=4", "context=8", "data=2,context=2,tensor=2"),
+        ("context=8", "data=2,context=2,tensor=2"),
         LoraConfig(dropout=0.2),
         train_head=True,
     ),
