@@ -257,8 +257,8 @@ def test_the_next_batch_is_made_while_the_device_works(tiny_model_dir, tmp_path,
 @pytest.mark.slow
 def test_the_demo_learns_on_real_weights(smollm_path, tmp_path):
     """SmolLM2 135M, its tokenizer and the Python language reference, for a few steps."""
-    arguments = ["--steps", 2, "--output", tmp_path / "demo", "--sample-tokens", 0, "--json"]
-    small = ["--fit-steps", 8, "--distill-steps", 4, "--fit-length", 256, "--fit-batch-size", 1]
+    arguments = ["--steps", 1, "--output", tmp_path / "demo", "--sample-tokens", 0, "--json"]
+    small = ["--fit-steps", 6, "--distill-steps", 2, "--fit-length", 256, "--fit-batch-size", 1]
     small += ["--data.sequence-length", 256, "--data.eval-tokens", 600, "--batch-size", 1]
     done = run("experiments.finetune", *arguments, *small, timeout=580)
     report = json.loads(done.stdout.splitlines()[-1])
