@@ -7,7 +7,8 @@ from flax import nnx
 from tptt_jax.array_typing import Array
 from tptt_jax.decoder import DecodingState
 from tptt_jax.model import CausalLM, init_cache
-from tptt_jax.ops.delta_product.choice import KernelKind, may_try_kernels
+from tptt_jax.ops.delta_product.choice import may_try_kernels
+from tptt_jax.ops.delta_product.kernel_kind import KernelKind
 from tptt_jax.ops.delta_product.warm_up import warm_up_kernels
 
 

@@ -13,7 +13,8 @@ from tptt_jax.ops import chunk_delta_product, warm_up_kernels
 from tptt_jax.ops.delta_product import choice as delta_product_choice
 from tptt_jax.ops.delta_product import trial as kernel_trial
 from tptt_jax.ops.delta_product.kernel import kernel_delta_product
-from tptt_jax.ops.delta_product.trial import KernelKind, kernels_agree
+from tptt_jax.ops.delta_product.kernel_kind import KernelKind
+from tptt_jax.ops.delta_product.trial import kernels_agree
 from tptt_jax.sharding import make_mesh
 
 PLAIN = KernelKind(16, 16, 1, 1, "float32", per_channel=False, decay=False, documents=False)

@@ -4,7 +4,7 @@ import importlib.util
 import os
 import warnings
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from tptt_jax.array_typing import Array, Float, SegmentIds
 from tptt_jax.ops.delta_product.inputs import compute_dtype, is_default_precision
+from tptt_jax.ops.delta_product.kernel_kind import KernelKind
 from tptt_jax.ops.devices import compute_capability, platform_of
 from tptt_jax.ops.manual_axes import varying_axes
 
@@ -19,30 +20,6 @@ from tptt_jax.ops.manual_axes import varying_axes
 _HOPPER = 9
 # Largest sizes that the kernels support.
 _MOST_CHANNELS, _MOST_STEPS, _LARGEST_GROUP = 128, 4, 16
-
-
-class KernelKind(NamedTuple):
-    """What a trial is for; another number of chunks or heads is taken to be the same.
-
-    Attributes:
-      dim: channels D of queries and keys.
-      value_dim: channels Dv of values.
-      steps: Householder steps N.
-      group: query heads of a KV head.
-      gate: dtype of the write gate.
-      per_channel: whether the write gate has a value for every channel.
-      decay: whether there is a forget gate.
-      documents: whether there are document ids.
-    """
-
-    dim: int
-    value_dim: int
-    steps: int
-    group: int
-    gate: str
-    per_channel: bool
-    decay: bool
-    documents: bool
 
 
 # Kinds of kernels that a warm-up has found in a function; None: no warm-up is looking for them.

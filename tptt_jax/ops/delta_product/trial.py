@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tptt_jax.ops.delta_product.choice import KernelKind
 from tptt_jax.ops.delta_product.kernel import kernel_delta_product
+from tptt_jax.ops.delta_product.kernel_kind import KernelKind
 from tptt_jax.ops.delta_product.naive import naive_delta_product
 from tptt_jax.ops.delta_product.plan import kernel_chunk_size
 

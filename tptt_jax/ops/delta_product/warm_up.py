@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 
-from tptt_jax.ops.delta_product.choice import KernelKind, may_try_kernels, wanted_kernels
+from tptt_jax.ops.delta_product.choice import may_try_kernels, wanted_kernels
+from tptt_jax.ops.delta_product.kernel_kind import KernelKind
 
 
 def warm_up_kernels(
