@@ -81,8 +81,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def few_compiled_programs() -> Iterator[None]:
     """Forgets compiled programs when a file ends and the process holds many of them.
 
-    Each program maps several pieces of memory, and Linux kills a process that has more than
-    vm.max_map_count (65,530): a segmentation fault in whatever compiles next.
+    Each program maps several pieces of memory, and Linux refuses a process more of them than
+    vm.max_map_count (65,530). The next compilation would then end in a segmentation fault.
     """
     yield
     if _mapped_pieces() > 15_000:

@@ -13,6 +13,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -21,6 +22,7 @@ from experiments.command_line import run_configured
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig
 from experiments.training.metrics import read_metrics
+from tests.contracts import jitted
 from tptt_jax import load_state
 from tptt_jax.training.checkpoint import latest_step
 
@@ -28,18 +30,22 @@ OLDER = Path(__file__).parents[1] / "older"
 
 
 @pytest.fixture(scope="module", params=sorted(OLDER.glob("*.tar.xz")), ids=lambda path: path.name)
-def files(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("older")
-    with tarfile.open(request.param) as archive:
-        archive.extractall(folder, filter="data")
-    name_folder(folder, "FOLDER")
-    return folder
+def archive(request):
+    return request.param
 
 
-def name_folder(folder, earlier):
-    """Runs name their base model by its whole path."""
+@pytest.fixture(scope="module")
+def files(archive, tmp_path_factory):
+    return unpack(archive, tmp_path_factory.mktemp("older"))
+
+
+def unpack(archive, folder):
+    with tarfile.open(archive) as members:
+        members.extractall(folder, filter="data")
+    # A run names its base model by the whole path.
     description = folder / "run" / "checkpoint.json"
-    description.write_text(description.read_text().replace(earlier, str(folder)))
+    description.write_text(description.read_text().replace("FOLDER", str(folder)))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,8 @@ def titan(files):
 
 
 def last_logits(model, tokens, cache=None):
-    return np.asarray(model(np.asarray([tokens], np.int32), cache=cache).logits)[0, -1]
+    """Through programs that models of one structure share."""
+    return np.asarray(jitted(model)(jnp.asarray([tokens]), cache=cache).logits)[0, -1]
 
 
 def test_a_run_gives_the_same_logits(titan, expected):
@@ -83,11 +90,8 @@ def test_a_saved_state_is_read_on(titan, files, expected):
     np.testing.assert_allclose(logits, expected["run"], atol=2e-4, rtol=1e-3)
 
 
-def test_a_run_that_was_killed_goes_on(files, expected, tmp_path, monkeypatch):
-    for name in ("base", "run"):
-        shutil.copytree(files / name, tmp_path / name)
-    shutil.copy(files / "text.txt", tmp_path)
-    name_folder(tmp_path, str(files))
+def test_a_run_that_was_killed_goes_on(archive, expected, tmp_path, monkeypatch):
+    unpack(archive, tmp_path)
     before = read_metrics(tmp_path / "run" / "metrics.jsonl")
     # As a kill after the second of four steps would have left it.
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")

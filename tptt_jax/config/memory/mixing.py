@@ -29,7 +29,7 @@ class Mixing:
     """Add the product of both terms to their sum, after the projection."""
 
     def _check_mixing(self) -> None:
-        """Raises ValueError if a choice is unknown or the first share is none."""
+        """Raises ValueError if a choice is unknown or the initial share impossible."""
         check_choice("mag", self.mag, Mag)
         check_choice("linear_scale", self.linear_scale, LinearScale)
         if self.mag == "learned" and not 0 < self.mag_init < 1:

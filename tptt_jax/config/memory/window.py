@@ -36,9 +36,8 @@ class Window:
             twice = min(layer for layer in layers if layers.count(layer) > 1)
             raise ValueError(f"full_layers names layer {twice} more than once: name it once.")
         object.__setattr__(self, "full_layers", tuple(sorted(layers)))
-        if self.softmax or not layers:
-            return
-        raise ValueError(
-            "softmax=False leaves no softmax attention to keep in full_layers: use "
-            "softmax=True, with softmax_window=1 for the least of it elsewhere."
-        )
+        if layers and not self.softmax:
+            raise ValueError(
+                "softmax=False leaves no softmax attention to keep in full_layers: use "
+                "softmax=True, with softmax_window=1 for the least of it elsewhere."
+            )
