@@ -22,7 +22,7 @@ from experiments.process.distributed import joined
 from experiments.process.interrupts import TerminationError, termination_raises
 from experiments.process.output_folder import locked_output
 from experiments.training import FinetuneConfig
-from experiments.training.checks import check_output, describe_run
+from experiments.training.checks import check_output, describe_run, resumed_description
 from experiments.training.dry_run import dry_run
 from experiments.training.fitting import fit_memory
 from experiments.training.full_layers import with_written_layers
@@ -38,8 +38,10 @@ from experiments.training.stage import Stage
 from experiments.training.summary import write_summary
 from experiments.training.text_training import train_on_text
 from experiments.training.trackers import Tracker, import_trackers, open_trackers
+from tptt_jax import warm_up
 from tptt_jax.model import replace_memory
 from tptt_jax.processes import failing_together, is_first_process
+from tptt_jax.sharding import on_mesh
 from tptt_jax.training.partition import load_trainable
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
@@ -97,26 +99,28 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
     with contextlib.ExitStack() as lock:
         with failing_together():
             modules = import_trackers(config.trackers) if is_first_process() else {}
-            config = with_horizon(with_written_layers(config))
-            check_output(config, describe_run(config))
+            written = resumed_description(config)
+            config = with_horizon(with_written_layers(config, written), written)
+            check_output(config, describe_run(config), written)
             if is_first_process():
                 check_push(config.hub, config.output)
             if is_first_process() and not config.dry_run:
                 lock.enter_context(locked_output(config.output))
         run = prepare_run(config, console)
+        warm_up(run.model)
         with failing_together():
             format = choose_pushed_format(config.hub, run.model, config.model)
-        if config.dry_run:
-            with run.on_mesh():
+        with on_mesh(run.mesh, config.rules):
+            if config.dry_run:
                 return dry_run(run)
-        opened = open_trackers(
-            {} if run.was_complete else modules,
-            trackers if is_first_process() else (),
-            *(config.output, flat_settings(run.config)),
-            is_continued=run.resumption.is_started,
-        )
-        with opened as run.trackers, run.on_mesh():
-            report = _run(run)
+            opened = open_trackers(
+                {} if run.was_complete else modules,
+                trackers if is_first_process() else (),
+                *(config.output, flat_settings(run.config)),
+                is_continued=run.resumption.is_started,
+            )
+            with opened as run.trackers:
+                report = _run(run)
         return report if format is None else report | {"push_format": format}
 
 

@@ -12,7 +12,7 @@ from experiments.process.output_folder import check_path
 from experiments.training.config import FinetuneConfig
 from experiments.training.stage import STAGES
 from tptt_jax.config import LizaConfig, check_context_axis
-from tptt_jax.sharding import make_mesh, make_rules
+from tptt_jax.sharding import make_mesh
 from tptt_jax.training.description import Description, is_checkpoint, read_description
 
 if TYPE_CHECKING:
@@ -42,8 +42,19 @@ def resumed_description(config: FinetuneConfig) -> Description | None:
     return read_description(config.output)
 
 
-def check_output(config: FinetuneConfig, description: Description) -> None:
-    """Raises if the output directory holds another run."""
+def check_output(
+    config: FinetuneConfig, description: Description, written: Description | None
+) -> None:
+    """Raises if the output directory is no place for a run, or holds another one.
+
+    Args:
+      config: of the run.
+      description: of the run.
+      written: of the run that the output directory holds, from `resumed_description`.
+
+    Raises:
+      ValueError: if so.
+    """
     output = config.output
     check_path(output)
     if output.resolve() == Path(description.source):
@@ -58,7 +69,6 @@ def check_output(config: FinetuneConfig, description: Description) -> None:
         folder = output / stage / "checkpoints"
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, but must be a directory: remove it.")
-    written = resumed_description(config)
     if written is not None:
         differences = _differences(written, description)
         if differences:
@@ -84,22 +94,19 @@ def _differences(before: Description, now: Description) -> list[str]:
     return [f"{name}: {a} in the run, {b} now" for name, a, b in pairs if a != b]
 
 
-def make_run_mesh(layout: str | None, batch_size: int, memory: LizaConfig | None) -> "Mesh | None":
-    """The mesh of a run; None: one device.
-
-    Args:
-      layout: of --mesh; None: one device, or of several processes all of theirs.
-      batch_size: rows at a time, which the mesh divides.
-      memory: of the model.
+def make_run_mesh(config: FinetuneConfig) -> "Mesh | None":
+    """The mesh of --mesh, or of several processes all devices; None: one device.
 
     Raises:
       ValueError: if it is invalid, or a batch or its rows cannot be divided over it, or it leaves
-        out devices of a process.
+        out devices of a process, or there is none for --mesh-rules.
     """
-    count = jax.process_count()
+    layout, count = config.mesh, jax.process_count()
     if layout is None and count > 1:
         layout = f"data={jax.device_count()}"
     if layout is None:
+        if config.mesh_rules:
+            raise ValueError("--mesh-rules say what a mesh divides: add --mesh, or leave them out.")
         return None
     mesh = make_mesh(layout)
     if count > 1 and mesh.size != jax.device_count():
@@ -107,15 +114,8 @@ def make_run_mesh(layout: str | None, batch_size: int, memory: LizaConfig | None
             f"--mesh {layout} has {mesh.size} of the {jax.device_count()} devices of {count} "
             "processes: with --distributed it must have all of them."
         )
-    _check_division(mesh, batch_size, memory)
+    _check_division(mesh, config.batch_size, config.memory)
     return mesh
-
-
-def check_mesh_rules(rules: tuple[str, ...], mesh: "Mesh | None") -> None:
-    """Raises ValueError if one of --mesh-rules is invalid, or there is no mesh for them."""
-    make_rules(rules)
-    if rules and mesh is None:
-        raise ValueError("--mesh-rules say what a mesh divides: add --mesh, or leave them out.")
 
 
 def _check_division(mesh: "Mesh", batch_size: int, memory: LizaConfig | None) -> None:

@@ -89,6 +89,6 @@ def long_rows(
     if bad_rows:
         console.print(f"{len(bad_rows):,} bad rows left out of those to fit on", markup=False)
         print_bad_rows(bad_rows, console)
-    check_tokens(rows.tokens, model.vocab_size, tokenizer)
     check_lengths(rows.segment_ids, model, "fit: length")
+    check_tokens(rows.tokens, model.vocab_size, tokenizer)
     return rows

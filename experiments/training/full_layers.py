@@ -10,11 +10,11 @@ from rich.console import Console
 from convert import load_pretrained, load_tokenizer
 from convert.sources import find_checkpoint
 from experiments.data import TokenBatchSource
-from experiments.training.checks import resumed_description
 from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import long_rows
 from tptt_jax import CausalLM, LizaConfig
 from tptt_jax.processes import failing_together
+from tptt_jax.training.description import Description
 from tptt_jax.training.layer_gaps import choose_full_layers, layer_gaps
 
 if TYPE_CHECKING:
@@ -24,24 +24,27 @@ if TYPE_CHECKING:
 _ROWS = 8
 
 
-def with_written_layers(config: FinetuneConfig) -> FinetuneConfig:
-    """The run's own full layers instead of a choice, where the output directory holds a run.
+def with_written_layers(config: FinetuneConfig, written: Description | None) -> FinetuneConfig:
+    """The configuration with the full layers of the run that it goes on with, if any.
+
+    Args:
+      config: of the run.
+      written: of the run that the output directory holds, from `resumed_description`.
 
     Raises:
-      ValueError: if that run has another number of them.
+      ValueError: if that run has another number of them than are to be chosen.
     """
     count = config.full_layers_auto
-    run = resumed_description(config) if count else None
-    if run is None:
+    if not count or written is None:
         return config
-    written = () if run.liza is None else run.liza.full_layers
-    if len(written) != count:
-        have = f"full layers {_listed(written)}" if written else "no full layers"
+    layers = () if written.liza is None else written.liza.full_layers
+    if len(layers) != count:
+        have = f"full layers {_listed(layers)}" if layers else "no full layers"
         raise ValueError(
             f"{config.output} holds a run with {have}, where --full-layers-auto {count} asks for "
             f"{count}: give what it has, use another --output, or --no-resume to start again."
         )
-    return _with_layers(config, written)
+    return _with_layers(config, layers)
 
 
 def with_chosen_layers(

@@ -3,14 +3,18 @@
 import dataclasses
 
 from convert.sources import find_checkpoint
-from experiments.training.checks import resumed_description
 from experiments.training.config import FinetuneConfig
+from tptt_jax.training.description import Description
 
 
-def with_horizon(config: FinetuneConfig) -> FinetuneConfig:
+def with_horizon(config: FinetuneConfig, written: Description | None) -> FinetuneConfig:
     """The configuration with the horizon of its memory, if that is to be chosen.
 
     A resumed run keeps what it has. A memory that another run has fitted keeps at least its own.
+
+    Args:
+      config: of the run.
+      written: of the run that the output directory holds, from `resumed_description`.
 
     Raises:
       ValueError: if rows are too short for anything to leave the window.
@@ -21,11 +25,10 @@ def with_horizon(config: FinetuneConfig) -> FinetuneConfig:
     forgets = memory.writes == "evicted" and memory.alpha_gate != "constant"
     if not forgets or memory.softmax_window is None:
         return config
-    run = resumed_description(config)
-    if run is None:
+    if written is None:
         horizon = _longest_row(config, memory.softmax_window)
     else:
-        horizon = None if run.liza is None else run.liza.horizon
+        horizon = None if written.liza is None else written.liza.horizon
     liza = dataclasses.replace(config.liza, horizon=horizon)
     return dataclasses.replace(config, liza=liza, horizon_auto=False)
 

@@ -11,10 +11,10 @@ from convert.sources import find_checkpoint
 from experiments.data import StreamData, TokenData, load_stream, load_token_data
 from experiments.training.best import BEST
 from experiments.training.checks import (
-    check_mesh_rules,
     check_output,
     describe_run,
     make_run_mesh,
+    resumed_description,
 )
 from experiments.training.config import FinetuneConfig
 from experiments.training.fit_rows import fit_rows
@@ -23,7 +23,7 @@ from experiments.training.resume import Resumption
 from experiments.training.run import Run
 from experiments.training.run_data import check_rows, print_bad_rows
 from experiments.training.stage import STAGES
-from tptt_jax import CausalLM, warm_up
+from tptt_jax import CausalLM
 from tptt_jax.config import LizaConfig, runs_memory
 from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.training.checkpoint import remove_checkpoints
@@ -48,18 +48,16 @@ def prepare_run(config: FinetuneConfig, console: Console) -> Run:
       ValueError: if the output directory holds another run, or anything cannot be read.
     """
     with failing_together():
-        mesh = make_run_mesh(config.mesh, config.batch_size, config.memory)
-        check_mesh_rules(config.mesh_rules, mesh)
+        mesh = make_run_mesh(config)
     # The choice is computed by all processes.
     config = with_chosen_layers(config, mesh, console)
     with failing_together():
         description = describe_run(config)
-        check_output(config, description)
+        check_output(config, description, resumed_description(config))
         resumption = Resumption(config)
         tokenizer = load_tokenizer(config.model)
         data = _load_data(config, tokenizer, resumption, console)
     model = _load_model(config, mesh)
-    warm_up(model)
     _say_if_idle(config.memory, model, console)
     with failing_together():
         check_rows(data, model.config, tokenizer)

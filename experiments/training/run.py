@@ -1,6 +1,5 @@
 """A fine-tuning run: what its stages, its measurements and its reports share."""
 
-import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,7 +20,6 @@ from experiments.training.trackers import Trackers
 from experiments.training.windows import WindowRange
 from tptt_jax import CausalLM
 from tptt_jax.config import runs_memory
-from tptt_jax.sharding import on_mesh
 from tptt_jax.training.partition import Partition
 from tptt_jax.training.train_step import TrainState
 
@@ -131,10 +129,6 @@ class Run:
             window=window,
             seed=self.resumption.record.seed,
         )
-
-    def on_mesh(self) -> contextlib.AbstractContextManager[None]:
-        """The context manager in which the run's models divide their activations."""
-        return on_mesh(self.mesh, self.config.rules)
 
     def with_memory(
         self, partition: Partition, state: TrainState, record: StepRecord, *, is_last: bool

@@ -50,8 +50,8 @@ def check_rows(
     }
     for flag, source in sources.items():
         if isinstance(source, TokenBatchSource):
-            check_tokens(source.tokens, model.vocab_size, tokenizer)
             check_lengths(source.segment_ids, model, flag)
+            check_tokens(source.tokens, model.vocab_size, tokenizer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class TrainingBatches:
             source.go_to(step, read_position(self.output, step))
         batch, tokens = self._read(source, self.placement, step)
         if isinstance(source, StreamSource):
-            check_tokens(batch.tokens, self.model.vocab_size, self.tokenizer)
             check_lengths(batch.segment_ids, self.model, "--data.sequence-length")
+            check_tokens(batch.tokens, self.model.vocab_size, self.tokenizer)
         window = None
         if self.windows is not None:
             window = jnp.asarray(self.windows.draw(self.seed, "train", step))

@@ -11,6 +11,7 @@ from experiments.command_line import parse_arguments
 from experiments.data import DataConfig
 from experiments.finetune import finetune
 from experiments.training import FinetuneConfig, full_layers
+from experiments.training.checks import resumed_description
 from experiments.training.config import FitConfig
 from experiments.training.full_layers import with_written_layers
 from experiments.training.prepare import prepare_run
@@ -51,7 +52,7 @@ def test_a_run_writes_its_choice_down_and_keeps_it(config, monkeypatch):
 
     measured = full_layers.layer_gaps
     monkeypatch.setattr(full_layers, "layer_gaps", spy)
-    run, text = prepared(with_written_layers(config))
+    run, text = prepared(with_written_layers(config, resumed_description(config)))
     assert list(gaps) == [0, 1, 2]
     chosen = max(gaps, key=lambda layer: gaps[layer])
     line = f"full attention stays in layers {chosen}: the window of 8 throws their output off by "
@@ -68,7 +69,7 @@ def test_a_run_writes_its_choice_down_and_keeps_it(config, monkeypatch):
         raise AssertionError("a run that goes on must not choose again")
 
     monkeypatch.setattr(full_layers, "layer_gaps", fail)
-    again, text = prepared(with_written_layers(config))
+    again, text = prepared(with_written_layers(config, resumed_description(config)))
     assert again.model.liza == liza
     assert "full attention stays" not in text
     with pytest.raises(ValueError, match=rf"holds a run with full layers {chosen}, where --full-"):

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.data import DataConfig
 from experiments.training import FinetuneConfig
+from experiments.training.checks import resumed_description
 from experiments.training.config.fit import FitConfig
 from experiments.training.horizon import with_horizon
 from tests.tiny import write_untrained_run
@@ -40,14 +41,18 @@ def config(tmp_path):
     ids=str,
 )
 def test_it_is_the_longest_row_of_fit_and_training(config, changes, horizon):
-    assert with_horizon(replace(config, **changes)).liza.horizon == horizon
+    assert with_horizon(replace(config, **changes), None).liza.horizon == horizon
 
 
 def test_a_run_keeps_its_own_and_another_run_at_least_that(config, tmp_path, tiny_model_dir):
     run = write_untrained_run(tmp_path, tiny_model_dir, horizon=600)
     mine = replace(config, output=run)
-    assert with_horizon(mine).liza.horizon == 600
-    assert with_horizon(replace(mine, resume=False)).liza.horizon == 512
-    assert with_horizon(replace(config, model=str(run))).liza.horizon == 600
+    assert _resolved(mine).liza.horizon == 600
+    assert _resolved(replace(mine, resume=False)).liza.horizon == 512
+    assert _resolved(replace(config, model=str(run))).liza.horizon == 600
     older = write_untrained_run(tmp_path / "older", tiny_model_dir)
-    assert with_horizon(replace(config, output=older)).liza.horizon is None
+    assert _resolved(replace(config, output=older)).liza.horizon is None
+
+
+def _resolved(config):
+    return with_horizon(config, resumed_description(config))

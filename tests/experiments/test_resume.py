@@ -241,12 +241,12 @@ def test_what_a_run_needs_is_not_its_output(started, tmp_path):
     write_description(tmp_path / "on top", description)
     second = replace(started, model=str(tmp_path / "on top"), resume=False)
     with pytest.raises(ValueError, match=r"exp\[1\] is needed by .*on top"):
-        check_output(second, describe_run(second))
+        check_output(second, describe_run(second), None)
     fresh = replace(started, output=tmp_path / "new")
     (fresh.output / "distill").mkdir(parents=True)
     (fresh.output / "distill" / "checkpoints").write_text("mine")
     with pytest.raises(ValueError, match="checkpoints is a file, but must be a directory"):
-        check_output(fresh, describe_run(fresh))
+        check_output(fresh, describe_run(fresh), None)
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,7 @@ class FinetuneConfig:
                 "be counted: give --steps, and leave out --epochs."
             )
         check_names(self.trackers)
+        make_rules(self.mesh_rules)
         if self.base_dtype is not None and self.train in ("projections", "full"):
             raise ValueError(
                 f"--train {self.train} changes base weights, which --base-dtype {self.base_dtype} "
