@@ -98,7 +98,7 @@ class TrainingSteps:
         lora = LoraConfig(dropout=0.0) if work.train == "lora" else None
         self.model = work.load(liza, lora)
         partition, trainable, share = split_trainable(self.model, work.train)
-        optimizer = make_optimizer(OptimizerConfig(lr_schedule="constant"), 100)
+        optimizer = make_optimizer(OptimizerConfig(lr_schedule="constant"), 100, partition)
         self._step = make_train_step(partition, optimizer, remat=work.remat)
         self._frozen = partition.frozen
         rows = np.random.default_rng(0).integers(10, 5000, (work.batch, work.tokens))

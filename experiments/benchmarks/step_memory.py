@@ -102,7 +102,7 @@ def step_memory(
         return partition.frozen, trainable
 
     frozen, trainable = jax.eval_shape(build)
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, parts[0])
     key = jax.random.key(0)
     state = jax.eval_shape(lambda x: init_train_state(x, None, optimizer, key), trainable)
     rows: Any = [jax.ShapeDtypeStruct(shape, kind) for kind in (jnp.int32, jnp.int32, jnp.bool)]

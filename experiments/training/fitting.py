@@ -96,7 +96,7 @@ class Fitting:
     def distillation(self) -> Stage:
         """The stage that fits the memory alone to the base model's predictions."""
         rate, steps = self.config.distill_learning_rate, self.distill_steps
-        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
+        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps, self.partition)
         step = make_train_step(self.partition, optimizer, dropout=False, distill=1.0)
 
         def run(state: TrainState, batch: Batch, window: Any) -> tuple[TrainState, StepMetrics]:
@@ -121,7 +121,7 @@ class Fitting:
     def start_distillation(self, trainable: Trainable) -> TrainState:
         """The state before distillation."""
         rate, steps = self.config.distill_learning_rate, self.distill_steps
-        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps)
+        optimizer = make_optimizer(_distillation_optimizer(rate, steps), steps, self.partition)
         return init_train_state(trainable, None, optimizer, jax.random.key(self.run.config.seed))
 
     def _stage(self, name: str, title: str, steps: int, size: int, step: Any) -> Stage:

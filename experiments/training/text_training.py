@@ -90,7 +90,7 @@ def training_parts(run: Run) -> tuple[Partition, TrainState, TrainStep]:
     """The model taken apart, the state before the first step of training, and that step."""
     config = run.config
     partition, trainable, share = split_trainable(run.model, config.train)
-    optimizer = make_optimizer(config.optimizer.for_memory(config.liza), run.steps)
+    optimizer = make_optimizer(config.optimizer.for_memory(config.liza), run.steps, partition)
     first = init_train_state(trainable, share, optimizer, jax.random.key(config.seed))
     step = make_train_step(
         partition,

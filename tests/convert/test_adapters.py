@@ -194,7 +194,7 @@ def test_layers_without_an_adapter_stay_so_in_training(tmp_path, llama):
     model = load_pretrained(llama, adapter=path)
     before = lora_values(model)
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1), 2)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1), 2, partition)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 97, (1, 9)), jnp.int32)
     batch = Batch(

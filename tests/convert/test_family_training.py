@@ -50,7 +50,7 @@ def test_learns_and_goes_back(tmp_path, content):
     # Of Gemma every layer has a window of its own here, and loses nothing.
     shares = {"mag"} if memory_layers(model.config, model.liza) else set()
     assert kinds == {"lora"} | shares, "adapters on attention, shares, the memory, nothing else"
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 8)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 8, partition)
     step = make_train_step(partition, optimizer, dropout=False)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     tokens = jnp.asarray(random_tokens((2, 12), vocab_size=101))

@@ -107,7 +107,7 @@ def test_training_step(liza, mode):
     lora = LoraConfig(dropout=0.0) if mode == "lora" else None
     model = CausalLM(CONFIG, liza, lora, rngs=nnx.Rngs(0))
     partition, trainable, share = split_trainable(model, mode)
-    optimizer = make_optimizer(OptimizerConfig(), 100)
+    optimizer = make_optimizer(OptimizerConfig(), 100, partition)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     rows = jnp.ones((B, T), jnp.int32)
     xla = counted_by_xla(

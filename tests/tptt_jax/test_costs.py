@@ -37,7 +37,7 @@ def compile_step(liza: LizaConfig | None):
     )
     model = CausalLM(config, liza, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer = make_optimizer(OptimizerConfig(), 100)
+    optimizer = make_optimizer(OptimizerConfig(), 100, partition)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     rows = jnp.ones((2, 256), jnp.int32)
     batch = Batch(rows, rows, rows > 0)

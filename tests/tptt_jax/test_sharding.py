@@ -298,7 +298,9 @@ def _train(mesh: Any) -> tuple[list[float], dict[str, Any], Any]:
     if mesh is not None:
         shard_model(model, mesh)
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=2e-3, lr_schedule="constant"), STEPS)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=2e-3, lr_schedule="constant"), STEPS, partition
+    )
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     tokens = random_tokens((8, 24), vocab_size=CONFIG.vocab_size)
     batch = Batch(tokens, np.repeat([[1, 2, 0]], [9, 12, 3], axis=1) + 0 * tokens, tokens >= 0)

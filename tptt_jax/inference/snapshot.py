@@ -1,100 +1,33 @@
 """States as files, bound to the model that read them."""
 
-import dataclasses
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tptt_jax.config import RopeConfig, flat_settings
 from tptt_jax.decoder import DecodingState
 from tptt_jax.durable import atomic_file
+from tptt_jax.inference.binding import (
+    describe_difference,
+    first_fingerprint,
+    hash_weights,
+    model_settings,
+    parse_first_settings,
+    parse_settings,
+)
 from tptt_jax.inference.state_checks import check_state
 from tptt_jax.model import CausalLM, init_cache
 
-_FORMAT = "tptt_jax read state 1"
-_SHOWN = 3
-
-
-def model_fingerprint(model: CausalLM) -> str:
-    """SHA-256 of everything that determines what a model computes.
-
-    It covers the values, shapes and dtypes of all weights, adapters and shares, and the
-    configurations, and reads a gigabyte in about a second.
-
-    Args:
-      model: any model; its weights may be sharded.
-
-    Returns:
-      64 hexadecimal digits, the same in every process and on every device.
-    """
-    variables = nnx.to_flat_state(nnx.state(model))
-    named = sorted((".".join(map(str, path)), variable) for path, variable in variables)
-
-    def digest(item: tuple[str, Any]) -> str:
-        name, variable = item
-        value = np.ascontiguousarray(variable.get_value())
-        # hashlib lets other threads run while it works.
-        content = hashlib.sha256(value.reshape(-1).view(np.uint8).data).hexdigest()
-        return f"{name} {value.dtype} {value.shape} {content}"
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        lines = list(pool.map(digest, named))
-    configs = list(_settings(model).values())
-    assert configs[0] is not None
-    for name in ("rope", "sliding_rope"):
-        _drop_later_scalings(configs[0][name])
-    if configs[1] is not None:
-        _drop_later_options(configs[1])
-    lines.append(json.dumps([*configs, str(jnp.dtype(model.dtype))], sort_keys=True))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _settings(model: CausalLM) -> dict[str, dict[str, Any] | None]:
-    """The configurations as JSON values, under the names that files have."""
-    return {
-        name: None if config is None else flat_settings(config)
-        for name, config in (("model", model.config), ("liza", model.liza), ("lora", model.lora))
-    }
-
-
-def _drop_later_options(liza: dict[str, Any]) -> None:
-    """Drops later options at their defaults, so that older states stay valid."""
-    if liza.get("precision") in ("auto", "highest"):
-        del liza["precision"]
-    if liza.get("writes") == "all":
-        del liza["writes"]
-    if not liza.get("full_layers", True):
-        del liza["full_layers"]
-    if liza.get("horizon", 0) is None:
-        del liza["horizon"]
-
-
-# Fields of a rotary embedding when the first states were saved.
-_FIRST_ROPE = (
-    *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
-    "original_max_positions",
-)
-
-
-def _drop_later_scalings(rope: dict[str, Any] | None) -> None:
-    """Drops settings of later scalings unless they are set."""
-    if rope is None:
-        return
-    for name, plain in dataclasses.asdict(RopeConfig()).items():
-        # JSON has lists instead of tuples.
-        plains = (plain, list(plain)) if isinstance(plain, tuple) else (plain,)
-        if name not in _FIRST_ROPE and name in rope and rope[name] in plains:
-            del rope[name]
+_FORMAT = "tptt_jax read state 2"
+# One hash of weights and settings.
+_FIRST_FORMAT = "tptt_jax read state 1"
 
 
 def save_state(path: str | os.PathLike[str], model: CausalLM, state: DecodingState) -> None:
@@ -112,8 +45,8 @@ def save_state(path: str | os.PathLike[str], model: CausalLM, state: DecodingSta
     arrays = {name: _to_bits(np.asarray(leaf)) for name, leaf in _named_leaves(state)}
     metadata = {
         "format": _FORMAT,
-        "model": model_fingerprint(model),
-        "settings": json.dumps(_flat_settings(model)),
+        "weights": hash_weights(model),
+        "settings": json.dumps(model_settings(model)),
         "checksum": _checksum(arrays),
     }
     try:
@@ -122,14 +55,6 @@ def save_state(path: str | os.PathLike[str], model: CausalLM, state: DecodingSta
     except SafetensorError as error:
         # safetensors raises its own exception for a full disk.
         raise OSError(f"{path} cannot be written: {error}") from None
-
-
-def _flat_settings(model: CausalLM) -> dict[str, Any]:
-    """Every setting by its name, for errors that name the difference."""
-    flat: dict[str, Any] = {"dtype": str(jnp.dtype(model.dtype))}
-    for name, config in _settings(model).items():
-        flat |= {f"{name}.{key}": value for key, value in (config or {name: None}).items()}
-    return json.loads(json.dumps(flat))
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:
@@ -162,10 +87,7 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> DecodingState:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
             names = list(file.keys())
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f'its "format" is not {_FORMAT!r}')
-            if metadata.get("model") != model_fingerprint(model):
-                raise ValueError(_describe_difference(metadata, model))
+            _check_model(metadata, model)
             arrays = {name: file.get_tensor(name) for name in names}
         # Older files have no checksum.
         checksum = metadata.get("checksum")
@@ -179,52 +101,28 @@ def load_state(path: str | os.PathLike[str], model: CausalLM) -> DecodingState:
         ) from None
 
 
-def _describe_difference(metadata: dict[str, str], model: CausalLM) -> str:
-    """The settings that differ between the state's model and this one."""
-    try:
-        saved = json.loads(metadata.get("settings", "{}"))
-    except (ValueError, RecursionError):
-        saved = {}
-    saved = _counted(saved) if isinstance(saved, dict) else {}
-    ours = _counted(_flat_settings(model)) if saved else {}
-    names = dict.fromkeys([*saved, *ours])
-    changed = [name for name in names if saved.get(name) != ours.get(name)]
-    if not changed:
-        return (
-            "another model has read it: load the weights, adapter, dtype, memory and window it was "
-            "saved with"
+def _check_model(metadata: dict[str, str], model: CausalLM) -> None:
+    """Raises ValueError if a file is no state, or another model has read it."""
+    version, text = metadata.get("format"), metadata.get("settings")
+    if version == _FORMAT:
+        settings, is_bound = parse_settings(text), metadata.get("weights") == hash_weights(model)
+    elif version == _FIRST_FORMAT:
+        is_bound = metadata.get("model") == first_fingerprint(model)
+        if is_bound:
+            return
+        settings = parse_first_settings(text)
+    else:
+        raise ValueError(f'its "format" is not {_FORMAT!r}')
+    if settings is None:
+        raise ValueError(
+            "another model has read it: its settings are not known, so load the weights, adapter, "
+            "dtype, memory and window it was saved with"
         )
-    shown = [_difference(name, saved.get(name), ours.get(name)) for name in changed[:_SHOWN]]
-    more = f", and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-    return f"another model has read it: {'; '.join(shown)}{more}"
-
-
-def _difference(name: str, saved: Any, own: Any) -> str:
-    before, now = ("none" if x is None else f"{x!s:.40}" for x in (saved, own))
-    if before == now:
-        return f"{name}: other values in the state than in the model"
-    return f"{name}: {before} in the state, {now} in the model"
-
-
-def _counted(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings in the fingerprint, by dotted name."""
-    configs: dict[str, dict[str, Any]] = {}
-    for name, value in settings.items():
-        config, _, field = name.partition(".")
-        configs.setdefault(config, {})[field] = value
-    _drop_later_options(configs.get("liza", {}))
-    for name in ("rope", "sliding_rope"):
-        rope = configs.get("model", {}).get(name)
-        _drop_later_scalings(rope if isinstance(rope, dict) else None)
-    return _flatten(configs)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}.{key}".strip(".")
-        flat |= _flatten(value, name) if isinstance(value, dict) else {name: value}
-    return flat
+    difference = describe_difference(settings, model)
+    if difference is None and not is_bound:
+        difference = "the settings agree, but weights or adapters have other values"
+    if difference is not None:
+        raise ValueError(f"another model has read it: {difference}")
 
 
 def _rebuild(arrays: dict[str, np.ndarray], model: CausalLM) -> DecodingState:

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
+from tptt_jax.layers.parameters import AdapterParam, BaseParam
 from tptt_jax.model import CausalLM
 from tptt_jax.processes import fetch
 from tptt_jax.training.description import Description
-from tptt_jax.training.partition import dotted, is_base_weight
+from tptt_jax.training.partition import dotted
 
 RECORD = "run.json"
 """Name of the file in a run's directory that holds the fingerprints."""
@@ -29,8 +30,8 @@ def hash_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
     """
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        name = dotted(path)
-        if is_base_weight(name) or (adapters and ".lora." in name):
+        kinds = (BaseParam, AdapterParam) if adapters else BaseParam
+        if isinstance(variable, kinds):
             value = variable.get_value()
             is_here = value.is_fully_addressable
             if is_here and next(iter(value.devices())).platform == "cpu":
@@ -40,7 +41,7 @@ def hash_weights(model: CausalLM, *, adapters: bool) -> dict[str, str]:
             some = flat[:: max(1, flat.size // _SAMPLES)]
             some = np.ascontiguousarray(some if isinstance(some, np.ndarray) else fetch(some))
             content = hashlib.sha256(some.view(np.uint8).data).hexdigest()[:16]
-            found[name] = f"{list(value.shape)} {content}"
+            found[dotted(path)] = f"{list(value.shape)} {content}"
     return found
 
 

@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import optax
 
-from tptt_jax.training.partition import Trainable
+from tptt_jax.layers.parameters import MagParam
+from tptt_jax.training.partition import Partition, Trainable
 from tptt_jax.training.schedules import learning_rate_schedule
 
 
@@ -51,27 +52,25 @@ class OptimizerConfig:
         return learning_rate_schedule(self.lr_schedule, peak, steps, rise)
 
 
-def is_share(name: str) -> bool:
-    """Whether a dotted path is a parameter of the memory's share: a logit, or a mass gate."""
-    return ".mag." in name
-
-
-def is_decayed(name: str) -> bool:
-    """Whether weight decay applies: matrices only, and no gates."""
-    is_matrix = name.rsplit(".", 1)[-1] in ("kernel", "embedding", "a", "b")
-    return is_matrix and not is_share(name) and ".memory.gates." not in name
-
-
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clips the global norm, then applies AdamW, with a separate rate for the shares.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, partition: Partition
+) -> optax.GradientTransformation:
+    """Clips the global norm, then applies AdamW, with a separate rate for each `MagParam`.
 
     Args:
       config: rates.
       steps: of the whole run, for the schedule.
+      partition: of the parameters, from `split_trainable`.
 
     Returns:
       A transformation of dicts of parameters by dotted path.
     """
+    shares = partition.names(MagParam)
+
+    def is_decayed(name: str) -> bool:
+        """Matrices are, but no gates."""
+        is_matrix = name.rsplit(".", 1)[-1] in ("kernel", "embedding", "a", "b")
+        return is_matrix and name not in shares and ".memory.gates." not in name
 
     def adamw(peak: float, *, decay: bool) -> optax.GradientTransformation:
         return optax.adamw(
@@ -86,7 +85,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return {name: is_decayed(name) for name in params}
 
     def labels(params: Trainable) -> dict[str, str]:
-        return {name: "share" if is_share(name) else "weights" for name in params}
+        return {name: "share" if name in shares else "weights" for name in params}
 
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),

@@ -58,6 +58,12 @@ class Partition:
     frozen: nnx.State
     has_share: bool
 
+    def names(self, kind: type[nnx.Variable]) -> frozenset[str]:
+        """The dotted paths of the trainable parameters of a type, such as `MemoryParam`."""
+        return frozenset(
+            name for name, (_, variable) in self.template.items() if isinstance(variable, kind)
+        )
+
     def merge(self, trainable: Trainable, share: Array | None, frozen: nnx.State) -> CausalLM:
         """Rebuilds the model with these values; may be called under jit."""
         flat = [
@@ -121,7 +127,7 @@ def restore_targets(
     """
     flat = {dotted(path): x.get_value() for path, x in nnx.to_flat_state(nnx.state(model))}
     for name, shape in shapes.items():
-        if model.base_dtype is not None and name not in flat and is_base_weight(name):
+        if model.base_dtype is not None and name not in flat and _is_base_weight(name):
             raise ValueError(
                 f"the checkpoint has trained {name}, which a base in {model.base_dtype} cannot "
                 "hold: leave base_dtype out, or export the run as merged and load that."
@@ -154,14 +160,10 @@ def load_trainable(model: CausalLM, values: Trainable, share: Array | None) -> N
     nnx.update(model, nnx.from_flat_state(changed))
 
 
-def is_base_weight(name: str) -> bool:
+def _is_base_weight(name: str) -> bool:
     """Whether a dotted path names a weight of the pretrained model."""
-    return "lora" not in name.split(".") and not is_memory_name(name)
-
-
-def is_memory_name(name: str) -> bool:
-    """Whether a dotted path names a parameter of the memory."""
-    return is_memory(tuple(name.split(".")))
+    path = tuple(name.split("."))
+    return "lora" not in path and not is_memory(path)
 
 
 def dotted(path: Path) -> str:

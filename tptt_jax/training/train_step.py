@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from tptt_jax.array_typing import Array, Bool, Float, Int, Key, SegmentIds, Tokens
 from tptt_jax.config import Remat
+from tptt_jax.layers.parameters import AdapterParam, BaseParam, MemoryParam
 from tptt_jax.model import CausalLM, base_model, replace_memory
 from tptt_jax.processes import put
 from tptt_jax.sharding import replicated
 from tptt_jax.training.finite import keep_finite
 from tptt_jax.training.loss import causal_lm_loss, distillation_loss
-from tptt_jax.training.partition import Partition, Trainable, is_base_weight, is_memory_name
+from tptt_jax.training.partition import Partition, Trainable
 from tptt_jax.training.schedules import MagSchedule
 
 
@@ -148,18 +149,18 @@ def make_train_step(
         `asked` rows have no memory to train, or (in the step) if the rows of a batch do not divide
         into parts.
     """
-    if distill and any(is_base_weight(name) for name in partition.template):
+    if distill and partition.names(BaseParam):
         raise ValueError(
             "distillation needs unchanged weights of the base model: train adapters or the memory "
             "instead."
         )
-    if asked_parts and not any(is_memory_name(name) for name in partition.template):
+    if asked_parts and not partition.names(MemoryParam):
         raise ValueError(
             "rows for the memory alone need a memory that is trained, and this model has none: "
             "give it one, or leave such rows out."
         )
     parts = accumulate + asked_parts
-    train_adapters = any(".lora." in name for name in partition.template)
+    train_adapters = bool(partition.names(AdapterParam))
     train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
 
     def loss_of(
@@ -206,6 +207,7 @@ def make_train_step(
         else:
             (loss, count), gradient = _sum_parts(
                 lambda part, key: value_and_grad(state.trainable, share, frozen, part, window, key),
+                partition,
                 state.trainable,
                 _split_rows(batch, accumulate),
                 None if asked is None else _split_rows(asked, asked_parts),
@@ -225,6 +227,7 @@ def make_train_step(
 
 def _sum_parts(
     value_and_grad: Callable[[Batch, Array], Any],
+    partition: Partition,
     trainable: Trainable,
     rows: Batch,
     asked: Batch | None,
@@ -234,12 +237,13 @@ def _sum_parts(
 
     Args:
       value_and_grad: (part, key) -> ((summed loss, counted tokens), gradient of the sum).
+      partition: of the parameters.
       trainable: what it differentiates.
       rows: parts of the batch [parts, B, T].
       asked: parts whose gradient reaches the memory alone.
       key: of dropout; every part folds its number in.
     """
-    first_asked = len(rows.tokens)
+    first_asked, of_memory = len(rows.tokens), partition.names(MemoryParam)
     groups = [rows]
     if asked is not None:
         groups.append(asked)
@@ -251,7 +255,11 @@ def _sum_parts(
         number, part = numbered
         values, gradient = value_and_grad(part, jax.random.fold_in(key, number))
         if asked is not None:
-            gradient = _for_memory(gradient, number >= first_asked)
+            is_asked = number >= first_asked
+            gradient = {
+                name: value if name in of_memory else jnp.where(is_asked, 0, value)
+                for name, value in gradient.items()
+            }
         return jax.tree.map(jnp.add, sums, (values, gradient)), None
 
     sums = ((jnp.zeros(()), jnp.zeros(())), jax.tree.map(jnp.zeros_like, trainable))
@@ -263,14 +271,6 @@ def _sum_parts(
     (total, count), gradient = sums
     counted = jnp.maximum(count, 1)
     return (total / counted, count), jax.tree.map(lambda x: x / counted, gradient)
-
-
-def _for_memory(gradient: Trainable, is_asked: Array) -> Trainable:
-    """The gradient of a part, without that of other parameters than the memory's if `is_asked`."""
-    return {
-        name: value if is_memory_name(name) else jnp.where(is_asked, 0, value)
-        for name, value in gradient.items()
-    }
 
 
 def _split_rows(batch: Batch, parts: int) -> Batch:

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 from tests.contracts import random_tokens
 from tptt_jax import CausalLM, LizaConfig, LoraConfig, ModelConfig, generate
 from tptt_jax.config import NormConfig, flat_fields
+from tptt_jax.inference.binding import first_fingerprint, hash_weights
 from tptt_jax.inference.prefill import read
-from tptt_jax.inference.snapshot import load_state, model_fingerprint, save_state
+from tptt_jax.inference.snapshot import load_state, save_state
 
 TINY = ModelConfig.tiny(num_layers=2, mlp_dim=16)
 LIZA = LizaConfig(writes="all", softmax_window=7)
@@ -66,16 +67,16 @@ def test_a_state_without_memory_stays_without(tmp_path):
         generate(model, TOKENS, state=loaded)
 
 
-def test_the_fingerprint_is_the_same_in_another_process():
+def test_the_hash_of_the_weights_is_the_same_in_another_process():
     code = (
         "from flax import nnx; from tptt_jax import *; "
-        "from tptt_jax.inference.snapshot import model_fingerprint; "
+        "from tptt_jax.inference.binding import hash_weights; "
         "config = ModelConfig.tiny(num_layers=2, mlp_dim=16); "
         "liza = LizaConfig(writes='all', softmax_window=7); "
-        "print(model_fingerprint(CausalLM(config, liza, rngs=nnx.Rngs(0))))"
+        "print(hash_weights(CausalLM(config, liza, rngs=nnx.Rngs(0))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == model_fingerprint(make())
+    assert done.stdout.strip() == hash_weights(make())
 
 
 # The memory of LIZA as it was hashed before `precision` and `writes` were options.
@@ -92,11 +93,11 @@ FIRST_OPTIONS = {
 def test_states_from_before_there_were_more_options_are_still_read(monkeypatch):
     hashed, dumps = [], json.dumps
     monkeypatch.setattr(json, "dumps", lambda x, **kw: (hashed.append(x), dumps(x, **kw))[1])
-    model_fingerprint(make())
-    assert hashed[0][1] == FIRST_OPTIONS
+    first_fingerprint(make())
+    assert hashed[-1][1] == FIRST_OPTIONS
     # The model's settings are not nested in files.
-    assert list(hashed[0][0]) == list(flat_fields(ModelConfig))
-    assert hashed[0][0]["rope"].keys() == {
+    assert list(hashed[-1][0]) == list(flat_fields(ModelConfig))
+    assert hashed[-1][0]["rope"].keys() == {
         *("theta", "scaling", "factor", "low_freq_factor", "high_freq_factor"),
         "original_max_positions",
     }
@@ -198,7 +199,7 @@ def test_nested_settings_are_named_one_by_one(saved, tmp_path):
 
 def test_a_memory_that_one_side_lacks_is_named(saved, tmp_path):
     told = difference(saved, make(liza=None))
-    assert told.startswith("liza.operator: delta_product in the state, none in the model; ")
+    assert "liza.operator: delta_product in the state, none in the model" in told
     save_state(tmp_path / "plain", make(liza=None), read(make(liza=None), TOKENS))
     told = difference(tmp_path / "plain", make())
     assert "liza.operator: none in the state, delta_product in the model" in told
@@ -207,7 +208,7 @@ def test_a_memory_that_one_side_lacks_is_named(saved, tmp_path):
 def test_settings_that_do_not_count_are_not_named(saved):
     """ "auto" and "highest" compute the same; the weights are what differs."""
     told = difference(saved, make(liza=dataclasses.replace(LIZA, precision="highest"), seed=1))
-    assert told.startswith("load the weights, adapter, dtype")
+    assert told.startswith("the settings agree, but weights or adapters have other values")
 
 
 def test_names_in_a_file_are_those_of_the_first_states(content):
@@ -286,8 +287,8 @@ def content(saved):
 
 @pytest.mark.parametrize(("spoil", "reason"), SPOILED.values(), ids=SPOILED)
 def test_impossible_states_are_refused(content, spoil, reason, tmp_path):
-    arrays, metadata = content
-    old = {name: metadata[name] for name in ("format", "model")}
+    arrays, _ = content
+    old = {"format": "tptt_jax read state 1", "model": first_fingerprint(make())}
     spoiled = spoil({name: np.array(value) for name, value in arrays.items()})
     save_file(spoiled, tmp_path / "a.state", metadata=old)
     with pytest.raises(ValueError, match=reason) as error:
@@ -301,9 +302,28 @@ def test_impossible_states_are_refused(content, spoil, reason, tmp_path):
 @pytest.mark.parametrize("settings", ["{", "[" * 100_000, "[1]", '{"model.rope": 3}'])
 def test_damaged_settings_of_another_model_are_one_line(content, settings, tmp_path):
     arrays, metadata = content
-    changed = metadata | {"model": "0" * 64, "settings": settings}
-    save_file(arrays, tmp_path / "a.state", metadata=changed)
-    assert "\n" not in difference(tmp_path / "a.state", make())
+    first = {"format": "tptt_jax read state 1", "model": "0" * 64}
+    for changed in (metadata, first):
+        save_file(arrays, tmp_path / "a.state", metadata=changed | {"settings": settings})
+        assert "\n" not in difference(tmp_path / "a.state", make())
+
+
+def test_settings_that_a_state_does_not_know_have_their_defaults(content, tmp_path):
+    arrays, metadata = content
+    settings = json.loads(metadata["settings"])
+
+    def write(changed):
+        metadata["settings"] = json.dumps(changed)
+        save_file(arrays, tmp_path / "a.state", metadata=metadata)
+        return tmp_path / "a.state"
+
+    later = ("liza.precision", "model.final_softcap", "model.rope.mscale")
+    older = write({name: value for name, value in settings.items() if name not in later})
+    assert load_state(older, make()).length.tolist() == [30, 30]
+    told = difference(older, make(liza=dataclasses.replace(LIZA, precision="default")))
+    assert told.startswith("liza.precision: auto in the state, default in the model)")
+    told = difference(write(settings | {"liza.later": 3}), make())
+    assert told.startswith("liza.later: 3 in the state, none in the model)")
 
 
 def test_a_flipped_bit_is_noticed(saved, tmp_path):

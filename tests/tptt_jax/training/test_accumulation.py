@@ -28,7 +28,7 @@ BATCH = Batch(
 def step_of(accumulate: int, batch: Batch = BATCH, **options):
     model = CausalLM(ModelConfig.tiny(), LIZA, LoraConfig(dropout=0.0), rngs=nnx.Rngs(0))
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10, partition)
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     step = make_train_step(partition, optimizer, accumulate=accumulate, **options)
     return step(state, partition.frozen, batch)
@@ -56,7 +56,7 @@ def test_dropout_differs_from_part_to_part():
     trainable = {
         name: jnp.ones_like(x) if name.endswith("lora.b") else x for name, x in trainable.items()
     }
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, partition)
     one = Batch(*(x[4:5] for x in BATCH))
     losses = []
     for batch, parts in ((one, 1), (Batch(*(jnp.repeat(x, 2, axis=0) for x in one)), 2)):

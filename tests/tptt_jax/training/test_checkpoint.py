@@ -46,7 +46,7 @@ BATCH = Batch(jnp.asarray(TOKENS), jnp.ones((2, 19), jnp.int32), jnp.ones((2, 19
 def setting():
     model = CausalLM(TINY, LIZA, LoraConfig(), rngs=nnx.Rngs(0))
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer = make_optimizer(OptimizerConfig(), 10)
+    optimizer = make_optimizer(OptimizerConfig(), 10, partition)
     step = make_train_step(partition, optimizer, mag_schedule=MagSchedule())
 
     def initial():
@@ -123,9 +123,9 @@ def test_another_run_s_checkpoint_does_not_fit(setting, tmp_path):
     with RunCheckpoints(tmp_path) as checkpoints:
         checkpoints.save(initial())
     model = CausalLM(TINY, LIZA, LoraConfig(rank=3), rngs=nnx.Rngs(0))
-    _, trainable, share = split_trainable(model, "lora")
+    partition, trainable, share = split_trainable(model, "lora")
     other = init_train_state(
-        trainable, share, make_optimizer(OptimizerConfig(), 10), jax.random.key(0)
+        trainable, share, make_optimizer(OptimizerConfig(), 10, partition), jax.random.key(0)
     )
     with (
         RunCheckpoints(tmp_path) as checkpoints,
@@ -435,7 +435,9 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(setting):
 def test_an_update_that_is_not_finite_leaves_the_state_as_it_was(plain):
     partition, trainable = plain
     endless = optax.stateless(lambda updates, _: jax.tree.map(lambda x: x * jnp.inf, updates))
-    optimizer = optax.chain(make_optimizer(OptimizerConfig(lr_schedule="constant"), 10), endless)
+    optimizer = optax.chain(
+        make_optimizer(OptimizerConfig(lr_schedule="constant"), 10, partition), endless
+    )
     state = init_train_state(trainable, None, optimizer, jax.random.key(0))
     check_skipped(make_train_step(partition, optimizer), state, partition, loss_is_finite=True)
 

@@ -81,7 +81,9 @@ class _Training:
         model = randomize(CausalLM(CONFIG, LIZA, lora, rngs=nnx.Rngs(0)))
         shard_model(model, self.mesh)
         self._partition, self._trainable, self._share = split_trainable(model, "lora")
-        self._optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), BEFORE + AFTER)
+        self._optimizer = make_optimizer(
+            OptimizerConfig(learning_rate=1e-2), BEFORE + AFTER, self._partition
+        )
         schedule = MagSchedule(kind="gradual", start=0.1, end=0.9, steps=BEFORE + AFTER)
         self._step = make_train_step(self._partition, self._optimizer, mag_schedule=schedule)
         tokens = jnp.asarray(random_tokens((4, 12), vocab_size=CONFIG.vocab_size))

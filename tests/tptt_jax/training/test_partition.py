@@ -18,7 +18,9 @@ BATCH = Batch(jnp.asarray(TOKENS), jnp.ones((2, 19), jnp.int32), jnp.ones((2, 19
 
 def train(model, mode, steps=3, schedule=None, **optimizer_options):
     partition, trainable, share = split_trainable(model, mode)
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2, **optimizer_options), 10)
+    optimizer = make_optimizer(
+        OptimizerConfig(learning_rate=1e-2, **optimizer_options), 10, partition
+    )
     state = init_train_state(trainable, share, optimizer, jax.random.key(0))
     step = make_train_step(partition, optimizer, mag_schedule=schedule)
     metrics = []
@@ -126,13 +128,13 @@ def test_frozen_adapters_belong_to_what_the_memory_is_fitted_to():
     model = CausalLM(ModelConfig.tiny(num_layers=1), liza, LoraConfig(rank=2), rngs=nnx.Rngs(0))
     lora = model.stacks[0].self_attn.q_proj.lora
     lora.b[...] = jnp.ones_like(lora.b[...])
-    optimizer = make_optimizer(OptimizerConfig(), 1)
     # Nothing leaves the window: a student whose teacher is the same model has no divergence.
     tokens = jnp.asarray(random_tokens((1, 16)))
     batch = Batch(tokens, jnp.ones_like(tokens), jnp.ones(tokens.shape, bool))
     losses = {}
     for mode in ("memory", "lora"):
         partition, trainable, _ = split_trainable(model, mode)
+        optimizer = make_optimizer(OptimizerConfig(), 1, partition)
         step = make_train_step(partition, optimizer, distill=1.0, dropout=False)
         state = init_train_state(trainable, None, optimizer, jax.random.key(0))
         losses[mode] = float(step(state, partition.frozen, batch)[1].loss)
@@ -146,7 +148,7 @@ def test_a_step_leaves_the_callers_share_and_key_alone():
     model = CausalLM(ModelConfig.tiny(num_layers=1), liza, LoraConfig(), rngs=nnx.Rngs(0))
     want = logits_of(model, TOKENS)
     partition, trainable, share = split_trainable(model, "lora")
-    optimizer, key = make_optimizer(OptimizerConfig(), 10), jax.random.key(3)
+    optimizer, key = make_optimizer(OptimizerConfig(), 10, partition), jax.random.key(3)
     state = init_train_state(trainable, share, optimizer, key)
     step = make_train_step(partition, optimizer, mag_schedule=MagSchedule())
     state, _ = step(state, partition.frozen, BATCH)
