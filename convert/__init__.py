@@ -1,4 +1,7 @@
-"""Pretrained models in and out: Hugging Face directories, the hub, GGUF, our checkpoints."""
+"""Pretrained models in and out: Hugging Face directories, the hub, GGUF, our checkpoints.
+
+Offered: loading a model or its tokenizer, and exporting. The command is in `__main__`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING

@@ -1,4 +1,8 @@
-"""Pretrained transformers become Titans: linear-attention memory, LoRA, constant memory."""
+"""Pretrained transformers become Titans: linear-attention memory, LoRA, constant memory.
+
+Offered: the model, its configurations and parameter types, generation, saved states. Training is in
+`tptt_jax.training`, operators are in `tptt_jax.ops`.
+"""
 
 from tptt_jax.config import LizaConfig, LoraConfig, ModelConfig
 from tptt_jax.decoder import DecodingState

@@ -1,4 +1,7 @@
-"""The families of models that can be read and written, one file each."""
+"""The families of models that can be read and written, one file each.
+
+Offered: the table of families, and finding the one of a configuration.
+"""
 
 from convert.errors import ConversionError, listing
 from convert.families import (

@@ -1,4 +1,7 @@
-"""Configurations of a model, its memory and its adapters: frozen, validated, without I/O."""
+"""Configurations of a model, its memory and its adapters: frozen, validated, without I/O.
+
+Offered: `ModelConfig`, `LizaConfig`, `LoraConfig`, their parts, and the values that options have.
+"""
 
 from tptt_jax.config.adapters import LoraConfig
 from tptt_jax.config.attention import AttentionConfig, QkNorm

@@ -1,4 +1,7 @@
-"""Decoder layers: one layer, stacks of layers of one shape, and the decoding state."""
+"""Decoder layers: one layer, stacks of layers of one shape, and the decoding state.
+
+Offered: layers and stacks, the state with its constructor and its check, and where a layer lies.
+"""
 
 from tptt_jax.decoder.layer import DecoderLayer, apply_norm
 from tptt_jax.decoder.places import (

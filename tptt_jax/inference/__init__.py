@@ -1,1 +1,4 @@
-"""Sampling and generation."""
+"""Sampling and generation.
+
+Nothing is offered here: `tptt_jax` offers `generate`, `read` and saved states.
+"""

@@ -1,4 +1,7 @@
-"""Pure functions on arrays."""
+"""Pure functions on arrays.
+
+Offered: the DeltaProduct operator in its forms, gates, virtual tokens, and the warm-up of kernels.
+"""
 
 from tptt_jax.ops.delta_product import chunk_delta_product, naive_delta_product, step_delta_product
 from tptt_jax.ops.delta_product.inputs import activate_state

@@ -1,4 +1,7 @@
-"""Frozen weights in blocks of 8 or 4 bits a value, each block with its own scale."""
+"""Frozen weights in blocks of 8 or 4 bits a value, each block with its own scale.
+
+Offered: `QuantizedArray`, quantising, and the dense values of all or of a part.
+"""
 
 from tptt_jax.ops.quantization.array import (
     QuantizedArray,
