@@ -8,7 +8,7 @@ COMMANDS = {
     "finetune": ("experiments.finetune", "Fit a memory to a model, and train it with LoRA."),
     "generate": ("experiments.generate", "Continue a text, from a prompt or a saved state."),
     "evaluate": ("experiments.evaluate", "Perplexity, recall, MMLU and lm-eval's tasks."),
-    "convert": ("convert.__main__", "Import, export, inspect and verify models."),
+    "convert": ("convert.__main__", "Import, export, push, inspect and verify models."),
     "bench": ("experiments.bench", "Speed and memory of operators, training and decoding."),
     "grid": ("experiments.grid", "Many runs of finetune, from a YAML file."),
     "state-tracking": ("experiments.state_tracking", "Which group states one layer can track."),

@@ -206,7 +206,7 @@ def _replies(arguments: list[dict[str, Any]]) -> list[dict[str, Any]]:
     request = {
         "arguments": arguments,
         "seconds": _SECONDS,
-        "bytes": int(_GIGABYTES * 2**30),
+        "bytes": int(_GIGABYTES * 1e9),
         "characters": _MAX_CHARACTERS,
     }
     try:
@@ -229,7 +229,7 @@ def _text(reply: dict[str, Any]) -> str:
         case "refusal":
             raise TemplateFailure(message)
         case "memory":
-            problem = f"asks for more than {_GIGABYTES:g} GiB of memory"
+            problem = f"asks for more than {_GIGABYTES:g} GB of memory"
         case "length":
             problem = f"writes {message} characters, at most {_MAX_CHARACTERS:,} are possible"
         case _:

@@ -9,7 +9,7 @@ from tests.docs.pages import PROJECT
 
 
 def _modules():
-    for package in ("tptt_jax", "convert"):
+    for package in ("tptt_jax", "convert", "experiments"):
         for path in sorted((PROJECT / package).rglob("*.py")):
             if ">>>" in path.read_text(encoding="utf-8"):
                 parts = path.relative_to(PROJECT).with_suffix("").parts

@@ -1,4 +1,4 @@
-"""Chunk and block sizes of the DeltaProduct operator, by backend; see docs/performance.md."""
+"""Chunk and block sizes of the DeltaProduct operator, by device; see docs/performance.md."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class ChunkPlan(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Fastest block sizes on a backend.
+    """Fastest block sizes on a kind of device.
 
     Attributes:
       chunk_size: largest, in tokens; None: the caller's.
