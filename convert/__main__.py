@@ -75,7 +75,7 @@ def export_model(
       overwrite: replace an earlier model in that directory.
       results: results.json of experiments.evaluate, which the model card (README.md) quotes.
       context: fixes rotary frequencies that depend on the length ("dynamic" and "longrope"
-        scaling) for texts of so many tokens, as titan needs it; others stay as they are.
+        scaling) for texts of this many tokens, as titan needs it; others stay as they are.
     """
     if context is not None and (context < 0 or format not in ("merged", "titan")):
         raise ValueError(

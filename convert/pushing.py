@@ -46,7 +46,7 @@ def push_model(
       private: make the repository private, if it does not exist yet.
       revision: branch to push to; it is made if it does not exist.
       context: fixes rotary frequencies that depend on the length ("dynamic" and "longrope"
-        scaling) for texts of so many tokens, as titan needs it; others stay as they are.
+        scaling) for texts of this many tokens, as titan needs it; others stay as they are.
     """
     target = HubTarget(name=hub_id, private=private, revision=revision)
     described = find_checkpoint(source)

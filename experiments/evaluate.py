@@ -100,10 +100,10 @@ class EvaluateConfig:
     window: int | None = None
     """Tokens that softmax attention sees, beside the first few. None: as the model was trained."""
     sinks: int | None = None
-    """First tokens that a window goes on seeing. None: what the model was trained with, or 4."""
+    """First tokens that always stay visible. None: what the model was trained with, or 4."""
     context: int | None = None
     """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
-    scaling) for so many tokens, the longest that is read. Others stay as they are."""
+    scaling) for this many tokens, the longest text that is read. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leaves the memory out; a window stays."""
     output: Path = Path("runs/evaluate")

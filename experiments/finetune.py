@@ -70,7 +70,7 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
 def _push(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
     """Pushes the run from the first process; the others have ended."""
     if jax.process_count() > 1:
-        # Otherwise they would take a process that uploads for lost.
+        # Otherwise they would report the uploading process as lost.
         jax.distributed.shutdown()
     if not is_first_process():
         return {}
@@ -81,11 +81,11 @@ def _push(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
 
 
 def _say_how_to_go_on(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
-    """Prints how a run that SIGTERM has stopped goes on; returns what --json prints."""
+    """Prints the command that resumes a run stopped by SIGTERM; returns what --json prints."""
     output = config.output
     settings = output / "config.yaml"
     command = "The same command" if config.resume else "The same command without --no-resume"
-    print(f"{stop}; nothing is lost. {command} goes on", end="")
+    print(f"{stop}; nothing is lost. {command} resumes the run", end="")
     # config.yaml does not say which processes there are.
     if settings.is_file() and not config.distributed.is_on:
         print(f", or:\n  python -m experiments.finetune --config {shlex.quote(str(settings))}")

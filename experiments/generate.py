@@ -89,11 +89,11 @@ class GenerateConfig:
     stream: bool = True
     """Print text as it is generated; False: when it is complete."""
     window: int | None = None
-    """Softmax attention sees so many tokens, and the first few; the memory sees all. None: what
+    """Softmax attention sees this many tokens, and the first few; the memory sees all. None: what
     the model was trained with."""
     context: int | None = None
     """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
-    scaling) for so many tokens, prompt and new ones together. Others stay as they are."""
+    scaling) for this many tokens, prompt and new ones together. Others stay as they are."""
     no_liza: tyro.conf.FlagCreatePairsOff[bool] = False
     """Leaves the memory out."""
     compare: tyro.conf.FlagCreatePairsOff[bool] = False

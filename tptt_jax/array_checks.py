@@ -7,7 +7,7 @@ import numpy as np
 
 
 def check_arrays(**arguments: Any) -> None:
-    """Raises TypeError if an argument is no array; None is left out.
+    """Raises TypeError if an argument is not an array; None is left out.
 
     Lists are refused too: JAX would trace each of their numbers.
 
@@ -23,7 +23,7 @@ def check_arrays(**arguments: Any) -> None:
 
 
 def check_axes(name: str, x: Any, axes: str) -> None:
-    """Raises if an argument is no array, or has not these axes.
+    """Raises if an argument is not an array, or lacks these axes.
 
     Args:
       name: of the argument.
@@ -31,7 +31,7 @@ def check_axes(name: str, x: Any, axes: str) -> None:
       axes: their letters, as in "B T K D"; "B T ..." allows any number after the first two.
 
     Raises:
-      TypeError: if it is no array.
+      TypeError: if it is not an array.
       ValueError: if it has another number of axes.
     """
     if x is None:

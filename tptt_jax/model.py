@@ -207,7 +207,7 @@ class CausalLM(nnx.Module):
           the requested extras. Values at padding are meaningless.
 
         Raises:
-          TypeError: if tokens is no array.
+          TypeError: if tokens is not an array.
           ValueError: if tokens are not integers [B, T] or, outside of `jax.jit`, the embedding has
             no row for one, the memory is left out of a purely linear model, a window comes with a
             cache, the cache is of another model, window, dtype or number of rows, remat is no

@@ -54,7 +54,7 @@ def from_first(number: int) -> int:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """If the block raises ValueError or OSError in one process, all raise after it.
+    """Makes every process raise if one of them fails in the block (ValueError or OSError).
 
     The block itself must not wait for other processes.
 

@@ -74,7 +74,7 @@ def check_model_tokens(tokens: Any, segment_ids: Any, vocab_size: int) -> None:
       vocab_size: rows of the embedding.
 
     Raises:
-      TypeError: if `tokens` is no array.
+      TypeError: if `tokens` is not an array.
       ValueError: if it is not of integers, not [B, T], or an id has no row in the embedding.
     """
     check_axes("tokens", tokens, "B T")

@@ -42,8 +42,8 @@ def check_directory(directory: Path) -> list[Path]:
       directory: written by `export_pretrained`.
 
     Raises:
-      ConversionError: if it is no export, holds other files or links that lead out of it, or has
-        weights that are damaged or not finite.
+      ConversionError: if it is not an export, holds other files or links that lead out of it, or
+        has weights that are damaged or not finite.
     """
     if not any((directory / name).is_file() for name in _DESCRIPTIONS):
         raise ConversionError(

@@ -91,7 +91,7 @@ def summary_of(run: Path) -> tuple[int | None, RunSummary | None]:
       run: a run's directory, or its folder of best weights.
 
     Returns:
-      The summary is None if the run has not finished, or goes on after it had.
+      The summary is None if the run has not finished, or was resumed after it had.
     """
     # Importing orbax takes a quarter of a second.
     from tptt_jax.training.checkpoint import latest_sound_step

@@ -141,7 +141,7 @@ def export_tokenizer(source: Source, path: Path) -> None:
 
 
 def _check_copy(copy: Path, original: Path) -> None:
-    """Refuses a tokenizer.json that is empty or cut: no one could load the export."""
+    """Refuses a tokenizer.json that is empty or truncated; the export would not load."""
     if not copy.is_file():
         return
     try:
@@ -150,7 +150,8 @@ def _check_copy(copy: Path, original: Path) -> None:
         is_object = False
     if not is_object:
         raise ConversionError(
-            f"{original} is not a JSON object, so it is empty, cut or damaged: fetch it again."
+            f"{original} is not a JSON object, so it is empty, truncated or damaged: "
+            "fetch it again."
         )
 
 

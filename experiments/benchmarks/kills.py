@@ -21,7 +21,7 @@ from tptt_jax.training.checkpoint import latest_step
 from tptt_jax.training.orbax_files import PARTS, read_shapes, read_trees
 
 _DIFFERENCES = ("lost_steps", "different_losses", "different_arrays")
-# A run that cannot start at all would be started for ever.
+# Upper bound; otherwise a run that fails at startup restarts forever.
 _MOST_FAILURES = 3
 
 
@@ -190,7 +190,7 @@ def _steps_to_repeat(run: Path) -> int:
 
 
 def _run_for(command: list[str], log: Path, seconds: float | None) -> int:
-    """The status of a command that is killed after so many seconds; None: it may finish."""
+    """The status of a command that is killed after `seconds`; None: it may finish."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         process = subprocess.Popen(

@@ -23,7 +23,7 @@ class SaveWork(TrainWork):
     steps: int = 20
     """Steps between checkpoints, as --checkpoint-every of finetune."""
     repeats: int = 5
-    """Pairs of so many steps with a checkpoint and without."""
+    """Pairs of `steps` steps with a checkpoint and without."""
 
 
 def bench_saves(

@@ -8,7 +8,7 @@ from experiments.data.templates import FatalTemplateError
 
 Value = TypeVar("Value")
 
-# With so many bad rows and no good one the format is wrong, not the rows.
+# This many bad rows without a good one mean a wrong format, not bad rows.
 _MOST_IN_VAIN = 100
 
 

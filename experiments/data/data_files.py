@@ -218,7 +218,7 @@ def _is_below(file: Path, folder: Path | None) -> bool:
 
 
 def _refuse_special(file: Path) -> None:
-    """Raises ValueError for what would never end, or come only once."""
+    """Raises ValueError for pipes, devices and sockets."""
     if file.exists() and not file.is_file() and not file.is_dir():
         raise ValueError(
             f"{file} is a device, a pipe or a socket, not a regular file: write the data into a "

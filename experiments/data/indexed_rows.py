@@ -65,7 +65,7 @@ class IndexedRows:
         """Reads a row.
 
         Raises:
-          ValueError: if it is no JSON object; the message names it.
+          ValueError: if it is not a JSON object; the message names it.
         """
         part, number = self._find(index)
         with part.file.open("rb") as stream:

@@ -108,7 +108,7 @@ def hide(
       haystack: tokens of the text.
       rng: chooses the part of the text, and places.
       length: tokens of the prompt.
-      window: the first sentence ends at least so many tokens before the answer.
+      window: the first sentence ends at least this many tokens before the answer.
       depth: where it is, from 0, the beginning, to 1; None: anywhere.
       is_ordered: the other sentences come after it, one after the other; False: anywhere.
       prefix: tokens that the prompt begins with.

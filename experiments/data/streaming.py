@@ -84,7 +84,7 @@ class StreamSource:
         return self._length
 
     def position_after(self, step: int) -> Int[np.ndarray, "D B 2"]:
-        """Where the lanes of this process stand after so many steps, which must be recent.
+        """Positions of this process's lanes after `step` steps, which must be recent.
 
         Returns:
           For every data set and lane the documents drawn, and the tokens of the next one that are
@@ -93,7 +93,7 @@ class StreamSource:
         return dict(self._recent)[step]
 
     def go_to(self, step: int, position: Int[np.ndarray, "D B 2"]) -> None:
-        """Goes on after so many steps.
+        """Continues after `step` steps.
 
         Raises:
           ValueError: if the position is that of other data sets or another batch size.
@@ -142,7 +142,7 @@ class StreamSource:
         return np.arange(step * batch_size, (step + 1) * batch_size)
 
     def _table_of(self, row: int) -> int:
-        """Which data set a row is of: their shares of any stretch of rows are the weights."""
+        """The data set of a row; any stretch of rows has them in proportion to the weights."""
         share = spread(row, self._seed)
         return min(int(np.searchsorted(self._bounds, share, "right")), len(self._tables) - 1)
 

@@ -17,7 +17,7 @@ class RowStore:
         """Reads the results of earlier calls; an incomplete last line is dropped.
 
         Raises:
-          ValueError: if another line is damaged, or the path is no regular file.
+          ValueError: if another line is damaged, or the path is not a regular file.
         """
         self._path = path
         self._results: dict[str, Result] = {}

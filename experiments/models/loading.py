@@ -52,7 +52,7 @@ def load_model(
       adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
       window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
         the model was trained with.
-      sinks: first tokens that a window goes on seeing; None: what the model was trained with.
+      sinks: first tokens that always stay visible; None: what the model was trained with.
       is_full: take the window that the model was trained with away; a memory of evicted tokens is
         idle then.
       context: the length in tokens for which rotary frequencies that depend on it are fixed; None:
@@ -121,7 +121,7 @@ def _load_weights(
                 return loaded
             liza = loaded.liza
         return load_pretrained(source, changed(liza), adapter=adapter, **options)
-    assert adapter is not None, "what was tuned lies somewhere"
+    assert adapter is not None, "tuned weights have a directory"
     # Here, as importing orbax takes a quarter of a second.
     from tptt_jax.training.checkpoint import restore_trainable
 

@@ -89,7 +89,7 @@ def joined(config: DistributedConfig, timeout_seconds: int = 300) -> Iterator[No
       timeout_seconds: how long to wait for the other processes.
 
     Raises:
-      ValueError: if there is no such group, or not all of it came.
+      ValueError: if there is no such group, or not every process joined.
       ConnectionError: if another process is lost.
       SystemExit: in other processes than 0, where process 0 prints the error.
     """
@@ -110,7 +110,7 @@ def _ending_together() -> Iterator[None]:
     """Waits for the other processes at the end, unless they are elsewhere."""
     try:
         yield
-        # Process 0 writes longer than others; those who leave early are taken for lost.
+        # Process 0 writes longest; a process that left earlier would count as lost.
         wait_for_all("the end")
     except FailedElsewhere:
         if is_first_process():

@@ -96,7 +96,7 @@ class BestState:
             return
         if is_first_process():
             write_description(self._folder, self._description)
-        # It must be there before the run goes on: a resumed run does not measure it again.
+        # Save before the run continues: a resumed run does not measure this step again.
         with RunCheckpoints(self._folder, keep=1) as checkpoints:
             checkpoints.save(state)
 

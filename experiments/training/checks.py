@@ -36,7 +36,7 @@ def describe_run(config: FinetuneConfig) -> Description:
 
 
 def resumed_description(config: FinetuneConfig) -> Description | None:
-    """The description of the run that a call goes on with; None: it starts a new one."""
+    """The description of the run to resume; None: a new one starts."""
     if not config.resume or not is_checkpoint(config.output):
         return None
     return read_description(config.output)

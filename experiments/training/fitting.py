@@ -175,7 +175,7 @@ def _is_fitted(trainable: Trainable) -> bool:
 
 
 def _with_limits(trainable: Trainable, solved: Trainable) -> Trainable:
-    """Fitted parameters that count as many tokens as the longest rows of both fits."""
+    """Raises each mass gate's token limit to the larger of both fits."""
     limits = {
         name: jnp.maximum(value, solved[name])
         for name, value in trainable.items()

@@ -25,7 +25,7 @@ _ROWS = 8
 
 
 def with_written_layers(config: FinetuneConfig, written: Description | None) -> FinetuneConfig:
-    """The configuration with the full layers of the run that it goes on with, if any.
+    """The configuration with the full layers of the run that it resumes, if any.
 
     Args:
       config: of the run.

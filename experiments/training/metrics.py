@@ -57,7 +57,7 @@ class MetricsWriter:
         """Opens `path`, and keeps the steps of an earlier run up to `resume_step`; 0: none.
 
         Raises:
-          ValueError: if it is no regular file, or holds other lines than these.
+          ValueError: if it is not a regular file, or holds other lines than these.
         """
         check_regular(path)
         self.logged = _last_step(path)
@@ -112,7 +112,7 @@ def _line(record: StepRecord) -> str:
 
 
 def _last_step(path: Path) -> int:
-    """The last step in a file; 0: none, or the file is no such file."""
+    """The last step in a file; 0 if it has none or is not a metrics file."""
     try:
         return max((record.step for record in read_metrics(path)), default=0)
     except (OSError, ValueError):
@@ -127,7 +127,7 @@ def read_metrics(path: Path) -> list[StepRecord]:
     """
     check_regular(path)
     optional = {f.name for f in dataclasses.fields(StepRecord) if f.default is None}
-    # Other bytes than UTF-8 are no JSON, which the line's error says.
+    # Bytes that are not UTF-8 are not JSON either, which the line's error says.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     steps = []
     for number, line in enumerate(lines[:-1], start=1):

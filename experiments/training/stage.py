@@ -30,7 +30,7 @@ from tptt_jax.training.train_step import TrainState
 STAGES = ("transfer", "distill", ".")
 """Folders of checkpoints in a run's directory."""
 
-# So many in succession are no accident of a batch.
+# This many skipped steps in a row are not one bad batch.
 _MOST_SKIPPED = 10
 
 Step = Callable[..., tuple[TrainState, Any]]
@@ -150,7 +150,7 @@ class Stage:
                     with failing_together():
                         raise self._not_finite(record, kept=int(state.step))
                 if skipped:
-                    # The state is that before the step, which counts all the same.
+                    # The state is the one before the step; the step still counts.
                     state = state._replace(step=state.step + 1)
                     progress.note(f"left out: {self._named(record)}")
                 record = self.finish_record(state, record)

@@ -1,4 +1,4 @@
-"""The memory of each layer while a run goes on, and a warning before it blows up."""
+"""The memory of each layer during a run, and a warning before it blows up."""
 
 import dataclasses
 import math

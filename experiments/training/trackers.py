@@ -52,7 +52,7 @@ class Trackers:
     """Whether they have the steps of earlier calls."""
 
     def of_stage(self, name: str, logged: int) -> Tracker:
-        """All of them as one, for a stage.
+        """Combines the trackers into one for a stage.
 
         Args:
           name: put before the names of metrics.
@@ -73,7 +73,7 @@ class _StageTracker:
             tracker.log(step, named)
 
     def close(self) -> None:
-        """The run closes them, after its last stage."""
+        """Does nothing: the run closes the trackers after its last stage."""
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
@@ -138,7 +138,7 @@ def open_trackers(
       own: a user's.
       output: the run's directory, whose name is the run's.
       settings: of the run, to show.
-      is_continued: whether the run goes on from a checkpoint.
+      is_continued: whether the run resumes from a checkpoint.
 
     Raises:
       ValueError: if a service cannot be reached.
@@ -169,7 +169,7 @@ def _identity(output: Path, is_continued: bool) -> str:
 
 
 class _Service:
-    """A tracker of a service: once it fails, the run goes on without it."""
+    """A tracker of a service; if it fails, the run continues without it."""
 
     def __init__(self, name: str, tracker: Tracker) -> None:
         self._name, self._tracker, self._failed = name, tracker, False
@@ -181,7 +181,7 @@ class _Service:
         except Exception as error:
             raise ValueError(
                 f"--trackers {name} cannot start ({first_line(error, 200)}): {REMEDIES[name]}, "
-                "or leave it out; the same command goes on."
+                "or leave it out; the same command resumes the run."
             ) from error
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

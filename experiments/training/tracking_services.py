@@ -13,7 +13,7 @@ class WandbRun:
     def __init__(
         self, module: Any, output: Path, identity: str, settings: Mapping[str, Any]
     ) -> None:
-        """Opens it, or goes on with the one of the same identity."""
+        """Opens a run, or resumes the one with the same identity."""
         self._run = module.init(
             id=identity,
             name=output.name,
@@ -45,7 +45,7 @@ class TrackioRun:
     def __init__(
         self, module: Any, output: Path, identity: str, settings: Mapping[str, Any]
     ) -> None:
-        """Opens it, or goes on with the one of the same identity."""
+        """Opens a run, or resumes the one with the same identity."""
         self._module = module
         module.init(
             project=_PROJECT,

@@ -252,9 +252,12 @@ def test_what_a_run_needs_is_not_its_output(started, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "command"),
     [
-        ({}, "The same command goes on, or:\n  python -m experiments.finetune --config "),
-        ({"resume": False}, "The same command without --no-resume goes on, or:\n  python -m "),
-        ({"distributed": DistributedConfig(enabled=True)}, "The same command goes on.\n"),
+        ({}, "The same command resumes the run, or:\n  python -m experiments.finetune --config "),
+        (
+            {"resume": False},
+            "The same command without --no-resume resumes the run, or:\n  python -m ",
+        ),
+        ({"distributed": DistributedConfig(enabled=True)}, "The same command resumes the run.\n"),
     ],
     ids=["resume", "no resume", "distributed"],
 )

@@ -1,4 +1,4 @@
-"""Layers whose parameters have a leading axis: made, spread over a scan, and taken apart."""
+"""Layers whose parameters have a leading axis: made, spread over a scan, and split up."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,5 +77,5 @@ def spread_memory(tree: Any, flags: Sequence[bool]) -> Any:
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:
-    """Trees of the same structure as one with a leading axis; None without any."""
+    """Stacks equal trees along a new leading axis; None if there are none."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees) if trees else None

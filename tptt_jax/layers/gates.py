@@ -99,7 +99,7 @@ class MassGate(nnx.Module):
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
-        """Creates w [H, D], zero, a [H], one, b [H], and the logarithm of n at most [H]."""
+        """Creates w (zeros [H, D]), a (ones [H]), b [H] and the log of the largest n [H]."""
         self.weight = MagParam(jnp.zeros((num_heads, head_dim)), axes=("heads", "head_dim"))
         self.slope = MagParam(jnp.ones((num_heads,)), axes=("heads",))
         most = jnp.full((num_heads,), jnp.log(_MOST_COUNTED), jnp.float32)

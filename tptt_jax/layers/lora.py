@@ -111,7 +111,7 @@ class Projection(nnx.Module):
         return save_product(y)
 
     def quantize_weights(self, base_dtype: BaseDtype) -> None:
-        """Quantises the kernel in place, but not a router's: it is small, and decides much."""
+        """Quantises the kernel in place, except a router's: small and sensitive to rounding."""
         if isinstance(self.kernel, BaseParam) and self.path != ROUTER:
             format = TABLE_FORMAT if self.path == HEAD else base_dtype
             self.kernel = QuantizedWeight(self.kernel, format, axis=-2)

@@ -360,7 +360,7 @@ def _add_delta(y: Array, delta: LowRank, source: Array) -> Array:
 def _forget_beyond(
     horizon: int | None, held: Array | None, log_decay: Array | None, beta: Array
 ) -> Array | None:
-    """The log decay [B, T, K], with no half-life above half a horizon where more is held."""
+    """Caps half-lives at horizon / 2 where the memory holds more than `horizon` tokens."""
     if horizon is None:
         return log_decay
     assert held is not None, "evicted tokens are counted"

@@ -38,11 +38,11 @@ class JoinedHeads(str):
     heads: int
 
     def __new__(cls, name: str, heads: int) -> Self:
-        """Names an axis of so many heads."""
+        """Names an axis of `heads` heads."""
         axis = super().__new__(cls, name)
         axis.heads = heads
         return axis
 
     def __reduce__(self) -> tuple[type[Self], tuple[str, int]]:
-        """What copies and pickles are made of."""
+        """Supports copy and pickle."""
         return type(self), (str(self), self.heads)

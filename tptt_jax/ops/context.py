@@ -90,7 +90,7 @@ def shards_as_rows(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "R t ..."]:
 
 
 def rows_as_shards(x: Shaped[Array, "R t ..."], rows: int) -> Shaped[Array, "B T ..."]:
-    """The inverse of `shards_as_rows` for so many rows."""
+    """Inverse of `shards_as_rows`, with this many rows."""
     parts = x.reshape(-1, rows, *x.shape[1:])
     return jnp.swapaxes(parts, 0, 1).reshape(rows, -1, *x.shape[2:])
 
@@ -106,7 +106,7 @@ def running_max(x: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def from_shard_before(tree: Any, hops: int = 1) -> Any:
-    """Arrays of the shard so many places before, inside of `split_tokens`; zeros if none is."""
+    """Arrays of the shard `hops` before this one, inside `split_tokens`; zeros if there is none."""
     pairs = [(i, i + hops) for i in range(lax.axis_size(CONTEXT_AXIS) - hops)]
     return jax.tree.map(lambda x: lax.ppermute(x, CONTEXT_AXIS, pairs), tree)
 
@@ -114,7 +114,7 @@ def from_shard_before(tree: Any, hops: int = 1) -> Any:
 def with_tokens_before(x: Shaped[Array, "B t ..."], count: int) -> Shaped[Array, "B c+t ..."]:
     """A shard with the `count` tokens before it, inside of `split_tokens`; zeros before the row.
 
-    Tokens come from as many shards as that takes.
+    They may come from several shards.
     """
     size, parts, missing = x.shape[1], [x], count
     for hops in range(1, lax.axis_size(CONTEXT_AXIS)):
@@ -127,7 +127,7 @@ def with_tokens_before(x: Shaped[Array, "B t ..."], count: int) -> Shaped[Array,
 
 
 def with_whole_row(x: Shaped[Array, "B t ..."]) -> Shaped[Array, "B T ..."]:
-    """A shard behind all before it, inside of `split_tokens`; zeros in front, T tokens in all."""
+    """A shard after all earlier ones, inside `split_tokens`; zeros in front, T tokens in all."""
     every, shards = lax.all_gather(x, CONTEXT_AXIS), lax.axis_size(CONTEXT_AXIS)
     shift = lax.axis_index(CONTEXT_AXIS) + 1 - shards
     order = (shift + jnp.arange(shards)).reshape(-1, *(1,) * x.ndim)

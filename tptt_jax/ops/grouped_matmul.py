@@ -29,7 +29,7 @@ class Grouping(NamedTuple):
 
 
 class OwnGroups(NamedTuple):
-    """The groups whose matrices are at hand: neighbours.
+    """The consecutive groups whose matrices are available.
 
     Attributes:
       first: number of the first one.

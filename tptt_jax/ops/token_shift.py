@@ -26,7 +26,7 @@ def shift_tokens(
       padding, and whether there is one [B, T].
 
     Raises:
-      TypeError: if x or segment_ids is no array.
+      TypeError: if x or segment_ids is not an array.
       ValueError: if steps is negative, x has fewer than two axes, or segment_ids is not [B, T].
     """
     check_axes("x", x, "B T ...")

@@ -40,7 +40,7 @@ def expand_virtual_tokens(
       float32.
 
     Raises:
-      TypeError: if x is no array.
+      TypeError: if x is not an array.
       ValueError: if N < 1, x has other axes, or the trick is unknown.
     """
     check_axes("x", x, "B T K D")

@@ -55,7 +55,7 @@ def choose_full_layers(gaps: Mapping[int, float], count: int) -> tuple[int, ...]
       count: how many; at least one layer must be left for the memory.
 
     Raises:
-      ValueError: if there are not so many.
+      ValueError: if the model has too few layers for that.
     """
     if not 1 <= count < len(gaps):
         raise ValueError(

@@ -10,7 +10,7 @@ class _ImpliedText(str):
     __slots__ = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> str:
-        """Plain text: what `dataclasses.asdict` gives, and files hold."""
+        """Copies are plain strings, as in `dataclasses.asdict` and in files."""
         return str(self)
 
 
@@ -20,7 +20,7 @@ class _ImpliedCount(int):
     __slots__ = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
-        """A plain number, likewise."""
+        """Copies are plain ints."""
         return int(self)
 
 

@@ -55,7 +55,7 @@ def attend_sequence(
         none counts twice.
       scale: factor on the logits.
       softcap: see `attend`.
-      block: rows longer than four times this are scanned, so many queries at a time. Without a
+      block: rows longer than four times this are scanned in blocks of this many queries. Without a
         window, or if it is shorter, a row is cut into four parts at most, each of which leaves
         out what comes after it.
 

@@ -22,7 +22,7 @@ def check_inputs(
 ) -> None:
     """Raises ValueError if the arguments of an operator do not fit together.
 
-    TypeError if one of them is no array.
+    TypeError if one of them is not an array.
 
     Args:
       q: queries, must be [B, T, H, D].

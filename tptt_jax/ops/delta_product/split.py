@@ -101,8 +101,8 @@ def _run_shard(x: _Shard, chunk_size: int, precision: Precision) -> Array:
         jnp.stack([v, jnp.zeros_like(v)]), jnp.stack([jnp.zeros_like(identity), identity])
     )
     if x.segment_ids is not None:
-        # The operator takes the first document of a shard for that of the incoming state, and
-        # resets the state at all others.
+        # The operator treats a shard's first document as that of the incoming state, and resets
+        # the state at all others.
         continues = _continues(x.segment_ids)[:, None, None, None]
         read, keep = jnp.where(continues, read, 0), jnp.where(continues, keep, 0)
     read, keep, write = (save_mixed(y) for y in (read, keep, write))
@@ -132,7 +132,7 @@ def incoming_state(own: Transition) -> Float[Array, "B K D D"]:
     """The state before each shard, inside of `split_tokens`; zero before the first."""
     hops, shards = 1, jax.lax.axis_size(CONTEXT_AXIS)
     while hops < shards - 1:
-        # Where no shard lies so far before, zeros come: nothing is kept from before a row.
+        # Zeros where no shard is that far back: nothing precedes a row.
         own = own.after(from_shard_before(own, hops))
         hops *= 2
     return from_shard_before(own.write)

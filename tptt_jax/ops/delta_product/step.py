@@ -30,7 +30,7 @@ def step_delta_product(
       an input is).
 
     Raises:
-      TypeError: if an argument is no array.
+      TypeError: if an argument is not an array.
       ValueError: if the shapes disagree.
     """
     check_arrays(k=k, v=v, beta=beta, state=state, log_decay=log_decay)

@@ -49,7 +49,7 @@ def kernels_agree(kind: KernelKind) -> bool:
         f"{jax.local_devices()[0].device_kind}: {problem} ({kind})."
     )
     if jax.process_count() > 1:
-        raise RuntimeError(f"{text} Set TPTT_JAX_PALLAS=0 in all processes: XLA's program.")
+        raise RuntimeError(f"{text} Set TPTT_JAX_PALLAS=0 in all processes to use XLA's program.")
     warnings.warn(
         f"{text} XLA's program is used, which computes the same in more time. TPTT_JAX_PALLAS=0 "
         "uses it without a trial, TPTT_JAX_PALLAS=1 the kernels, even if they are wrong.",
