@@ -116,7 +116,8 @@ def _finetune(config: FinetuneConfig, trackers: Sequence[Tracker]) -> dict[str, 
             opened = open_trackers(
                 {} if run.was_complete else modules,
                 trackers if is_first_process() else (),
-                *(config.output, flat_settings(run.config)),
+                config.output,
+                flat_settings(run.config),
                 is_continued=run.resumption.is_started,
             )
             with opened as run.trackers:

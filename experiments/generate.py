@@ -137,7 +137,8 @@ def generate_text(config: GenerateConfig) -> dict[str, Any]:
     if config.compare and config.adapter is None and not is_tuned(config.model or DEFAULT_MODEL):
         raise ValueError("--compare needs a fine-tuned model: give --adapter.")
     loaded = load_model(
-        *(config.model, config.adapter),
+        config.model,
+        config.adapter,
         window=config.window,
         context=config.context,
         dtype=jnp.dtype(config.dtype),

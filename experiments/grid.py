@@ -59,8 +59,10 @@ def _run_variants(output: Path, variants: list[Variant]) -> dict[str, Any]:
         "output": str(output),
         "variants": {
             outcome.name: {
-                **{"settings": variant.settings, "report": outcome.report},
-                **{"seconds": outcome.seconds, "error": outcome.error or None},
+                "settings": variant.settings,
+                "report": outcome.report,
+                "seconds": outcome.seconds,
+                "error": outcome.error or None,
             }
             for variant, outcome in zip(variants, outcomes, strict=True)
         },

@@ -142,7 +142,9 @@ class CausalLM(nnx.Module):
         kinds = layer_kinds(config, liza)
         self.stacks = nnx.List(
             Stack(
-                *(config.of_layer(layers[0]), liza, lora),
+                config.of_layer(layers[0]),
+                liza,
+                lora,
                 tuple(kinds[i] for i in layers),
                 dtype=dtype,
                 rngs=rngs,
@@ -262,7 +264,10 @@ class CausalLM(nnx.Module):
         if positions is None:
             positions = count_positions(tokens.shape, segment_ids, length)
         contexts = self._contexts(
-            *(positions, segment_ids, length, window),
+            positions,
+            segment_ids,
+            length,
+            window,
             text_length=tokens.shape[1] if is_plain else None,
         )
         x = constrain_lookup(self.embed(tokens, positions))
@@ -313,7 +318,9 @@ class CausalLM(nnx.Module):
         if window is not None:
             raise ValueError("a cache keeps the model's own window: leave window None.")
         check_decoding_state(
-            *(self.config, self.liza, cache),
+            self.config,
+            self.liza,
+            cache,
             dtype=str(self.dtype),
             rows=tokens.shape[0],
             use_memory=use_memory,

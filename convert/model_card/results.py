@@ -46,7 +46,7 @@ def load_results(path: Path, label: str) -> Results:
       label: the model's name in --models or --adapter; ignored for a single model.
 
     Raises:
-      ConversionError: if the file is not a regular one, not one of evaluate's, or holds other models.
+      ConversionError: if the file is not a regular one or not evaluate's, or holds other models.
     """
     check_regular(path)
     try:

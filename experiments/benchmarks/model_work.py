@@ -79,8 +79,12 @@ def _training_job(work: TrainWork, liza: LizaConfig | None) -> Job:
     steps = TrainingSteps(work, liza)
     model = steps.model
     flops = training_flops(
-        *(model.config, model.liza, model.lora),
-        **{"batch": work.batch, "tokens": work.tokens, "mode": work.train},
+        model.config,
+        model.liza,
+        model.lora,
+        batch=work.batch,
+        tokens=work.tokens,
+        mode=work.train,
     )
     return Job(steps.run, work.batch * work.tokens, flops)
 

@@ -71,7 +71,11 @@ def _operator(work: OpWork) -> Job:
         q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None
     ) -> jax.Array:
         return chunk_delta_product(
-            *(q, k, v, beta, log_decay),
+            q,
+            k,
+            v,
+            beta,
+            log_decay,
             chunk_size=work.chunk_size,
             precision=work.precision,
             implementation=work.implementation,

@@ -75,7 +75,7 @@ def read_file(file: Path, most: int | None = None) -> FileRows:
         with tempfile.TemporaryDirectory() as cache:
             return FileRows(
                 *dataset_rows(
-                    *("parquet", "train", most), shown=file, data_files=data_files, cache_dir=cache
+                    "parquet", "train", most, shown=file, data_files=data_files, cache_dir=cache
                 )
             )
     if kind == "csv":

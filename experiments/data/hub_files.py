@@ -40,7 +40,7 @@ class HubFile(NamedTuple):
             from huggingface_hub import hf_hub_download
 
             found = hf_hub_download(
-                *(self.repo, self.path), repo_type="dataset", revision=self.revision
+                self.repo, self.path, repo_type="dataset", revision=self.revision
             )
             return Path(found)
 

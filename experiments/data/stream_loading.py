@@ -134,7 +134,9 @@ def _tables(
             index_rows(
                 part, config.split, config.revision if part.is_hub else None, config.max_rows
             ),
-            *(config, tokenizer, seed),
+            config,
+            tokenizer,
+            seed,
         )
         for part in parts
     ]

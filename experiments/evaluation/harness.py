@@ -83,7 +83,8 @@ class Harness:
 
         config, name = self.config, row.about["task"]
         wrapped = HarnessModel(
-            *(model, tokenizer),
+            model,
+            tokenizer,
             use_memory=use_memory,
             batch_size=config.batch_size,
             max_length=config.max_length,

@@ -165,7 +165,9 @@ def _answers(
 ) -> list[str]:
     """Greedy continuations, up to the end of the line."""
     result = generate(
-        *(model, np.zeros((state.batch_size, 0), np.int32), _NEW_TOKENS),
+        model,
+        np.zeros((state.batch_size, 0), np.int32),
+        _NEW_TOKENS,
         state=state,
         stop_strings=(_STOP,),
         decode=tokenizer.decode,

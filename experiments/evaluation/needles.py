@@ -131,7 +131,10 @@ class Needles:
         probe, right = make(rng)
         try:
             prompt = hide(
-                *(probe, functools.partial(encode_text, tokenizer), text, rng),
+                probe,
+                functools.partial(encode_text, tokenizer),
+                text,
+                rng,
                 length=length,
                 depth=depth,
                 is_ordered=is_ordered,

@@ -78,7 +78,8 @@ class Source:
           is_full: whether to remove its window.
         """
         return load_model(
-            *(self.model, self.adapter),
+            self.model,
+            self.adapter,
             window=window,
             sinks=sinks,
             is_full=is_full,

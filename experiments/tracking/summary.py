@@ -76,9 +76,12 @@ def accuracy_report(curves: Curves, *, length: int) -> list[dict[str, Any]]:
     """The same for results.json."""
     return [
         {
-            **{"group": group, "num_householder": variant.num_householder},
-            **{"beta_max": variant.beta_max, "keys": variant.keys},
-            **{"seeds": len(found), "chance": chance(group)},
+            "group": group,
+            "num_householder": variant.num_householder,
+            "beta_max": variant.beta_max,
+            "keys": variant.keys,
+            "seeds": len(found),
+            "chance": chance(group),
             "accuracy": [
                 {"from": start + 1, "to": stop, "mean": mean.value, "standard_error": mean.error}
                 for (start, stop), mean in accuracies(found, length).items()

@@ -76,12 +76,12 @@ def long_rows(
     data = dataclasses.replace(config.data, **changes)
     if data.streaming:
         rows, bad_rows = sample_rows(
-            *(data, tokenizer, seed, _STREAMED_EXAMPLES, files), strict=config.strict
+            data, tokenizer, seed, _STREAMED_EXAMPLES, files, strict=config.strict
         )
     else:
         files = files or find_data(data.path, data.split, data.revision, leave_out=config.output)
         loaded = load_token_data(
-            *(data, tokenizer, seed), window=window, files=files, strict=config.strict
+            data, tokenizer, seed, window=window, files=files, strict=config.strict
         )
         rows = loaded.train
         # Those of the training data are named when that is loaded.

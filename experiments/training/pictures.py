@@ -69,7 +69,9 @@ def plot_memory(
         f" window of {window} tokens ends",
         xy=(window, 1),
         xycoords=("data", "axes fraction"),
-        **{"va": "top", "fontsize": 9, "color": "0.35"},
+        va="top",
+        fontsize=9,
+        color="0.35",
     )
     scale_tokens(axis, "position of the token in its text")
     scale_perplexity(axis)

@@ -62,7 +62,11 @@ def prepare_run(config: FinetuneConfig, console: Console) -> Run:
     with failing_together():
         check_rows(data, model.config, tokenizer)
         rows = fit_rows(
-            *(config, model, tokenizer, resumption.record.seed, console),
+            config,
+            model,
+            tokenizer,
+            resumption.record.seed,
+            console,
             resumption.fit_files or resumption.files,
         )
     resumption.hash_base(model)

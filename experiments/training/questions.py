@@ -44,7 +44,9 @@ class Questions:
         """Hides a key in each of eight texts of `length` tokens from `haystack`."""
         self._tokenizer = tokenizer
         self.asked: list[Question] = passkey_questions(
-            *(tokenizer, haystack, _COUNT),
+            tokenizer,
+            haystack,
+            _COUNT,
             length=length,
             window=window,
             seed=seed,

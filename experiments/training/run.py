@@ -114,7 +114,7 @@ class Run:
         long = source.sequence_length > self.config.data.sequence_length
         size = 1 if long else self.config.batch_size
         return evaluate_held_out(
-            *(model, source, self.placement.put), batch_size=size, use_memory=use_memory
+            model, source, self.placement.put, batch_size=size, use_memory=use_memory
         )
 
     def questions(self) -> Questions | None:

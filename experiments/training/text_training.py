@@ -36,7 +36,9 @@ def train_on_text(run: Run) -> tuple[TrainState, float, int]:
     count = sum(value.size for value in first.trainable.values())
     run.console.print(f"training {count:,} parameters ({config.train}) for {run.steps} steps")
     best = BestState(
-        *(config.output, describe_run(config), run.resumption.step or 0),
+        config.output,
+        describe_run(config),
+        run.resumption.step or 0,
         keep_best=config.held_out.keep_best,
         early_stop=config.held_out.early_stop,
     )

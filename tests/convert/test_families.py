@@ -119,8 +119,14 @@ def test_rope_values(tmp_path):
 def test_defaults_are_those_of_transformers(tmp_path):
     bare = without(
         LLAMA,
-        *("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps", "tie_word_embeddings"),
-        *("max_position_embeddings", "hidden_act", "torch_dtype"),
+        "num_key_value_heads",
+        "head_dim",
+        "rope_theta",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "hidden_act",
+        "torch_dtype",
     ) | {"hidden_size": 40}
     ours, theirs = read(tmp_path, bare), transformers.LlamaConfig(**bare)
     assert ours.num_kv_heads == theirs.num_key_value_heads == 4
@@ -131,8 +137,15 @@ def test_defaults_are_those_of_transformers(tmp_path):
     assert ours.max_positions == theirs.max_position_embeddings
     bare = without(
         GEMMA,
-        *("head_dim", "rope_theta", "rope_local_base_freq", "rope_scaling", "sliding_window"),
-        *("sliding_window_pattern", "query_pre_attn_scalar", "rms_norm_eps", "attention_bias"),
+        "head_dim",
+        "rope_theta",
+        "rope_local_base_freq",
+        "rope_scaling",
+        "sliding_window",
+        "sliding_window_pattern",
+        "query_pre_attn_scalar",
+        "rms_norm_eps",
+        "attention_bias",
     )
     ours, theirs = read(tmp_path, bare), transformers.Gemma3TextConfig(**bare)
     assert ours.head_dim == theirs.head_dim

@@ -171,7 +171,9 @@ def test_llama3_scaling_is_recognised(tmp_path, factor, original):
     config = LLAMA | {"head_dim": 64}
     divisors = llama3_divisors(rope, 64).astype(np.float32)
     path = write_gguf(
-        *(tmp_path / "a.gguf", config, random_tensors(hf_shapes(config))),
+        tmp_path / "a.gguf",
+        config,
+        random_tensors(hf_shapes(config)),
         extra={"rope_freqs.weight": divisors},
     )
     assert open_gguf(path).config.rope == rope
@@ -198,7 +200,9 @@ def test_llama3_divisors_are_those_of_transformers(tmp_path):
 
 def test_other_rotary_factors_are_refused(tmp_path):
     path = write_gguf(
-        *(tmp_path / "a.gguf", LLAMA, random_tensors(hf_shapes(LLAMA))),
+        tmp_path / "a.gguf",
+        LLAMA,
+        random_tensors(hf_shapes(LLAMA)),
         extra={"rope_freqs.weight": np.linspace(1, 9, 5, dtype=np.float32)},
     )
     with pytest.raises(ConversionError, match="not Llama 3's"):
@@ -254,7 +258,8 @@ LONGROPE = {
 def test_longrope_has_its_factors_in_tensors(tmp_path):
     short, long = np.linspace(1, 2, 5, dtype="f4"), np.linspace(1, 9, 5, dtype="f4")
     path = write_gguf(
-        *(tmp_path / "a.gguf", LLAMA | {"head_dim": 10}),
+        tmp_path / "a.gguf",
+        LLAMA | {"head_dim": 10},
         random_tensors(hf_shapes(LLAMA | {"head_dim": 10})),
         numbers=LONGROPE,
         extra={"rope_factors_short.weight": short, "rope_factors_long.weight": long},

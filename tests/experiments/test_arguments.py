@@ -68,12 +68,12 @@ def test_what_names_no_model_data_or_configuration_is_the_demo(argv, is_demo, pr
 
 
 def test_the_flags_of_the_public_face():
-    config = parse(
-        *("--model", "m.gguf", "--data", "d.jsonl", "--steps", "7", "--output", "out"),
-        *("--liza.operator", "delta_rule", "--liza.softmax-window", "512", "--lora.rank", "4"),
-        *("--data.sequence-length", "99", "--data.no-packing", "--batch-size", "3"),
-        *("--lora.targets", "q_proj", "v_proj", "--no-resume"),
+    flags = (
+        "--model m.gguf --data d.jsonl --steps 7 --output out --liza.operator delta_rule "
+        "--liza.softmax-window 512 --lora.rank 4 --data.sequence-length 99 --data.no-packing "
+        "--batch-size 3 --lora.targets q_proj v_proj --no-resume"
     )
+    config = parse(*flags.split())
     assert config.model == "m.gguf"
     assert config.output == Path("out")
     assert config.data == DataConfig(path="d.jsonl", sequence_length=99, packing=False)

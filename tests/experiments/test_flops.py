@@ -89,7 +89,8 @@ def test_forward_pass(liza):
     graphdef, weights = nnx.split(model)
     xla = counted_by_xla(
         lambda weights, tokens: nnx.merge(graphdef, weights)(tokens).logits,
-        *(weights, jax.ShapeDtypeStruct((B, T), jnp.int32)),
+        weights,
+        jax.ShapeDtypeStruct((B, T), jnp.int32),
     )
     per_token = flops.weights_flops(CONFIG, liza) + flops.head_flops(CONFIG)
     per_token += flops.adapter_flops(CONFIG, liza, lora)
@@ -112,7 +113,9 @@ def test_training_step(liza, mode):
     rows = jnp.ones((B, T), jnp.int32)
     xla = counted_by_xla(
         make_train_step(partition, optimizer),
-        *(state, partition.frozen, Batch(rows, rows, rows > 0)),
+        state,
+        partition.frozen,
+        Batch(rows, rows, rows > 0),
     )
     ours = flops.training_flops(CONFIG, liza, lora, batch=B, tokens=T, mode=mode)
     assert_within(xla, ours, 1.25)

@@ -102,8 +102,15 @@ def test_a_saved_document_answers_without_being_read_again(
     saved = tmp_path / "document.state"
     asked = ("--prompt", PROMPT)
     whole = run(
-        *(generate_text, GenerateConfig, capsys, *settings, "--prompt-file", document),
-        *(*asked, "--save-state", tmp_path / "asked.state"),
+        generate_text,
+        GenerateConfig,
+        capsys,
+        *settings,
+        "--prompt-file",
+        document,
+        *asked,
+        "--save-state",
+        tmp_path / "asked.state",
     )
     only_read = ("--prompt-file", document, "--save-state", saved, "--max-new-tokens", 0)
     read = run(generate_text, GenerateConfig, capsys, *settings[:-2], *only_read)
@@ -136,8 +143,14 @@ def test_a_chat_reads_only_what_is_new(document, tiny_model_dir, capsys, monkeyp
     first = chat["turns"][0]
     assert first["context_tokens"] == chat["prompt_tokens"] + first["prompt_tokens"] + 6
     one = run(
-        *(generate_text, GenerateConfig, capsys, *settings, "--prompt-file", document),
-        *("--prompt", "Hello"),
+        generate_text,
+        GenerateConfig,
+        capsys,
+        *settings,
+        "--prompt-file",
+        document,
+        "--prompt",
+        "Hello",
     )
     assert one["turns"][0]["text"] == first["text"]
 

@@ -68,7 +68,9 @@ def write_tasks(folder):
         return [{"metric": name} for name in names]
 
     task(
-        *("tiny_choice", "questions", "multiple_choice"),
+        "tiny_choice",
+        "questions",
+        "multiple_choice",
         fewshot_split="train",
         num_fewshot=2,
         doc_to_text="{{question}} =",
@@ -77,13 +79,17 @@ def write_tasks(folder):
         metric_list=metrics("acc", "acc_norm"),
     )
     task(
-        *("tiny_rolling", "texts", "loglikelihood_rolling"),
+        "tiny_rolling",
+        "texts",
+        "loglikelihood_rolling",
         doc_to_text="",
         doc_to_target="{{text}}",
         metric_list=metrics("word_perplexity", "byte_perplexity", "bits_per_byte"),
     )
     task(
-        *("tiny_words", "texts", "generate_until"),
+        "tiny_words",
+        "texts",
+        "generate_until",
         doc_to_text="{{text}}\n",
         doc_to_target="x",
         generation_kwargs={"until": ["e", "\n\n"], "max_gen_toks": 12, "do_sample": False},
@@ -157,7 +163,8 @@ def test_what_greedy_decoding_gives_is_greedy(both):
         ValueError, match="a continuation has 3 tokens, more than the maximum length of 2"
     ):
         score_continuations(
-            *(ours.model, [Continuation(prompt, tokens)]),
+            ours.model,
+            [Continuation(prompt, tokens)],
             batch_size=1,
             max_length=2,
             use_memory=True,
@@ -295,7 +302,8 @@ def test_what_lm_eval_cannot_run_is_refused(
     # Its own list takes half a minute to read.
     manager = lm_eval.tasks.TaskManager
     monkeypatch.setattr(
-        *(lm_eval.tasks, "TaskManager"),
+        lm_eval.tasks,
+        "TaskManager",
         lambda include_path, include_defaults: manager(
             include_path=include_path, include_defaults=False
         ),
@@ -354,7 +362,8 @@ def test_memory_of_a_titan_counts_in_its_scores():
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, 40).tolist()
     for use_memory in (True, False):
         (score,) = score_continuations(
-            *(model, [Continuation(tokens[:10], tokens[10:])]),
+            model,
+            [Continuation(tokens[:10], tokens[10:])],
             batch_size=4,
             max_length=64,
             use_memory=use_memory,

@@ -52,7 +52,11 @@ def prepare(
     def run() -> None:
         if householder > 1:
             out, _ = chunk_gated_delta_product(
-                *(q, k, v, log_decay if gated else None, beta),
+                q,
+                k,
+                v,
+                log_decay if gated else None,
+                beta,
                 num_householder=householder,
                 scale=1.0,
             )

@@ -182,7 +182,9 @@ def test_a_mesh_computes_the_same(project_dir):
 def step_bytes(config: ModelConfig, base_dtype: BaseDtype | None) -> tuple[int, int]:
     """Bytes of frozen weights, and of all that a compiled step of LoRA training holds."""
     sizes = step_memory(
-        *(config, LoraConfig(rank=4), (1, 16)),
+        config,
+        LoraConfig(rank=4),
+        (1, 16),
         dtype=jnp.dtype("float32"),
         base_dtype=base_dtype,
         compiler_options=QUICK["compiler_options"],

@@ -79,8 +79,15 @@ class ModelConfig:
         check_at_least(
             self,
             1,
-            *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads"),
-            *("head_dim", "mlp_dim", "sliding_window", "max_positions"),
+            "vocab_size",
+            "embed_dim",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "sliding_window",
+            "max_positions",
         )
         if self.num_layers > MAX_LAYERS:
             raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")

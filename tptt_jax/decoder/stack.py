@@ -116,7 +116,9 @@ class Stack(nnx.Module):
 
         def make_layer(key: Array) -> DecoderLayer:
             return DecoderLayer.create(
-                *(config, liza, lora),
+                config,
+                liza,
+                lora,
                 with_memory=any(self.has_memory),
                 dtype=dtype,
                 rngs=nnx.Rngs(key),

@@ -32,7 +32,8 @@ def state_bytes(
     """
     empty = jax.eval_shape(
         lambda: init_decoding_state(
-            *(config, liza),
+            config,
+            liza,
             batch_size=batch_size,
             max_tokens=cache_capacity(config, liza, max_tokens),
             dtype=dtype,

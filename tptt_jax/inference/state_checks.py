@@ -27,7 +27,9 @@ def check_state(
     check_equal("hidden", _describe(state.hidden), _describe(expected.hidden))
     check_equal("seen", list(state.seen.shape), list(expected.seen.shape))
     check_decoding_state(
-        *(model.config, model.liza, state),
+        model.config,
+        model.liza,
+        state,
         dtype=str(model.dtype),
         rows=batch_size,
         use_memory=use_memory,

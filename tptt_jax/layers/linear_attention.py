@@ -90,7 +90,10 @@ class LinearAttention(nnx.Module):
         self.v_proj = projection("v_proj", (embed_dim, kv_width), ("embed", kv_heads))
         self.o_proj = projection("o_proj", (width, embed_dim), (heads, "embed"))
         self.memory = DeltaMemory(
-            *(embed_dim, num_heads, num_kv_heads, self.head_dim),
+            embed_dim,
+            num_heads,
+            num_kv_heads,
+            self.head_dim,
             config,
             beta_max=beta_max,
             bidirectional=bidirectional,

@@ -246,7 +246,9 @@ class LizaAttention(nnx.Module):
         if self.memory is not None and runs_memory:
             written = MemoryTokens(made.k, made.v, tokens.any_context.segment_ids)
             linear, memory_state = self.memory(
-                *(made.x, made.q, written),
+                made.x,
+                made.q,
+                written,
                 state=memory_state,
                 length=tokens.any_context.length,
                 dropout_key=dropout_key,

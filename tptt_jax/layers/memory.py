@@ -225,7 +225,7 @@ class DeltaMemory(nnx.Module):
         activation = config.recurrence.state_activation
         if activation == "none" and is_split(q.shape[1]):
             return split_delta_product(
-                *(*inputs, ids), chunk_size=config.chunk_size, precision=config.precision
+                *inputs, ids, chunk_size=config.chunk_size, precision=config.precision
             )
         if activation != "none" and ids is not None:
             # Chunks of the row are not chunks of its documents: count tokens one by one.
@@ -259,7 +259,9 @@ class DeltaMemory(nnx.Module):
         assert state.queries is not None
         history = RawTokens(state.queries, *state.history)
         out, history, new_state = extend_tptt_reference(
-            *(raw, tokens.valid, rule),
+            raw,
+            tokens.valid,
+            rule,
             chunk_size=chunk_size,
             history=history,
             state=state.state,
@@ -279,7 +281,9 @@ class DeltaMemory(nnx.Module):
         if activation != "none":
             after = (length[:, None] + jnp.cumsum(ids, axis=1)) % config.chunk_size == 0
             out, new_state = naive_delta_product(
-                *(*inputs, state.state, ids),
+                *inputs,
+                state.state,
+                ids,
                 state_activation=activation,
                 activate_after=after & valid,
             )
@@ -287,7 +291,9 @@ class DeltaMemory(nnx.Module):
             out, new_state = _one_token(*inputs, state.state, valid)
         else:
             out, new_state = chunk_delta_product(
-                *(*inputs, state.state, ids),
+                *inputs,
+                state.state,
+                ids,
                 chunk_size=config.chunk_size,
                 precision=config.precision,
             )
@@ -341,7 +347,10 @@ class DeltaMemory(nnx.Module):
             beta = jax.nn.sigmoid(logits.beta)
         else:
             beta = compute_beta(
-                *(rule.beta_gate, k, v, rule.num_householder),
+                rule.beta_gate,
+                k,
+                v,
+                rule.num_householder,
                 segment_ids=ids,
                 vector=config.vector_beta,
                 trick=rule.trick if config.expand_gates else None,

@@ -88,7 +88,8 @@ class ExpertsMLP(nnx.Module):
         embed, width, count = config.embed_dim, config.mlp_dim, config.experts.number
         self.activation, self.config = config.mlp.activation, config.experts
         self.router = Projection(
-            *(embed, count),
+            embed,
+            count,
             path=ROUTER,
             axes=("embed", "experts"),
             lora=lora,

@@ -184,7 +184,9 @@ def apply_softmax(
         sink_queries = None
     if is_split(k.shape[1]):
         out = attend_split(
-            *(rotate(q, context.angles), keys, v),
+            rotate(q, context.angles),
+            keys,
+            v,
             segment_ids=ids,
             window=window,
             narrower=context.window,
@@ -205,7 +207,9 @@ def apply_softmax(
         out = fused_attention(q, keys, v, segment_ids=ids, window=window, scale=settings.scale)
         return Attended(out, None), keys
     out = attend_sequence(
-        *(q, k, v),
+        q,
+        k,
+        v,
         angles=context.angles,
         segment_ids=ids,
         window=window,

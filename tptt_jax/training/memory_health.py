@@ -112,7 +112,11 @@ def _layer_health(
     keys, values, beta, log_decay = memory.written(made.x, tokens)
     activation = liza.recurrence.state_activation
     state = chunk_delta_product(
-        *(keys[:, :, 0], keys, values, beta, log_decay),
+        keys[:, :, 0],
+        keys,
+        values,
+        beta,
+        log_decay,
         # Chunks that activate the state are those of rows.
         segment_ids=tokens.segment_ids if activation == "none" else None,
         chunk_size=liza.chunk_size,

@@ -97,5 +97,8 @@ def _warn(folder: Path, passed: dict[int, str], taken: int) -> None:
         if (folder / str(number)).exists():
             _LOG.warning(
                 "checkpoint %d in %s cannot be read (%s): taking that of step %d",
-                *(number, folder, reason, taken),
+                number,
+                folder,
+                reason,
+                taken,
             )

@@ -53,7 +53,9 @@ class Resumption:
         """What is written down once the run may begin."""
         data = config.data
         self.files = find_parts(
-            *(data.path, data.split, data.revision),
+            data.path,
+            data.split,
+            data.revision,
             separate=bool(data.weights),
             leave_out=output,
         )

@@ -32,7 +32,7 @@ CONFIGS = {
 
 def _layer(config=None, **options):
     layer = LinearAttention(
-        *(EMBED, HEADS), num_kv_heads=KV_HEADS, head_dim=DIM, config=config,
+        EMBED, HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, config=config,
         rngs=nnx.Rngs(0), **options,
     )  # fmt: skip
     return randomize(layer)

@@ -24,7 +24,8 @@ def _adapter(dropout=0.0, scale=0.7):
 
 def _projection(lora, *, dtype=jnp.float32, bias=True, path="self_attn.q_proj"):
     projection = Projection(
-        *(IN, OUT),
+        IN,
+        OUT,
         path=path,
         axes=("embed", "heads"),
         bias=bias,

@@ -53,7 +53,9 @@ def test_equals_two_log_softmaxes(softcap, vocab_axis, dtype, block):
     want, want_gradient = _value_and_gradient(lambda x: _plain(x, teacher, head, softcap), hidden)
     losses, gradient = _value_and_gradient(
         lambda x: token_divergence(
-            *(x, teacher, head if vocab_axis == 0 else head.T),
+            x,
+            teacher,
+            head if vocab_axis == 0 else head.T,
             softcap=softcap,
             vocab_axis=vocab_axis,
             vocab_at_a_time=block,

@@ -70,9 +70,7 @@ def _sinks(k, v, ids, count, queries):
 
 def _ours(q, k, v, sink_q, *, ids, sinks=0, **options):
     own = _sinks(k, v, ids, sinks, sink_q) if sinks else None
-    return attend_sequence(
-        *(q, k, v), segment_ids=jnp.asarray(ids), sinks=own, scale=SCALE, **options
-    )
+    return attend_sequence(q, k, v, segment_ids=jnp.asarray(ids), sinks=own, scale=SCALE, **options)
 
 
 def _run(function, args, ids):

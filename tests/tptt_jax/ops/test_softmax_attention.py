@@ -123,7 +123,9 @@ def test_queries_may_follow_keys_of_earlier_tokens(first, window, block):
     ids = jnp.asarray(IDS)
     last, starts = 8, segment_starts(ids)
     got = attend_rows(
-        *(q[:, -last:], k[:, first:], v[:, first:]),
+        q[:, -last:],
+        k[:, first:],
+        v[:, first:],
         segment_ids=ids[:, first:],
         starts=starts[:, -last:] - (T - last),
         window=window,
@@ -141,7 +143,9 @@ def test_gradients_do_not_depend_on_the_block():
         def loss(q, k, v, sink_q):
             sinks = _sinks(k, v, IDS, 3, sink_q, per_token=True)
             out = attend_sequence(
-                *(q, k, v),
+                q,
+                k,
+                v,
                 segment_ids=jnp.asarray(IDS),
                 window=4,
                 sinks=sinks,
@@ -167,7 +171,9 @@ def test_pieces_equal_a_scan_over_blocks(window):
     def loss(q, k, v, sink_q, block):
         sinks = None if window is None else _sinks(k, v, ids, 3, sink_q, per_token=True)
         out = attend_sequence(
-            *(q, k, v),
+            q,
+            k,
+            v,
             segment_ids=jnp.asarray(ids),
             window=window,
             sinks=sinks,

@@ -83,7 +83,9 @@ def fused_attention(
     elif window is not None:
         local = (window - 1, 0)
     out = jax.nn.dot_product_attention(
-        *(q, k, v),
+        q,
+        k,
+        v,
         mask=mask,
         scale=scale,
         is_causal=True,

@@ -90,12 +90,18 @@ def _attend_shard(options: _Options, x: _Shard, narrower: Array | None) -> Atten
     if x.sink_queries is not None:
         fetch = functools.partial(_carried_sinks, starts=x.starts, count=options.num_sinks)
         sinks = document_sinks(
-            *(x.k, x.v, x.sink_queries, x.starts - first, x.ids != 0),
+            x.k,
+            x.v,
+            x.sink_queries,
+            x.starts - first,
+            x.ids != 0,
             options.num_sinks,
             (fetch(x.k), fetch(x.v)),
         )
     return attend_sequence(
-        *(x.q, keys, values),
+        x.q,
+        keys,
+        values,
         segment_ids=ids,
         starts=x.starts - first,
         window=options.window,

@@ -91,7 +91,13 @@ def _run_shard(x: _Shard, chunk_size: int, precision: Precision) -> Array:
 
     def run(values: Array, state: Array) -> tuple[Array, Array]:
         return chunk_delta_product(
-            *(x.q, k, values, beta, x.log_decay, state, x.segment_ids),
+            x.q,
+            k,
+            values,
+            beta,
+            x.log_decay,
+            state,
+            x.segment_ids,
             chunk_size=chunk_size,
             precision=precision,
         )

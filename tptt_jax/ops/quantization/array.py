@@ -50,9 +50,7 @@ class QuantizedArray:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Array:
         """The matrix in a dtype."""
-        return dequantize(
-            *(self.codes, self.scales, self.format, self.axis, self.length), dtype=dtype
-        )
+        return dequantize(self.codes, self.scales, self.format, self.axis, self.length, dtype=dtype)
 
     def map_axis(self, axis: int, run: Callable[[Array, int], Array]) -> "QuantizedArray":
         """run(array, axis) of the parts, for an axis of the matrix that is not cut into blocks."""
