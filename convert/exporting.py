@@ -20,7 +20,7 @@ from convert.plan import Conversion, Slot
 from convert.progress import track
 from convert.sources import Pretrained, Source
 from convert.sources.opening import TOKEN_KEYS
-from convert.sources.source_files import is_own_file, refuse_outer_link, say_what_is_left_out
+from convert.sources.source_files import is_own_file, refuse_outer_link, report_skipped_files
 from convert.tokenizers import export_tokenizer, tokenizer_class_of
 from tptt_jax import CausalLM, ModelConfig
 from tptt_jax.array_typing import Array
@@ -107,7 +107,7 @@ def _write_tokenizer(directory: Path, base: Pretrained | None, tokenizer: Source
         return
     export_tokenizer(base.path if tokenizer is None else tokenizer, directory)
     if base.path.is_dir():
-        say_what_is_left_out(base.path)
+        report_skipped_files(base.path)
 
 
 def _lacks_tokenizer_class(directory: Path) -> bool:

@@ -3,6 +3,6 @@
 import sys
 
 
-def say(text: str) -> None:
+def print_notice(text: str) -> None:
     """Writes one line to stderr; stdout belongs to the results of a command."""
     print(" ".join(text.split()), file=sys.stderr, flush=True)

@@ -63,7 +63,7 @@ def finetune(config: FinetuneConfig, trackers: Sequence[Tracker] = ()) -> dict[s
         if config.hub.push_to_hub is not None and not config.dry_run:
             report |= _push(config, report.pop("push_format"))
     except TerminationError as stop:
-        report = _say_how_to_go_on(config, stop) if is_first_process() else {}
+        report = _print_resume_command(config, stop) if is_first_process() else {}
     return report if is_first_process() else {}
 
 
@@ -80,7 +80,7 @@ def _push(config: FinetuneConfig, format: ExportFormat) -> dict[str, Any]:
     return {"pushed": pushed}
 
 
-def _say_how_to_go_on(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
+def _print_resume_command(config: FinetuneConfig, stop: TerminationError) -> dict[str, Any]:
     """Prints the command that resumes a run stopped by SIGTERM; returns what --json prints."""
     output = config.output
     settings = output / "config.yaml"

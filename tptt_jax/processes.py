@@ -88,7 +88,7 @@ def raised_together(error: _Error) -> _Error:
     return error
 
 
-def have_failed_together(error: BaseException) -> bool:
+def is_collective_failure(error: BaseException) -> bool:
     """Whether all processes raise an exception: by `failing_together`, or as `raised_together`."""
     notes = getattr(error, "__notes__", ())
     return isinstance(error, FailedElsewhere) or _TOGETHER in notes

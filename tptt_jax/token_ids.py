@@ -81,7 +81,7 @@ def check_model_tokens(tokens: Any, segment_ids: Any, vocab_size: int) -> None:
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be integers ([B, T]), got {tokens.dtype}.")
     known = [x for x in (tokens, segment_ids) if x is not None]
-    if any(isinstance(x, Tracer) or not _is_here(x) for x in known):
+    if any(isinstance(x, Tracer) or not _is_addressable(x) for x in known):
         return
     found = np.asarray(tokens)
     check_token_ids(
@@ -89,6 +89,6 @@ def check_model_tokens(tokens: Any, segment_ids: Any, vocab_size: int) -> None:
     )
 
 
-def _is_here(x: Any) -> bool:
+def _is_addressable(x: Any) -> bool:
     """Whether this process can read the whole array."""
     return not isinstance(x, jax.Array) or x.is_fully_addressable

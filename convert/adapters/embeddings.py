@@ -8,7 +8,7 @@ from convert.adapters.places import PEFT_PREFIX
 from convert.adapters.reading import Adapter
 from convert.errors import ConversionError, listing
 from convert.families import Family
-from convert.notices import say
+from convert.notices import print_notice
 from convert.rules import Rule
 from convert.sources import Pretrained
 
@@ -61,7 +61,9 @@ def without_copies(adapter: Adapter, base: Pretrained) -> Adapter:
                 ".save_pretrained(OTHER_DIR) writes a plain model that loads here."
             )
     names = listing(name.removeprefix(PEFT_PREFIX) for name in copies)
-    say(f"{adapter.path} holds an identical copy of the base model's {names}; it is ignored")
+    print_notice(
+        f"{adapter.path} holds an identical copy of the base model's {names}; it is ignored"
+    )
     kept = {name: own for name, own in adapter.stored_names.items() if name not in copies}
     return dataclasses.replace(adapter, stored_names=kept)
 

@@ -105,12 +105,12 @@ def usage_sentence(box: str, options: Callable[[], set[str]], arguments: Sequenc
     if name is None:
         return f"no option takes these arguments: {' '.join(words)}; {_HELP}"
     name = name.partition("=")[0]
-    meant = _meant(name, options())
+    meant = _closest_option(name, options())
     guess = f": did you mean {meant}?" if meant else ";"
     return f"there is no option {name}{guess} {_HELP}"
 
 
-def _meant(name: str, options: set[str]) -> str | None:
+def _closest_option(name: str, options: set[str]) -> str | None:
     synonym = _SYNONYMS.get(name.replace("_", "-"))
     if synonym in options:
         return synonym

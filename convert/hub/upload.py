@@ -16,7 +16,7 @@ from convert.formats.safetensors_io import FLOAT_TYPES, SafetensorsFile, TensorS
 from convert.hub.failures import plain_failures
 from convert.hub.repository import HubTarget
 from convert.model_card import is_local_path, rename_card
-from convert.notices import say
+from convert.notices import print_notice
 from convert.overwriting import foreign_names
 from convert.sources import PACKAGED_HUB_IDS
 from convert.sources.source_files import is_own_file
@@ -179,12 +179,12 @@ def _published(file: Path) -> dict[str, Any] | None:
         if _is_local(content.get(key)):
             del changed[key]
     for key in _BASES:
-        if isinstance(content.get(key), str) and _is_here(content[key]):
-            changed[key] = _elsewhere(file, key, content[key])
+        if isinstance(content.get(key), str) and _is_local_base(content[key]):
+            changed[key] = _public_base(file, key, content[key])
     return None if changed == content else changed
 
 
-def _elsewhere(file: Path, key: str, base: str) -> str | None:
+def _public_base(file: Path, key: str, base: str) -> str | None:
     """The base model's name for others; None: users have to give it."""
     if base in PACKAGED_HUB_IDS:
         return PACKAGED_HUB_IDS[base]
@@ -193,14 +193,14 @@ def _elsewhere(file: Path, key: str, base: str) -> str | None:
             f"{file} names its base model by a path of this machine ({key}), and the package tptt "
             "reads it there: train on a hub id, or push another format."
         )
-    say(
+    print_notice(
         f"the base model {Path(base).name} is a folder of this machine, so the pushed adapter does "
         "not name it: who loads it has to give the base model"
     )
     return None
 
 
-def _is_here(base: str) -> bool:
+def _is_local_base(base: str) -> bool:
     return base in PACKAGED_HUB_IDS or is_local_path(base) or Path(base).expanduser().exists()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convert.errors import ConversionError, listing
 from convert.formats.hf_directory import INDEX_FILE, SINGLE_FILE
-from convert.notices import say
+from convert.notices import print_notice
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json"),
@@ -51,12 +51,12 @@ def copy_tokenizer_files(source: Path, directory: Path) -> None:
             ) from None
 
 
-def say_what_is_left_out(source: Path) -> None:
+def report_skipped_files(source: Path) -> None:
     """Prints one line for links that are not followed, and one for files that are not exported."""
     outer = {path for path in _exportable(source) if is_outer_link(path, source)}
     if outer:
         named = listing(sorted(path.relative_to(source).as_posix() for path in outer))
-        say(f"links out of the model's folder are not copied: {named} ({source})")
+        print_notice(f"links out of the model's folder are not copied: {named} ({source})")
     known = {*_copied(source), *source.glob(_SHARDS), *(source / name for name in _REWRITTEN)}
     known |= outer
     # A card of its own says the licence.
@@ -70,7 +70,7 @@ def say_what_is_left_out(source: Path) -> None:
         return
     more = "" if len(others) <= _MAX_NAMED else f" and {len(others) - _MAX_NAMED} more"
     named = listing(sorted(others)[:_MAX_NAMED])
-    say(f"exports copy only tokenizer files; left out: {named}{more} ({source})")
+    print_notice(f"exports copy only tokenizer files; left out: {named}{more} ({source})")
 
 
 def is_own_file(path: Path, folder: Path) -> bool:

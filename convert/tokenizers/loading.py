@@ -11,7 +11,7 @@ from convert.bases import has_base, locate_base
 from convert.errors import ConversionError, listing
 from convert.formats import GgufFile
 from convert.formats.files import atomic_directory, check_regular
-from convert.notices import say
+from convert.notices import print_notice
 from convert.sources import Source, find_checkpoint, locate
 from convert.sources.demo import cache_directory
 from convert.sources.source_files import TOKENIZER_FILES, VOCABULARY_FILES, copy_tokenizer_files
@@ -104,10 +104,10 @@ def _adapter_tokenizer(path: Path) -> Path | None:
         return None
     own = [name for name in TOKENIZER_FILES if (path / name).is_file()]
     if {TOKENIZER_FILE, SETTINGS_FILE} <= set(own):
-        say(f"using the tokenizer of the adapter {path} ({listing(own)})")
+        print_notice(f"using the tokenizer of the adapter {path} ({listing(own)})")
         return path
     if own:
-        say(
+        print_notice(
             f"using the tokenizer of the base model; {listing(own)} of the adapter {path} is "
             f"no complete tokenizer ({TOKENIZER_FILE} and {SETTINGS_FILE})"
         )
@@ -132,7 +132,7 @@ def export_tokenizer(source: Source, path: Path) -> None:
         copy_tokenizer_files(place, path)
         _check_copy(path / TOKENIZER_FILE, place / TOKENIZER_FILE)
         if not any((path / name).is_file() for name in VOCABULARY_FILES):
-            say(f"no tokenizer was written, as {place} has none: add its {TOKENIZER_FILE}")
+            print_notice(f"no tokenizer was written, as {place} has none: add its {TOKENIZER_FILE}")
     else:
         tokenizer = load_tokenizer(place)
         with refusing(f"the tokenizer cannot be written to {path}", "free some space"):

@@ -26,7 +26,7 @@ from experiments.data.marked_text import (
 from experiments.data.packing import Example
 from experiments.data.rows import Rows
 from experiments.data.sharegpt import read_sharegpt
-from experiments.data.special_tokens import begin_once, begin_tokens, end_token
+from experiments.data.special_tokens import begin_tokens, drop_repeated_bos, end_token
 from experiments.data.templates import ChatTemplate, FatalTemplateError
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -74,7 +74,7 @@ def text_documents(
     for some in portions(texts):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)
         for ids in encoded["input_ids"]:
-            ids = begin_once(tokenizer, start + ids)[len(start) :]
+            ids = drop_repeated_bos(tokenizer, start + ids)[len(start) :]
             ended = ids + end if ids and ids[-1:] != end else ids
             documents.append(np.asarray(ended, dtype=np.int32))
     return documents

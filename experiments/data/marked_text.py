@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.data.packing import Example
-from experiments.data.special_tokens import begin_once
+from experiments.data.special_tokens import drop_repeated_bos
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +46,7 @@ def marked_examples(
             )
         places = zip(encoded["input_ids"], encoded["offset_mapping"], some, strict=True)
         for ids, offsets, (text, targets) in places:
-            kept = begin_once(tokenizer, ids)
+            kept = drop_repeated_bos(tokenizer, ids)
             example = all_targets(np.asarray(kept, dtype=np.int32))
             if targets != [(0, len(text))]:
                 places_of = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)

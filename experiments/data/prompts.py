@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from convert.formats.files import check_regular
-from experiments.data.special_tokens import begin_once, begin_tokens, end_token
+from experiments.data.special_tokens import begin_tokens, drop_repeated_bos, end_token
 from experiments.data.templates import ChatTemplate
 from experiments.data.text_files import open_text
 from tptt_jax.array_typing import Int
@@ -107,7 +107,7 @@ def chat_tokens(
     except ValueError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     ids: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokens = begin_once(tokenizer, list(ids))
+    tokens = drop_repeated_bos(tokenizer, list(ids))
     return tokens if begin or tokens[:1] != [tokenizer.bos_token_id] else tokens[1:]
 
 
@@ -146,7 +146,7 @@ def _token_lists(
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = list(ids)
         if number == 0:
-            tokens = begin_once(tokenizer, start + tokens)[0 if begin else len(start) :]
+            tokens = drop_repeated_bos(tokenizer, start + tokens)[0 if begin else len(start) :]
         yield tokens
 
 

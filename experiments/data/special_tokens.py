@@ -12,7 +12,7 @@ def begin_tokens(tokenizer: "PreTrainedTokenizerFast") -> list[int]:
     return [begin] if begin is not None and tokenizer("a")["input_ids"][0] == begin else []
 
 
-def begin_once(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
+def drop_repeated_bos(tokenizer: "PreTrainedTokenizerFast", tokens: list[int]) -> list[int]:
     """Drops repeated beginning-of-sequence tokens at the start.
 
     A rendered chat has its own, and the tokenizer or the template adds another.

@@ -92,7 +92,7 @@ class StreamSource:
         """
         return dict(self._recent)[step]
 
-    def go_to(self, step: int, position: Int[np.ndarray, "D B 2"]) -> None:
+    def seek(self, step: int, position: Int[np.ndarray, "D B 2"]) -> None:
         """Continues after `step` steps.
 
         Raises:

@@ -89,7 +89,7 @@ class Harness:
             batch_size=config.batch_size,
             max_length=config.max_length,
         )
-        with _as_lm_eval_runs():
+        with _lm_eval_environment():
             seed_examples(row.data)
             found: Any = evaluate(
                 wrapped,
@@ -179,7 +179,7 @@ def _plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _as_lm_eval_runs() -> Iterator[None]:
+def _lm_eval_environment() -> Iterator[None]:
     """Seeds as lm-eval's own command does, and keeps its output off stdout."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 

@@ -16,7 +16,7 @@ from experiments.data import DataConfig, load_token_data, python_docs_text
 from experiments.data.data_files import PYTHON_DOCS
 from experiments.data.prompts import document_tokens
 from experiments.data.rows import is_text_file
-from experiments.data.special_tokens import begin_once, begin_tokens
+from experiments.data.special_tokens import begin_tokens, drop_repeated_bos
 from experiments.evaluation.blocks import (
     BLOCK,
     Blocks,
@@ -165,7 +165,7 @@ def haystack_tokens(
     """
     if data.path == PYTHON_DOCS:
         ids = tokenizer(python_docs_text(), add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = begin_once(tokenizer, [*begin_tokens(tokenizer), *ids])
+        tokens = drop_repeated_bos(tokenizer, [*begin_tokens(tokenizer), *ids])
         return np.asarray(tokens[:most], np.int32)
     if not isinstance(data.path, str) or not is_text_file(data.path):
         if isinstance(data.path, str) and not Path(data.path).expanduser().exists():

@@ -16,7 +16,7 @@ import tyro
 from experiments.process.interrupts import TerminationError
 from tptt_jax.processes import (
     FailedElsewhere,
-    have_failed_together,
+    is_collective_failure,
     is_first_process,
     wait_for_all,
 )
@@ -117,18 +117,18 @@ def _ending_together() -> Iterator[None]:
             raise
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
-        if have_failed_together(stop):
+        if is_collective_failure(stop):
             wait_for_all("the end")
         else:
             status = 0 if isinstance(stop, TerminationError) else 128 + signal.SIGINT
-            _leave_alone(status)
+            _exit_without_barrier(status)
         raise
     except Exception as error:
-        if have_failed_together(error):
+        if is_collective_failure(error):
             raise
         is_lost = jax.process_count() > 1 and _LOST.search(str(error)) is not None
         is_plain = is_lost or isinstance(error, ValueError | OSError)
-        _leave_alone(2 if is_plain else 1)
+        _exit_without_barrier(2 if is_plain else 1)
         if not is_lost:
             raise
         raise ConnectionError(
@@ -137,12 +137,12 @@ def _ending_together() -> Iterator[None]:
         ) from error
 
 
-def _leave_alone(status: int) -> None:
+def _exit_without_barrier(status: int) -> None:
     """At its end the process does not wait for the others, which do not end now."""
-    atexit.register(_leave, status)
+    atexit.register(_exit_now, status)
 
 
-def _leave(status: int) -> None:
+def _exit_now(status: int) -> None:
     """Ends the process before JAX waits for the others, which would end it by a signal."""
     sys.stdout.flush()
     sys.stderr.flush()

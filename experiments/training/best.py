@@ -84,7 +84,7 @@ class BestState:
         return _best_step(self._records)
 
     @property
-    def kept_in(self) -> Path | None:
+    def best_folder(self) -> Path | None:
         """The folder with that step's weights; None: they were not kept."""
         is_kept = self._folder is not None and latest_step(self._folder) == self.step is not None
         return self._folder if is_kept else None

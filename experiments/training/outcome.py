@@ -52,7 +52,7 @@ class Outcome:
         if held_out is None:
             return
         answers = None
-        if self._questions is not None and state in self._questioned:
+        if self._questions is not None and state in self._asked_states:
             answers = self._questions.ask(model, use_memory=use_memory)
         self._found[state] = Measured(held_out, answers)
         self.is_new = True
@@ -63,7 +63,7 @@ class Outcome:
             write_measurements(self._file, self._found)
 
     @property
-    def _questioned(self) -> tuple[State, State, State]:
+    def _asked_states(self) -> tuple[State, State, State]:
         """The base model, and the memory off and on at the end of the run."""
         if self._run.steps:
             return ("before", "memory_off", "after")

@@ -60,11 +60,11 @@ class Prefetch(Generic[_Item]):
                 made: tuple[Any, BaseException | None] = (self._make(number), None)
             except BaseException as error:
                 made = (None, error)
-            self._hand_over(made)
+            self._put_result(made)
             if self._is_over.is_set() or made[1] is not None:
                 return
 
-    def _hand_over(self, made: tuple[Any, BaseException | None]) -> None:
+    def _put_result(self, made: tuple[Any, BaseException | None]) -> None:
         while not self._is_over.is_set():
             try:
                 self._made.put(made, timeout=_POLL_SECONDS)

@@ -58,7 +58,7 @@ def prepare_run(config: FinetuneConfig, console: Console) -> Run:
         tokenizer = load_tokenizer(config.model)
         data = _load_data(config, tokenizer, resumption, console)
     model = _load_model(config, mesh)
-    _say_if_idle(config.memory, model, console)
+    _warn_idle_memory(config.memory, model, console)
     with failing_together():
         check_rows(data, model.config, tokenizer)
         rows = fit_rows(
@@ -129,7 +129,7 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None") -> CausalLM:
         )
 
 
-def _say_if_idle(memory: LizaConfig | None, model: CausalLM, console: Console) -> None:
+def _warn_idle_memory(memory: LizaConfig | None, model: CausalLM, console: Console) -> None:
     """Prints a notice if a memory was asked for that no token can ever reach."""
     is_asked = memory is not None and memory.writes == "evicted"
     if is_asked and not runs_memory(model.config, memory):
@@ -152,7 +152,7 @@ def _claim_output(run: Run, description: Description) -> None:
     if not config.resume:
         for folder in (*STAGES, BEST):
             remove_checkpoints(output / folder)
-    if not config.resume or resumption.remeasures:
+    if not config.resume or resumption.needs_remeasuring:
         (output / "evaluation.json").unlink(missing_ok=True)
     write_description(output, description)
     resumption.write()

@@ -78,7 +78,7 @@ class TrainingBatches:
         """
         source = self.source
         if isinstance(source, StreamSource) and source.step != step:
-            source.go_to(step, read_position(self.output, step))
+            source.seek(step, read_position(self.output, step))
         batch, tokens = self._read(source, self.placement, step)
         if isinstance(source, StreamSource):
             check_lengths(batch.segment_ids, self.model, "--data.sequence-length")

@@ -78,7 +78,7 @@ def train_on_text(run: Run) -> tuple[TrainState, float, int]:
     )
     last, seconds, earlier = stage.run(first, run.console)
     if best.step is not None and not run.was_complete:
-        kept = "" if best.kept_in is None else f", kept in {best.kept_in}"
+        kept = "" if best.best_folder is None else f", kept in {best.best_folder}"
         early = " (stopped early)" if int(last.step) < run.steps else ""
         run.console.print(
             f"trained to step {int(last.step)}{early}; "

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from convert import ConversionError, export_pretrained, load_pretrained
-from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files, say_what_is_left_out
+from convert.sources.source_files import TOKENIZER_FILES, copy_tokenizer_files, report_skipped_files
 from convert.tokenizers import export_tokenizer
 from tests.convert.checkpoints import LLAMA, write_directory
 
@@ -149,7 +149,7 @@ def test_a_damaged_tokenizer_is_not_exported(content, tmp_path):
 def test_many_strangers_are_one_short_line(tmp_path, capsys):
     for number in range(300):
         (tmp_path / f"file{number:03d}").touch()
-    say_what_is_left_out(tmp_path)
+    report_skipped_files(tmp_path)
     said = capsys.readouterr().err
     assert "file000, " in said
     assert "and 288 more" in said

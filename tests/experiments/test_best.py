@@ -117,7 +117,7 @@ def test_a_better_step_that_a_kill_has_undone_is_forgotten(tmp_path):
     given: dict = {"description": None, "keep_best": True, "early_stop": None}
     best = BestState(tmp_path, first_step=0, **given)
     assert best.step is None
-    assert best.kept_in is None
+    assert best.best_folder is None
     (tmp_path / "best" / "checkpoints" / "4").mkdir(parents=True)
     assert latest_step(tmp_path / "best") == 4
     BestState(tmp_path, first_step=2, **given)

@@ -222,12 +222,12 @@ def test_a_saved_position_continues_with_the_same_rows(texts, tokenizer, tmp_pat
     # Prefetching is ahead of what was trained on.
     save_position(tmp_path, 3, source.position_after(3))
     resumed = stream(config, tokenizer)
-    resumed.go_to(3, read_position(tmp_path, 3))
+    resumed.seek(3, read_position(tmp_path, 3))
     assert resumed.step == 3
     expected = joined(batches(stream(config, tokenizer), 0, 6))[:, 12:]
     np.testing.assert_array_equal(joined(batches(resumed, 3, 6)), expected)
     with pytest.raises(ValueError, match=r"1 data sets and batches of 4 rows, now .* 1 and 2"):
-        stream(config, tokenizer, lanes=2).go_to(3, read_position(tmp_path, 3))
+        stream(config, tokenizer, lanes=2).seek(3, read_position(tmp_path, 3))
     with pytest.raises(ValueError, match=r"positions/4.npy, which says where step 4 was in the da"):
         read_position(tmp_path, 4)
 

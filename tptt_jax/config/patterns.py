@@ -43,7 +43,7 @@ class _Bounded:
     def __init__(self, pattern: str):
         self._text = pattern
         try:
-            self._pattern = regex.compile(_as_re_reads_it(pattern))
+            self._pattern = regex.compile(_escape_braces(pattern))
         except (regex.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{pattern!r:.200} is not a regular expression: {error}.") from None
         self._seconds = _SECONDS
@@ -66,7 +66,7 @@ class _Bounded:
                 self._seconds -= spent
 
 
-def _as_re_reads_it(pattern: str) -> str:
+def _escape_braces(pattern: str) -> str:
     return _ESCAPE_OR_BRACE.sub(lambda found: found[1] or r"\{", pattern)
 
 

@@ -159,10 +159,10 @@ def take_split_tokens(
     def split(run: Callable[..., Array]) -> Callable[..., Array]:
         return lambda *args: split_tokens(run, args, has_heads=x.ndim > 3)
 
-    return lax.cond(is_usual, split(shift), split(_go_round), x, source)
+    return lax.cond(is_usual, split(shift), split(_rotate_gather), x, source)
 
 
-def _go_round(x: Array, source: Array) -> Array:
+def _rotate_gather(x: Array, source: Array) -> Array:
     """Takes tokens from one shard after the other while they pass by."""
     size, shards = x.shape[1], lax.axis_size(CONTEXT_AXIS)
     ring = [(i, (i + 1) % shards) for i in range(shards)]

@@ -101,7 +101,7 @@ class Resumption:
         self._refuse(self._changed_base(earlier) + self._changed_rows(earlier))
 
     @property
-    def remeasures(self) -> bool:
+    def needs_remeasuring(self) -> bool:
         """Whether earlier measurements no longer apply."""
         earlier = self._earlier
         return earlier is not None and earlier.held_out != self.record.held_out

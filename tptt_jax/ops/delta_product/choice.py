@@ -77,10 +77,10 @@ def choose_implementation(
         decay=log_decay is not None,
         documents=segment_ids is not None,
     )
-    return "pallas" if _is_right(kind, is_traced=_is_traced(q, k, v, beta)) else "xla"
+    return "pallas" if _kernels_verified(kind, is_traced=_is_traced(q, k, v, beta)) else "xla"
 
 
-def _is_right(kind: KernelKind, *, is_traced: bool) -> bool:
+def _kernels_verified(kind: KernelKind, *, is_traced: bool) -> bool:
     """Whether kernels were tried and agree; a trial runs outside of traces only."""
     wanted = wanted_kernels.get()
     if wanted is not None:

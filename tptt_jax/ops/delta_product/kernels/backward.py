@@ -87,7 +87,7 @@ def _run_grad_solution(
         functools.partial(_grad_solution, cut, layout.group),
         layout,
         {**read_operands(inputs, factors, layout), "grad": layout.reads(grad_out)},
-        {"grad_solution": layout.made(layout.new_made(inputs.v.shape[-1]))},
+        {"grad_solution": layout.intermediate(layout.new_intermediate(inputs.v.shape[-1]))},
     )
     return made.grad_solution
 
@@ -119,8 +119,8 @@ def _run_states_back(
         {
             "q": layout.reads(inputs.q),
             "k": layout.writes(inputs.k),
-            "reads": layout.made(systems.reads),
-            "grad_solution": layout.made(grad_solution, split=True),
+            "reads": layout.intermediate(systems.reads),
+            "grad_solution": layout.intermediate(grad_solution, split=True),
             "grad": layout.reads(grad_out, split=True),
             "into": layout.numbers(factors.into_reads, cut.tokens),
             "out": layout.numbers(factors.out_of_writes, cut.writes),
@@ -129,7 +129,9 @@ def _run_states_back(
         },
         {
             "after": layout.states(layout.new_states()),
-            "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
+            "solution": layout.intermediate(
+                layout.new_intermediate(inputs.v.shape[-1]), split=True
+            ),
             "first": layout.state(inputs.state),
         },
         # The next chunk's queries are prefetched to shared memory, where those of many heads do
@@ -170,12 +172,12 @@ def _run_reads_back(
         {
             **read_operands(inputs, factors, layout),
             "states": layout.states(states.before),
-            "solution": layout.made(states.solution),
+            "solution": layout.intermediate(states.solution),
             "grad": layout.reads(grad_out),
         },
         {
             "q": layout.reads(inputs.q),
-            "k": layout.made(layout.new_made(inputs.k.shape[-1])),
+            "k": layout.intermediate(layout.new_intermediate(inputs.k.shape[-1])),
             "until": layout.numbers(inputs.log_decay, cut.tokens),
         },
     )
@@ -228,10 +230,10 @@ def _run_writes_back(
             "through": layout.numbers(ends, 1),
             "states": layout.states(states.before),
             "after": layout.states(grads.after),
-            "solution": layout.made(states.solution),
-            "grad_solution": layout.made(grads.solution),
-            "inverse": layout.made(systems.inverse),
-            "k_by_reads": layout.made(grad_key),
+            "solution": layout.intermediate(states.solution),
+            "grad_solution": layout.intermediate(grads.solution),
+            "inverse": layout.intermediate(systems.inverse),
+            "k_by_reads": layout.intermediate(grad_key),
         },
         {
             "k": layout.writes(inputs.k),

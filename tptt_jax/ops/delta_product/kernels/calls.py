@@ -96,7 +96,7 @@ class Layout(NamedTuple):
         """[B, V, K, X]."""
         return self._rows(array, self.cut.writes, None, split)
 
-    def made(self, array: Any, *, split: bool = False) -> Operand:
+    def intermediate(self, array: Any, *, split: bool = False) -> Operand:
         """[B, K, V, X], the layout of intermediate results."""
         if array is None:
             return Operand(None, (), lambda *_: ())
@@ -137,8 +137,8 @@ class Layout(NamedTuple):
         *_, dim, width = array.shape
         return Operand(array, (None, None, dim, self._width(width)), lambda x, h, b: (b, h, 0, x))
 
-    def new_made(self, width: int) -> jax.ShapeDtypeStruct:
-        """An output for `made`."""
+    def new_intermediate(self, width: int) -> jax.ShapeDtypeStruct:
+        """An output for `intermediate`."""
         batch, writes, kv_heads, _ = self.inputs.k.shape
         return jax.ShapeDtypeStruct((batch, kv_heads, writes, width), self.cut.products.dtype)
 

@@ -68,7 +68,7 @@ def solve_systems(
 ) -> Systems:
     """W = (I + L)^-1 (beta K exp(G)) and U = (I + L)^-1 (beta V), see `chunk_delta_product`."""
     layout = Layout(cut, inputs)
-    inverse = layout.new_made(cut.writes) if keep_inverse else None
+    inverse = layout.new_intermediate(cut.writes) if keep_inverse else None
     made = run_kernel(
         "systems",
         functools.partial(_solve, cut),
@@ -79,9 +79,9 @@ def solve_systems(
             "into": layout.numbers(factors.into_writes, cut.writes),
         },
         {
-            "reads": layout.made(layout.new_made(inputs.k.shape[-1])),
-            "values": layout.made(layout.new_made(inputs.v.shape[-1])),
-            "inverse": layout.made(inverse),
+            "reads": layout.intermediate(layout.new_intermediate(inputs.k.shape[-1])),
+            "values": layout.intermediate(layout.new_intermediate(inputs.v.shape[-1])),
+            "inverse": layout.intermediate(inverse),
         },
         # Tiles of 128 channels do not fit into the registers of two warps.
         warps=2 if max(inputs.k.shape[-1], inputs.v.shape[-1]) <= COLUMNS else 4,
@@ -97,8 +97,8 @@ def run_states(inputs: KernelInputs, factors: Factors, systems: Systems, cut: Cu
         functools.partial(_run_states, cut, layout.chunks),
         layout,
         {
-            "reads": layout.made(systems.reads),
-            "values": layout.made(systems.values, split=True),
+            "reads": layout.intermediate(systems.reads),
+            "values": layout.intermediate(systems.values, split=True),
             "k": layout.writes(inputs.k),
             "out": layout.numbers(factors.out_of_writes, cut.writes),
             "through": layout.numbers(factors.through, 1),
@@ -106,7 +106,9 @@ def run_states(inputs: KernelInputs, factors: Factors, systems: Systems, cut: Cu
         },
         {
             "before": layout.states(layout.new_states()),
-            "solution": layout.made(layout.new_made(inputs.v.shape[-1]), split=True),
+            "solution": layout.intermediate(
+                layout.new_intermediate(inputs.v.shape[-1]), split=True
+            ),
             "last": layout.state(inputs.state),
         },
         # Three chunks of float32 numbers do not fit into shared memory.
@@ -129,7 +131,7 @@ def _read_outputs(
         {
             **read_operands(inputs, factors, layout),
             "states": layout.states(states.before),
-            "solution": layout.made(states.solution),
+            "solution": layout.intermediate(states.solution),
         },
         {"out": layout.reads(out)},
     )
