@@ -14,7 +14,7 @@ import tyro
 
 from convert.checks import verify_pretrained
 from convert.command_line import run_command
-from convert.formats.files import check_replaceable
+from convert.formats.files import check_export_target
 from convert.inspection import describe
 from convert.model_card import read_results
 from convert.overwriting import check_overwrite
@@ -44,7 +44,7 @@ def import_model(
       overwrite: replace an earlier model in that directory.
       revision: branch, tag or commit of a hub id; the same as hub-id@revision.
     """
-    check_replaceable(output, overwrite=overwrite)
+    check_export_target(output, overwrite=overwrite)
     source = with_revision(source, revision)
     check_overwrite(output, source)
     model = load_pretrained(source, dtype=dtype)
@@ -82,7 +82,7 @@ def export_model(
             "--context must be at least 0 and goes with --format merged or titan, whose "
             f"config.json says the frequencies; got {context} with --format {format}."
         )
-    check_replaceable(output, overwrite=overwrite)
+    check_export_target(output, overwrite=overwrite)
     check_overwrite(output, checkpoint)
     if results is not None:
         # Fail before the weights are loaded.

@@ -15,7 +15,7 @@ from tptt_jax.durable import sibling, swap_directory, sync_path
 _MAX_DEPTH = 100
 
 
-def check_replaceable(target: Path, *, overwrite: bool) -> None:
+def check_export_target(target: Path, *, overwrite: bool) -> None:
     """Refuses a target that is not empty.
 
     Args:
@@ -58,7 +58,7 @@ def atomic_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]
       ConversionError: if `target` exists and may not be replaced.
     """
     target = target.absolute()
-    check_replaceable(target, overwrite=overwrite)
+    check_export_target(target, overwrite=overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = sibling(target, "partial")
     temporary.mkdir()

@@ -7,9 +7,14 @@ Counted for one device and one row in a step of LoRA training. The exchanges are
 import math
 from typing import NamedTuple
 
-from experiments.benchmarks.flops import attention_flops, operator_flops, training_flops
+from experiments.benchmarks.flops import (
+    attention_flops,
+    operator_flops,
+    running_layers,
+    training_flops,
+)
 from tptt_jax import LizaConfig, LoraConfig, ModelConfig
-from tptt_jax.config import layer_kinds, memory_layers, runs_memory
+from tptt_jax.config import layer_kinds
 from tptt_jax.layers.cache import num_sinks, softmax_window
 
 _STATE_BYTES = 4
@@ -94,7 +99,7 @@ def layer_exchange(
     token = 2.0 * kv_heads * config.head_dim * width
     is_whole = window is None or window >= tokens * shards
     found, evicts = Exchange(), liza is not None and liza.writes == "evicted"
-    has_memory = liza is not None and layer in _memories(config, liza)
+    has_memory = liza is not None and layer in running_layers(config, liza)
     if has_memory and not (evicts and is_whole):
         rounds = scan_rounds(shards)
         state = kv_heads * config.head_dim**2 * _STATE_BYTES
@@ -146,13 +151,9 @@ def _extra_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int, shar
             # Every device multiplies its queries with all keys, later ones too.
             masked = tokens**2 - tokens * (tokens + 1) / 2
             extra += 4.0 * heads * config.head_dim * masked
-        if liza is not None and layer in _memories(config, liza):
+        if liza is not None and layer in running_layers(config, liza):
             extra += _memory_extra(config, liza, heads, kv_heads, tokens, shards)
     return extra
-
-
-def _memories(config: ModelConfig, liza: LizaConfig) -> tuple[int, ...]:
-    return memory_layers(config, liza) if runs_memory(config, liza) else ()
 
 
 def _memory_extra(

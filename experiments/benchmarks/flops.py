@@ -107,7 +107,7 @@ def adapter_flops(config: ModelConfig, liza: LizaConfig | None, lora: LoraConfig
                 total += 2.0 * lora.rank * (rows + columns)
     return total + sum(
         _memory_delta_flops(config.of_layer(layer), liza)
-        for layer in _running_layers(config, liza)
+        for layer in running_layers(config, liza)
         if liza is not None
     )
 
@@ -176,7 +176,7 @@ def memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) -> f
             householder=liza.recurrence.num_householder,
             chunk_size=plan_chunks(tokens, liza.chunk_size, exact=exact).chunk_size,
         )
-        for heads, kv_heads, _ in map(config.layer_sizes, _running_layers(config, liza))
+        for heads, kv_heads, _ in map(config.layer_sizes, running_layers(config, liza))
     )
 
 
@@ -190,12 +190,12 @@ def row_memory_flops(config: ModelConfig, liza: LizaConfig | None, tokens: int) 
         return memory_flops(config, liza, tokens)
     left_out = min(liza.softmax_window, max(tokens - 1, 0))
     deltas = sum(
-        _memory_delta_flops(config.of_layer(layer), liza) for layer in _running_layers(config, liza)
+        _memory_delta_flops(config.of_layer(layer), liza) for layer in running_layers(config, liza)
     )
     return memory_flops(config, liza, tokens - left_out) - left_out * deltas
 
 
-def _running_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
+def running_layers(config: ModelConfig, liza: LizaConfig | None) -> tuple[int, ...]:
     """The layers whose memory is active."""
     return memory_layers(config, liza) if runs_memory(config, liza) else ()
 
@@ -240,7 +240,7 @@ def decoding_flops(
     per_row += tokens * head_flops(config) + attention_flops(config, liza, prompt + tokens)
     per_row += memory_flops(config, liza, prompt)
     if liza is not None:
-        for heads, kv_heads, _ in map(config.layer_sizes, _running_layers(config, liza)):
+        for heads, kv_heads, _ in map(config.layer_sizes, running_layers(config, liza)):
             step = step_flops(
                 heads=heads,
                 kv_heads=kv_heads,

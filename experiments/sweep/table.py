@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.sweep.runner import Outcome
-from experiments.training.metrics import read_metrics
+from experiments.training.metrics import folder_metrics
 
 Report = dict[str, Any]
 
@@ -18,10 +18,7 @@ _GAP_STEPS = 10
 
 def gap_left(folder: Path) -> float | None:
     """Mean over the layers and the last steps of attention transfer; None: no transfer."""
-    file = folder / "transfer" / "metrics.jsonl"
-    if not file.is_file():
-        return None
-    records = [record for record in read_metrics(file) if record.gap_left]
+    records = [record for record in folder_metrics(folder / "transfer") if record.gap_left]
     gaps = [gap for record in records[-_GAP_STEPS:] for gap in record.gap_left or ()]
     return sum(gaps) / len(gaps) if gaps else None
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.metrics import StepRecord, folder_metrics
 from tptt_jax.processes import is_first_process
 from tptt_jax.training.checkpoint import (
     RunCheckpoints,
@@ -42,11 +42,8 @@ def _best_step(records: Sequence[StepRecord]) -> int | None:
 
 
 def records_until(output: Path, step: int | None) -> list[StepRecord]:
-    """What a run's metrics.jsonl says of the steps up to one."""
-    file = output / "metrics.jsonl"
-    if not step or not file.is_file():
-        return []
-    return [record for record in read_metrics(file) if record.step <= step]
+    """The records of a run's steps up to `step`; none without a step."""
+    return [record for record in folder_metrics(output) if record.step <= step] if step else []
 
 
 class BestState:

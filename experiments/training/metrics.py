@@ -143,3 +143,13 @@ def read_metrics(path: Path) -> list[StepRecord]:
                 f"{path}, line {number}, holds no metrics of a step: remove the line or the file."
             ) from None
     return steps
+
+
+def folder_metrics(folder: Path) -> list[StepRecord]:
+    """The steps in a folder's metrics.jsonl; none if there is no such file.
+
+    Raises:
+      ValueError: as `read_metrics`.
+    """
+    file = folder / "metrics.jsonl"
+    return read_metrics(file) if file.is_file() else []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.metrics import StepRecord, folder_metrics
 from experiments.training.report import plot_run
 from tptt_jax.durable import atomic_file
 
@@ -34,10 +34,10 @@ def plot_stages(output: Path, *, title: str, before: float | None, after: float 
       before: held-out loss of the base model, in nats per token.
       after: the same after training.
     """
-    metrics = output / "metrics.jsonl"
-    if metrics.is_file() and read_metrics(metrics):
+    if folder_metrics(output):
+        metrics = output / "metrics.jsonl"
         plot_run(metrics, output / "loss.png", title=title, eval_before=before, eval_after=after)
-    transfer, distill = (_records(output / name) for name in ("transfer", "distill"))
+    transfer, distill = (folder_metrics(output / name) for name in ("transfer", "distill"))
     if not transfer and not distill:
         return
     figure, axes = new_figure(2, height=3.6)
@@ -96,11 +96,6 @@ def scale_perplexity(axis: "Axes") -> None:
     for which in ("major", "minor"):
         getattr(axis.yaxis, f"set_{which}_formatter")(lambda y, _: f"{y:.4g}")
     axis.set_ylabel("perplexity, lower is better")
-
-
-def _records(folder: Path) -> list[StepRecord]:
-    file = folder / "metrics.jsonl"
-    return read_metrics(file) if file.is_file() else []
 
 
 def _draw_gaps(axis: "Axes", records: list[StepRecord]) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from experiments.reports.environment import describe_environment
 from experiments.reports.html import Section, write_report
-from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.metrics import folder_metrics
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from experiments.training.stage import STAGES
@@ -66,12 +66,14 @@ def layer_table(output: Path) -> Table | None:
     Returns:
       None if nothing was measured.
     """
-    gaps = next((r.gap_left for r in reversed(_records(output / "transfer")) if r.gap_left), None)
+    gaps = next(
+        (r.gap_left for r in reversed(folder_metrics(output / "transfer")) if r.gap_left), None
+    )
     memory = next(
         (
             r.memory
             for name in reversed(STAGES)
-            for r in reversed(_records(output / name))
+            for r in reversed(folder_metrics(output / name))
             if r.memory
         ),
         None,
@@ -88,11 +90,6 @@ def layer_table(output: Path) -> Table | None:
     for number, layer in enumerate(memory["layer"]):
         table.add_row(str(layer), *(_shown(values[number]) for _, values in columns))
     return table
-
-
-def _records(folder: Path) -> list[StepRecord]:
-    file = folder / "metrics.jsonl"
-    return read_metrics(file) if file.is_file() else []
 
 
 def _shown(value: float | None) -> str:

@@ -13,7 +13,7 @@ from experiments.command_line import resolved_yaml
 from experiments.data.data_files import FoundData
 from experiments.reports.environment import describe_environment
 from experiments.reports.tables import table_texts
-from experiments.training.metrics import StepRecord, read_metrics
+from experiments.training.metrics import folder_metrics
 from experiments.training.outcome import Outcome
 from experiments.training.run import Run
 from tptt_jax.durable import atomic_file
@@ -98,7 +98,9 @@ def _memory(run: Run) -> Iterator[tuple[str, str]]:
         yield "memory", "none"
         return
     yield "memory", f"{liza.operator}, writes {liza.writes} tokens"
-    transfer, distill = (len(_records(run, folder)) for folder in ("transfer", "distill"))
+    transfer, distill = (
+        len(folder_metrics(run.config.output / folder)) for folder in ("transfer", "distill")
+    )
     if transfer or distill:
         fit = f"{transfer} steps of attention transfer, {distill} of distillation"
         yield "fit of the memory", fit
@@ -106,13 +108,9 @@ def _memory(run: Run) -> Iterator[tuple[str, str]]:
         yield "rows that ask for what the window lost", f"{config.data.recall:.0%}"
 
 
-def _records(run: Run, folder: str) -> list[StepRecord]:
-    file = run.config.output / folder / "metrics.jsonl"
-    return read_metrics(file) if file.is_file() else []
-
-
 def _tokens_read(run: Run) -> int:
-    tokens = [record.tokens_per_s * record.seconds for record in _records(run, ".")]
+    records = folder_metrics(run.config.output)
+    tokens = [record.tokens_per_s * record.seconds for record in records]
     return round(sum(each for each in tokens if math.isfinite(each)))
 
 
