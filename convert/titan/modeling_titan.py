@@ -470,7 +470,7 @@ class SoftmaxAttention(nn.Module):
     def evicted(
         self, k: Tensor, v: Tensor, context: LayerContext, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
-        """Unrotated key and value [B, T, K, D] of the token that leaves the window at each place.
+        """Unrotated key and value [B, T, K, D] of the token leaving the window at each position.
 
         They come out of the cache, before this call's tokens go in, or from the call itself; what
         stands where no token leaves has no meaning.
