@@ -160,29 +160,7 @@ def make_train_step(
             "give it one, or leave such rows out."
         )
     parts = accumulate + asked_parts
-    train_adapters = bool(partition.names(AdapterParam))
-    train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
-
-    def loss_of(
-        trainable: Trainable,
-        share: Array | None,
-        frozen: nnx.State,
-        batch: Batch,
-        window: Array | None,
-        key: Array,
-    ) -> tuple[Array, Array]:
-        model = partition.merge(trainable, share, frozen)
-        options: Any = {"remat": remat, "window": window, "dropout_key": key if dropout else None}
-        if distill:
-            # Frozen adapters are part of the teacher.
-            teacher = base_model(model) if train_adapters else replace_memory(model, None)
-            # The teacher has no dropout in any mode of the student.
-            teacher.eval()
-            total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
-        else:
-            total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
-        return total if parts > 1 else total / jnp.maximum(count, 1), count
-
+    loss_of = _make_loss(partition, remat, distill, dropout=dropout, is_mean=parts == 1)
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
 
     def train_step(
@@ -223,6 +201,36 @@ def make_train_step(
         return TrainState(*kept, state.key), StepMetrics(loss, count, norm, *shares, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def _make_loss(
+    partition: Partition, remat: Remat, distill: float, *, dropout: bool, is_mean: bool
+) -> Callable[..., tuple[Array, Array]]:
+    """(trainable, share, frozen, batch, window, key) -> (mean or summed loss, counted tokens)."""
+    train_adapters = bool(partition.names(AdapterParam))
+    train_head = any(name in partition.template for name in ("embed.embedding", "lm_head.kernel"))
+
+    def loss_of(
+        trainable: Trainable,
+        share: Array | None,
+        frozen: nnx.State,
+        batch: Batch,
+        window: Array | None,
+        key: Array,
+    ) -> tuple[Array, Array]:
+        model = partition.merge(trainable, share, frozen)
+        options: Any = {"remat": remat, "window": window, "dropout_key": key if dropout else None}
+        if distill:
+            # Frozen adapters are part of the teacher.
+            teacher = base_model(model) if train_adapters else replace_memory(model, None)
+            # The teacher has no dropout in any mode of the student.
+            teacher.eval()
+            total, count = distillation_loss(model, teacher, *batch, share=distill, **options)
+        else:
+            total, count = causal_lm_loss(model, *batch, train_head=train_head, **options)
+        return total / jnp.maximum(count, 1) if is_mean else total, count
+
+    return loss_of
 
 
 def _sum_parts(
