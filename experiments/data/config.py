@@ -1,5 +1,6 @@
 """The options of the training data, and of its layout in rows."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -71,6 +72,9 @@ class DataConfig:
     from farther away than rows of text reach; None: as many as in a row of text."""
     recall_kinds: tuple[ProbeKind, ...] = ("passkey", "needle", "pairs")
     """What these rows ask for, in turn."""
+    recall_haystacks: tuple[str, ...] = ()
+    """Other texts that hide what is asked for: files, folders or a data set, as for --data. Varied
+    ones keep more of what the model knows of other text. None: the training data."""
 
     def __post_init__(self) -> None:
         """Rejects invalid values."""
@@ -89,6 +93,11 @@ class DataConfig:
         self._check_streaming()
         if not 0 <= self.recall < 1:
             raise ValueError(f"recall must lie in [0, 1), got {self.recall}.")
+        if self.recall_haystacks and not self.recall:
+            raise ValueError(
+                "--data.recall-haystacks are for rows that ask for something: add --data.recall, "
+                "the share of such rows, or leave them out."
+            )
         if self.recall_length is not None and self.recall_trains == "all":
             raise ValueError(
                 "--data.recall-length is for rows that train the memory alone; mixed with the text "
@@ -121,6 +130,18 @@ class DataConfig:
                 "--data.recall hides questions in rows that are in memory: leave out "
                 "--data.streaming."
             )
+
+    def of_other(self, path: str | tuple[str, ...], **changes: Any) -> "DataConfig":
+        """The same layout of other data, which shares no option that describes data.
+
+        Args:
+          path: of the other data.
+          changes: further options.
+        """
+        plain: dict[str, Any] = {"columns": (), "revision": None, "format": "auto"}
+        plain |= {"text_column": "text", "split": "train", "max_rows": None, "loss": "all"}
+        plain |= {"streaming": False, "weights": ()}
+        return dataclasses.replace(self, path=path, **plain | changes)
 
     @property
     def recall_row_length(self) -> int:

@@ -132,7 +132,10 @@ def load_token_data(
     )
     asked = None
     if config.recall:
-        asked = _recall_rows(train, kept.examples, config, tokenizer, window=window, seed=seed)
+        texts = kept.examples
+        if config.recall_haystacks:
+            texts = _haystacks(config, tokenizer, bad)
+        asked = _recall_rows(train, texts, config, tokenizer, window=window, seed=seed)
         if config.recall_trains == "all":
             train, asked = train.joined(asked), None
     return TokenData(
@@ -174,6 +177,24 @@ def _check_useful(
             f"Every example of {rows.source} is longer than sequence_length = "
             f"{config.sequence_length}: raise --data.sequence-length to {shortest} or more."
         )
+
+
+def _haystacks(
+    config: DataConfig, tokenizer: "PreTrainedTokenizerFast", bad: BadRows
+) -> list[Example]:
+    """The texts of --data.recall-haystacks, whole; rows that cannot be read join `bad`."""
+    # Nothing is asked for in them yet, and nothing is held out.
+    plain = {"recall": 0.0, "recall_trains": "all", "recall_length": None, "recall_haystacks": ()}
+    other = config.of_other(
+        config.recall_haystacks, **plain, eval_tokens=0, eval_rows=0.0, packing=False
+    )
+    loaded = load_token_data(other, tokenizer, strict=bad.strict)
+    bad.messages.extend(loaded.bad_rows)
+    rows = loaded.train
+    return [
+        Example(tokens[ids != 0], targets[ids != 0])
+        for tokens, ids, targets in zip(rows.tokens, rows.segment_ids, rows.loss_mask, strict=True)
+    ]
 
 
 def _recall_rows(

@@ -68,12 +68,10 @@ def long_rows(
     # A fit trains the memory alone in any case.
     changes: dict[str, Any] = {"sequence_length": length, "loss": "all"}
     changes |= {"recall_trains": "all", "recall_length": None}
-    if config.fit.data is not None:
-        # Other data does not share the --data.* options of the training data.
-        changes |= {"path": config.fit.data, "columns": (), "revision": None, "format": "auto"}
-        changes |= {"text_column": "text", "split": "train", "max_rows": None}
-        changes |= {"streaming": False, "weights": ()}
-    data = dataclasses.replace(config.data, **changes)
+    if config.fit.data is None:
+        data = dataclasses.replace(config.data, **changes)
+    else:
+        data = config.data.of_other(config.fit.data, **changes)
     if data.streaming:
         rows, bad_rows = sample_rows(
             data, tokenizer, seed, _STREAMED_EXAMPLES, files, strict=config.strict

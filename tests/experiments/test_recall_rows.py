@@ -1,5 +1,6 @@
 """Recall rows: the hidden text lies beyond the window; answers count, and text if asked for."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -233,6 +234,31 @@ def test_rows_for_the_memory_alone_may_be_longer_than_those_of_text(tokenizer):
         load_token_data(replace(data, recall_length=40), tokenizer, 5, window=WINDOW)
     with pytest.raises(ValueError, match=r"--data\.recall-length is for rows that train"):
         replace(data, recall_trains="all")
+
+
+def test_haystacks_may_be_other_texts(tokenizer, tmp_path):
+    file = tmp_path / "colours.jsonl"
+    texts = ["purple and green " * 60, 3, "green and purple " * 60]
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    plain = DataConfig(sequence_length=LENGTH, eval_tokens=500, recall=0.25, recall_text=True)
+    data = replace(plain, recall_haystacks=(str(file),))
+    found = load_token_data(data, tokenizer, 5, window=WINDOW, strict=False)
+    before = load_token_data(plain, tokenizer, 5, window=WINDOW)
+    rows_of_text = round(0.75 * found.train.num_rows)
+    asked, mask = (x[rows_of_text:] for x in (found.train.tokens, found.train.loss_mask))
+    words = tokenizer("purple and green and purple", add_special_tokens=False)["input_ids"]
+    assert set(asked[mask == 1].tolist()) <= {*words, *tokenizer.all_special_ids}
+    # Nothing else depends on them.
+    np.testing.assert_array_equal(
+        found.train.tokens[:rows_of_text], before.train.tokens[:rows_of_text]
+    )
+    assert [line for line in found.bad_rows if "colours.jsonl" in line and "row 2" in line]
+    with pytest.raises(ValueError, match=r"colours\.jsonl, row 2"):
+        load_token_data(data, tokenizer, 5, window=WINDOW)
+    with pytest.raises(FileNotFoundError, match=r"none\.txt"):
+        load_token_data(replace(data, recall_haystacks=("none.txt",)), tokenizer, 5)
+    with pytest.raises(ValueError, match=r"add --data\.recall, the share"):
+        replace(data, recall=0.0)
 
 
 @pytest.mark.parametrize(
