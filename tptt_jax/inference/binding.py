@@ -125,7 +125,7 @@ def first_fingerprint(model: CausalLM) -> str:
         return {
             name: value
             for name, value in values.items()
-            if name in names.split() or _to_json(value) != defaults[f"{prefix}.{name}"]
+            if name in names.split() or _to_json(value) != defaults.get(f"{prefix}.{name}")
         }
 
     parts = {name: part and first(name, part, _FIRST[name]) for name, part in configs.items()}
