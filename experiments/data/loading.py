@@ -113,16 +113,8 @@ def load_token_data(
         raise ValueError(
             "--data.streaming is for training, and all rows are read here: leave it out."
         )
-    rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
-    rows = rename_columns(rows, read_columns(config.columns))
-    found = find_format(rows, config.format, config.text_column)
     bad = BadRows(strict=strict)
-    if rows.is_document:
-        parts = _split_document(rows, config, tokenizer)
-    else:
-        parts = _split_rows(
-            _row_examples(rows, found, config, tokenizer, bad), rows.source, config, seed
-        )
+    rows, found, parts = _read(config, tokenizer, seed, bad, files)
     lengths = (config.sequence_length, _held_out_length(rows, config))
     kept, held_out = (_fit(*pair) for pair in zip(parts, lengths, strict=True))
     _check_useful(kept, parts[0], rows, found, config)
@@ -148,6 +140,23 @@ def load_token_data(
         num_without_targets=kept.num_without_targets + held_out.num_without_targets,
         bad_rows=tuple(bad.messages),
     )
+
+
+def _read(
+    config: DataConfig,
+    tokenizer: "PreTrainedTokenizerFast",
+    seed: int,
+    bad: BadRows,
+    files: FoundData | None = None,
+) -> tuple[Rows, Format, tuple[list[Example], list[Example]]]:
+    """The rows of a source, their format, and their examples: to train on, and held out."""
+    rows = load_rows(config.path, config.split, config.max_rows, config.revision, files=files)
+    rows = rename_columns(rows, read_columns(config.columns))
+    found = find_format(rows, config.format, config.text_column)
+    if rows.is_document:
+        return rows, found, _split_document(rows, config, tokenizer)
+    examples = _row_examples(rows, found, config, tokenizer, bad)
+    return rows, found, _split_rows(examples, rows.source, config, seed)
 
 
 class _Fitted(NamedTuple):
@@ -183,18 +192,11 @@ def _haystacks(
     config: DataConfig, tokenizer: "PreTrainedTokenizerFast", bad: BadRows
 ) -> list[Example]:
     """The texts of --data.recall-haystacks, whole; rows that cannot be read join `bad`."""
-    # Nothing is asked for in them yet, and nothing is held out.
-    plain = {"recall": 0.0, "recall_trains": "all", "recall_length": None, "recall_haystacks": ()}
-    other = config.of_other(
-        config.recall_haystacks, **plain, eval_tokens=0, eval_rows=0.0, packing=False
-    )
-    loaded = load_token_data(other, tokenizer, strict=bad.strict)
-    bad.messages.extend(loaded.bad_rows)
-    rows = loaded.train
-    return [
-        Example(tokens[ids != 0], targets[ids != 0])
-        for tokens, ids, targets in zip(rows.tokens, rows.segment_ids, rows.loss_mask, strict=True)
-    ]
+    other = config.of_other(config.recall_haystacks, eval_tokens=0, eval_rows=0.0)
+    own = BadRows(strict=bad.strict)
+    _, _, (texts, _) = _read(other, tokenizer, 0, own)
+    bad.messages.extend(own.messages)
+    return texts
 
 
 def _recall_rows(

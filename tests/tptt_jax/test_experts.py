@@ -51,8 +51,7 @@ def test_loss_and_gradients_are_those_of_one_device(report, name):
     found = report["layouts"][name]
     assert found["loss"] <= 1e-6
     assert any("mlp.down_proj" in path for path in found["gradients"])
-    # Float32 sums in another order; 1.02e-5 was the most on any machine.
-    assert max(found["gradients"].values()) <= 3e-5, found["gradients"]
+    assert max(found["gradients"].values()) <= 1e-5, found["gradients"]
 
 
 def test_devices_hold_and_read_only_their_experts(report):
