@@ -110,7 +110,7 @@ def test_loss_and_gradients_are_those_of_one_device(report, layout):
     assert found["loss"] <= 1e-6
     assert len(found["gradients"]) > 10
     # Float32 sums in another order; 1.02e-5 was the most on any machine.
-    assert max(found["gradients"].values()) <= 3e-5, found["gradients"]
+    assert max(found["gradients"].values()) <= 2e-5, found["gradients"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
