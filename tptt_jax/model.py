@@ -34,8 +34,8 @@ from tptt_jax.layers.quantized import QuantizedWeight, StoredWeight, quantize_mo
 from tptt_jax.layers.softmax_attention import TokenContext, token_context
 from tptt_jax.ops.attention.softcap import apply_softcap
 from tptt_jax.ops.context import is_split, num_shards, take_split_tokens
-from tptt_jax.ops.cross_entropy import head_product
 from tptt_jax.ops.documents import count_positions, order_padding, take_places
+from tptt_jax.ops.lm_head import head_product
 from tptt_jax.ops.placement import constrain, constrain_lookup
 from tptt_jax.ops.quantization import TABLE_FORMAT, BaseDtype, Weight, dense
 from tptt_jax.token_ids import check_model_tokens

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from tptt_jax.array_typing import Array, Float, Hidden, Int
+from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int
 from tptt_jax.ops.attention.softcap import apply_softcap, softcap_slope
 from tptt_jax.ops.context import num_shards, rows_as_shards, shards_as_rows
+from tptt_jax.ops.counted_tokens import map_counted
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
+from tptt_jax.ops.lm_head import dense_rows, head_logits, head_product
 from tptt_jax.ops.placement import constrain_lookup
 from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weight, take_weight
 
@@ -19,8 +21,11 @@ from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weigh
 LOGITS_AT_A_TIME = 1 << 25
 _CACHED_LOGITS = 1 << 22
 _MAX_TOKENS = 4096
-# Values of a quantised head that are dense at a time: 64 MiB in bfloat16.
-DENSE_AT_A_TIME = 1 << 25
+# Where some tokens do not count: blocks of an eighth of them, so that most can be left out, and 2
+# MiB of logits. All in all these are as fast where every token counts.
+_COUNTED_BLOCKS = 8
+_MIN_COUNTED = 128
+_COUNTED_LOGITS = 1 << 19
 
 
 class _Plan(NamedTuple):
@@ -36,6 +41,7 @@ def token_cross_entropy(
     hidden: Hidden,
     head: Float[Array, "V E"] | Float[Array, "E V"] | QuantizedArray,
     tokens: Int[Array, "B T"],
+    counts: Bool[Array, "B T"] | None = None,
     *,
     softcap: float | None = None,
     vocab_axis: int = 0,
@@ -54,12 +60,14 @@ def token_cross_entropy(
       head: [V, E], or [E, V] with vocab_axis 1, in any float dtype or quantised; it gets no
         gradient. Of a quantised head one block is dense at a time.
       tokens: what to predict [B, T].
+      counts: where a loss is needed; other tokens get 0, and logits are computed for few of them.
+        None: everywhere.
       softcap: logits x become softcap * tanh(x / softcap).
       vocab_axis: of the head.
-      tokens_at_a_time: tokens of a row in a block; None: on CPU up to 4,096 in all rows, elsewhere
-        what makes about 128 MiB of logits.
-      vocab_at_a_time: entries in a block; None: on CPU what makes about 16 MiB of logits, elsewhere
-        all.
+      tokens_at_a_time: tokens of a row in a block; None: on CPU up to 4,096 in all rows, with
+        `counts` an eighth of them; elsewhere what makes about 128 MiB of logits.
+      vocab_at_a_time: entries in a block; None: on CPU what makes about 16 MiB of logits, 2 MiB
+        with `counts`; elsewhere all.
 
     Returns:
       Nats, float32 [B, T].
@@ -68,71 +76,30 @@ def token_cross_entropy(
       ValueError: if a gradient for the head is requested.
     """
     batch = len(tokens)
-    hidden, tokens = shards_as_rows(hidden), shards_as_rows(tokens)
+    hidden, tokens, counts = jax.tree.map(shards_as_rows, (hidden, tokens, counts))
     length = tokens.shape[1]
     vocab = head.shape[vocab_axis]
+    most, cached = _MAX_TOKENS, _CACHED_LOGITS
+    if counts is not None:
+        most = min(most, max(_MIN_COUNTED, batch * length // _COUNTED_BLOCKS))
+        cached = _COUNTED_LOGITS
 
     def plan(*, on_cpu: bool) -> _Plan:
         size, block = tokens_at_a_time, vocab_at_a_time
         by_vocabulary = on_cpu and size is None
         if size is None:
-            size = _MAX_TOKENS if by_vocabulary else LOGITS_AT_A_TIME // vocab
+            size = most if by_vocabulary else LOGITS_AT_A_TIME // vocab
             size = max(1, size // max(batch, 1))
         size = max(1, min(size, length))
         if block is None:
             # Heads of a power of two times something divide evenly.
-            fits = max(1024, _CACHED_LOGITS // max(batch * size, 1))
+            fits = max(1024, cached // max(batch * size, 1))
             block = 1 << (fits.bit_length() - 1) if by_vocabulary else vocab
             block = min(block, dense_rows(head, vocab_axis))
         return _Plan(softcap, vocab_axis, size, min(block, vocab))
 
     plans = PerPlatform(plan(on_cpu=True), plan(on_cpu=False))
-    return rows_as_shards(_losses(hidden, head, tokens, plans), batch)
-
-
-def head_logits(hidden: Array, head: Array, softcap: float | None) -> Array:
-    """[..., E] and [V, E] -> float32 [..., V]."""
-    return apply_softcap(head_product(hidden, head, 0).astype(jnp.float32), softcap)
-
-
-def dense_rows(head: Weight, vocab_axis: int) -> int:
-    """Entries of a head that are dense at a time: all, unless it is quantised."""
-    entries, width = head.shape[vocab_axis], head.shape[1 - vocab_axis]
-    is_quantized = isinstance(head, QuantizedArray)
-    return min(entries, max(1, DENSE_AT_A_TIME // width)) if is_quantized else entries
-
-
-def head_product(hidden: Array, head: Weight, vocab_axis: int) -> Array:
-    """Hidden states times the head [..., V], in at least float32.
-
-    In half precision logits are rounded by so much that probabilities of a token exceed 1.
-    """
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    if isinstance(head, QuantizedArray):
-        return _block_products(hidden, head, vocab_axis)
-    form = "...e,ve->...v" if vocab_axis == 0 else "...e,ev->...v"
-    return jnp.einsum(form, hidden, head.astype(hidden.dtype), preferred_element_type=wide)
-
-
-def _block_products(hidden: Array, head: QuantizedArray, vocab_axis: int) -> Array:
-    """`head_product` with a few entries of a quantised head at a time."""
-    vocab, block = head.shape[vocab_axis], dense_rows(head, vocab_axis)
-
-    def products(first: Array | int) -> Array:
-        piece = slice_weight(head, first, block, vocab_axis)
-        return head_product(hidden, dense(piece, hidden.dtype), vocab_axis)
-
-    if block == vocab:
-        return products(0)
-
-    def visit(number: Array, logits: Array) -> Array:
-        # The last block overlaps the one before.
-        first = jnp.minimum(number * block, vocab - block)
-        return lax.dynamic_update_slice_in_dim(logits, products(first), first, axis=-1)
-
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.zeros((*hidden.shape[:-1], vocab), dtype)
-    return lax.fori_loop(0, -(-vocab // block), visit, logits)
+    return rows_as_shards(_losses(hidden, head, tokens, counts, plans), batch)
 
 
 def slice_rows(x: Array, size: int) -> Array:
@@ -141,21 +108,25 @@ def slice_rows(x: Array, size: int) -> Array:
     return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _losses(hidden: Array, head: Weight, tokens: Array, plans: PerPlatform) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _losses(
+    hidden: Array, head: Weight, tokens: Array, counts: Array | None, plans: PerPlatform
+) -> Array:
     run = functools.partial(_each_slice, with_gradient=False)
-    return run_per_platform(run, plans, hidden, head, tokens)[0]
+    return run_per_platform(run, plans, hidden, head, tokens, counts)[0]
 
 
-def _losses_forward(hidden: Any, head: Any, tokens: Any, plans: PerPlatform) -> tuple[Array, Array]:
+def _losses_forward(
+    hidden: Any, head: Any, tokens: Any, counts: Any, plans: PerPlatform
+) -> tuple[Array, Array]:
     if any(part.perturbed for part in jax.tree.leaves(head)):
         raise ValueError(
             "this loss gives the LM head no gradient, but one is requested: pass train_head=True "
             "to the loss, or differentiate other weights only."
         )
-    hidden, head, tokens = jax.tree.map(lambda part: part.value, (hidden, head, tokens))
+    arrays = jax.tree.map(lambda part: part.value, (hidden, head, tokens, counts))
     run = functools.partial(_each_slice, with_gradient=True)
-    losses, gradient = run_per_platform(run, plans, hidden, head, tokens)
+    losses, gradient = run_per_platform(run, plans, *arrays)
     assert gradient is not None
     return losses, gradient
 
@@ -163,7 +134,7 @@ def _losses_forward(hidden: Any, head: Any, tokens: Any, plans: PerPlatform) -> 
 def _losses_backward(plans: PerPlatform, gradient: Array, scale: Any) -> tuple:
     if isinstance(scale, SymbolicZero):
         scale = jnp.zeros(scale.shape, jnp.float32)
-    return gradient * scale[..., None].astype(gradient.dtype), None, None
+    return gradient * scale[..., None].astype(gradient.dtype), None, None, None
 
 
 # Only so can the forward pass see whether the head is to be trained.
@@ -171,21 +142,29 @@ _losses.defvjp(_losses_forward, _losses_backward, symbolic_zeros=True)
 
 
 def _each_slice(
-    plan: _Plan, hidden: Array, head: Weight, tokens: Array, *, with_gradient: bool
+    plan: _Plan,
+    hidden: Array,
+    head: Weight,
+    tokens: Array,
+    counts: Array | None,
+    *,
+    with_gradient: bool,
 ) -> tuple[Array, Array | None]:
     """Losses [B, T], and their gradients for `hidden`."""
     batch, length, _ = hidden.shape
 
-    def run(part: tuple[Array, Array]) -> tuple[Array, Array | None]:
-        return _slice_losses(*part, head, plan, with_gradient)
+    def run(hidden: Array, tokens: Array) -> tuple[Array, Array | None]:
+        return _slice_losses(hidden, tokens, head, plan, with_gradient)
 
     def join(x: Array) -> Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *x.shape[3:])[:, :length]
 
+    if counts is not None:
+        return map_counted(run, (hidden, tokens), counts, plan.tokens)
     if plan.tokens >= length:
-        return run((hidden, tokens))
+        return run(hidden, tokens)
     parts = (slice_rows(hidden, plan.tokens), slice_rows(tokens, plan.tokens))
-    return jax.tree.map(join, lax.map(run, parts))
+    return jax.tree.map(join, lax.map(lambda part: run(*part), parts))
 
 
 def _slice_losses(

@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 
 from tptt_jax.array_typing import Array, Float, Hidden
 from tptt_jax.ops.attention.softcap import softcap_slope
-from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, dense_rows, head_logits, head_product
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME
 from tptt_jax.ops.devices import PerPlatform, run_per_platform
+from tptt_jax.ops.lm_head import dense_rows, head_logits, head_product
 from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weight
 
 # Two blocks of logits that stay in a CPU's cache: 8 MiB each.

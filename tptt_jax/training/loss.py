@@ -11,13 +11,9 @@ from tptt_jax.array_typing import Array, Bool, Float, Hidden, Int, SegmentIds, T
 from tptt_jax.config import Remat
 from tptt_jax.model import CausalLM
 from tptt_jax.ops.context import shards_as_rows
-from tptt_jax.ops.cross_entropy import (
-    LOGITS_AT_A_TIME,
-    head_logits,
-    slice_rows,
-    token_cross_entropy,
-)
+from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME, slice_rows, token_cross_entropy
 from tptt_jax.ops.distillation import token_divergence
+from tptt_jax.ops.lm_head import head_logits
 from tptt_jax.ops.quantization import QuantizedArray
 
 
@@ -67,6 +63,8 @@ def chunked_cross_entropy(
 ) -> Float[Array, ""]:
     """Sum of weight * -log p(target), with a block of the logits at a time.
 
+    Hardly any logits are computed for targets whose weight is 0.
+
     Args:
       hidden: [B, T, E].
       head: [V, E], or [E, V] with vocab_axis 1, in any float dtype or quantised.
@@ -88,6 +86,7 @@ def chunked_cross_entropy(
         hidden,
         head,
         targets.tokens,
+        targets.weights != 0,
         softcap=softcap,
         vocab_axis=vocab_axis,
         tokens_at_a_time=tokens_at_a_time,

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from tests.contracts import assert_close, random_tokens
-from tptt_jax.ops import cross_entropy
-from tptt_jax.ops.cross_entropy import head_product, token_cross_entropy
+from tptt_jax.ops import lm_head
+from tptt_jax.ops.cross_entropy import token_cross_entropy
 from tptt_jax.ops.distillation import token_divergence
 from tptt_jax.ops.grouped_matmul import group_rows, grouped_matmul
+from tptt_jax.ops.lm_head import head_product
 from tptt_jax.ops.quantization import (
     QuantizedArray,
     are_finite,
@@ -176,7 +177,7 @@ def test_parts_of_a_matrix(axis):
 @axes
 def test_losses_with_a_quantised_head_are_those_of_a_dense_one(axis, monkeypatch):
     # Blocks of 8 entries, the last of which overlaps.
-    monkeypatch.setattr(cross_entropy, "DENSE_AT_A_TIME", 8 * 32)
+    monkeypatch.setattr(lm_head, "DENSE_AT_A_TIME", 8 * 32)
     vocab_axis = 0 if axis == -1 else 1
     x = draw(97, 32, scale=0.3)
     head = quantized(x if axis == -1 else x.T, "int8", axis)

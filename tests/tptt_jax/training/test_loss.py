@@ -108,6 +108,27 @@ def test_logits_of_the_whole_batch_are_never_held():
     assert memory.temp_size_in_bytes < whole / 4
 
 
+def test_what_does_not_count_reaches_neither_loss_nor_gradient():
+    """Not even where its hidden state is not finite."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden, head = jax.random.normal(keys[0], (3, 9, 12)), jax.random.normal(keys[1], (31, 12))
+    counts = jnp.asarray(np.arange(27).reshape(3, 9) % 4 == 1).at[1].set(False)
+    targets = Targets(jax.random.randint(keys[2], (3, 9), 0, 31), counts.astype(jnp.float32))
+
+    def loss(hidden, targets):
+        return chunked_cross_entropy(hidden, head, targets)
+
+    broken = jnp.where(counts[..., None], hidden, jnp.nan)
+    got, gradient = jax.jit(jax.value_and_grad(loss))(broken, targets)
+    want, wanted = jax.value_and_grad(lambda x: plain_loss(x, head, targets, None))(hidden)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+    nothing = targets._replace(weights=jnp.zeros((3, 9)))
+    got, gradient = jax.jit(jax.value_and_grad(loss))(broken, nothing)
+    assert got == 0
+    assert not gradient.any()
+
+
 def test_targets_stay_inside_documents_and_masks():
     tokens = jnp.array([[5, 6, 7, 8, 9, 3]])
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
