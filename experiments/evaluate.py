@@ -89,6 +89,9 @@ class EvaluateConfig:
     data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
     """Most tokens of the data to score, for perplexity and ablate."""
+    row_tokens: int | None = None
+    """Perplexity reads a text as rows of so many tokens, each from its own beginning, so that a
+    position is measured at many places of the text. None: as one long row."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
     """Prompt lengths in tokens, for all other tasks."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -130,6 +133,7 @@ class EvaluateConfig:
             ("tokens", 2, (self.tokens,)),
             ("samples", 1, (self.samples,)),
             ("lengths", 2, self.lengths),
+            ("row_tokens", 2, (2 if self.row_tokens is None else self.row_tokens,)),
         ):
             if not values or min(values) < least:
                 raise ValueError(f"{name} must be at least {least}, got {values}.")
@@ -153,7 +157,7 @@ class EvaluateConfig:
 
     def _task(self, name: str) -> Task:
         if name == "perplexity":
-            return Perplexity(self.data, self.tokens, self.seed)
+            return Perplexity(self.data, self.tokens, self.seed, self.row_tokens)
         if name == "recall":
             return AssociativeRecall(self.lengths, self.samples, self.seed)
         if name == "ablate":

@@ -46,19 +46,35 @@ if TYPE_CHECKING:  # transformers takes seconds to import
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """Perplexity of one long text, read from its beginning, or of the held-out rows of a table."""
+    """Perplexity of a text, whole or in rows, or of the held-out rows of a table."""
 
     data: DataConfig
     tokens: int
     """Most tokens to score."""
     seed: int = 0
+    row_tokens: int | None = None
+    """Tokens of each row of a text; None: it is one row, read from its beginning."""
     name: str = "perplexity"
 
     def rows(self, tokenizer: "PreTrainedTokenizerFast") -> list[Row]:
-        """A text as a single row, a table as the rows that finetune holds out."""
+        """A text as one row or as many, a table as the rows that finetune holds out.
+
+        Raises:
+          ValueError: if there is nothing to score, or row_tokens is given for a table.
+        """
         about = {"data": self.data.path, "tokens": self.tokens}
         if self.data.path == PYTHON_DOCS or is_text_file(self.data.path):
-            return [Row(about, scored_tokens(self.data, tokenizer, self.tokens))]
+            text = scored_tokens(self.data, tokenizer, self.tokens)
+            if self.row_tokens is None:
+                return [Row(about, text)]
+            about["row_tokens"] = self.row_tokens
+            parts = split_text(text, self.row_tokens, begin_tokens(tokenizer))
+            return [Row(about | {"row": i}, part) for i, part in enumerate(parts)]
+        if self.row_tokens is not None:
+            raise ValueError(
+                f"row_tokens divides a text, and {self.data.shown} is a table: set "
+                "--data.eval-length for the length of its rows."
+            )
         held_out = load_token_data(self.data, tokenizer, self.seed).eval
         if held_out is None:
             raise ValueError(f"no rows of {self.data.shown} are held out: raise --data.eval-rows.")
@@ -147,6 +163,27 @@ def scored_tokens(
     if len(tokens) < 2:
         raise ValueError(f"{data.path} has fewer than two tokens: nothing can be predicted.")
     return tokens
+
+
+def split_text(
+    text: Int[np.ndarray, " L"], row_tokens: int, begin: Sequence[int]
+) -> list[Int[np.ndarray, " l"]]:
+    """Consecutive rows of a text, each with the beginning-of-sequence token if the text has one.
+
+    Args:
+      text: with `begin` at its beginning.
+      row_tokens: tokens of a row; the last one may be shorter.
+      begin: as `begin_tokens` gives them.
+
+    Raises:
+      ValueError: if a row of so few tokens has nothing to predict.
+    """
+    size = row_tokens - len(begin)
+    if row_tokens < 2 or size < 1:
+        raise ValueError(f"rows of {row_tokens} tokens have nothing to predict: use longer ones.")
+    body = text[len(begin) :]
+    rows = [np.append(begin, body[i : i + size]) for i in range(0, len(body), size)]
+    return [row.astype(text.dtype) for row in rows if len(row) > 1]
 
 
 def score_text(model: CausalLM, tokens: Int[np.ndarray, " L"], *, use_memory: bool) -> Result:

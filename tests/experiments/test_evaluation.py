@@ -163,6 +163,31 @@ def test_perplexity_of_a_text_is_that_of_its_losses(length, tmp_path, tokenizer)
     assert "recovered_gap" not in report
 
 
+def test_rows_of_a_text_are_read_each_from_its_beginning(tmp_path, tokenizer):
+    text = tmp_path / "text.txt"
+    text.write_text("The with statement is a statement.\nIt ends.\n" * 60)
+    data = DataConfig(path=str(text))
+    model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), rngs=nnx.Rngs(0))
+    (whole,) = Perplexity(data, 200).rows(tokenizer)
+    task = Perplexity(data, 200, row_tokens=70)
+    rows = task.rows(tokenizer)
+    assert [len(row.data) for row in rows] == [70, 70, 62]
+    assert {row.data[0] for row in rows} == {BOS}
+    np.testing.assert_array_equal(np.concatenate([row.data[1:] for row in rows]), whole.data[1:])
+    results = [task.measure(model, tokenizer, row, use_memory=False) for row in rows]
+    losses = np.concatenate([x for row in rows for x in token_losses(model, [row.data])])
+    report = task.summarize("tiny", rows, {FULL: results}).report
+    np.testing.assert_allclose(report["perplexity"][FULL], np.exp(losses.mean()), rtol=1e-6)
+    assert report["tokens"] == 199
+    assert report["by_position"][-1]["to"] <= 128
+    with pytest.raises(ValueError, match="rows of 1 tokens have nothing to predict"):
+        Perplexity(data, 200, row_tokens=1).rows(tokenizer)
+    table = tmp_path / "rows.jsonl"
+    table.write_text('{"text": "row"}\n' * 9)
+    with pytest.raises(ValueError, match=r"is a table: set --data\.eval-length"):
+        Perplexity(DataConfig(path=str(table)), 200, row_tokens=70).rows(tokenizer)
+
+
 def test_perplexity_of_a_table_is_that_of_the_rows_held_out(tmp_path, tokenizer):
     table = tmp_path / "rows.jsonl"
     rows = [{"text": f"row {i} of a table, " * (3 + i)} for i in range(6)]
