@@ -173,7 +173,7 @@ def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | No
         found = sorted(map(Path, glob.glob(str(file), recursive=True)))
         found = [each for each in found if not each.is_dir() and not _is_below(each, leave_out)]
         if not found:
-            raise FileNotFoundError(f"No file matches {path}: check the pattern given as data.")
+            raise FileNotFoundError(f"No file matches {path}: check the pattern.")
         for each in found:
             _refuse_special(each)
         return {"train": found}
@@ -181,7 +181,7 @@ def _find_files(path: str, leave_out: Path | None) -> dict[str, list[Path]] | No
         raise ValueError(f"{path} must be given alone.")
     if is_hub_id(path):
         raise ValueError(f"{path} is not a local file, and a Hub dataset must be given alone.")
-    raise FileNotFoundError(f"no such file: {path}; check the path given as data.")
+    raise FileNotFoundError(f"no such file: {path}; check the path.")
 
 
 def _find_in_folder(folder: Path, leave_out: Path | None) -> dict[str, list[Path]] | None:

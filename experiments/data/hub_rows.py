@@ -162,7 +162,7 @@ def quiet_errors(shown: str | Path) -> Iterator[None]:
     except (DatasetNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{shown} is neither a local file nor an available dataset on the Hugging Face Hub "
-            f"({first_line(error)}): check the name given as data."
+            f"({first_line(error)}): check the name."
         ) from error
     # The builders pass on any exception of theirs, of pandas and of pyarrow, even StopIteration.
     except Exception as error:

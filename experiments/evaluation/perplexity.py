@@ -206,7 +206,7 @@ def haystack_tokens(
         return np.asarray(tokens[:most], np.int32)
     if not isinstance(data.path, str) or not is_text_file(data.path):
         if isinstance(data.path, str) and not Path(data.path).expanduser().exists():
-            raise FileNotFoundError(f"no such file: {data.path}; check the path given as data.")
+            raise FileNotFoundError(f"no such file: {data.path}; check the path.")
         raise ValueError(f"{data.shown} is a table: this task needs a text file.")
     parts, count = [np.zeros(0, np.int32)], 0
     for piece in document_tokens(tokenizer, Path(data.path).expanduser()):
