@@ -21,8 +21,8 @@ from tptt_jax.ops.quantization import QuantizedArray, Weight, dense, slice_weigh
 LOGITS_AT_A_TIME = 1 << 25
 _CACHED_LOGITS = 1 << 22
 _MAX_TOKENS = 4096
-# Where some tokens do not count: blocks of an eighth of them, so that most can be left out, and 2
-# MiB of logits. All in all these are as fast where every token counts.
+# Where some tokens may not count: blocks of an eighth of the tokens, so that most can be left out,
+# and 2 MiB of logits. Where every token counts they take as long as larger ones.
 _COUNTED_BLOCKS = 8
 _MIN_COUNTED = 128
 _COUNTED_LOGITS = 1 << 19
