@@ -136,7 +136,8 @@ class EvaluateConfig:
             ("row_tokens", 2, (2 if self.row_tokens is None else self.row_tokens,)),
         ):
             if not values or min(values) < least:
-                raise ValueError(f"{name} must be at least {least}, got {values}.")
+                shown = ", ".join(map(str, values)) or "none"
+                raise ValueError(f"{name} must be at least {least}, got {shown}.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must lie between 0 and 1, got {self.depths}.")
 
