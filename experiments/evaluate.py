@@ -18,6 +18,7 @@ import tyro
 import yaml
 from rich.console import Console
 
+from convert.command_line import plain_json
 from convert.model_card import local_paths, name_paths
 from experiments.command_line import run_configured
 from experiments.data import DataConfig
@@ -31,6 +32,7 @@ from experiments.evaluation.needles import NEEDLES, Needles
 from experiments.evaluation.overview import plot_overview
 from experiments.evaluation.perplexity import Perplexity
 from experiments.evaluation.runner import Findings, Runner
+from experiments.evaluation.seen_text import note_seen_text
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Summary, Task
 from experiments.evaluation.variants import COLUMNS, MEMORY, Column, Source
@@ -88,12 +90,13 @@ class EvaluateConfig:
     harness: HarnessConfig = field(default_factory=HarnessConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tokens: int = 65536
-    """Most tokens of the data to score, for perplexity and ablate."""
+    """Most tokens of the data to score, for perplexity and ablate. Of a text that finetune trained
+    on, only the first --data.eval-tokens are held out."""
     row_tokens: int | None = None
     """Perplexity reads a text as rows of so many tokens, each from its own beginning, so that a
     position is measured at many places of the text. None: as one long row."""
     lengths: tuple[int, ...] = (512, 1024, 2048)
-    """Prompt lengths in tokens, for all other tasks."""
+    """Lengths in tokens of the prompts of passkey and needle, and of the rows of recall."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Places of the hidden text, from 0, the beginning, to 1, right before the question."""
     samples: int = 4
@@ -113,7 +116,8 @@ class EvaluateConfig:
     """Directory for results.json, report.html, a picture for each task, and rows.jsonl, from which
     an interrupted evaluation resumes."""
     seed: int = 0
-    """Seed of the hidden texts and their places."""
+    """Seed of the hidden texts and their places, and of the held-out rows of a table: finetune's,
+    if it trained on the same table."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the weights and activations."""
     base_dtype: BaseDtype | None = None
@@ -134,12 +138,29 @@ class EvaluateConfig:
             ("samples", 1, (self.samples,)),
             ("lengths", 2, self.lengths),
             ("row_tokens", 2, (2 if self.row_tokens is None else self.row_tokens,)),
+            ("sinks", 0, (0 if self.sinks is None else self.sinks,)),
         ):
             if not values or min(values) < least:
                 shown = ", ".join(map(str, values)) or "none"
                 raise ValueError(f"{name} must be at least {least}, got {shown}.")
         if not self.depths or not all(0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must lie between 0 and 1, got {self.depths}.")
+        for name in ("models", "lengths", "depths"):
+            values = getattr(self, name)
+            twice = [str(value) for value in dict.fromkeys(values) if values.count(value) > 1]
+            if twice:
+                raise ValueError(f"{name} names {', '.join(twice)} twice: name each once.")
+        if not self.measured_columns:
+            raise ValueError(
+                f'--no-liza leaves out the column "{MEMORY}", and --columns names no other: name '
+                "one, or leave --no-liza out."
+            )
+
+    @property
+    def measured_columns(self) -> tuple[Column, ...]:
+        """The columns to measure, where they apply."""
+        columns = self.columns or COLUMNS
+        return tuple(name for name in columns if not (self.no_liza and name == MEMORY))
 
     @property
     def sources(self) -> list[Source]:
@@ -180,9 +201,6 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     tasks = config.tasks
-    columns = config.columns or COLUMNS
-    if config.no_liza:
-        columns = tuple(name for name in columns if name != MEMORY)
     runner = Runner(
         tasks=tasks,
         store=RowStore(config.output / "rows.jsonl"),
@@ -190,8 +208,9 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
         dtype=jnp.dtype(config.dtype),
         window=config.window,
         sinks=config.sinks,
-        columns=columns,
+        columns=config.measured_columns,
     )
+    _print_seen_text(config, console)
     findings = [runner.run(source) for source in config.sources]
     summaries = {task.name: [_summary(task, found) for found in findings] for task in tasks}
     for each in summaries.values():
@@ -203,6 +222,17 @@ def _evaluate(config: EvaluateConfig) -> dict[str, Any]:
     _write(config, tasks, findings, summaries, result)
     console.print(f"report, pictures and results are in {config.output}", markup=False)
     return result
+
+
+def _print_seen_text(config: EvaluateConfig, console: Console) -> None:
+    """Names the runs that were trained on what their perplexity is measured on."""
+    if not {"perplexity", "ablate"} & set(config.task):
+        return
+    for source in config.sources:
+        if source.run is not None:
+            note = note_seen_text(source.run, config.data, config.tokens, config.seed)
+            if note is not None:
+                console.print(note, markup=False)
 
 
 def _summary(task: Task, found: Findings) -> Summary:
@@ -246,7 +276,8 @@ def _write(
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     with atomic_file(config.output / "results.json") as path:
         content = _with_tables(result, summaries, settings) | {"command": command}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(plain_json(content), indent=2, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
     sections = []
     for number, found in enumerate(findings):
         # Every model's own; the first one's has the plain name.

@@ -60,7 +60,7 @@ def run_command(
             result = _parse(function, arguments, prog)() or {}
         # The JSON line is the last one, so it is written when the work is done.
         if "--json" in flags and result:
-            print(json.dumps(_plain(result), allow_nan=False), flush=True)
+            print(json.dumps(plain_json(result), allow_nan=False), flush=True)
         elif readable:
             print_readable(result)
         return _FAILED if result.get("passed") is False else 0
@@ -155,14 +155,14 @@ def _help(parse: Callable[[list[str]], object], arguments: list[str]) -> None:
     parse([*command, "--help"])
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """A value that JSON can hold: NumPy scalars become Python's, NaN and Inf null."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain_json(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [plain_json(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
 """Recall rows: something hidden in a haystack, and a question at the end; also for evaluation.
 
 They teach a memory to recall (docs/memory.md). The answer depends on tokens beyond the window; it
-counts in the loss, and a haystack of unchanged training text may count, too. Formats, depths and
-texts of the evaluation never occur here.
+counts in the loss, and a haystack of unchanged training text may count, too. Pass keys are asked
+for in the words of the evaluation, with keys and places of other seeds; needles are not.
 """
 
 import functools

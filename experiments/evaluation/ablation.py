@@ -19,7 +19,7 @@ from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary
 from experiments.evaluation.variants import MEMORY, Column
 from experiments.training.pictures import new_figure, save_figure
-from tptt_jax import CausalLM, warm_up
+from tptt_jax import CausalLM, LizaConfig, warm_up
 from tptt_jax.array_typing import Array, Float, Tokens
 from tptt_jax.layers.gates import MassGate
 from tptt_jax.layers.liza import LizaAttention
@@ -39,7 +39,7 @@ PARTS: dict[str, str] = {
     "gate": "each head's share is constant, its mean",
     "deltas": "queries, keys and values without the memory's own low-rank changes",
 }
-# Tokens over which a head's mean share is computed.
+# Tokens over which a head's mean share is computed, at least.
 _GATE_TOKENS = 2048
 
 
@@ -70,7 +70,11 @@ class Ablation:
         """Summed nats and counted tokens of every block; empty where the model lacks the part."""
         del tokenizer
         part: str = row.about["off"]
-        changed = without_part(model, part, row.data[:_GATE_TOKENS])
+        assert model.liza is not None, "only a Titan has parts"
+        _check_evicts(model.liza, row.data)
+        # Half of them have left a long window.
+        most = max(_GATE_TOKENS, 2 * _visible(model.liza))
+        changed = without_part(model, part, row.data[:most])
         if changed is None:
             return {}
         uses = use_memory and part != "memory"
@@ -93,8 +97,8 @@ class Ablation:
         for part, blocks in found.items():
             value = blocks.perplexity(0, None)
             cost = difference(blocks, whole)
-            cell = "" if part == AS_IT_IS else f"{cost.value:+.3f} ± {cost.error:.3f}"
-            table.add_row(part, f"{value.value:.2f} ± {value.error:.2f}", cell, PARTS.get(part, ""))
+            cell = "" if part == AS_IT_IS else cost.text("+.3f")
+            table.add_row(part, value.text(), cell, PARTS.get(part, ""))
             report[part] = {"perplexity": value.value, "cost": cost.value, "error": cost.error}
         return Summary(table, {"without": report})
 
@@ -144,16 +148,25 @@ def without_part(model: CausalLM, part: str, tokens: np.ndarray) -> CausalLM | N
     return model
 
 
+def _visible(liza: LizaConfig) -> int:
+    """Tokens that softmax attention sees; 0: all."""
+    return 0 if liza.softmax_window is None else liza.softmax_window + liza.softmax_sinks
+
+
+def _check_evicts(liza: LizaConfig, tokens: np.ndarray) -> None:
+    """Raises ValueError if a memory of evicted tokens stays empty."""
+    if liza.writes == "evicted" and len(tokens) <= _visible(liza):
+        raise ValueError(
+            f"ablate: the text has {len(tokens)} tokens, and none of them leaves the window of "
+            f"{liza.softmax_window}: give a longer text, or more --tokens."
+        )
+
+
 def _with_constant_share(model: CausalLM, tokens: np.ndarray) -> CausalLM | None:
     liza = model.liza
     assert liza is not None
     if liza.mag != "mass" or liza.softmax_window is None:
         return None
-    if len(tokens) <= liza.softmax_window + liza.softmax_sinks:
-        raise ValueError(
-            f"ablate: the text has {len(tokens)} tokens, and none of them leaves the window of "
-            f"{liza.softmax_window}: give a longer text, or more --tokens."
-        )
     shares = _mean_shares(model, jnp.asarray(tokens)[None])
     values = {
         f"stacks.{number}.self_attn.mag.logit": jax.scipy.special.logit(share)

@@ -25,6 +25,7 @@ from experiments.evaluation.perplexity import LINES
 from experiments.evaluation.shares import percents_by_length, shares_at
 from experiments.evaluation.store import Result
 from experiments.evaluation.task import Results, Row, Summary, measured_columns
+from experiments.models.limits import check_lengths, check_tokens
 from experiments.training.pictures import new_figure, save_figure, scale_tokens
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array
@@ -75,6 +76,11 @@ class AssociativeRecall:
                 break
             pairs.append(new)
             used += size
+        else:
+            raise ValueError(
+                f"recall: {length} tokens hold more than the {len(_NAMES):,} pairs that have names "
+                "of their own: give shorter --lengths."
+            )
         if len(pairs) < _QUERIES:
             raise ValueError(
                 f"recall: {length} tokens hold {len(pairs)} pairs, fewer than the {_QUERIES} "
@@ -102,9 +108,10 @@ class AssociativeRecall:
         use_memory: bool,
     ) -> Result:
         """The share of right answers."""
-        del tokenizer
         tokens, count, places = row.data
         valid = (np.arange(len(tokens)) < count).astype(np.int32)
+        check_lengths(valid[None], model.config, "--lengths")
+        check_tokens(tokens[:count], model.config.vocab_size, tokenizer)
         asked = [range(start, end) for start, end in places]
         # Answers differ in length; padding lets one program serve all rows.
         flat = np.zeros(_QUERIES * _LONGEST_ANSWER, np.int32)

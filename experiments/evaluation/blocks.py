@@ -28,6 +28,13 @@ class Estimate(NamedTuple):
             error = float(np.std(samples, ddof=1)) / math.sqrt(len(samples))
         return cls(float(np.mean(samples)), error)
 
+    def text(self, form: str = ".2f") -> str:
+        """The number and its error, as far as they are known."""
+        if math.isnan(self.value):
+            return ""
+        error = "" if math.isnan(self.error) else f" ± {self.error:{form.lstrip('+')}}"
+        return f"{self.value:{form}}{error}"
+
     @property
     def report(self) -> dict[str, float | None]:
         """The value for results.json, which has no NaN."""
@@ -68,7 +75,7 @@ class Blocks(NamedTuple):
         if not total:
             return Estimate(math.nan, math.nan)
         mean = float(nats.sum() / total)
-        error = standard_error(nats - mean * counts, total)
+        error = standard_error(nats - mean * counts, counts, total)
         value = math.exp(min(mean, 700.0))
         return Estimate(value, value * error)
 
@@ -104,19 +111,19 @@ def recovered_gap(full: Blocks, alone: Blocks, this: Blocks) -> Estimate | None:
     if total <= 1e-6 * float(full.counts.sum()):
         return None
     value = float(gain.sum()) / total
-    return Estimate(value, standard_error(gain - value * gap, total))
+    return Estimate(value, standard_error(gain - value * gap, full.counts, total))
 
 
 def difference(this: Blocks, other: Blocks) -> Estimate:
     """`this` - `other` in nats for each token of the same rows, with the error of paired blocks."""
     gap, total = this.nats - other.nats, this.counts.sum()
     mean = float(gap.sum() / total)
-    return Estimate(mean, standard_error(gap - mean * this.counts, total))
+    return Estimate(mean, standard_error(gap - mean * this.counts, this.counts, total))
 
 
-def standard_error(residuals: np.ndarray, total: float) -> float:
-    """Standard error of a quotient by `total`, from the residuals of the blocks."""
-    used = np.count_nonzero(residuals)
+def standard_error(residuals: np.ndarray, counts: np.ndarray, total: float) -> float:
+    """Standard error of a quotient by `total`, from the residuals of blocks of `counts` tokens."""
+    used = np.count_nonzero(counts)
     return float(np.sqrt((residuals**2).sum()) / total) if used > 1 else math.nan
 
 

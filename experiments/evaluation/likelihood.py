@@ -14,6 +14,7 @@ from jax import lax
 from tptt_jax import CausalLM
 from tptt_jax.array_typing import Array, Float, Int
 from tptt_jax.ops.cross_entropy import LOGITS_AT_A_TIME
+from tptt_jax.token_ids import check_token_ids
 
 _SHORTEST = 64
 # Most tokens of one call, so that activations of long texts fit in memory.
@@ -64,10 +65,18 @@ def score_continuations(
       report: called with the number of continuations scored since the last call.
 
     Raises:
-      ValueError: if a continuation is longer than `max_length`.
+      ValueError: if a continuation is longer than `max_length`, `max_length` exceeds the learned
+        positions, or a token has no row in the embedding.
     """
     rows: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
+    config = model.config
+    if config.position_embedding == "learned" and max_length > config.max_positions:
+        raise ValueError(
+            f"rows of {max_length} tokens are longer than the {config.max_positions} positions "
+            "that this model has learned: lower the maximum length."
+        )
     for index, each in enumerate(continuations):
+        check_token_ids(np.asarray([*each.context, *each.tokens]), config.vocab_size)
         if len(each.tokens) > max_length:
             raise ValueError(
                 f"a continuation has {len(each.tokens)} tokens, more than the maximum length of "

@@ -2,7 +2,8 @@
 
 "passkey" is Mohtashami and Jaggi's task (arXiv:2305.16300); the needles and variable tracking are
 synthetic tasks as RULER describes them (arXiv:2404.06654), in words of our own. Answers are
-generated greedily. Keys, depths and numbers are none that `experiments.data.probes` trains on.
+generated greedily. Pass keys are asked for in the words that `--data.recall` trains on, with keys
+and places of other seeds; the other tasks have words and numbers of their own.
 """
 
 import functools
@@ -109,6 +110,8 @@ class Needles:
         text = haystack_tokens(self.data, tokenizer)
         # Every prompt adds its own beginning-of-sequence token.
         text = text[len(begin_tokens(tokenizer)) :]
+        if not len(text):
+            raise ValueError(f"{self.name}: {self.data.shown} is empty: name a text to hide it in.")
         return [
             self._row(tokenizer, text, length, depth, sample)
             for length in self.lengths

@@ -114,19 +114,20 @@ class Perplexity:
         for first, end in intervals(max(sums[name].width for name in names) * BLOCK):
             found = {name: sums[name].perplexity(first, end) for name in names}
             if not all(math.isnan(estimate.value) for estimate in found.values()):
-                table.add_row(f"{first:,} to {end:,}", *map(_show, found.values()))
+                shown = [estimate.text() for estimate in found.values()]
+                table.add_row(f"{first:,} to {end:,}", *shown)
                 part = {"from": first, "to": end, "perplexity": _values(found)}
                 report["by_position"].append(part)
         found = {name: sums[name].perplexity(0, None) for name in names}
         table.add_section()
-        table.add_row("all", *map(_show, found.values()))
+        table.add_row("all", *(estimate.text() for estimate in found.values()))
         report["perplexity"] = _values(found)
         report["standard_error"] = {name: estimate.error for name, estimate in found.items()}
         report["tokens"] = int(sums[names[0]].counts.sum())
         gaps = {name: _recovered(sums, name) for name in names if name not in (FULL, ALONE)}
         known = {name: gap for name, gap in gaps.items() if gap is not None}
         if known:
-            cells = [f"{g.value:.2f} ± {g.error:.2f}" if (g := known.get(n)) else "" for n in names]
+            cells = [known[name].text() if name in known else "" for name in names]
             table.add_row("of the window's loss recovered", *cells)
             report["recovered_gap"] = {name: gap._asdict() for name, gap in known.items()}
         return Summary(table, report)
@@ -229,13 +230,6 @@ def _recovered(sums: Mapping[str, Blocks], name: str) -> Estimate | None:
     if not {FULL, ALONE, name} <= sums.keys():
         return None
     return recovered_gap(sums[FULL], sums[ALONE], sums[name])
-
-
-def _show(estimate: Estimate) -> str:
-    if math.isnan(estimate.value):
-        return ""
-    error = "" if math.isnan(estimate.error) else f" ± {estimate.error:.2f}"
-    return f"{estimate.value:.2f}{error}"
 
 
 def _values(found: Mapping[str, Estimate]) -> dict[str, float]:

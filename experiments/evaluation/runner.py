@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.evaluation.store import Result, RowStore, row_key
+from experiments.evaluation.store import Result, RowStore, content_hash, row_key
 from experiments.evaluation.task import Row, Task, applies, rows_at_once
-from experiments.evaluation.variants import Source, Variant, variants_of
+from experiments.evaluation.variants import Column, Source, Variant, variants_of
 from tptt_jax import CausalLM
 
 if TYPE_CHECKING:  # transformers takes seconds to import
@@ -48,19 +48,22 @@ class Runner:
     window: int | None
     """None: as a model was trained."""
     sinks: int | None
-    columns: Sequence[str]
-    """Columns to measure; none: all that apply."""
+    columns: Sequence[Column]
+    """Columns to measure, where they apply."""
 
     def run(self, source: Source) -> Findings:
         """Measures one model."""
         loaded = source.load(self.window, self.sinks, self.dtype)
         model, tokenizer = loaded.model, loaded.tokenizer
         found = Findings(source.label)
-        found.variants = [
-            variant
-            for variant in variants_of(model.config, model.liza, self.dtype)
-            if not self.columns or variant.name in self.columns
-        ]
+        variants = variants_of(model.config, model.liza, self.dtype)
+        found.variants = [each for each in variants if each.name in self.columns]
+        if not found.variants:
+            raise ValueError(
+                f"{source.label} has none of the columns {', '.join(self.columns)}, only "
+                f"{', '.join(each.name for each in variants)}: add one of these to --columns, or "
+                "leave the model out."
+            )
         for task in self.tasks:
             found.rows[task.name] = task.rows(tokenizer)
             found.results[task.name] = {
@@ -94,9 +97,6 @@ class Runner:
     def _keyed(
         self, task: Task, found: Findings, source: Source, variant: Variant
     ) -> Iterator[tuple[Row, str]]:
-        # Without them, keys are those that were written before there were the options.
-        options = {"context": source.context, "base_dtype": source.base_dtype}
-        given = {name: value for name, value in options.items() if value is not None}
         for row in found.rows[task.name]:
             yield (
                 row,
@@ -109,7 +109,8 @@ class Runner:
                     memory=variant.use_memory,
                     task=task.name,
                     row=row.about,
-                    **given,
+                    content=content_hash(row.data),
+                    **source.settings,
                 ),
             )
 

@@ -3,7 +3,7 @@
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -13,7 +13,8 @@ from experiments.models import Loaded, load_model
 from tptt_jax import LizaConfig, ModelConfig, state_bytes
 from tptt_jax.config import runs_memory
 from tptt_jax.ops.quantization import BaseDtype
-from tptt_jax.training.description import is_checkpoint
+from tptt_jax.training.description import DESCRIPTION, is_checkpoint
+from tptt_jax.training.step_folders import checkpoint_folder
 
 Column = Literal["full softmax", "window alone", "window of equal bytes", "memory on"]
 COLUMNS: tuple[Column, ...] = get_args(Column)
@@ -56,15 +57,36 @@ class Source:
         """The name in reports."""
         return str(self.adapter or self.model or DEFAULT_MODEL)
 
+    @property
+    def run(self) -> Path | None:
+        """The output directory of finetune; None: the source is none."""
+        path = self._path
+        return path if path is not None and is_checkpoint(path) else None
+
+    @property
+    def _path(self) -> Path | None:
+        name = self.adapter or self.model
+        return None if name is None else Path(name).expanduser()
+
     @functools.cached_property
     def stamp(self) -> str:
         """A stamp that changes when the model is rewritten, so that old results are not reused."""
-        name = self.adapter or self.model
-        path = None if name is None else Path(name).expanduser()
+        path = self._path
         if path is None or not path.exists():
             return ""
-        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        # Not reports, exports or evaluations that were written into the model's folder.
+        if self.run is not None:
+            files = [path / DESCRIPTION, *checkpoint_folder(path).rglob("*")]
+        else:
+            files = [path] if path.is_file() else [*path.iterdir()]
         return str(max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What results depend on beside the name of the model, as far as it is given."""
+        base = None if self.adapter is None else self.model
+        given = {"base": base, "context": self.context, "base_dtype": self.base_dtype}
+        return {name: value for name, value in given.items() if value is not None}
 
     def load(
         self, window: int | None, sinks: int | None, dtype: jnp.dtype, *, is_full: bool = False
@@ -110,16 +132,20 @@ def variants_of(config: ModelConfig, liza: LizaConfig | None, dtype: jnp.dtype) 
     found.append(Variant(ALONE, window, use_memory=False))
     if has_memory:
         wider = equal_window(config, liza, dtype)
-        found.append(Variant(EQUAL, wider, use_memory=False))
+        if wider is not None:
+            found.append(Variant(EQUAL, wider, use_memory=False))
     return found + on
 
 
-def equal_window(config: ModelConfig, liza: LizaConfig, dtype: jnp.dtype) -> int:
+def equal_window(config: ModelConfig, liza: LizaConfig, dtype: jnp.dtype) -> int | None:
     """The narrowest window whose cache takes at least the bytes of a window and its memory.
 
-    Layers that keep full attention keep it, so theirs are the same bytes on both sides.
+    Layers that keep full attention keep it, so theirs are the same bytes on both sides. None: the
+    base model windows every layer itself, so no setting widens one.
     """
     assert liza.softmax_window is not None
+    if "full" not in config.layer_kinds:
+        return None
 
     def size(setting: LizaConfig) -> int:
         return state_bytes(config, setting, batch_size=1, max_tokens=0, dtype=dtype)

@@ -95,12 +95,14 @@ def load_model(
 def windowed(
     liza: LizaConfig | None, window: int | None, sinks: int | None = None
 ) -> LizaConfig | None:
-    """A memory with another window; None: its own. A base model gets a window alone."""
-    if window is None:
+    """A memory with another window and other sinks; None: its own. A base model gets no memory."""
+    if window is not None:
+        # None is fitted to a base model.
+        liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
+    # Without a window every token stays visible.
+    if sinks is None or liza is None or liza.softmax_window is None:
         return liza
-    # A base model with a window has no memory, as none is fitted.
-    liza = dataclasses.replace(liza or LizaConfig(writes="none"), softmax_window=window)
-    return liza if sinks is None else dataclasses.replace(liza, softmax_sinks=sinks)
+    return dataclasses.replace(liza, softmax_sinks=sinks)
 
 
 def _load_weights(

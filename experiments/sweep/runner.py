@@ -37,10 +37,11 @@ def check_folders(output: Path, variants: list[Variant]) -> None:
     """Raises ValueError if a variant's directory holds a run with other settings."""
     for variant in variants:
         file = output / variant.folder / "variant.yaml"
-        if file.is_file() and file.read_text(encoding="utf-8") != _yaml(variant):
+        differences = _differences(file, variant) if file.is_file() else ""
+        if differences:
             raise ValueError(
-                f"{file.parent} holds another run ({_differences(file, variant)}): use another "
-                f"--output, rename the variant {variant.name!r}, or remove the directory."
+                f"{file.parent} holds another run ({differences}): use another --output, rename "
+                f"the variant {variant.name!r}, or remove the directory."
             )
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from experiments.command_line import run_configured
 from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
+from experiments.evaluation import ablation
 from experiments.evaluation.ablation import AS_IT_IS, PARTS, Ablation, without_part
 from experiments.evaluation.variants import MEMORY
 from tests.contracts import random_tokens
@@ -148,9 +149,19 @@ def test_a_text_within_the_window_says_so(text):
     liza = LizaConfig(softmax_window=WINDOW)
     model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), liza, rngs=nnx.Rngs(0))
     task = Ablation(DataConfig(path=str(text)), WINDOW)
-    row = next(row for row in task.rows(tokenizer) if row.about["off"] == "gate")
+    row = task.rows(tokenizer)[0]
     with pytest.raises(ValueError, match="and none of them leaves the window of 16"):
         task.measure(model, tokenizer, row, use_memory=True)
+
+
+def test_a_window_longer_than_the_usual_sample_has_a_mean_share(text, monkeypatch):
+    monkeypatch.setattr(ablation, "_GATE_TOKENS", 8)
+    tokenizer = make_tokenizer(begin=True)
+    liza = LizaConfig(softmax_window=WINDOW)
+    model = CausalLM(ModelConfig.tiny(num_layers=1, vocab_size=500), liza, rngs=nnx.Rngs(0))
+    task = Ablation(DataConfig(path=str(text)), 100)
+    row = next(row for row in task.rows(tokenizer) if row.about["off"] == "gate")
+    assert all(np.isfinite(task.measure(model, tokenizer, row, use_memory=True)["nats"]))
 
 
 def test_a_base_model_has_nothing_to_switch_off(text, tiny_model_dir, tmp_path, capsys):

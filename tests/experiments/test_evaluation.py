@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from flax import nnx
 from rich.table import Table
 
@@ -16,8 +17,11 @@ from experiments.data import DataConfig
 from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation import associative, needles, perplexity
 from experiments.evaluation.associative import AssociativeRecall
+from experiments.evaluation.blocks import Blocks, difference
+from experiments.evaluation.likelihood import Continuation, score_continuations
 from experiments.evaluation.needles import NEEDLES, Needles
 from experiments.evaluation.perplexity import BLOCK, Perplexity, haystack_tokens
+from experiments.evaluation.seen_text import note_seen_text
 from experiments.evaluation.shares import percent
 from experiments.evaluation.store import RowStore, row_key
 from experiments.evaluation.task import Row
@@ -337,7 +341,8 @@ def test_recall_asks_for_pairs_of_the_row(wrong, tokenizer, monkeypatch):
         return found
 
     monkeypatch.setattr(associative, "_likeliest", likeliest)
-    result = task.measure(None, tokenizer, rows[0], use_memory=True)
+    model = SimpleNamespace(config=ModelConfig.tiny(vocab_size=500))
+    result = task.measure(model, tokenizer, rows[0], use_memory=True)
     assert result == {"right": 1 - len(wrong) / 8}
 
 
@@ -444,17 +449,120 @@ def test_all_ways_of_a_run_and_of_its_base_side_by_side(
         (["--task", "chess"], "--task"),
         (["--task", "passkey", "--lengths", "20"], "raise --lengths to"),
         (["--task", "recall", "--lengths", "50"], "give longer --lengths"),
+        (["--task", "recall", "--lengths", "300000"], "give shorter --lengths"),
+        (["--lengths", "64", "64", "32"], "lengths names 64 twice"),
+        (["--models", "a", "b", "a"], "models names a twice"),
+        (["--sinks", "-1"], "sinks must be at least 0"),
+        (["--columns", "memory on", "--no-liza"], "--columns names no other"),
+        (["--columns", "memory on"], "none of the columns memory on, only full softmax"),
         (["--data", "missing.txt"], "missing.txt"),
+        (["--data", "EMPTY"], "nothing can be predicted"),
+        (["--task", "needle", "--data", "EMPTY"], "is empty: name a text to hide it in"),
         (["--task", "passkey", "--data", "missing.txt"], "no such file: missing.txt"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(arguments, message, tiny_model_dir, tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    arguments = [str(empty) if each == "EMPTY" else each for each in arguments]
     given = [*arguments, "--output", str(tmp_path / "out")]
     if "--models" not in arguments:
         given += ["--model", str(tiny_model_dir)]
     assert run_configured(evaluate, EvaluateConfig, given) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_sinks_alone_change_every_window(tiny_model_dir, tmp_path):
+    """Or else the window of equal bytes has other sinks than what it is compared with."""
+    source = Source(None, write_untrained_run(tmp_path, tiny_model_dir))
+    windows = [source.load(window, 1, F32).model.liza for window in (None, 9)]
+    assert [(each.softmax_window, each.softmax_sinks) for each in windows] == [(16, 1), (9, 1)]
+    # Full softmax sees every token.
+    assert source.load(None, 1, F32, is_full=True).model.liza.softmax_window is None
+    assert Source(str(tiny_model_dir)).load(None, 1, F32).model.liza is None
+
+
+def test_a_model_whose_layers_all_have_windows_has_no_wider_one():
+    config = ModelConfig.tiny(num_layers=2, layer_kinds=("sliding",) * 2, sliding_window=8)
+    liza = LizaConfig(writes="all", softmax_window=16)
+    assert equal_window(config, liza, F32) is None
+    assert [variant.name for variant in variants_of(config, liza, F32)] == [FULL, ALONE, MEMORY]
+
+
+def test_results_belong_to_the_weights_and_to_the_text(tiny_model_dir, tmp_path, capsys):
+    """A report in the run's folder changes nothing; other text or weights are measured anew."""
+    run, text = write_untrained_run(tmp_path, tiny_model_dir), tmp_path / "text.txt"
+    output = run / "evaluation"
+    given = ["--models", str(run), "--data", str(text), "--output", str(output), "--json"]
+
+    def measured():
+        assert run_configured(evaluate, EvaluateConfig, [*given, "--columns", MEMORY]) == 0
+        (report,) = json.loads(capsys.readouterr().out.splitlines()[-1])["models"].values()
+        lines = (output / "rows.jsonl").read_text().splitlines()
+        return len(lines), report["tasks"]["perplexity"]["perplexity"][MEMORY]
+
+    text.write_text("The with statement is a statement.\n" * 9)
+    first = measured()
+    assert first[0] == 1
+    assert measured() == first
+    text.write_text("It is the end of a statement.\n" * 9)
+    other = measured()
+    assert other[0] == 2
+    assert other[1] != pytest.approx(first[1])
+    stamp = Source(None, run).stamp
+    (run / "checkpoint.json").touch()
+    assert Source(None, run).stamp != stamp
+    assert Source("another", run).settings == {"base": "another"}
+
+
+def test_errors_of_short_and_of_equal_texts(tmp_path):
+    """Unknown errors are not shown, and equal results differ by 0 +- 0."""
+    short = Blocks.of([{"nats": [9.0], "counts": [4.0]}])
+    assert short.perplexity(0, None).text() == f"{math.exp(9 / 4):.2f}"
+    long = Blocks.of([{"nats": [9.0, 8.0], "counts": [4.0, 4.0]}])
+    assert difference(long, long) == (0.0, 0.0)
+    assert difference(long, long).text("+.3f") == "+0.000 ± 0.000"
+    result = {"nats": [9.0], "counts": [4.0]}
+    found = {FULL: [result], ALONE: [{"nats": [12.0], "counts": [4.0]}], MEMORY: [result]}
+    table = Perplexity(DataConfig(), 9).summarize("x", [], found).table
+    assert "nan" not in json.dumps([list(column.cells) for column in table.columns])
+
+
+def test_texts_longer_than_the_learned_positions_are_refused(tokenizer):
+    config = ModelConfig.tiny(position_embedding="learned", max_positions=300, vocab_size=500)
+    model = CausalLM(config, rngs=nnx.Rngs(0))
+    task = AssociativeRecall((400,), 1)
+    with pytest.raises(ValueError, match="lower --lengths to 300"):
+        task.measure(model, tokenizer, task.rows(tokenizer)[0], use_memory=False)
+    settings = {"batch_size": 1, "use_memory": False}
+    with pytest.raises(ValueError, match="lower the maximum length"):
+        score_continuations(model, [Continuation([1], [2])], max_length=400, **settings)
+    few = CausalLM(ModelConfig.tiny(vocab_size=5), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="ids 0 to 4, got 7"):
+        score_continuations(few, [Continuation([1], [7])], max_length=9, **settings)
+    with pytest.raises(ValueError, match="ids 0 to 4, got 7"):
+        list(token_losses(few, [np.array([1, 7])]))
+
+
+def test_what_a_run_has_seen_is_named(tmp_path):
+    text = tmp_path / "text.txt"
+    text.touch()
+    run = tmp_path / "run"
+    run.mkdir()
+
+    def note(path, tokens=100, seed=0, **saved):
+        settings = {"seed": 3, "data": {"path": str(path), "eval_tokens": 50, "eval_rows": 9}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+        return note_seen_text(run, DataConfig(path=str(path), **saved), tokens, seed)
+
+    assert "all but the first 50 tokens, which --tokens 50 measures alone" in note(text)
+    assert note(text, tokens=50) is None
+    table = tmp_path / "rows.jsonl"
+    assert "for those give --seed 3 and give --data.eval-rows 9" in note(table)
+    assert note(table, seed=3, eval_rows=9) is None
+    (run / "config.yaml").write_text("data: {path: other.txt}")
+    assert note_seen_text(run, DataConfig(path=str(text)), 100, 0) is None
 
 
 def test_rows_say_what_decides_them(tokenizer):

@@ -19,7 +19,7 @@ from experiments.evaluate import EvaluateConfig, evaluate
 from experiments.evaluation.runner import Runner
 from experiments.evaluation.store import RowStore
 from experiments.evaluation.task import Row
-from experiments.evaluation.variants import Source
+from experiments.evaluation.variants import COLUMNS, Source
 from experiments.finetune import finetune
 from experiments.generate import GenerateConfig, generate_text
 from experiments.models import load_model
@@ -127,7 +127,7 @@ class Frequencies:
 
 def test_what_was_measured_belongs_to_its_context(dynamic, tmp_path):
     def measure(context):
-        settings: dict[str, Any] = {"window": None, "sinks": None, "columns": ()}
+        settings: dict[str, Any] = {"window": None, "sinks": None, "columns": COLUMNS}
         runner = Runner(
             tasks=[Frequencies()],  # type: ignore[list-item]
             store=RowStore(tmp_path / "rows.jsonl"),

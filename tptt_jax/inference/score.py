@@ -14,6 +14,7 @@ from tptt_jax.inference.prefill import SEGMENT_TOKENS, check_positions
 from tptt_jax.inference.state import grow_state
 from tptt_jax.model import CausalLM, init_cache
 from tptt_jax.ops.cross_entropy import token_cross_entropy
+from tptt_jax.token_ids import check_token_ids
 
 
 def token_losses(
@@ -33,12 +34,14 @@ def token_losses(
       Nats, float32, one for each token after the first; a segment at a time.
 
     Raises:
-      ValueError: if the text is longer than the learned positions.
+      ValueError: if the text is longer than the learned positions, or a token has no row in the
+        embedding.
     """
     split = nnx.split(model)
     state = init_cache(model, 1, use_memory=use_memory, growable=True)
     read, left = 0, np.zeros(0, np.int32)
     for piece in pieces:
+        check_token_ids(piece, model.config.vocab_size)
         left = np.concatenate([left, piece])
         # The last token of a segment is predicted from the one before it, so it stays.
         while len(left) > SEGMENT_TOKENS:

@@ -14,7 +14,7 @@ from tptt_jax.durable import atomic_file
 from tptt_jax.ops.quantization import BaseDtype
 from tptt_jax.training.partition import TrainMode
 
-_DESCRIPTION = "checkpoint.json"
+DESCRIPTION = "checkpoint.json"
 _FORMAT = "tptt_jax checkpoint 2"
 # Older descriptions have no choice of writes: their memory holds every token.
 _FIRST_FORMAT = "tptt_jax checkpoint 1"
@@ -41,12 +41,12 @@ class Description:
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether `path` is a run's directory with a description in it."""
-    return (Path(path) / _DESCRIPTION).is_file()
+    return (Path(path) / DESCRIPTION).is_file()
 
 
 def write_description(path: str | os.PathLike[str], description: Description) -> None:
     """Writes `checkpoint.json` into the directory, which is created if missing."""
-    target = Path(path) / _DESCRIPTION
+    target = Path(path) / DESCRIPTION
     with atomic_file(target) as temporary:
         temporary.write_text(description.to_json())
 
@@ -57,10 +57,10 @@ def read_description(path: str | os.PathLike[str]) -> Description:
     Raises:
       ValueError: if there is none, or it is not one of ours.
     """
-    target = Path(path) / _DESCRIPTION
+    target = Path(path) / DESCRIPTION
     if not target.is_file():
         raise ValueError(
-            f"{path} has no {_DESCRIPTION}: point to the --output directory of a finetune run."
+            f"{path} has no {DESCRIPTION}: point to the --output directory of a finetune run."
         )
     try:
         values = _parse(target.read_text(encoding="utf-8"))
