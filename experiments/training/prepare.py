@@ -24,7 +24,7 @@ from experiments.training.run import Run
 from experiments.training.run_data import check_rows, print_bad_rows
 from experiments.training.stage import STAGES
 from tptt_jax import CausalLM
-from tptt_jax.config import LizaConfig, runs_memory
+from tptt_jax.config import runs_memory
 from tptt_jax.processes import failing_together, is_first_process
 from tptt_jax.training.checkpoint import remove_checkpoints
 from tptt_jax.training.description import Description, write_description
@@ -58,7 +58,7 @@ def prepare_run(config: FinetuneConfig, console: Console) -> Run:
         tokenizer = load_tokenizer(config.model)
         data = _load_data(config, tokenizer, resumption, console)
     model = _load_model(config, mesh)
-    _warn_idle_memory(config.memory, model, console)
+    _warn_idle_memory(config, model, console)
     with failing_together():
         check_rows(data, model.config, tokenizer)
         rows = fit_rows(
@@ -129,11 +129,24 @@ def _load_model(config: FinetuneConfig, mesh: "Mesh | None") -> CausalLM:
         )
 
 
-def _warn_idle_memory(memory: LizaConfig | None, model: CausalLM, console: Console) -> None:
-    """Prints a notice if a memory was asked for that no token can ever reach."""
-    is_asked = memory is not None and memory.writes == "evicted"
-    if is_asked and not runs_memory(model.config, memory):
+def _warn_idle_memory(config: FinetuneConfig, model: CausalLM, console: Console) -> None:
+    """Prints a notice if a memory was asked for that no token reaches, ever or in training."""
+    memory = config.memory
+    if memory is None or memory.writes != "evicted":
+        return
+    if not runs_memory(model.config, memory):
         console.print(_IDLE)
+        return
+    window = config.window_range[0] if config.window_range else memory.softmax_window
+    longest = config.data.sequence_length
+    if config.data.recall:
+        longest = max(longest, config.data.recall_row_length)
+    if config.steps != 0 and window is not None and longest <= window:
+        console.print(
+            f"the memory is idle in training: rows of {longest} tokens fit the window of {window}; "
+            "give a --data.sequence-length of several windows",
+            soft_wrap=True,
+        )
 
 
 def _claim_output(run: Run, description: Description) -> None:

@@ -281,6 +281,20 @@ def test_an_idle_memory_is_said_in_one_line(no_liza, config, tmp_path):
     assert job.fit_rows is None
 
 
+@pytest.mark.parametrize(("changes", "count"), [({}, 1), ({"steps": 0}, 0), ({"recall": True}, 0)])
+def test_rows_that_fit_the_window_are_named(changes, count, config, tmp_path):
+    """A run that trains on nothing else leaves the memory as the fit made it."""
+    length = config.liza.softmax_window
+    data = replace(config.data, sequence_length=length)
+    if changes.pop("recall", False):
+        kinds = {"recall_trains": "memory", "recall_kinds": ("passkey",)}
+        data = replace(data, recall=0.5, recall_length=200, **kinds)
+    short = replace(config, output=tmp_path / "run", data=data, **changes)
+    out = io.StringIO()
+    prepare_run(short, Console(file=out, soft_wrap=True))
+    assert out.getvalue().count(f"rows of {length} tokens fit the window of {length}") == count
+
+
 def test_rows_to_fit_on_that_stay_in_the_window(config, tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": "short"}\n' * 40)
