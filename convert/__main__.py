@@ -37,7 +37,7 @@ def import_model(
     """Writes a model, e.g. a GGUF file, as a Hugging Face directory.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, or demo.
+      source: a Hugging Face directory, a hub id, a .gguf file, "smollm2-135m" or "gemma3-270m".
       output: the directory to write.
       dtype: of the weights that are written; auto: what the source is stored in (float32 for
         float64 and quantised weights).
@@ -107,8 +107,8 @@ def inspect_model(
     """Describes a model, and the memory that a Titan of it needs; reads no weights.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT or tptt directory, or
-        a checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, "smollm2-135m", "gemma3-270m", a
+        PEFT or tptt directory, or a checkpoint.
       context: lengths in tokens for which to report the state of one row.
       window: tokens that softmax attention sees in the windowed Titan.
       revision: branch, tag or commit of a hub id; the same as hub-id@revision.
@@ -129,8 +129,8 @@ def verify_model(
     without a memory and with one. The exit status is 1 if a check fails.
 
     Args:
-      source: a Hugging Face directory, a hub id, a .gguf file, demo, a PEFT or tptt directory, or
-        a checkpoint.
+      source: a Hugging Face directory, a hub id, a .gguf file, "smollm2-135m", "gemma3-270m", a
+        PEFT or tptt directory, or a checkpoint.
       tokens: length of the text.
       dtype: of weights and computation; auto: what the source is stored in.
       tolerance: of every check, relative to the largest logit; None: 1e-4 for float32, 1e-2

@@ -89,8 +89,8 @@ class GenerateConfig:
     stream: bool = True
     """Print text as it is generated; False: when it is complete."""
     window: int | None = None
-    """Softmax attention sees this many tokens, and the first few; the memory sees all. None: what
-    the model was trained with."""
+    """Softmax attention sees this many tokens, and the first few; the memory holds those
+    that have left the window. None: what the model was trained with."""
     context: int | None = None
     """Fixes rotary frequencies that depend on the length of the text ("dynamic" and "longrope"
     scaling) for this many tokens, prompt and new ones together. Others stay as they are."""

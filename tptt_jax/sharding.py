@@ -158,7 +158,7 @@ def batch_sharding(mesh: Mesh, *, divide_rows: bool = True) -> NamedSharding:
 
 
 def own_rows(mesh: Mesh, count: int) -> slice:
-    """The rows of arrays [count, T] on a mesh that this process's devices hold: neighbours.
+    """The contiguous rows of arrays [count, T] that this process's devices hold.
 
     Args:
       mesh: from `make_mesh`; its data and fsdp axes divide `count`.

@@ -138,7 +138,7 @@ def _numbers(record: StepRecord) -> tuple[str, ...]:
 
 
 def _arrays(run: Path, stages: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every array of a run's last checkpoints, optimiser included, by stage and name."""
+    """Every array of a run's last checkpoints, optimizer included, by stage and name."""
     for stage in stages:
         folder = run / stage / "checkpoints" / str(latest_step(run / stage))
         targets = {

@@ -31,7 +31,7 @@ def bench_saves(
 ) -> dict[str, Any]:
     """Times training steps with one asynchronous checkpoint, in turn with steps without any.
 
-    A checkpoint has the trained parameters and the optimiser's state, as in a run. The wait for
+    A checkpoint has the trained parameters and the optimizer's state, as in a run. The wait for
     the end of its write counts.
 
     Args:

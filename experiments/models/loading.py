@@ -50,7 +50,7 @@ def load_model(
       model: what `load_pretrained` takes; None: what the adapter was trained on, or
         "smollm2-135m".
       adapter: output directory of a finetune run, or a directory of PEFT's or tptt's.
-      window: tokens that softmax attention sees; a base model becomes a Titan by it. None: what
+      window: tokens that softmax attention sees; a base model gets no memory by it. None: what
         the model was trained with.
       sinks: first tokens that always stay visible; None: what the model was trained with.
       is_full: take the window that the model was trained with away; a memory of evicted tokens is

@@ -97,7 +97,7 @@ def gap_gradients(
       model: a Titan whose memory runs.
       tokens: [B, T], longer than the window.
       segment_ids: packed documents, 0 = padding; None: one document per row.
-      window: below the model's own, as a traced scalar; None: that.
+      window: below the model's own, as a traced scalar; None: the model's own.
 
     Returns:
       Error over gap of the layers with a memory [M]; gradients of each by dotted path.

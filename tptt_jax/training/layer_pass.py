@@ -43,7 +43,7 @@ class Rows(NamedTuple):
         Args:
           model: whose layers read the rows.
           liza: has the window; None: the base model's own attention.
-          window: below that of `liza`, as a traced scalar; None: that.
+          window: below that of `liza`, as a traced scalar; None: that of `liza`.
         """
         place = (self.positions, self.segment_ids, None, window)
         kinds = dict.fromkeys(layer_kinds(model.config, model.liza))

@@ -135,7 +135,7 @@ def causal_lm_loss(
       segment_ids: packed documents, 0 = padding.
       loss_mask: True on tokens whose prediction counts; None: all.
       use_memory: False leaves the memory out.
-      window: below the model's own, as a traced scalar; None: that.
+      window: below the model's own, as a traced scalar; None: the model's own.
       remat: what the backward pass computes again.
       train_head: whether the head (or the tied embedding) needs a gradient.
       rngs: see `CausalLM.__call__`.
@@ -190,7 +190,7 @@ def distillation_loss(
       segment_ids: packed documents, 0 = padding.
       loss_mask: True on tokens whose prediction counts; None: all.
       share: weight of the divergence; the likelihood of the text has 1 - share.
-      window: below the student's own, as a traced scalar; None: that.
+      window: below the student's own, as a traced scalar; None: the student's own.
       remat: what the backward pass computes again.
       dropout_key: turns dropout on, in the student.
 

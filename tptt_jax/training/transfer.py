@@ -67,7 +67,7 @@ def visit_layers(
       tokens: [B, T].
       segment_ids: packed documents, 0 = padding; None: one document per row.
       visit: attention module and view to arrays; it is traced once for each shape of layers.
-      window: below the model's own, as a traced scalar; None: that.
+      window: below the model's own, as a traced scalar; None: the model's own.
 
     Returns:
       Results of `visit`, for every stack of layers with a leading axis over its layers with a

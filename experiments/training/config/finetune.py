@@ -38,8 +38,7 @@ class FinetuneConfig:
     """Gives a pretrained model a memory, fits it to the model, and trains it on text.
 
     Without --model, --data and --config this runs the demo: SmolLM2 135M with a window of 32
-    tokens, on the Python language reference. Both come with the installation, so it needs no
-    network.
+    tokens, on the Python language reference. `make` installs both, so it needs no network.
     """
 
     config: Path | None = None
@@ -63,7 +62,8 @@ class FinetuneConfig:
     Titan works with several. None: always --liza.softmax-window."""
     full_layers_auto: int = 0
     """How many layers keep full attention: those whose output the window changes most, measured on
-    a few rows when a run begins, and written down as --liza.full-layers. 0: none but those."""
+    a few rows when a run begins, and written down as --liza.full-layers. 0: only those that
+    --liza.full-layers names."""
     horizon_auto: bool = True
     """Set --liza.horizon, unless it is given, to the longest row of fit and training: beyond that
     the memory forgets faster."""

@@ -24,7 +24,8 @@ class Computation:
     dropout: float = 0.0
     """Dropout on the memory's output while training."""
     chunk_size: int = 64
-    """Tokens per chunk of the parallel form; the result does not depend on it."""
+    """Tokens per chunk of the parallel form; the result does not depend on it, but for
+    state_activation and operator="tptt_reference"."""
     precision: Precision = "auto"
     """Precision of the matrix products that read and write the memory of a row: "highest" is
     float32 on every backend; "high" and "default" are faster on a GPU or TPU, with fewer bits (on a

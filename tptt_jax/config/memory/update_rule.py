@@ -72,8 +72,8 @@ class UpdateRule:
     alpha_gate: Gate | None = None
     """Input of the forget gate, with the same choices; "constant": no decay."""
     state_activation: StateActivation | None = None
-    """Non-linearity on the state after every chunk_size tokens (paper eq. 8); the only option
-    whose result depends on chunk_size; delta_product: none."""
+    """Non-linearity on the state after every chunk_size tokens (paper eq. 8); its result
+    depends on chunk_size; delta_product: none."""
     vector_beta: bool = False
     """One write gate per channel (paper eq. 3) instead of one per head."""
     expand_gates: bool = False
