@@ -2,7 +2,7 @@
 
 They teach a memory to recall (docs/memory.md). The answer depends on tokens beyond the window; it
 counts in the loss, and a haystack of unchanged training text may count, too. Pass keys are asked
-for in the words of the evaluation, with keys and places of other seeds; needles are not.
+for in the words of the evaluation, with keys and places of other seeds; needles in other words.
 """
 
 import functools
