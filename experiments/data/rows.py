@@ -91,6 +91,11 @@ def is_text_file(path: str | Sequence[str]) -> bool:
     return file.is_file() and is_text(file)
 
 
+def is_whole_text(path: str | Sequence[str]) -> bool:
+    """Whether data is one text, whose beginning is held out, not a table."""
+    return path == PYTHON_DOCS or is_text_file(path)
+
+
 def python_docs_text() -> str:
     """The demo text: all topics of `pydoc_data`, sorted, joined by a blank line."""
     from pydoc_data.topics import topics

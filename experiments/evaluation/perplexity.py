@@ -15,7 +15,7 @@ from rich.table import Table
 from experiments.data import DataConfig, load_token_data, python_docs_text
 from experiments.data.data_files import PYTHON_DOCS
 from experiments.data.prompts import document_tokens
-from experiments.data.rows import is_text_file
+from experiments.data.rows import is_text_file, is_whole_text
 from experiments.data.special_tokens import begin_tokens, drop_repeated_bos
 from experiments.evaluation.blocks import (
     BLOCK,
@@ -63,7 +63,7 @@ class Perplexity:
           ValueError: if there is nothing to score, or row_tokens is given for a table.
         """
         about = {"data": self.data.path, "tokens": self.tokens}
-        if self.data.path == PYTHON_DOCS or is_text_file(self.data.path):
+        if is_whole_text(self.data.path):
             text = scored_tokens(self.data, tokenizer, self.tokens)
             if self.row_tokens is None:
                 return [Row(about, text)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments.data import DataConfig
 from experiments.data.data_files import PYTHON_DOCS
-from experiments.data.rows import is_text_file
+from experiments.data.rows import is_whole_text
 from experiments.training.resume.settings import restoring, saved_settings
 
 # With the seed, they choose the held-out rows of a table.
@@ -27,7 +27,7 @@ def note_seen_text(run: Path, data: DataConfig, tokens: int, seed: int) -> str |
     if not isinstance(data.path, str) or not _is_same(saved.get("data.path"), data.path):
         return None
     seen = f"note: {run} was fitted to or trained on {data.shown}"
-    if data.path == PYTHON_DOCS or is_text_file(data.path):
+    if is_whole_text(data.path):
         held_out = saved.get("data.eval_tokens")
         if held_out is None or tokens <= held_out:
             return None

@@ -8,6 +8,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from experiments.data import DataConfig
+from experiments.data.rows import is_whole_text
+from experiments.training.config import FinetuneConfig
 from experiments.training.evaluation import recovered_gap
 from experiments.training.measurements import (
     LABELS,
@@ -17,9 +20,29 @@ from experiments.training.measurements import (
     write_measurements,
 )
 from experiments.training.pictures import plot_memory, plot_stages
+from experiments.training.resume.settings import flag_with_value
 from experiments.training.run import Run
 from tptt_jax import CausalLM
 from tptt_jax.processes import is_first_process, wait_for_all
+
+# What evaluate needs to know of a run's data to read its held-out rows.
+_DATA = ("path", "split", "revision", "format", "columns", "text_column", "max_rows")
+_HELD_OUT = ("eval_length", "eval_rows")
+
+
+def held_out_flags(config: FinetuneConfig) -> str:
+    """Flags with which evaluate measures what a run has held out; "" if its defaults do."""
+    data, plain = config.data, DataConfig()
+    is_text = is_whole_text(data.path)
+    names = _DATA if is_text else (*_DATA, *_HELD_OUT)
+    given = {f"data.{name}": (getattr(data, name), getattr(plain, name)) for name in names}
+    given |= {"tokens": (data.eval_tokens, 0)} if is_text else {"seed": (config.seed, 0)}
+    flags = [
+        flag_with_value(name, list(value) if isinstance(value, tuple) else value)
+        for name, (value, default) in given.items()
+        if value != default
+    ]
+    return "".join(f" {flag}" for flag in flags if flag)
 
 
 class Outcome:
@@ -112,7 +135,7 @@ class Outcome:
         run, exported = shlex.quote(output), shlex.quote(f"{output}-hf")
         return (
             f'python -m experiments.generate --adapter {run} --prompt "..."\n'
-            f"python -m experiments.evaluate --models {run}\n"
+            f"python -m experiments.evaluate --models {run}{held_out_flags(self._run.config)}\n"
             f"python -m convert export {run} --output {exported}"
         )
 

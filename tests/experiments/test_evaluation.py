@@ -35,6 +35,8 @@ from experiments.evaluation.variants import (
     variants_of,
 )
 from experiments.reports.html import Section, write_report
+from experiments.training import FinetuneConfig
+from experiments.training.outcome import held_out_flags
 from tests.contracts import logits_of, random_tokens, relative_error
 from tests.tiny import BOS, make_tokenizer, write_untrained_run
 from tptt_jax import CausalLM, LizaConfig, ModelConfig, state_bytes
@@ -563,6 +565,21 @@ def test_what_a_run_has_seen_is_named(tmp_path):
     assert note(table, seed=3, eval_rows=9) is None
     (run / "config.yaml").write_text("data: {path: other.txt}")
     assert note_seen_text(run, DataConfig(path=str(text)), 100, 0) is None
+
+
+def test_a_run_ends_with_the_flags_of_its_held_out_rows(tmp_path):
+    text, table = tmp_path / "my text.txt", tmp_path / "rows.jsonl"
+    text.touch()
+
+    def flags(path, seed=0, **data):
+        return held_out_flags(FinetuneConfig(data=DataConfig(path=str(path), **data), seed=seed))
+
+    assert flags("python-docs", seed=1) == " --tokens 2000"
+    assert flags(text, eval_tokens=70) == f" --data '{text}' --tokens 70"
+    assert flags(text, eval_tokens=0) == f" --data '{text}'"
+    assert flags(table) == f" --data {table}"
+    given = flags(table, seed=3, eval_rows=7.0, columns=("text=a",))
+    assert given == f" --data {table} --data.columns text=a --data.eval-rows 7.0 --seed 3"
 
 
 def test_rows_say_what_decides_them(tokenizer):
