@@ -281,6 +281,22 @@ def test_an_idle_memory_is_said_in_one_line(no_liza, config, tmp_path):
     assert job.fit_rows is None
 
 
+def test_with_full_softmax_a_titan_trains_as_lora_alone_does(config, tmp_path):
+    runs = [
+        replace(config, output=tmp_path / str(no_liza), liza=LizaConfig(), no_liza=no_liza)
+        for no_liza in (False, True)
+    ]
+    reports = [printed_run(each)[0] for each in runs]
+    titan, alone = (losses(each.output)["."] for each in runs)
+    assert len(titan) == 3
+    np.testing.assert_allclose(titan, alone, rtol=1e-6)
+    found = [report["perplexity_after"] for report in reports]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    kept, want = map(trained, runs)
+    for name, value in want.items():
+        np.testing.assert_allclose(kept[name], value, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize(("changes", "count"), [({}, 1), ({"steps": 0}, 0), ({"recall": True}, 0)])
 def test_rows_that_fit_the_window_are_named(changes, count, config, tmp_path):
     """A run that trains on nothing else leaves the memory as the fit made it."""
