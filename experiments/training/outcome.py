@@ -27,7 +27,7 @@ from tptt_jax.processes import is_first_process, wait_for_all
 
 # What evaluate needs to know of a run's data to read its held-out rows.
 _DATA = ("path", "split", "revision", "format", "columns", "text_column", "max_rows")
-_HELD_OUT = ("eval_length", "eval_rows")
+_HELD_OUT = ("loss", "eval_length", "eval_rows")
 
 
 def held_out_flags(config: FinetuneConfig) -> str:

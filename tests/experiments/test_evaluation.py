@@ -578,6 +578,7 @@ def test_a_run_ends_with_the_flags_of_its_held_out_rows(tmp_path):
     assert flags(text, eval_tokens=70) == f" --data '{text}' --tokens 70"
     assert flags(text, eval_tokens=0) == f" --data '{text}'"
     assert flags(table) == f" --data {table}"
+    assert flags(table, loss="all") == f" --data {table} --data.loss all"
     given = flags(table, seed=3, eval_rows=7.0, columns=("text=a",))
     assert given == f" --data {table} --data.columns text=a --data.eval-rows 7.0 --seed 3"
 
