@@ -16,7 +16,7 @@ STEP_MAKERS = [
 
 @contextmanager
 def share_steps() -> Iterator[None]:
-    """Makes the step of a stage once for all runs with the same parameters and options.
+    """Makes the step of a stage once for all runs with the same model, parameters and options.
 
     For runs whose optimizers are the same, too: nothing here can tell them apart.
     """
@@ -24,7 +24,8 @@ def share_steps() -> Iterator[None]:
 
     def shared(make: Callable) -> Callable:
         def remembered(partition: Any, optimizer: Any, **options: Any) -> Any:
-            settings = (make.__module__, make.__name__, *partition.template, *options.items())
+            of_model = (partition.graphdef, *partition.template)
+            settings = (make.__module__, make.__name__, *of_model, *options.items())
             if settings not in made:
                 made[settings] = make(partition, optimizer, **options)
             return made[settings]
