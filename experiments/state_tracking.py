@@ -44,7 +44,8 @@ class TrackingConfig:
     """
 
     groups: tuple[GroupName, ...] = ("parity", "s3")
-    """"parity": two elements; "s3", "s4", "s5": the permutations of 3, 4 and 5 letters."""
+    """"parity": two elements; "s3", "s4", "s5": the permutations of 3, 4 and 5 letters; "s5-2",
+    "s5-3": of 5 letters, in words of the permutations that move at most 2 and 3 of them."""
     num_householder: tuple[int, ...] = (1, 2)
     """Householder steps per element."""
     beta_range: tuple[float, ...] = (1.0, 2.0)

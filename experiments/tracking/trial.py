@@ -11,7 +11,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from experiments.tracking.groups import GroupName, Words, draw_words, multiplication_table
+from experiments.tracking.groups import (
+    GroupName,
+    Words,
+    draw_words,
+    multiplication_table,
+    word_elements,
+)
 from experiments.tracking.model import Tracker, Variant
 from tptt_jax.array_typing import Array, Float
 
@@ -59,6 +65,7 @@ class Training:
 def run_trial(trial: Trial, training: Training) -> Float[np.ndarray, " T"]:
     """Trains a model and returns its accuracy at each position of test words, 0 to 1."""
     table = jnp.asarray(multiplication_table(trial.group))
+    used = jnp.asarray(word_elements(trial.group))
     rngs = nnx.Rngs(trial.seed)
     model = Tracker(trial.variant, len(table), dim=training.dim, heads=training.heads, rngs=rngs)
     graph, parameters = nnx.split(model)
@@ -70,9 +77,16 @@ def run_trial(trial: Trial, training: Training) -> Float[np.ndarray, " T"]:
         is_short = number < training.steps // 2
         length = training.short_length if is_short else training.length
         sizes = {"batch_size": training.batch_size, "length": length}
-        words = draw(jax.random.fold_in(key, number), table, **sizes)
+        words = draw(jax.random.fold_in(key, number), table, used, **sizes)
         parameters, state = step(parameters, state, words)
-    return _accuracy(jax.jit(logits), parameters, table, training)
+    words = draw_words(
+        jax.random.key(_TEST_SEED),
+        table,
+        used,
+        batch_size=training.test_words,
+        length=training.test_length,
+    )
+    return _accuracy(jax.jit(logits), parameters, words)
 
 
 def _logits(graph: Any, parameters: Any, elements: Array) -> Array:
@@ -99,18 +113,10 @@ def _make_step(logits: Any, optimizer: optax.GradientTransformation) -> Step:
     return step
 
 
-def _accuracy(
-    logits: Any, parameters: Any, table: Array, training: Training
-) -> Float[np.ndarray, " T"]:
-    words = draw_words(
-        jax.random.key(_TEST_SEED),
-        table,
-        batch_size=training.test_words,
-        length=training.test_length,
-    )
+def _accuracy(logits: Any, parameters: Any, words: Words) -> Float[np.ndarray, " T"]:
     is_right = [
         np.asarray(logits(parameters, words.elements[i : i + _TEST_BATCH]).argmax(-1))
         == np.asarray(words.products[i : i + _TEST_BATCH])
-        for i in range(0, training.test_words, _TEST_BATCH)
+        for i in range(0, len(words.elements), _TEST_BATCH)
     ]
     return np.concatenate(is_right).mean(axis=0)

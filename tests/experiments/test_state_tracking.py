@@ -12,7 +12,7 @@ from flax import nnx
 from experiments import state_tracking
 from experiments.command_line import run_configured
 from experiments.state_tracking import TrackingConfig, track_states
-from experiments.tracking.groups import draw_words, multiplication_table
+from experiments.tracking.groups import draw_words, multiplication_table, word_elements
 from experiments.tracking.model import Tracker, Variant
 from experiments.tracking.summary import accuracies, spans
 from experiments.tracking.trial import Training, Trial, run_trial
@@ -43,10 +43,25 @@ def test_tables_are_those_of_groups(name, size):
 
 def test_words_are_multiplied_from_left_to_right():
     table = multiplication_table("s3")
-    words = draw_words(jax.random.key(0), jnp.asarray(table), batch_size=5, length=9)
+    used = jnp.asarray(word_elements("s3"))
+    words = draw_words(jax.random.key(0), jnp.asarray(table), used, batch_size=5, length=9)
     for elements, products in zip(*map(np.asarray, words), strict=True):
         expected = itertools.accumulate(elements, lambda a, b: table[a, b])
         assert products.tolist() == list(expected)
+
+
+@pytest.mark.parametrize(("name", "number"), [("s3", 6), ("s5-2", 11), ("s5-3", 31), ("s5", 120)])
+def test_words_of_few_elements_reach_the_whole_group(name, number):
+    table, used = multiplication_table(name), word_elements(name)
+    assert len(used) == number
+    reached = {0}
+    for _ in range(10):
+        reached |= {int(table[a, b]) for a in reached for b in used}
+    assert len(reached) == len(table)
+    words = draw_words(
+        jax.random.key(0), jnp.asarray(table), jnp.asarray(used), batch_size=64, length=64
+    )
+    assert set(np.asarray(words.elements).ravel()) == set(used)
 
 
 # --- the layer -------------------------------------------------------------------------------
